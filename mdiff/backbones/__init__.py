@@ -1,0 +1,1 @@
+"""Architectures: each file holds one, and each is a Denoiser."""

@@ -1,0 +1,1 @@
+"""Small checkpoints that ship with the package."""

@@ -1,0 +1,1 @@
+"""Codecs: pictures to ids and back, one file each."""

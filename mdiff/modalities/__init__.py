@@ -1,0 +1,1 @@
+"""Modalities: media to integer tokens and back."""

@@ -1,0 +1,130 @@
+"""What a model's ids mean, and the canvas that samplers fill in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mdiff.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class TokenSpace:
+    """The ids of a model: how many, which one hides a token, which are not generated.
+
+    `vocab_size` is the number of logit columns. `mask_id` may lie inside the vocabulary
+    (LLaDA) or be `vocab_size`; it is never generated. `never` ids are not generated
+    either but may be given. `parts`, for canvases of several kinds of token, is
+    ((places, first_id, stop_id), ...): consecutive runs of positions in canvas order whose
+    counts sum to L, with the only ids that they may hold.
+
+    Raises ConfigError for ids outside the vocabulary or parts that permit nothing.
+
+    >>> TokenSpace(4, mask_id=4).permitted
+    4
+    """
+
+    vocab_size: int
+    mask_id: int
+    never: tuple[int, ...] = ()
+    parts: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1:
+            raise ConfigError(f"vocab_size={self.vocab_size}: need at least 1")
+        if not 0 <= self.mask_id <= self.vocab_size:
+            raise ConfigError(f"mask_id={self.mask_id}: expected 0 to {self.vocab_size}")
+        object.__setattr__(self, "never", tuple(sorted({int(i) for i in self.never})))
+        object.__setattr__(self, "parts", tuple(tuple(map(int, part)) for part in self.parts))
+        if self.never and not 0 <= self.never[0] <= self.never[-1] < self.vocab_size:
+            raise ConfigError(f"never={self.never}: expected ids below {self.vocab_size}")
+        for places, first, stop in self.parts:
+            if places < 1 or not 0 <= first < stop <= self.vocab_size:
+                raise ConfigError(
+                    f"part ({places}, {first}, {stop}): expected places >= 1 and "
+                    f"0 <= first < stop <= {self.vocab_size}"
+                )
+            if all(i in self.forbidden for i in range(first, stop)):
+                raise ConfigError(f"part ({places}, {first}, {stop}) permits no id")
+        if self.permitted < 1:
+            raise ConfigError("no id is left to generate: every one is the mask or in `never`")
+
+    @property
+    def forbidden(self) -> tuple[int, ...]:
+        """The logit columns that are never generated: `never`, and the mask if it is one."""
+        inside = {self.mask_id} if self.mask_id < self.vocab_size else set()
+        return tuple(sorted(inside | set(self.never)))
+
+    @property
+    def permitted(self) -> int:
+        """How many ids can be generated (over all parts)."""
+        return self.vocab_size - len(self.forbidden)
+
+    def spans(self, length: int, device: torch.device | str | None = None) -> Tensor | None:
+        """The (first, stop) ids of each position, (L, 2) int64, or None without parts.
+
+        Raises DataError where the parts do not sum to `length`.
+        """
+        if not self.parts:
+            return None
+        total = sum(places for places, _, _ in self.parts)
+        if total != length:
+            raise DataError(f"canvas of {length} places: the parts of this model sum to {total}")
+        rows = [(first, stop) for places, first, stop in self.parts for _ in range(places)]
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+
+    def check(self, tokens: Tensor, valid: Tensor | None = None, *, masks: bool = True) -> None:
+        """Raise DataError where `tokens` (B, L) is not a canvas of this space.
+
+        `masks=False` refuses the mask id, as in training data. Padding is not looked at.
+        This waits for the device: call it at the border, never in a loop.
+        """
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise DataError(
+                f"tokens of shape {tuple(tokens.shape)} and type {tokens.dtype}: expected (B, L) int64"
+            )
+        if valid is not None and (valid.shape != tokens.shape or valid.dtype != torch.bool):
+            raise DataError(
+                f"valid of shape {tuple(valid.shape)} and type {valid.dtype}: "
+                f"expected {tuple(tokens.shape)} bool"
+            )
+        hidden = tokens == self.mask_id
+        read = torch.ones_like(hidden) if valid is None else valid
+        if not masks and bool((hidden & read).any()):
+            raise DataError(f"the data holds the mask id {self.mask_id}")
+        bad = read & ~hidden & ((tokens < 0) | (tokens >= self.vocab_size))
+        if bool(bad.any()):
+            raise DataError(
+                f"token {int(tokens[bad][0])}: expected ids below {self.vocab_size}"
+                + (f" or the mask {self.mask_id}" if masks else "")
+            )
+        spans = self.spans(tokens.shape[1], tokens.device)
+        if spans is not None:
+            bad = read & ~hidden & ((tokens < spans[:, 0]) | (tokens >= spans[:, 1]))
+            if bool(bad.any()):
+                row, place = (int(i) for i in bad.nonzero()[0])
+                first, stop = spans[place].tolist()
+                raise DataError(
+                    f"token {int(tokens[row, place])} at place {place}: "
+                    f"this part holds ids from {first} to {stop - 1}"
+                )
+
+
+def ranks(tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """Each token's place among the valid ones of its row, (B, L) int64; padding repeats."""
+    if valid is None:
+        return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return (valid.cumsum(1) - 1).clamp(min=0)
+
+
+def hidden_canvas(batch: int, length: int, *, space: TokenSpace) -> Tensor:
+    """A canvas (B, L) int64 on which everything is to be generated.
+
+    >>> hidden_canvas(1, 3, space=TokenSpace(2, mask_id=2)).tolist()
+    [[2, 2, 2]]
+    """
+    if batch < 1 or length < 1:
+        raise ConfigError(f"a canvas of {batch} rows and {length} places: need at least 1 of each")
+    return torch.full((batch, length), space.mask_id, dtype=torch.int64)
