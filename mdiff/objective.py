@@ -1,0 +1,366 @@
+"""The one objective: hide each token with probability m(t), predict the clean ones.
+
+Every sum is over hidden places; the mask, `never` ids and ids outside a part have
+probability zero, and a place that is not hidden costs nothing (SUBS, Sahoo et al. 2024,
+section 3.2.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mdiff.denoiser import Condition, Denoiser
+from mdiff.errors import ConfigError
+from mdiff.kernels import philox
+from mdiff.schedule import MIN_TIME, Schedule
+from mdiff.tokens import TokenSpace
+
+# The exact chain rule visits every subset of the places: 2^16 is where patience ends.
+EXACT_PLACES = 16
+
+Weight = str | Callable[[Tensor], Tensor]
+
+
+class Loss(NamedTuple):
+    """`value` scalar; `nll` (B, L) unweighted nats, 0 where not hidden; `hidden` (B, L) bool."""
+
+    value: Tensor
+    nll: Tensor
+    hidden: Tensor
+
+
+class Bound(NamedTuple):
+    """`nats` (B,) float64, an estimate of the bound of each row; `stderr` (B,), its error."""
+
+    nats: Tensor
+    stderr: Tensor
+
+
+def corrupt(
+    tokens: Tensor,
+    t: Tensor,
+    *,
+    space: TokenSpace,
+    schedule: Schedule,
+    may_hide: Tensor | None = None,
+    count: Tensor | None = None,
+    seed: int | Tensor,
+    sample: Tensor | None = None,
+) -> Tensor:
+    """`tokens` (B, L) int64 with places hidden: independent coins at m(t), t (B,).
+
+    With `count` (B,) int64, exactly that many of a row's places, uniformly; t is then not
+    read. `may_hide` (B, L) bool are the places that may be hidden. Row b uses the random
+    stream (seed, sample[b]), sample being 0..B-1 by default.
+
+    >>> from mdiff.schedule import Linear
+    >>> space = TokenSpace(2, mask_id=2)
+    >>> corrupt(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1), space=space,
+    ...         schedule=Linear(), seed=0).tolist()
+    [[2, 2, 2]]
+    """
+    rows, length = tokens.shape
+    device = tokens.device
+    sample = torch.arange(rows, device=device) if sample is None else sample
+    places = torch.arange(length, device=device)
+    coin = philox.uniform(_column(seed), places, sample[:, None], 0, purpose=philox.CORRUPT)
+    if count is None:
+        hide = coin < schedule.mask_prob(t.double())[:, None]
+        if may_hide is not None:
+            hide &= may_hide
+    else:
+        if may_hide is not None:
+            coin = torch.where(may_hide, coin, 2.0)
+            count = torch.minimum(count, may_hide.sum(1))
+        hide = coin.argsort(dim=1, stable=True).argsort(dim=1) < count[:, None]
+    return torch.where(hide, space.mask_id, tokens)
+
+
+def token_nll(logits: Tensor, tokens: Tensor, noisy: Tensor, *, space: TokenSpace) -> Tensor:
+    """-log p of the clean `tokens` where `noisy` hides them, (B, L) nats, 0 elsewhere.
+
+    `logits` (B, L, V). At least float32 inside; float64 stays float64.
+    """
+    hidden = noisy == space.mask_id
+    nll, _ = _row_nll(logits[hidden], tokens[hidden], _spans_at(space, hidden), space=space)
+    return torch.zeros(tokens.shape, dtype=nll.dtype, device=nll.device).masked_scatter(hidden, nll)
+
+
+def masked_diffusion_loss(
+    denoiser: Denoiser,
+    tokens: Tensor,
+    *,
+    space: TokenSpace,
+    schedule: Schedule,
+    may_hide: Tensor | None = None,
+    valid: Tensor | None = None,
+    documents: Tensor | None = None,
+    cond: Condition | None = None,
+    t: Tensor | None = None,
+    weight: Weight = "bound",
+    label_smoothing: float = 0.0,
+    seed: int | Tensor,
+    sample: Tensor | None = None,
+    rows: int | None = None,
+    total: Tensor | float | None = None,
+) -> Loss:
+    """The training loss: sum of w(t) * (-log p) over hidden places, divided by `total`.
+
+    With weight="bound", w = m' / m and `total` the maskable tokens, its expectation is the
+    continuous-time bound in nats a maskable token (Shi et al. 2024, eq. 4; Sahoo et al. 2024,
+    eq. 10). weight="uniform" is w = 1; with `total` the hidden tokens that is MaskGIT's loss
+    (Chang et al. 2022, eq. 1). A function of t (B,) gives any other weight.
+
+    `tokens` (B, L) int64 without masks. Places that may be hidden ("maskable") are those in
+    `may_hide` and in `valid`: the rest (a given prefix, padding) is never hidden, never scored
+    and not counted. `documents` (B, L) int64 keeps packed documents from seeing each other.
+    `t` (B,) are times; by default stratified over the global batch of `rows` rows, of which
+    this call holds the rows numbered `sample` (B,): one time in each of `rows` equal strata,
+    strata permuted by the seed, so that each row's own time is uniform. `total` is the
+    denominator of the global batch, by default the maskable tokens of this call. With
+    `rows`, `sample` and `total` of the global batch, values of parts add up to the whole's.
+    Label smoothing spreads over permitted ids only; `nll` is without it.
+
+    Raises ConfigError for an unknown weight or smoothing outside [0, 1).
+    """
+    weigh = _weight_function(weight, schedule)
+    if not 0 <= label_smoothing < 1:
+        raise ConfigError(f"label_smoothing={label_smoothing}: expected 0 up to less than 1")
+    batch = tokens.shape[0]
+    sample = torch.arange(batch, device=tokens.device) if sample is None else sample
+    if t is None:
+        t = stratified_times(sample, batch if rows is None else rows, seed=seed)
+    maskable = _maskable(tokens, may_hide, valid)
+    noisy = corrupt(
+        tokens, t, space=space, schedule=schedule, may_hide=maskable, seed=seed, sample=sample
+    )
+    hidden = noisy == space.mask_id
+    logits = denoiser(
+        noisy, at=hidden, valid=valid, documents=documents,
+        t=t.float() if denoiser.uses_time else None, cond=cond,
+    )  # fmt: skip
+    nll, smooth = _row_nll(
+        logits, tokens[hidden], _spans_at(space, hidden), space=space,
+        smoothing=label_smoothing,
+    )  # fmt: skip
+    w = weigh(t.double()).to(nll.dtype)[:, None].expand(tokens.shape)[hidden]
+    if total is None:
+        total = maskable.sum().clamp(min=1)
+    spread = torch.zeros(tokens.shape, dtype=nll.dtype, device=nll.device)
+    return Loss((w * smooth).sum() / total, spread.masked_scatter(hidden, nll), hidden)
+
+
+def stratified_times(sample: Tensor, rows: int, *, seed: int | Tensor) -> Tensor:
+    """Times (B,) float64 of rows `sample` of a global batch of `rows`: one in each stratum.
+
+    Row r gets (p(r) + u(r)) / rows, p a permutation and u uniforms by the seed; each is
+    uniform on (0, 1), and the batch covers [0, 1] evenly (Kingma et al. 2021, appendix I.1).
+    """
+    everyone = torch.arange(rows, device=sample.device)
+    order = philox.uniform(seed, everyone, 0, 0, purpose=philox.STRATUM).argsort(stable=True)
+    stratum = torch.empty_like(order)
+    stratum[order] = everyone
+    inside = philox.uniform(seed, 0, sample, 0, purpose=philox.TIME)
+    return ((stratum[sample] + inside) / rows).clamp(MIN_TIME, 1.0)
+
+
+def nll_bound(
+    denoiser: Denoiser,
+    tokens: Tensor,
+    *,
+    space: TokenSpace,
+    schedule: Schedule,
+    estimator: str = "any_order",
+    draws: int = 64,
+    seed: int,
+    may_hide: Tensor | None = None,
+    valid: Tensor | None = None,
+    cond: Condition | None = None,
+) -> Bound:
+    """The bound on -log p(tokens) of each row (B, L) in nats, given its places not maskable.
+
+    estimator: "any_order" draws k uniform in 1..L (L the maskable places of the row), hides
+    exactly k and weighs L / k (Uria et al. 2014, eq. 5; Nie et al. 2025, eq. 6); refused where
+    the denoiser uses the time. "time" draws m = u^2, t = time_at(m) and weighs 2 / u: the
+    time integral by importance in m. "exact" is the chain rule averaged over all orders, for
+    at most 16 places. "left_to_right" is the exact likelihood of that sampler: not this bound,
+    but one term of its average.
+
+    `draws` is read by the first two only; the standard error is over them (0 for the others).
+    A row without maskable places scores 0. No gradient is kept.
+
+    Raises ConfigError for an unknown estimator, draws < 2, or an estimator that does not apply.
+    """
+    maskable = _maskable(tokens, may_hide, valid)
+    score = _Scorer(denoiser, tokens, space=space, valid=valid, cond=cond)
+    with torch.no_grad():
+        if estimator in ("any_order", "time"):
+            if draws < 2:
+                raise ConfigError(f"draws={draws}: need at least 2 for a standard error")
+            if estimator == "any_order" and denoiser.uses_time:
+                raise ConfigError("this denoiser uses the time: take estimator='time'")
+            estimate = _any_order_draw if estimator == "any_order" else _time_draw
+            values = torch.stack([
+                estimate(score, maskable, schedule=schedule, seed=seed, step=step)
+                for step in range(draws)
+            ])  # fmt: skip
+            return Bound(values.mean(0), values.std(0) / math.sqrt(draws))
+        if estimator in ("exact", "left_to_right"):
+            if denoiser.uses_time:
+                raise ConfigError("this denoiser uses the time: take estimator='time'")
+            chain = _all_orders if estimator == "exact" else _left_to_right
+            nats = tokens.new_zeros(tokens.shape[0], dtype=torch.float64)
+            for weights, hidden in chain(maskable):
+                nats += (weights * score(hidden)).sum(1)
+            return Bound(nats, torch.zeros_like(nats))
+    raise ConfigError(
+        f"estimator={estimator!r}: expected any_order, time, exact or left_to_right"
+    )
+
+
+class _Scorer:
+    """-log p of the clean tokens at hidden places, for one batch of rows."""
+
+    def __init__(
+        self, denoiser: Denoiser, tokens: Tensor, *, space: TokenSpace, valid: Tensor | None,
+        cond: Condition | None,
+    ) -> None:  # fmt: skip
+        self.denoiser, self.tokens, self.space = denoiser, tokens, space
+        self.valid, self.cond = valid, cond
+
+    def __call__(self, hidden: Tensor, t: Tensor | None = None) -> Tensor:
+        """(B, L) float64 nats, 0 where not hidden."""
+        noisy = torch.where(hidden, self.space.mask_id, self.tokens)
+        nats = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
+        if bool(hidden.any()):
+            logits = self.denoiser(
+                noisy, at=hidden, valid=self.valid, t=t if self.denoiser.uses_time else None,
+                cond=self.cond,
+            )  # fmt: skip
+            spans = _spans_at(self.space, hidden)
+            nll, _ = _row_nll(logits, self.tokens[hidden], spans, space=self.space)
+            nats[hidden] = nll.double()
+        return nats
+
+
+def _any_order_draw(
+    score: _Scorer, maskable: Tensor, *, schedule: Schedule, seed: int, step: int
+) -> Tensor:
+    rows, device = maskable.shape[0], maskable.device
+    places = maskable.sum(1)
+    u = philox.uniform(seed, 0, torch.arange(rows, device=device), step, purpose=philox.TIME)
+    count = (u * places).floor().long() + 1
+    t = torch.ones(rows, dtype=torch.float64, device=device)
+    noisy = corrupt(
+        score.tokens, t, space=score.space, schedule=schedule, may_hide=maskable, count=count,
+        seed=philox.derive(seed, step),
+    )  # fmt: skip
+    nats = score(noisy == score.space.mask_id).sum(1)
+    return nats * places / count
+
+
+def _time_draw(
+    score: _Scorer, maskable: Tensor, *, schedule: Schedule, seed: int, step: int
+) -> Tensor:
+    rows, device = maskable.shape[0], maskable.device
+    u = philox.uniform(seed, 0, torch.arange(rows, device=device), step, purpose=philox.TIME)
+    t = schedule.time_at(u**2)
+    noisy = corrupt(
+        score.tokens, t, space=score.space, schedule=schedule, may_hide=maskable,
+        seed=philox.derive(seed, step),
+    )  # fmt: skip
+    return score(noisy == score.space.mask_id, t.float()).sum(1) * 2 / u
+
+
+def _all_orders(maskable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every non-empty hidden subset with the share of the L! orders that meet each place in it.
+
+    When a place of a hidden set of size k is revealed next, (k - 1)! (L - k)! orders agree.
+    """
+    places = maskable.sum(1)
+    most = int(places.max()) if places.numel() else 0
+    if most > EXACT_PLACES:
+        raise ConfigError(f"{most} maskable places: the exact bound takes at most {EXACT_PLACES}")
+    rank = torch.where(maskable, maskable.cumsum(1) - 1, -1)
+    for size in range(1, most + 1):
+        share = torch.tensor(
+            [
+                0.0 if n < size
+                else math.factorial(size - 1) * math.factorial(n - size) / math.factorial(n)
+                for n in places.tolist()
+            ],
+            dtype=torch.float64, device=maskable.device,
+        )  # fmt: skip
+        for subset in combinations(range(most), size):
+            members = torch.tensor(subset, device=maskable.device)
+            fits = (places > subset[-1])[:, None]
+            yield (share[:, None] * fits), torch.isin(rank, members) & fits
+
+
+def _left_to_right(maskable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each maskable place in turn: it and all later ones hidden, only it scored."""
+    rank = torch.where(maskable, maskable.cumsum(1) - 1, -1)
+    for place in range(int(maskable.sum(1).max())):
+        yield (rank == place).double(), rank >= place
+
+
+def _row_nll(
+    logits: Tensor,
+    targets: Tensor,
+    spans: Tensor | None,
+    *,
+    space: TokenSpace,
+    smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """-log p(target) and its smoothed form, both (N,), of logits (N, V) over permitted ids."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    forbidden = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    if space.forbidden:
+        forbidden[list(space.forbidden)] = True
+    blocked = forbidden[None]
+    if spans is not None:
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        blocked = blocked | (columns < spans[:, :1]) | (columns >= spans[:, 1:])
+    if spans is not None or space.forbidden:
+        logits = logits.masked_fill(blocked, -torch.inf)
+    total = logits.logsumexp(1)
+    nll = total - logits.gather(1, targets[:, None])[:, 0]
+    if smoothing == 0:
+        return nll, nll
+    allowed = ~blocked.expand(logits.shape)
+    mean = torch.where(allowed, logits, 0.0).sum(1) / allowed.sum(1)
+    return nll, (1 - smoothing) * nll + smoothing * (total - mean)
+
+
+def _spans_at(space: TokenSpace, hidden: Tensor) -> Tensor | None:
+    """The (first, stop) ids of each hidden place, (N, 2), or None without parts."""
+    spans = space.spans(hidden.shape[1], hidden.device)
+    return None if spans is None else spans.expand(*hidden.shape, 2)[hidden]
+
+
+def _maskable(tokens: Tensor, may_hide: Tensor | None, valid: Tensor | None) -> Tensor:
+    maskable = torch.ones_like(tokens, dtype=torch.bool)
+    for mask in (may_hide, valid):
+        if mask is not None:
+            maskable = maskable & mask
+    return maskable
+
+
+def _weight_function(weight: Weight, schedule: Schedule) -> Callable[[Tensor], Tensor]:
+    if callable(weight):
+        return weight
+    if weight == "bound":
+        return schedule.weight
+    if weight == "uniform":
+        return torch.ones_like
+    raise ConfigError(f"weight={weight!r}: expected 'bound', 'uniform' or a function of t")
+
+
+def _column(seed: int | Tensor) -> int | Tensor:
+    return seed[:, None] if isinstance(seed, Tensor) and seed.dim() == 1 else seed

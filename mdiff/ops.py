@@ -1,0 +1,116 @@
+"""The hot loops behind one switch: the same function whichever backend runs it."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from mdiff.errors import BackendError, ConfigError, nearest
+from mdiff.kernels.draw_torch import draw_torch
+from mdiff.kernels.reference import Draw as Draw
+from mdiff.kernels.reference import draw_reference
+
+BACKENDS = {"reference": draw_reference, "torch": draw_torch}
+
+
+def backend_name(name: str | None = None) -> str:
+    """The backend that runs: the argument, else MDIFF_BACKEND, else torch.
+
+    A backend that is asked for and missing is a BackendError, never a silent other one.
+    """
+    chosen = name or os.environ.get("MDIFF_BACKEND") or "torch"
+    if chosen not in BACKENDS:
+        raise BackendError(f"backend {chosen!r} is not here; {nearest(chosen, BACKENDS)}")
+    return chosen
+
+
+def draw(
+    logits: Tensor,
+    *,
+    seed: int | Tensor,
+    sample: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    position: int | Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    never: tuple[int, ...] = (),
+    span: tuple[int, int] | Tensor | None = None,
+    measure: str = "model",
+    backend: str | None = None,
+) -> Draw:
+    """One id for each row of `logits` (N, V), with its figures from the same pass.
+
+    The id is drawn from softmax(logits / temperature) after top_k, top_p and min_p, by the
+    tile reservoir of `kernels/reference.py`; temperature 0 takes the lowest id of the
+    maximum. `seed`, `sample`, `step`, `position` are ints or (N,) int64 and name the random
+    stream; with neither sample nor position, position is the row number. `never` ids have
+    probability zero. `span` (first, stop), or (N, 2) int64, are the only ids a row may draw.
+
+    `log_prob` (of the id), `entropy` and `margin` (p1 - p2) are nats of the logits without
+    forbidden ids, at temperature 1 and before the filters; measure="drawn" takes them after
+    both, temperature 0 counting as 1. In float32, or float64 for float64 logits. A row with
+    NaN or +inf, or with no finite permitted logit, draws the lowest permitted id with NaN.
+
+    Raises ConfigError for options out of range, BackendError for a backend that is not here.
+
+    >>> draw(torch.tensor([[0.0, 9.0]]), seed=1, temperature=0).tokens.tolist()
+    [1]
+    """
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ConfigError(f"logits {tuple(logits.shape)} {logits.dtype}: expected (N, V) floats")
+    if logits.shape[1] == 0:
+        raise ConfigError("logits without columns: need a vocabulary of at least 1")
+    check_filters(temperature, top_k, top_p, min_p)
+    if measure not in ("model", "drawn"):
+        raise ConfigError(f"measure={measure!r}: expected 'model' or 'drawn'")
+    rows, device = logits.shape[0], logits.device
+    if sample is None and position is None:
+        position = torch.arange(rows, device=device)
+    return BACKENDS[backend_name(backend)](
+        logits,
+        seed=_per_row(seed, rows, device),
+        sample=_per_row(0 if sample is None else sample, rows, device),
+        step=_per_row(step, rows, device),
+        position=_per_row(0 if position is None else position, rows, device),
+        temperature=float(temperature),
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        forbidden=tuple(never),
+        span=_span(span, rows, device),
+        measure=measure,
+    )
+
+
+def check_filters(
+    temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+) -> None:
+    """Raise ConfigError where a sampling option is out of its range."""
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ConfigError(f"temperature={temperature}: expected a finite number >= 0")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k={top_k}: need at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p={top_p}: expected more than 0 and at most 1")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ConfigError(f"min_p={min_p}: expected 0 to 1")
+
+
+def _per_row(value: int | Tensor, rows: int, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=torch.int64).expand(rows)
+    signed = (value + 2**63) % 2**64 - 2**63
+    return torch.full((1,), signed, dtype=torch.int64, device=device).expand(rows)
+
+
+def _span(
+    span: tuple[int, int] | Tensor | None, rows: int, device: torch.device
+) -> Tensor | None:
+    if span is None:
+        return None
+    return torch.as_tensor(span, dtype=torch.int64, device=device).expand(rows, 2)
