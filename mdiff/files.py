@@ -1,0 +1,186 @@
+"""Files from anywhere, read without trust: JSON and safetensors, checked before they are used.
+
+Nothing here unpickles, no name leads out of its directory, and every refusal is a
+CheckpointError before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mdiff.errors import CheckpointError
+
+# Larger than any tokenizer or index file in use, and parsed well within a second or two.
+MAX_JSON_BYTES = 32 * 2**20
+# Configurations nest a handful of levels; a parser's stack is not to be a file's choice.
+MAX_JSON_DEPTH = 64
+# The header of the largest public models is about 1 MB.
+MAX_HEADER_BYTES = 32 * 2**20
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# A zip archive (torch.save), a pickle of protocol 2 to 5, and torch's oldest magic number.
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# Bytes an element of each type of the format that torch reads here.
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
+    "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
+    """The file `name` of `folder`; CheckpointError where that leaves `root` (or `folder`).
+
+    Refused: absolute names, `..`, backslashes, and links that lead out of `root`.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise CheckpointError(f"file name {name!r}: expected a plain name inside {folder}")
+    path = Path(folder, *parts)
+    home = Path(root or folder).resolve()
+    if not path.resolve().is_relative_to(home):
+        raise CheckpointError(f"{path} is a link that leaves {home}")
+    return path
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises CheckpointError where the file is missing, too large, not JSON, nested too deep,
+    has a key twice or is not an object.
+    """
+    return parse_json(_read(path, max_bytes), origin=str(path))
+
+
+def parse_json(data: bytes, *, origin: str) -> dict[str, Any]:
+    """The JSON object in `data`; CheckpointError names `origin`. See `read_json`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{origin}: the key {twice[:80]!r} occurs twice")
+        return found
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError:
+        raise CheckpointError(f"{origin} is nested deeper than {MAX_JSON_DEPTH} levels") from None
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{origin} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{origin} holds a {type(value).__name__}: expected an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    if level:
+        raise CheckpointError(f"{origin} is nested deeper than {MAX_JSON_DEPTH} levels")
+    return value
+
+
+def read_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The tensors of the safetensors file `path`, by name.
+
+    Raises CheckpointError, with nothing loaded, for a pickle (by its name or its first
+    bytes), a truncated file, and a header that does not describe exactly the data there.
+    """
+    path = Path(path)
+    check_tensors(path)
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def check_tensors(path: Path) -> dict[str, Any]:
+    """The header of the safetensors file `path`, checked against the size of the file.
+
+    Raises CheckpointError; no tensor is read.
+    """
+    path = Path(path)
+    header, data_bytes = _header(path)
+    header.pop("__metadata__", None)
+    runs = []
+    for name, entry in header.items():
+        try:
+            begin, end = entry["data_offsets"]
+            shape = entry["shape"]
+            numbers = [begin, end, *shape]
+            if not all(type(n) is int and n >= 0 for n in numbers):
+                raise ValueError
+            size = math.prod(shape) * ITEM_BYTES[entry["dtype"]]
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{path}: the header entry {name[:80]!r} is not valid") from None
+        if end - begin != size:
+            raise CheckpointError(
+                f"{path}: {name[:80]!r} of shape {shape} needs {size} bytes, the header gives it "
+                f"{end - begin}"
+            )
+        runs.append((begin, end))
+    reached = 0
+    for begin, end in sorted(runs):
+        if begin != reached:
+            raise CheckpointError(f"{path}: the data of its tensors overlaps or leaves a hole")
+        reached = end
+    if reached != data_bytes:
+        raise CheckpointError(
+            f"{path} is truncated or altered: {data_bytes} bytes of data, the header says {reached}"
+        )
+    return header
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header and the number of bytes after it."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is not a plain file")
+        with path.open("rb") as file:
+            start = file.read(8)
+            if path.suffix in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
+                raise CheckpointError(
+                    f"{path} is a pickle, which can run code: convert it with `mdiff convert`"
+                )
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > status.st_size - 8:
+                raise CheckpointError(f"{path} is truncated or not a safetensors file")
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{path} has a header of {length} bytes: absurd")
+            header = parse_json(file.read(length), origin=f"the header of {path}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return header, status.st_size - 8 - length
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a plain file of at most `max_bytes`; a pipe or a device is not opened."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is not a plain file")
+        if status.st_size > max_bytes:
+            raise CheckpointError(
+                f"{path} has {status.st_size} bytes: at most {max_bytes} are read"
+            )
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
