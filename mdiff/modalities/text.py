@@ -1,0 +1,239 @@
+"""Text: a tokenizer, the canvases that prompts and templates make, and rows for training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mdiff.canvas import continued
+from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
+from mdiff.packing import PackedRows
+from mdiff.sources import Source, cut, digest
+from mdiff.tokenizer import BytePairs, Bytes, Characters, Pretrained, Tokenizer
+from mdiff.tokens import TokenSpace
+
+OWN = ("byte", "char", "bpe")
+BPE_SIZE = 512
+HOLE = re.compile(r"\[MASK(?::(\d+))?\]")
+HOLE_LIMIT = 1_000_000
+
+
+class Text:
+    """Text to tokens and back; see `text`.
+
+    `unit` is "char". `space` is known once the tokenizer is: at once for "byte" and anyone's
+    tokenizer, after the first `examples` (or `fit`) for "char" and "bpe".
+    """
+
+    name = "text"
+    unit = "char"
+
+    def __init__(
+        self, kind: str, *, vocab_size: int | None, eos: bool, tokenizer: Tokenizer | None
+    ) -> None:
+        self.kind = kind
+        self.vocab_size = vocab_size
+        self.eos = eos
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; ConfigError where it has not been trained."""
+        if self._tokenizer is None:
+            raise ConfigError(f"the {self.kind} tokenizer is not trained yet: give it data first")
+        return self._tokenizer
+
+    @property
+    def space(self) -> TokenSpace:
+        """Ids of text, then the end of text if there is one; the mask is the tokenizer's or next."""
+        inner = self.tokenizer
+        if isinstance(inner, Pretrained):
+            mask = inner.size if inner.mask_id is None else inner.mask_id
+            return TokenSpace(inner.size, mask_id=mask, never=inner.never)
+        size = inner.size + self.eos
+        return TokenSpace(size, mask_id=size)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a document, or None."""
+        inner = self.tokenizer
+        if isinstance(inner, Pretrained):
+            return inner.eos_id
+        return inner.size if self.eos else None
+
+    @property
+    def pad_id(self) -> int | None:
+        """The tokenizer's own padding id, or None; canvases are padded by `valid` instead."""
+        return getattr(self.tokenizer, "pad_id", None)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, with nothing added."""
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text up to the first end of text; masks are left out."""
+        return self.tokenizer.decode(self._spoken(ids))
+
+    def pieces(self, ids: Sequence[int]) -> list[str | None]:
+        """The text of each place, None where it is masked; after the end of text, ""."""
+        mask, eos = self.space.mask_id, self.eos_id
+        stop = list(ids).index(eos) if eos in ids else len(ids)
+        spoken = [i for i, token in enumerate(ids[:stop]) if token != mask]
+        texts = dict(zip(spoken, self.tokenizer.pieces([ids[i] for i in spoken])))
+        return [None if token == mask else texts.get(i, "") for i, token in enumerate(ids)]
+
+    def _spoken(self, ids: Sequence[int]) -> list[int]:
+        mask, eos = self.space.mask_id, self.eos_id
+        stop = list(ids).index(eos) if eos in ids else len(ids)
+        return [token for token in ids[:stop] if token != mask]
+
+    def canvas(self, prompt: str = "", length: int | None = None) -> list[int]:
+        """The prompt's tokens followed by masks, `length` places in all.
+
+        Raises DataError where the prompt holds a mask or does not fit.
+        """
+        hole = HOLE.search(prompt)
+        ids = self.encode(prompt)
+        if hole or self.space.mask_id in ids:
+            shown = hole[0] if hole else "the mask token"
+            raise DataError(
+                f"the prompt holds {shown}, which is not text; to fill in gaps use infill"
+            )
+        return continued(ids, length, space=self.space)
+
+    def template(self, text: str) -> list[int]:
+        """The canvas of a text with gaps: [MASK] is one token, [MASK:8] eight.
+
+        What stands around the gaps is kept to the letter, spaces included.
+
+        >>> text().template("a[MASK:2]b")
+        [97, 256, 256, 98]
+        """
+        canvas: list[int] = []
+        end, holes = 0, 0
+        for hole in HOLE.finditer(text):
+            count = int(hole[1] or 1)
+            if not 1 <= count <= HOLE_LIMIT:
+                raise ConfigError(f"{hole[0]}: expected 1 to {HOLE_LIMIT} tokens")
+            canvas += self._given(text[end : hole.start()]) + [self.space.mask_id] * count
+            end, holes = hole.end(), holes + 1
+        if not holes:
+            raise DataError("nothing to fill in: write [MASK:8] where 8 tokens are to appear")
+        return canvas + self._given(text[end:])
+
+    def _given(self, text: str) -> list[int]:
+        ids = self.encode(text)
+        if "[MASK" in text or self.space.mask_id in ids:
+            raise DataError(f"{text!r} holds a mask; write gaps as [MASK] or [MASK:8]")
+        return ids
+
+    def fit(self, documents: Sequence[str]) -> Text:
+        """Train the tokenizer on these documents if it needs it and has not been."""
+        if self._tokenizer is None and self.kind == "char":
+            self._tokenizer = Characters.learn(documents)
+        elif self._tokenizer is None:
+            size = (self.vocab_size or BPE_SIZE) - self.eos
+            self._tokenizer = BytePairs.learn(documents, size=size)
+        return self
+
+    def examples(
+        self,
+        data: Mapping[str, Any] | Source | str,
+        *,
+        length: int,
+        split: str = "train",
+    ) -> PackedRows:
+        """Rows of `length` tokens of a split: "train", "validation" or "holdout".
+
+        The tokenizer is trained first where it has not been, on the training split only.
+        Training rows shift between epochs; the others lie side by side and are padded.
+        """
+        source = Source.of(data)
+        everything = source.documents()
+        shares = {"holdout": source.holdout, "validation": source.validation}
+        if self._tokenizer is None:
+            self.fit(cut(everything, "train", **shares))
+        documents = cut(everything, split, **shares)
+        end = [] if self.eos_id is None else [self.eos_id]
+        rows = [self.encode(document) + end for document in documents]
+        tokens = sum(map(len, rows))
+        return PackedRows(
+            rows,
+            length=length,
+            shift=split == "train",
+            unit=self.unit,
+            units=sum(map(len, documents)) / max(1, tokens),
+            slice_sha256=digest(documents),
+        )
+
+    def config(self) -> dict[str, Any]:
+        """The settings that `text(**settings, folder=...)` takes back, with the name."""
+        settings: dict[str, Any] = {"name": self.name, "tokenizer": self.kind}
+        if isinstance(self._tokenizer, Characters):
+            settings["alphabet"] = self._tokenizer.alphabet
+        if self.kind in OWN:
+            settings["eos"] = self.eos
+        if self.kind == "bpe":
+            size = self._tokenizer.size + self.eos if self._tokenizer else self.vocab_size
+            settings["vocab_size"] = size
+        return settings
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files into the folder; the settings are `config()`."""
+        self.tokenizer.save(Path(folder))
+
+
+def text(
+    *,
+    tokenizer: str = "byte",
+    vocab_size: int | None = None,
+    alphabet: str | None = None,
+    eos: bool = False,
+    folder: str | Path | None = None,
+) -> Text:
+    """The text modality.
+
+    `tokenizer`: "byte", "char", "bpe" (byte-level, trained on the training split to
+    `vocab_size` ids, 512 by default), or the path or Hub id of any Hugging Face one. `eos`
+    adds an id that ends each document (anyone's tokenizer brings its own). `alphabet` are the
+    characters of "char" where they are known. `folder` is where `save` wrote.
+
+    Raises ConfigError for options that do not go together.
+
+    >>> text().encode("hi")
+    [104, 105]
+    """
+    if vocab_size is not None and tokenizer != "bpe":
+        raise ConfigError(f"vocab_size is an option of tokenizer 'bpe', not of {tokenizer!r}")
+    if alphabet is not None and tokenizer != "char":
+        raise ConfigError(f"alphabet is an option of tokenizer 'char', not of {tokenizer!r}")
+    if vocab_size is not None and vocab_size < 256 + eos:
+        raise ConfigError(f"vocab_size={vocab_size}: a byte-level bpe needs {256 + eos} or more")
+    inner: Tokenizer | None = None
+    if tokenizer == "byte":
+        inner = Bytes()
+    elif tokenizer == "char":
+        inner = Characters(alphabet) if alphabet is not None else None
+    elif tokenizer == "bpe":
+        inner = None if folder is None else BytePairs.read(Path(folder))
+        if inner is not None and vocab_size is not None and inner.size + eos != vocab_size:
+            raise CheckpointError(
+                f"{folder}: the tokenizer has {inner.size + eos} ids, the settings {vocab_size}"
+            )
+    else:
+        inner = _pretrained(tokenizer, folder)
+        if eos:
+            raise ConfigError(f"eos is an option of tokenizer byte, char and bpe, not {tokenizer!r}")
+    return Text(tokenizer, vocab_size=vocab_size, eos=eos, tokenizer=inner)
+
+
+def _pretrained(name: str, folder: str | Path | None) -> Pretrained:
+    if folder is not None:
+        return Pretrained(str(folder))
+    looks_like_a_name = "/" not in name and not Path(name).exists()
+    close = nearest(name, OWN)
+    if looks_like_a_name and close.startswith("did you mean"):
+        raise ConfigError(f"unknown tokenizer {name!r}; {close}")
+    return Pretrained(name)

@@ -1,0 +1,237 @@
+"""Where documents come from: text files, JSONL, Parquet, the Hub or the standard library."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mdiff.errors import BackendError, ConfigError, DataError, nearest
+
+HUB = "hub:"
+STANDARD_LIBRARY = "pydoc_data.topics"
+SPLITS = ("train", "validation", "holdout")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The `data` section of a recipe for text.
+
+    `source`: a path or a list of paths (.txt, .jsonl, .parquet, each also .gz but Parquet),
+    "hub:OWNER/NAME", or "pydoc_data.topics", the help texts of Python's standard library.
+    `field` is the JSONL, Parquet or Hub column; `subset` and `hub_split` name the part of a
+    Hub data set. A text file is one document, unless `separator` cuts it into several.
+
+    `holdout` is the fraction of characters cut from the end; `validation` is the fraction
+    cut from the end of what is left.
+    """
+
+    source: str | list[str]
+    field: str = "text"
+    subset: str | None = None
+    hub_split: str = "train"
+    separator: str | None = None
+    holdout: float = 0.1
+    validation: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("holdout", "validation"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ConfigError(f"data.{name}={value!r}: expected 0 or more and less than 1")
+        paths = [self.source] if isinstance(self.source, str) else self.source
+        if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
+            raise ConfigError(f"data.source={self.source!r}: expected a path or a list of paths")
+        if self.separator == "":
+            raise ConfigError("data.separator='': expected at least one character")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | Source | str) -> Source:
+        """From a mapping, or from a path with the defaults; unknown keys are ConfigErrors."""
+        if isinstance(options, Source):
+            return options
+        if isinstance(options, str):
+            return cls(source=options)
+        known = [field.name for field in fields(cls)]
+        for key in options:
+            if key not in known:
+                raise ConfigError(f"unknown key data.{key}; {nearest(str(key), known)}")
+        if "source" not in options:
+            raise ConfigError("data.source is missing: expected a path, a list of paths or hub:NAME")
+        return cls(**options)
+
+    def documents(self) -> list[str]:
+        """Every document that is not empty, in order.
+
+        Raises DataError with the file and the byte offset where one cannot be read.
+        """
+        paths = [self.source] if isinstance(self.source, str) else self.source
+        found = [text for path in paths for text in self._read(path) if text]
+        if not found:
+            raise DataError(f"{self.source}: there is no text in it")
+        return found
+
+    def _read(self, path: str) -> Iterator[str]:
+        if path == STANDARD_LIBRARY:
+            return _standard_library()
+        if path.startswith(HUB):
+            return _hub(path.removeprefix(HUB), self.subset, self.hub_split, self.field)
+        plain = path.removesuffix(".gz")
+        if plain.endswith(".parquet"):
+            return _parquet(Path(path), self.field)
+        text = read_text(path)
+        if plain.endswith((".jsonl", ".ndjson")):
+            return (str(row[self.field]) for row in json_lines(text, path, self.field))
+        return iter(text.split(self.separator) if self.separator else [text])
+
+
+def cut(documents: list[str], split: str, *, holdout: float, validation: float) -> list[str]:
+    """The documents of a split, cut at exact characters of their concatenation.
+
+    Of C characters the first int(C (1 - holdout)) are for training; of those, the last
+    `validation` fraction is for choosing. A document that a cut meets is in both sides.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split={split!r}; {nearest(split, SPLITS)}")
+    total = sum(len(text) for text in documents)
+    kept = int(total * (1 - holdout))
+    chosen = int(kept * (1 - validation))
+    first, stop = {
+        "train": (0, chosen),
+        "validation": (chosen, kept),
+        "holdout": (kept, total),
+    }[split]
+    if first == stop:
+        raise DataError(
+            f"the {split} split of {total} characters is empty at holdout={holdout}, "
+            f"validation={validation}"
+        )
+    pieces, start = [], 0
+    for text in documents:
+        piece = text[max(0, first - start) : max(0, stop - start)]
+        start += len(text)
+        if piece:
+            pieces.append(piece)
+    return pieces
+
+
+def digest(documents: list[str]) -> str:
+    """SHA-256 of the documents' UTF-8, one after the other; of one document, that of its text."""
+    total = hashlib.sha256()
+    for text in documents:
+        total.update(text.encode())
+    return total.hexdigest()
+
+
+def read_text(path: str | Path) -> str:
+    """A file as text: UTF-8, unpacked where the name ends in .gz, a byte-order mark dropped.
+
+    Raises DataError where it is missing, empty, binary, cut short or not UTF-8, with the
+    offset of the first bad byte.
+    """
+    raw = _read_bytes(Path(path))
+    if not raw:
+        raise DataError(f"{path}: the file is empty")
+    zero = raw.find(b"\0")
+    if zero >= 0:
+        raise DataError(f"{path}: byte 0x00 at offset {zero}: this is binary or UTF-16, not UTF-8")
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        bad = raw[error.start]
+        raise DataError(
+            f"{path}: byte 0x{bad:02x} at offset {error.start} is not UTF-8; "
+            "convert it, for example with `iconv -f latin1 -t utf-8`"
+        ) from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rb") as file:
+                return file.read()
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file{_neighbour(path)}") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a directory: expected a file") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} cannot be unpacked: {error}") from None
+    except PermissionError:
+        raise DataError(f"{path}: no permission to read it") from None
+
+
+def _neighbour(path: Path) -> str:
+    """The end of the message for a missing file: the name that is nearest beside it."""
+    try:
+        beside = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return f"; there is no directory {path.parent} either"
+    close = get_close_matches(path.name, beside, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def json_lines(text: str, path: str | Path, field: str | None = None) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file; DataError with line and byte offset where one is not.
+
+    With `field`, each object must have it and it must be a string.
+    """
+    offset = 0
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number} (byte {offset})"
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(f"{where} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: expected an object, got {type(row).__name__}")
+            if field is not None and not isinstance(row.get(field), str):
+                raise DataError(f"{where} has no string {field!r}; {nearest(field, row)}")
+            yield row
+        offset += len(line.encode()) + 1
+
+
+def _standard_library() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    return (topics[name] for name in sorted(topics))
+
+
+def _parquet(path: Path, field: str) -> Iterator[str]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file{_neighbour(path)}")
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
+        columns = list(rows.features or [])
+    except Exception as error:
+        raise DataError(f"{path} is not readable Parquet: {_first_line(error)}") from error
+    if field not in columns:
+        raise DataError(f"{path} has no column {field!r}; {nearest(field, columns)}")
+    return (str(row[field]) for row in rows)
+
+
+def _hub(name: str, subset: str | None, split: str, field: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, subset, split=split)
+    except ValueError as error:
+        raise DataError(f"{HUB}{name}: {_first_line(error)}") from error
+    except Exception as error:
+        raise BackendError(f"{HUB}{name} cannot be fetched: {_first_line(error)}") from error
+    if field not in rows.column_names:
+        raise DataError(f"{HUB}{name} has no column {field!r}; {nearest(field, rows.column_names)}")
+    return (str(row[field]) for row in rows)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
