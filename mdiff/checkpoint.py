@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,25 @@ def staged(path: Path) -> Iterator[Path]:
     try:
         yield folder
         manifest = {"format": FORMAT, "files": {n: _digest(folder / n) for n in _listed(folder)}}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / MANIFEST, manifest)
+        # Temporary directories and tensor files are made private: give them the usual rights.
+        umask = _umask()
         for directory, _, files in os.walk(folder):
             for name in files:
+                Path(directory, name).chmod(0o666 & ~umask)
                 _fsync(Path(directory, name))
+            Path(directory).chmod(0o777 & ~umask)
             _fsync(Path(directory))
-        # mkdtemp makes a private directory; a checkpoint has the rights that others get.
-        folder.chmod(0o777 & ~_umask())
         folder.rename(path)
         _fsync(path.parent)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as indented JSON."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def sweep(directory: Path) -> None:
@@ -87,18 +94,21 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def complete(path: Path) -> bool:
+    """Whether the checkpoint has a manifest, and every file of it with its size."""
+    try:
+        return _shape_problem(path, _manifest(path)["files"]) is None
+    except CheckpointError:
+        return False
+
+
 def latest(directory: Path) -> Path | None:
     """The newest complete checkpoint `step-NNNNNN` in `directory`, or None.
 
-    Complete: it has a manifest, and every file of it with its size; `verify` also reads the
-    contents. Steps compare as numbers.
+    Steps compare as numbers. That contents are unaltered is for `verify` to say.
     """
-    for step in sorted(steps(directory), reverse=True):
-        path = step_path(directory, step)
-        with suppress(CheckpointError):
-            if _shape_problem(path, _manifest(path)["files"]) is None:
-                return path
-    return None
+    paths = (step_path(directory, step) for step in reversed(steps(directory)))
+    return next(filter(complete, paths), None)
 
 
 def step_path(directory: Path, step: int) -> Path:

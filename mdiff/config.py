@@ -77,7 +77,7 @@ class Optim(Section):
     `lr` is the rate of the whole (adamw) or of the matrices (muon), `adam_lr` of the rest
     under muon (null: `lr`). `muon_scale`: "rms" gives an update the size of AdamW's, so that
     one rate serves both; "spectral" is the original. The rate rises over `warmup_steps`, then
-    falls to `final_lr` times itself at the last step along `schedule`, or stays.
+    falls towards `final_lr` times itself at the end along `schedule`, or stays.
     """
 
     name: Literal["adamw", "muon"] = "adamw"

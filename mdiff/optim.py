@@ -139,15 +139,15 @@ def _embeddings_and_heads(model: nn.Module) -> set[int]:
 def rate_at(step: int, *, steps: int, settings: Optim) -> float:
     """What the rates are multiplied by in step 1, 2, ..., `steps`.
 
-    (step / warm-up) up to the end of the warm-up, then from 1 down to `final_lr` at the last
-    step, along half a cosine or a line; or constant.
+    (step / warm-up) up to the end of the warm-up, then from 1 down towards `final_lr`, which
+    the step after the last would have, along half a cosine or a line; or constant.
     """
     warm = settings.warmup_steps
     if step <= warm:
         return step / warm
     if settings.schedule == "constant":
         return 1.0
-    done = min(1.0, (step - warm) / max(1, steps - warm))
+    done = (step - 1 - warm) / max(1, steps - warm)
     left = 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
     return settings.final_lr + (1 - settings.final_lr) * left
 

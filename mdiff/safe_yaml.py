@@ -88,7 +88,7 @@ def parse_yaml(text: bytes, *, origin: str) -> Any:
     Raises ConfigError, one line naming `origin` and the place.
     """
     try:
-        return yaml.load(text, Loader=SafeRecipeLoader)  # noqa: S506
+        return yaml.load(text, Loader=SafeRecipeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""

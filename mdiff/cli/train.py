@@ -1,0 +1,33 @@
+"""`mdiff train`: a recipe in, checkpoints out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, such as configs/text/tiny.yaml.")],
+    out: Annotated[Path, typer.Option(help="The directory of the run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Replace a value, as in train.steps=40; may be repeated."),
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto (the newest complete checkpoint), none, or a directory.")
+    ] = "auto",
+) -> None:
+    """Train a model; print the path of its last checkpoint."""
+    from mdiff.config import load_recipe
+
+    settings = load_recipe(recipe, overrides or ())
+
+    from mdiff.journal import to_stderr
+    from mdiff.train import is_main_process
+    from mdiff.train import train as run
+
+    path = run(settings, out, resume=resume, report=to_stderr)
+    if is_main_process():
+        typer.echo(path)

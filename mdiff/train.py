@@ -1,0 +1,378 @@
+"""Training: a recipe and a directory in, checkpoints out, as if never interrupted."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from inspect import Parameter, signature
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import accelerate
+import torch
+import transformers
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import nn
+
+from mdiff import __version__
+from mdiff.checkpoint import (
+    complete,
+    latest,
+    locked,
+    staged,
+    step_path,
+    steps,
+    sweep,
+    verify,
+    write_json,
+)
+from mdiff.config import Recipe, differences, parse_recipe
+from mdiff.data import Examples
+from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError, nearest
+from mdiff.files import read_json, read_tensors
+from mdiff.find import find
+from mdiff.journal import Journal, to_stderr
+from mdiff.kernels import philox
+from mdiff.optim import AveragedWeights, optimizers
+from mdiff.order import rows_of_step
+from mdiff.schedule import Schedule, named_schedule
+from mdiff.stepping import LossOf, Outcome, Stepper, StepRows
+from mdiff.tokens import TokenSpace
+from mdiff.training_state import capture, model_weights, restore
+
+FORMAT = 1
+PIPELINE = "pipeline.json"
+TRAINING = "training.json"
+TENSORS = "training.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+# What may differ in a resumed run: how far and how it runs, not what it computes.
+FREE = (
+    "train.steps", "train.save_every", "train.keep", "train.micro_batch", "train.workers",
+    "train.compile", "train.nonfinite", "log",
+)  # fmt: skip
+
+
+def train(
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    resume: str = "auto",
+    report: Callable[[str], None] = to_stderr,
+) -> Path:
+    """Train as the recipe says; returns the last checkpoint, `out`/step-NNNNNN.
+
+    `resume`: "auto" goes on from the newest complete checkpoint in `out`, if there is one;
+    "none" starts afresh; a path is a checkpoint, or a run's directory, to go on from. On the
+    CPU a resumed run gives bitwise what an uninterrupted one gives. Under `accelerate launch`
+    the processes share each global batch and one of them writes.
+
+    Raises ConfigError, DataError or CheckpointError with what does not fit, before anything
+    is written; DataError at a step whose loss is not finite; KeyboardInterrupt after SIGINT
+    or SIGTERM, once the checkpoint is complete.
+    """
+    out = Path(out)
+    accelerator = Accelerator(mixed_precision="no")
+    # A launcher's file may set it; the recipe's micro-batches are the only accumulation here.
+    accelerator.gradient_accumulation_steps = 1
+    with ExitStack() as stack:
+        _on_main(accelerator, lambda: _claim(stack, out))
+        source = _source(out, resume)
+        run = _build(recipe, accelerator)
+        start = 0 if source is None else _resume(run, source)
+        _on_main(accelerator, lambda: _clear(out, start, report))
+        if start >= recipe.train.steps:
+            report(f"step {start} of {recipe.train.steps} is done: nothing to train")
+            return cast(Path, source)
+        if accelerator.is_main_process:
+            journal = stack.enter_context(_journal(run, out, start=start, report=report))
+        else:
+            journal = None
+        interrupted = stack.enter_context(_signals())
+        return _loop(run, out, start=start, journal=journal, interrupted=interrupted)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the loop needs, built once."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    modality: Any
+    examples: Examples
+    space: TokenSpace
+    schedule: Schedule
+    backbone: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    averaged: AveragedWeights | None
+    rows: StepRows
+    stepper: Stepper
+
+
+def _build(recipe: Recipe, accelerator: Accelerator) -> Run:
+    """The parts of a run, the model with its initial weights by the seed."""
+    objective = recipe.objective
+    schedule = named_schedule(objective.schedule.name, **objective.schedule.options)
+    modality = _part("modalities", recipe.modality.name, recipe.modality.options)
+    # The first process prepares what is cached, the others then read it.
+    with accelerator.main_process_first():
+        examples = modality.examples(recipe.data.options, length=recipe.data.length, split="train")
+    space = modality.space
+    rows = StepRows(
+        examples,
+        train=recipe.train,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    for _, batch in rows[1]:
+        space.check(batch.tokens, batch.valid, masks=False)
+    torch.manual_seed(int(philox.derive(recipe.train.seed)))
+    backbone = _part("backbones", recipe.model.name, recipe.model.options, space=space)
+    backbone.to(DTYPES[recipe.train.precision]).train()
+    loss_of = LossOf(backbone, recipe, space=space, schedule=schedule)
+    made = optimizers(backbone, recipe.optim)
+    loss_of, *prepared = accelerator.prepare(loss_of, *made)
+    backbone = accelerator.unwrap_model(loss_of).backbone
+    if recipe.train.compile:
+        backbone.compile()
+    decay = recipe.train.ema
+    averaged = None if decay is None else AveragedWeights(backbone, decay=decay)
+    inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in prepared]
+    return Run(
+        recipe, accelerator, modality, examples, space, schedule, backbone, inner, averaged,
+        rows, Stepper(accelerator, loss_of, backbone, prepared, averaged, recipe),
+    )  # fmt: skip
+
+
+def _part(room: str, name: str, options: dict[str, Any], **given: Any) -> Any:
+    """The part of that name with its options; an unknown one is a ConfigError with the nearest."""
+    build = find(room, name)
+    section = "model" if room == "backbones" else "modality"
+    parameters = signature(build).parameters
+    if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
+        known = [key for key in parameters if key not in given]
+        for key in options:
+            if key not in known:
+                where = nearest(f"{section}.{key}", [f"{section}.{k}" for k in known])
+                raise ConfigError(f"unknown key '{section}.{key}' of {name!r}; {where}")
+    try:
+        return build(**given, **options)
+    except MdiffError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{section} {name!r} with {options}: {error}") from error
+
+
+def _loop(
+    run: Run, out: Path, *, start: int, journal: Journal | None, interrupted: Callable[[], bool]
+) -> Path:
+    """Steps `start` + 1 to the last, saved as the recipe says; the last checkpoint."""
+    settings = run.recipe.train
+    path = step_path(out, start)
+    for number, rows in enumerate(run.rows.steps(start + 1), start=start + 1):
+        outcome = run.stepper.step(number, rows, stopping=interrupted)
+        record = _record(run, number, outcome)
+        if len(outcome.bad) and settings.nonfinite == "stop":
+            raise DataError(
+                f"step {number}: the loss or its gradient is not finite in rows "
+                f"{record['rows'][:8]} of epoch {record['epoch']}; the last checkpoint is intact "
+                f"(train.nonfinite=skip leaves such steps out)"
+            )
+        if journal is not None:
+            journal.step(record)
+        if number % settings.save_every == 0 or number == settings.steps or outcome.stop:
+            path = _save(run, out, number)
+        if outcome.stop and number < settings.steps:
+            raise KeyboardInterrupt(f"interrupted: {path} is complete, --resume auto goes on")
+    return path
+
+
+def _record(run: Run, number: int, outcome: Outcome) -> dict[str, Any]:
+    """The log line of a step."""
+    settings = run.recipe.train
+    rows, epochs = rows_of_step(
+        number, batch_size=settings.batch_size, rows=len(run.examples), seed=settings.seed
+    )
+    record: dict[str, Any] = {"step": number, "epoch": int(epochs[0])}
+    if len(outcome.bad):
+        return record | {"skipped": True, "rows": rows[outcome.bad].tolist()}
+    bits = outcome.nats / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
+    return record | {
+        "loss": outcome.loss,
+        f"bits_per_{run.examples.unit}": bits / run.examples.units,
+        "tokens": outcome.tokens,
+        "lr": run.recipe.optim.lr * outcome.rate,
+        "grad_norm": outcome.grad_norm,
+    }
+
+
+def _save(run: Run, out: Path, number: int) -> Path:
+    """Write the checkpoint after step `number`, and drop what `keep` no longer wants."""
+    path = step_path(out, number)
+    state = capture(run.backbone, run.optimizers, run.averaged)
+
+    def write() -> None:
+        with staged(path) as folder:
+            weights = model_weights(run.backbone, state)
+            cast(Any, run.backbone).save_pretrained(folder, state_dict=weights)
+            run.modality.save(folder)
+            write_json(folder / PIPELINE, _pipeline(run))
+            save_file(state, folder / TENSORS)
+            write_json(folder / TRAINING, _training(run, number))
+        keep = run.recipe.train.keep
+        for old in steps(out)[:-keep] if keep else []:
+            shutil.rmtree(step_path(out, old))
+
+    _on_main(run.accelerator, write)
+    return path
+
+
+def _pipeline(run: Run) -> dict[str, Any]:
+    """What turns the model's ids into the medium and back, and how it was hidden."""
+    schedule = run.recipe.objective.schedule
+    return {
+        "format": FORMAT,
+        "backbone": run.recipe.model.name,
+        "length": run.examples.length,
+        "modality": run.modality.config() | {"name": run.recipe.modality.name},
+        "space": asdict(run.space),
+        "schedule": {"name": schedule.name} | schedule.options,
+    }
+
+
+def _training(run: Run, number: int) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "step": number,
+        "recipe": run.recipe.model_dump(mode="json"),
+        "data": {"fingerprint": run.examples.fingerprint, "rows": len(run.examples)},
+        "processes": run.accelerator.num_processes,
+        "versions": {
+            "mdiff": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    }
+
+
+def _source(out: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, or None to start afresh."""
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return latest(out)
+    path = Path(resume)
+    if not path.is_dir():
+        raise CheckpointError(f"--resume {resume}: expected auto, none or a directory")
+    found = latest(path) or path
+    if not (found / TRAINING).exists():
+        raise CheckpointError(f"{found} holds no training state: it cannot be resumed from")
+    return found
+
+
+def _resume(run: Run, source: Path) -> int:
+    """Put the run back to where the checkpoint was made; the step it was made after."""
+    verify(source)
+    training = read_json(source / TRAINING)
+    try:
+        if training["format"] != FORMAT:
+            raise KeyError
+        step, data = training["step"], training["data"]
+        fingerprint, rows = data["fingerprint"], data["rows"]
+        recipe = parse_recipe(training["recipe"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{source / TRAINING} is not of format {FORMAT}: {error}") from None
+    changed = differences(recipe, run.recipe, ignore=FREE)
+    if changed:
+        shown = "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+        raise ConfigError(f"the recipe is not that of {source}: {shown}")
+    if fingerprint != run.examples.fingerprint:
+        raise DataError(
+            f"the data is not that of {source}: {rows} rows with digest {fingerprint[:12]} -> "
+            f"{len(run.examples)} rows with digest {run.examples.fingerprint[:12]}"
+        )
+    restore(read_tensors(source / TENSORS), run.backbone, run.optimizers, run.averaged)
+    return int(step)
+
+
+def _claim(stack: ExitStack, out: Path) -> None:
+    """Take the right to write in `out` until the stack closes, and clear what the dead left."""
+    stack.enter_context(locked(out))
+    sweep(out)
+
+
+def _clear(out: Path, start: int, report: Callable[[str], None]) -> None:
+    """See that no checkpoint after step `start` is in the way; a damaged one is moved aside."""
+    for step in (step for step in steps(out) if step > start):
+        path = step_path(out, step)
+        if complete(path):
+            raise ConfigError(
+                f"{path} would be written again by a run from step {start}: "
+                f"use --resume auto or another --out"
+            )
+        report(f"{path} is damaged: moved aside")
+        path.rename(Path(tempfile.mkdtemp(prefix="damaged-", dir=out), path.name))
+
+
+def _journal(run: Run, out: Path, *, start: int, report: Callable[[str], None]) -> Journal:
+    return Journal(
+        out,
+        start=start,
+        steps=run.recipe.train.steps,
+        every=run.recipe.log.every,
+        unit=run.examples.unit,
+        tensorboard=run.recipe.log.tensorboard,
+        report=report,
+    )
+
+
+def _on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Do `work` on the main process while the others wait; where it fails, all fail."""
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except Exception as caught:
+            error = caught
+    failed = torch.tensor([float(error is not None)], device=accelerator.device)
+    failures = float(accelerator.reduce(failed, "sum"))
+    if error is not None:
+        raise error
+    if failures:
+        raise MdiffError("the main process failed; its message says why")
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Whether a stop was asked for by SIGINT or SIGTERM; a second SIGINT stops at once."""
+    asked: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    # Python delivers signals to the main thread and lets no other one set a handler.
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return bool(accelerate.PartialState().is_main_process)
