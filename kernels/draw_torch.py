@@ -35,6 +35,7 @@ def draw_torch(
     float32 inside for float32, bfloat16 and float16 logits, float64 for float64.
     """
     rows, vocab = logits_NV.shape
+    tile = min(tile, vocab)
     chunk = max(1, CHUNK // max(vocab, 1))
     parts = [
         _draw_chunk(
@@ -67,8 +68,11 @@ def _draw_chunk(
     vocab = logits_NV.shape[1]
     wide = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
     padded = -(-vocab // tile) * tile
-    model_NV = logits_NV.new_full((len(logits_NV), padded), -torch.inf, dtype=wide)
-    model_NV[:, :vocab] = logits_NV
+    if padded == vocab:
+        model_NV = logits_NV.to(wide, copy=True)
+    else:
+        model_NV = logits_NV.new_full((len(logits_NV), padded), -torch.inf, dtype=wide)
+        model_NV[:, :vocab] = logits_NV
     for column in forbidden:
         model_NV[:, column] = -torch.inf
     if span is not None:

@@ -140,7 +140,7 @@ def masked_diffusion_loss(
     noisy = corrupt(
         tokens, t, space=space, schedule=schedule, may_hide=maskable, seed=seed, sample=sample
     )
-    hidden = noisy == space.mask_id
+    hidden = (noisy == space.mask_id) & maskable
     logits = denoiser(
         noisy, at=hidden, valid=valid, documents=documents,
         t=t.float() if denoiser.uses_time else None, cond=cond,
@@ -261,7 +261,7 @@ def _any_order_draw(
         score.tokens, t, space=score.space, schedule=schedule, may_hide=maskable, count=count,
         seed=philox.derive(seed, step),
     )  # fmt: skip
-    nats = score(noisy == score.space.mask_id).sum(1)
+    nats = score((noisy == score.space.mask_id) & maskable).sum(1)
     return nats * places / count
 
 
@@ -275,7 +275,8 @@ def _time_draw(
         score.tokens, t, space=score.space, schedule=schedule, may_hide=maskable,
         seed=philox.derive(seed, step),
     )  # fmt: skip
-    return score(noisy == score.space.mask_id, t.float()).sum(1) * 2 / u
+    hidden = (noisy == score.space.mask_id) & maskable
+    return score(hidden, t.float()).sum(1) * 2 / u
 
 
 def _all_orders(maskable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,241 @@
+"""A canvas being filled in: the state and the moves that every sampler shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mdiff.denoiser import Condition, Denoiser
+from mdiff.errors import ConfigError
+from mdiff.kernels import philox
+from mdiff.ops import Draw, check_filters, draw
+from mdiff.schedule import Schedule
+from mdiff.tokens import TokenSpace, ranks
+
+Counts = str | Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """What a sampler yields after each step of the batch.
+
+    `tokens` (B, L) int64; `t` (B,) float64, each sample's time; `step`, the number of states
+    so far; `calls` (B,) int64, the model evaluations each sample needed so far; `revealed`
+    (B, L) bool, drawn in this step; `log_prob` and `entropy` (B, L) nats of those draws, 0
+    elsewhere.
+    """
+
+    tokens: Tensor
+    t: Tensor
+    step: int
+    calls: Tensor
+    revealed: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+
+
+class Filling:
+    """One batch on its way from hidden to revealed.
+
+    Every random number is a function of (seed, sample, the rank of the place among the valid
+    tokens of its row, the sample's own step): not of the batch, the padding or the device.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        canvas: Tensor,
+        *,
+        space: TokenSpace,
+        seed: int | Tensor,
+        valid: Tensor | None,
+        cond: Condition | None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        measure: str = "model",
+    ) -> None:
+        """Check the border and copy the canvas (B, L); raises ConfigError or DataError."""
+        space.check(canvas, valid)
+        check_filters(temperature, top_k, top_p, min_p)
+        rows, device = canvas.shape[0], canvas.device
+        self.denoiser, self.space, self.valid = denoiser, space, valid
+        self.cond = dict(cond or {})
+        for name, value in self.cond.items():
+            if value.shape[:1] != (rows,):
+                raise ConfigError(f"cond[{name!r}] {tuple(value.shape)}: expected {rows} rows")
+        self.tokens = canvas.clone()
+        self.hidden = canvas == space.mask_id
+        if valid is not None:
+            self.hidden &= valid
+        self.start = self.hidden.sum(1)
+        self.rank = ranks(canvas, valid)
+        self.seed, self.sample = streams(seed, rows, device)
+        self.spans = space.spans(canvas.shape[1], device)
+        self.calls = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.options = {
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "measure": measure,
+        }  # fmt: skip
+        self.states = 0
+
+    def uniform(self, purpose: int, step: int = 0) -> Tensor:
+        """One uniform a place, (B, L) float64."""
+        return philox.uniform(
+            self.seed[:, None], self.rank, self.sample[:, None], step, purpose=purpose
+        )
+
+    def row_uniform(self, purpose: int, step: int, lane: int = 0) -> Tensor:
+        """One uniform a sample, (B,) float64."""
+        return philox.uniform(self.seed, 0, self.sample, step, purpose=purpose, tile=lane)
+
+    def time_left(self, schedule: Schedule) -> Tensor:
+        """The time (B,) at which the share of places now hidden would be expected."""
+        return schedule.time_at(self.hidden.sum(1) / self.start.clamp(min=1))
+
+    def ask(self, at: Tensor, step: int, t: Tensor, *, idle: bool = False) -> Draw:
+        """Call the denoiser once and draw a token for each place `at` (B, L), row-major.
+
+        Only samples with such a place are evaluated and counted; `idle` evaluates every
+        sample that still hides something, as samplers do that do not look first.
+        """
+        active = (self.hidden if idle else at).any(1)
+        rows = active.nonzero()[:, 0]
+        if len(rows) == len(active):
+            logits = self._logits(self.tokens, at, self.valid, t, self.cond)
+        else:
+            logits = self._logits(
+                self.tokens[rows], at[rows], None if self.valid is None else self.valid[rows],
+                t[rows], {name: value[rows] for name, value in self.cond.items()},
+            )  # fmt: skip
+        self.calls += active * int(getattr(self.denoiser, "evaluations", 1))
+        row = at.nonzero()[:, 0]
+        return draw(
+            logits, seed=self.seed[row], sample=self.sample[row], step=step,
+            position=self.rank[at], never=self.space.forbidden,
+            span=None if self.spans is None else self.spans.expand(*at.shape, 2)[at],
+            **self.options,
+        )  # fmt: skip
+
+    def _logits(
+        self, tokens: Tensor, at: Tensor, valid: Tensor | None, t: Tensor, cond: Condition
+    ) -> Tensor:
+        logits = self.denoiser(
+            tokens, at=at, valid=valid, t=t.float() if self.denoiser.uses_time else None,
+            cond=cond or None,
+        )  # fmt: skip
+        if logits.dim() != 2 or logits.shape[1] != self.space.vocab_size:
+            raise ConfigError(
+                f"the denoiser gave logits {tuple(logits.shape)}; "
+                f"the space has {self.space.vocab_size} ids"
+            )
+        return logits
+
+    def reveal(self, at: Tensor, drawn: Draw, asked: Tensor, t: Tensor) -> State:
+        """Write the draws of the places `at`, a subset of `asked`, and return the new state."""
+        blank = torch.zeros(at.shape, dtype=drawn.log_prob.dtype, device=at.device)
+        token = self.tokens.masked_scatter(asked, drawn.tokens)
+        log_prob = blank.masked_scatter(asked, drawn.log_prob)
+        entropy = blank.masked_scatter(asked, drawn.entropy)
+        self.tokens = torch.where(at, token, self.tokens)
+        self.hidden = self.hidden & ~at
+        self.states += 1
+        return State(
+            self.tokens, t, self.states, self.calls.clone(), at,
+            torch.where(at, log_prob, 0), torch.where(at, entropy, 0),
+        )  # fmt: skip
+
+
+def streams(seed: int | Tensor, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The (seed, sample) of each row, both (B,) int64.
+
+    An int makes row b sample b of it; seeds (B,) int64 make each row sample 0 of its own.
+    """
+    if isinstance(seed, Tensor):
+        if seed.shape != (rows,) or seed.dtype != torch.int64:
+            raise ConfigError(f"seed {tuple(seed.shape)} {seed.dtype}: expected ({rows},) int64")
+        seed = seed.to(device)
+        return seed, torch.zeros_like(seed)
+    signed = (int(seed) + 2**63) % 2**64 - 2**63
+    sample = torch.arange(rows, device=device)
+    return torch.full_like(sample, signed), sample
+
+
+def reveal_in_turn(
+    fill: Filling, turn: Tensor, counts: Tensor | None, schedule: Schedule
+) -> Iterator[State]:
+    """States of an oblivious order: `turn` (B, L) is each hidden place's turn, from 0.
+
+    `counts` (B, steps) int64 are the places revealed a step; None is one a call.
+    """
+    done = torch.zeros_like(fill.start)
+    step = 0
+    while bool(fill.hidden.any()):
+        count = counts[:, step] if counts is not None else torch.ones_like(done)
+        at = fill.hidden & (turn >= done[:, None]) & (turn < (done + count)[:, None])
+        done = done + count
+        if bool(at.any()):
+            drawn = fill.ask(at, step, fill.time_left(schedule))
+            yield fill.reveal(at, drawn, at, fill.time_left(schedule))
+        step += 1
+
+
+def turns(order: Tensor, hidden: Tensor) -> Tensor:
+    """Each hidden place's turn (B, L) among the hidden ones, by ascending `order` (B, L)."""
+    last = order.max() + 1 if order.numel() else 0
+    return torch.where(hidden, order, last).argsort(dim=1, stable=True).argsort(dim=1)
+
+
+def reveal_counts(
+    counts: Counts, hidden: Tensor, *, steps: int | None, schedule: Schedule
+) -> Tensor | None:
+    """How many places each sample reveals at each step, (B, steps) int64; None is one a call.
+
+    `hidden` (B,) is how many places each sample has to reveal. counts="schedule" follows m(t)
+    on an even grid of times, "even" spreads evenly with the remainder in front (LLaDA);
+    int64 (steps,) or (B, steps) are taken as given and must sum to `hidden`.
+
+    Raises ConfigError for anything else, or steps < 1.
+    """
+    if isinstance(counts, Tensor):
+        table = counts.to(hidden.device).expand(len(hidden), counts.shape[-1])
+        if counts.dtype != torch.int64 or bool((table < 0).any()):
+            raise ConfigError("counts: expected int64 numbers of places, none negative")
+        if bool((table.sum(1) != hidden).any()):
+            raise ConfigError(
+                f"counts sum to {table.sum(1).tolist()}; the samples hide {hidden.tolist()} places"
+            )
+        if steps not in (None, table.shape[1]):
+            raise ConfigError(f"steps={steps}, but counts has {table.shape[1]} steps")
+        return table
+    if steps is None:
+        return None
+    if steps < 1:
+        raise ConfigError(f"steps={steps}: need at least 1")
+    if counts == "even":
+        index = torch.arange(steps, device=hidden.device)
+        return hidden[:, None] // steps + (index < (hidden % steps)[:, None]).long()
+    if counts == "schedule":
+        return _schedule_counts(hidden, steps, schedule)
+    raise ConfigError(f"counts={counts!r}: expected 'schedule', 'even' or a tensor of int64")
+
+
+def _schedule_counts(hidden: Tensor, steps: int, schedule: Schedule) -> Tensor:
+    """MaskGIT's table (Chang et al. 2022, section 3.2): floor(n m(t)) places stay hidden.
+
+    At least one is revealed a step while two are left, and at least one is left for the last.
+    """
+    left = hidden
+    table = []
+    for step in range(1, steps + 1):
+        share = schedule.mask_prob(1 - step / steps)
+        wanted = (hidden * share.to(hidden.device)).floor().long()
+        stay = torch.minimum(wanted, left - 1).clamp(min=1) if step < steps else 0 * left
+        stay = torch.minimum(stay, left)
+        table.append(left - stay)
+        left = stay
+    return torch.stack(table, 1)

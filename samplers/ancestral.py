@@ -1,0 +1,62 @@
+"""Ancestral sampling on a grid of times (Sahoo et al. 2024, eq. 6; Shi et al. 2024, eq. 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mdiff.denoiser import Condition, Denoiser
+from mdiff.errors import ConfigError
+from mdiff.filling import Filling, State
+from mdiff.kernels import philox
+from mdiff.schedule import Linear, Schedule
+from mdiff.tokens import TokenSpace
+
+
+def ancestral(
+    denoiser: Denoiser,
+    canvas: Tensor,
+    *,
+    space: TokenSpace,
+    schedule: Schedule = Linear(),  # noqa: B008
+    seed: int | Tensor = 0,
+    valid: Tensor | None = None,
+    cond: Condition | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    steps: int = 64,
+    idle_calls: bool = False,
+) -> Iterator[State]:
+    """States of `steps` even steps of time from 1 to 0 on `canvas` (B, L).
+
+    From t to s a hidden place is revealed with probability (m(t) - m(s)) / m(t), and only
+    then is its token drawn, from the denoiser at time t. Those coins are one uniform a place:
+    the place is hidden while m(t) > u. So where nothing is revealed there is no call, also
+    for models that use the time, and a sample's calls are at most min(steps, hidden).
+    `idle_calls=True` calls the model at every step all the same, for comparison. Exact as
+    steps grow; at few steps, tokens of one step are drawn independently.
+
+    Raises ConfigError for steps < 1 and for sampling options out of range.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps={steps}: need at least 1")
+    fill = Filling(
+        denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+    )  # fmt: skip
+    times = 1 - torch.arange(steps + 1, dtype=torch.float64, device=canvas.device) / steps
+    ascending = schedule.mask_prob(times).flip(0)
+    later = torch.searchsorted(ascending, fill.uniform(philox.REVEAL), right=True)
+    due = steps + 1 - later.clamp(min=1)
+    busy = range(1, steps + 1) if idle_calls else sorted(set(due[fill.hidden].tolist()))
+    rows = len(canvas)
+    for step in busy:
+        at = fill.hidden & (due == step)
+        if not bool(fill.hidden.any()):
+            return
+        drawn = fill.ask(at, step, times[step - 1].expand(rows), idle=idle_calls)
+        yield fill.reveal(at, drawn, at, times[step].expand(rows))

@@ -1,0 +1,167 @@
+"""Blocks: fill the canvas block after block, each by another sampler (semi-autoregressive)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdiff.denoiser import Condition, Denoiser
+from mdiff.errors import ConfigError
+from mdiff.filling import State, streams
+from mdiff.kernels import philox
+from mdiff.samplers.first_hitting import first_hitting
+from mdiff.schedule import Linear, Schedule
+from mdiff.tokens import TokenSpace, ranks
+
+# The entries under which a row's whole canvas travels with it to the denoiser.
+CANVAS, COLUMNS, SEEN = "blocks.canvas", "blocks.columns", "blocks.seen"
+
+
+def blocks(
+    denoiser: Denoiser,
+    canvas: Tensor,
+    *,
+    space: TokenSpace,
+    schedule: Schedule = Linear(),  # noqa: B008
+    seed: int | Tensor = 0,
+    valid: Tensor | None = None,
+    cond: Condition | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    inner: Callable[..., Iterator[State]] = first_hitting,
+    block_length: int = 32,
+    steps: int | None = None,
+    context: int | None = None,
+    stop: int | None = None,
+    **options: Any,
+) -> Iterator[State]:
+    """States of `inner` run on one block of `canvas` (B, L) after the other.
+
+    A row's blocks are runs of `block_length` valid places from its first hidden place on
+    (Nie et al. 2025, section 2.4; Arriola et al. 2025). `steps` counts per block and, like
+    the other `options`, is handed to `inner`. By default the denoiser sees the whole canvas,
+    later blocks hidden; with `context=n` it sees the n valid places that end with the block,
+    so that a text may be longer than the training window. `stop` is the id that ends a text:
+    after the block that draws it, the row's later hidden places take that id without a call.
+
+    A block after the first has a seed of its own, derived from the sample's.
+
+    Raises ConfigError for block_length < 1, a context shorter than a block, or a stop id
+    that the space does not have.
+    """
+    if block_length < 1:
+        raise ConfigError(f"block_length={block_length}: need at least 1")
+    if context is not None and context < block_length:
+        raise ConfigError(f"context={context}: need at least block_length={block_length}")
+    if stop is not None and not 0 <= stop < space.vocab_size:
+        raise ConfigError(f"stop={stop}: expected an id below {space.vocab_size}")
+    if space.parts:
+        raise ConfigError("blocks: a canvas of parts is sampled whole")
+    space.check(canvas, valid)
+    if steps is not None:
+        options["steps"] = steps
+    canvas = canvas.clone()
+    seen = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
+    rank = ranks(canvas, valid)
+    block = _blocks(canvas, seen, rank, block_length, space.mask_id)
+    seeds, samples = streams(seed, len(canvas), canvas.device)
+    calls = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
+    states = 0
+    for index in range(int(block.max()) + 1):
+        inside = block == index
+        width = min(block_length, canvas.shape[1])
+        columns = (~inside).long().argsort(dim=1, stable=True)[:, :width]
+        shown = seen if context is None else seen & _ends_with(inside, rank, context)
+        last: State | None = None
+        for last in inner(
+            _Window(denoiser),
+            canvas.gather(1, columns),
+            space=space,
+            schedule=schedule,
+            seed=seed if index == 0 else philox.derive(seeds, samples, index),
+            valid=inside.gather(1, columns),
+            cond={**(cond or {}), CANVAS: canvas, COLUMNS: columns, SEEN: shown},
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            **options,
+        ):  # fmt: skip
+            states += 1
+            yield _whole(last, canvas, columns, states, calls)
+        if last is not None:
+            canvas = canvas.scatter(1, columns, last.tokens)
+            calls = calls + last.calls
+        if stop is not None:
+            ended = (inside & (canvas == stop)).any(1, keepdim=True)
+            rest = ended & (block > index) & (canvas == space.mask_id)
+            canvas = torch.where(rest, stop, canvas)
+            block = torch.where(ended & (block > index), -1, block)
+    if stop is not None and states:
+        yield _stopped(canvas, calls, states + 1)
+
+
+class _Window:
+    """A Denoiser of one block: it puts the block into the row's canvas and asks there."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self.uses_time = denoiser.uses_time
+        self.evaluations: int = getattr(denoiser, "evaluations", 1)
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        *,
+        at: Tensor | None = None,
+        valid: Tensor | None = None,
+        documents: Tensor | None = None,
+        t: Tensor | None = None,
+        cond: Condition | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Logits (N, V) of the places `at` of the block."""
+        rest = dict(cond or {})
+        canvas, columns, seen = (rest.pop(name) for name in (CANVAS, COLUMNS, SEEN))
+        whole = canvas.scatter(1, columns, tokens)
+        asked = torch.zeros_like(seen).scatter(1, columns, at)
+        return self.denoiser(whole, at=asked, valid=seen, t=t, cond=rest or None, cache=cache)
+
+
+def _blocks(canvas: Tensor, seen: Tensor, rank: Tensor, length: int, mask_id: int) -> Tensor:
+    """The block of each place, (B, L) int64, counted from the row's first hidden one; else -1."""
+    hidden = seen & (canvas == mask_id)
+    first = torch.where(hidden, rank, canvas.shape[1]).amin(1, keepdim=True)
+    return torch.where(seen & (rank >= first), (rank - first) // length, -1)
+
+
+def _ends_with(inside: Tensor, rank: Tensor, context: int) -> Tensor:
+    """The `context` places of each row that end where its block ends, (B, L) bool."""
+    end = torch.where(inside, rank, -1).amax(1, keepdim=True)
+    return (rank <= end) & (rank > end - context)
+
+
+def _whole(
+    state: State, canvas: Tensor, columns: Tensor, states: int, calls: Tensor
+) -> State:
+    """The state of a block as a state of the whole canvas."""
+
+    def spread(values: Tensor) -> Tensor:
+        blank = torch.zeros(canvas.shape, dtype=values.dtype, device=values.device)
+        return blank.scatter(1, columns, values)
+
+    return State(
+        canvas.scatter(1, columns, state.tokens), state.t, states, calls + state.calls,
+        spread(state.revealed), spread(state.log_prob), spread(state.entropy),
+    )  # fmt: skip
+
+
+def _stopped(canvas: Tensor, calls: Tensor, states: int) -> State:
+    """The last state, in which ended texts are filled up and nothing is drawn."""
+    nothing = torch.zeros(canvas.shape, dtype=torch.float32, device=canvas.device)
+    return State(
+        canvas, torch.zeros_like(calls, dtype=torch.float64), states, calls,
+        nothing.bool(), nothing, nothing,
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+"""Confidence: draw every hidden place, keep the surest (MaskGIT, LLaDA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mdiff.denoiser import Condition, Denoiser
+from mdiff.errors import ConfigError, nearest
+from mdiff.filling import Counts, Filling, State, reveal_counts
+from mdiff.kernels import philox
+from mdiff.ops import Draw
+from mdiff.schedule import Cosine, Schedule
+from mdiff.tokens import TokenSpace
+
+SCORES = {
+    "confidence": lambda drawn: drawn.log_prob,
+    "entropy": lambda drawn: -drawn.entropy,
+    "margin": lambda drawn: drawn.margin,
+}
+
+
+def confidence(
+    denoiser: Denoiser,
+    canvas: Tensor,
+    *,
+    space: TokenSpace,
+    schedule: Schedule = Cosine(),  # noqa: B008
+    seed: int | Tensor = 0,
+    valid: Tensor | None = None,
+    cond: Condition | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    steps: int | None = None,
+    counts: Counts = "schedule",
+    score: str = "confidence",
+    noise: float = 0.0,
+    measure: str = "model",
+) -> Iterator[State]:
+    """States of `steps` calls on `canvas` (B, L), the places with the highest score first.
+
+    Each call draws a token at every hidden place and keeps as many as `counts` says (see
+    `filling.reveal_counts`; `steps=None` is one a call). `score` is "confidence" (the
+    log-probability of the drawn token), "entropy" (its negative) or "margin" (p1 - p2), of
+    the guided logits before temperature and filters; measure="drawn" takes them after. Ties
+    go to the first place. `noise` > 0 adds noise * (1 - i / steps) * Gumbel to the score at
+    step i: MaskGIT's annealed choice (Chang et al. 2022, section 3.2), 4.5 in its code.
+    With temperature=0, counts="even" and no noise it is LLaDA's low-confidence remasking
+    (Nie et al. 2025, algorithm 5).
+
+    At one reveal a call, score="entropy" or "margin" without noise gives the exact law of an
+    ideal denoiser; "confidence" does not, since the place depends on the drawn token.
+
+    Raises ConfigError for an unknown score, a negative noise, or counts that do not fit.
+    """
+    if score not in SCORES:
+        raise ConfigError(f"unknown score {score!r}; {nearest(score, SCORES)}")
+    if not noise >= 0:
+        raise ConfigError(f"noise={noise}: expected a number >= 0")
+    fill = Filling(
+        denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, measure=measure,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+    )  # fmt: skip
+    table = reveal_counts(counts, fill.start, steps=steps, schedule=schedule)
+    total = table.shape[1] if table is not None else fill.start
+    step = 0
+    while bool(fill.hidden.any()):
+        count = (fill.start > step).long() if table is None else table[:, step]
+        asked = fill.hidden & (count > 0)[:, None]
+        if bool(asked.any()):
+            drawn = fill.ask(asked, step, fill.time_left(schedule))
+            left = (1 - (step + 1) / total) * torch.ones_like(count, dtype=torch.float64)
+            value = _scores(fill, asked, drawn, score, noise * left, step)
+            place = value.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            at = asked & (place < count[:, None])
+            yield fill.reveal(at, drawn, asked, fill.time_left(schedule))
+        step += 1
+
+
+def _scores(
+    fill: Filling, asked: Tensor, drawn: Draw, score: str, noise: Tensor, step: int
+) -> Tensor:
+    """The score of each place, (B, L) float64, -inf where nothing was drawn."""
+    value = torch.full(asked.shape, -torch.inf, dtype=torch.float64, device=asked.device)
+    value = value.masked_scatter(asked, SCORES[score](drawn).double())
+    if bool((noise > 0).any()):
+        gumbel = -torch.log(-torch.log(fill.uniform(philox.NOISE, step)))
+        value = value + noise[:, None] * gumbel
+    return value
