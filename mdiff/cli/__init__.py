@@ -1,1 +1,145 @@
-"""The command line."""
+"""The command line: one file a command, and one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from mdiff.errors import MdiffError, nearest
+
+OUT_OF_DISK_OR_MEMORY = 6
+INTERRUPTED = 130
+USAGE = 2
+UNEXPECTED = 1
+DEBUG = "--debug"
+
+# Typer brings its own copy of click in some versions and imports it in others.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def app() -> typer.Typer:
+    """The command line with every command; heavy modules are imported when one runs."""
+    from mdiff.cli.demo import demo
+    from mdiff.cli.doctor import doctor
+    from mdiff.cli.eval import evaluate
+    from mdiff.cli.generate import generate
+    from mdiff.cli.inspect import inspect
+    from mdiff.cli.tokenizer import tokenizer
+    from mdiff.cli.train import train
+
+    line = typer.Typer(
+        help="Generate discrete tokens by masked diffusion.",
+        epilog="Any command takes --debug, which shows the traceback of an error.",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=False,
+    )
+    for name, command in (
+        ("demo", demo),
+        ("generate", generate),
+        ("eval", evaluate),
+        ("train", train),
+        ("inspect", inspect),
+        ("doctor", doctor),
+    ):
+        line.command(name)(command)
+    line.add_typer(tokenizer, name="tokenizer")
+    line.callback()(_top)
+    return line
+
+
+def _top(version: bool = typer.Option(False, "--version", help="Show the version.")) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code (DESIGN: 0, 1, 2, 3, 4, 5, 6, 7 or 130)."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code of one command line; an error is one line on stderr."""
+    given = list(arguments)
+    end = given.index("--") if "--" in given else len(given)
+    debug = DEBUG in given[:end]
+    given = [word for i, word in enumerate(given) if word != DEBUG or i >= end]
+    if given == ["--version"]:
+        from mdiff import __version__
+
+        print(__version__)
+        return 0
+    try:
+        command = typer.main.get_command(app())
+        try:
+            with command.make_context("mdiff", given) as context:
+                command.invoke(context)
+        finally:
+            sys.stdout.flush()
+    except (typer.Exit, SystemExit) as stop:
+        code = getattr(stop, "exit_code", getattr(stop, "code", 0))
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        # The reader has gone; what Python still holds for it must not raise at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        if debug and not isinstance(error, KeyboardInterrupt | typer.Abort):
+            raise
+        code, message = explained(error)
+        print(f"error: {message}", file=sys.stderr)
+        return code
+    return 0
+
+
+def explained(error: BaseException) -> tuple[int, str]:
+    """The exit code of an error and its message, on one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MdiffError):
+        return error.exit_code, text
+    if isinstance(error, UsageError):
+        return USAGE, _usage(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return INTERRUPTED, text or "interrupted"
+    if _is_out_of_memory(error):
+        return OUT_OF_DISK_OR_MEMORY, (
+            "out of memory; a smaller --batch-size or --length needs less"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OUT_OF_DISK_OR_MEMORY, f"the disk is full: {text}"
+    return UNEXPECTED, f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's own error, torch's by its name (torch may not be loaded), or its allocator's."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _usage(error: Any) -> str:
+    """What was wrong with the command line, with the nearest option or command."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    command = error.ctx.command if error.ctx is not None else None
+    if command is None:
+        return message
+    place = error.ctx.command_path
+    wrong = getattr(error, "option_name", None)
+    if type(error).__name__ == "NoSuchOption" and wrong:
+        known = [option for parameter in command.params for option in parameter.opts]
+        known = [option for option in known if option.startswith("--")] + [DEBUG, "--help"]
+        return f"{place} has no option {wrong}; {nearest(wrong, known)}"
+    commands = getattr(command, "commands", None)
+    if commands and message.startswith("No such command"):
+        wrong = message.split("'")[1] if message.count("'") >= 2 else ""
+        return f"{place} has no command {wrong!r}; {nearest(wrong, commands)}"
+    if commands and message.startswith("Missing command"):
+        return f"{place} needs a command: {', '.join(sorted(commands))}"
+    return f"{place}: {message[0].lower()}{message[1:]}"

@@ -142,7 +142,7 @@ class Text:
         self,
         data: Mapping[str, Any] | Source | str,
         *,
-        length: int,
+        length: int | None,
         split: str = "train",
     ) -> PackedRows:
         """Rows of `length` tokens of a split: "train", "validation" or "holdout".
@@ -150,6 +150,8 @@ class Text:
         The tokenizer is trained first where it has not been, on the training split only.
         Training rows shift between epochs; the others lie side by side and are padded.
         """
+        if length is None:
+            raise ConfigError("data.length is missing: how many tokens a row of text has")
         source = Source.of(data)
         everything = source.documents()
         shares = {"holdout": source.holdout, "validation": source.validation}

@@ -1,0 +1,54 @@
+"""What every command writes with: results to stdout, progress and messages to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from mdiff.errors import ConfigError
+
+
+def result(text: str) -> None:
+    """One line or page of the result, to stdout."""
+    print(text, flush=True)
+
+
+def result_json(value: dict[str, Any]) -> None:
+    """One JSON object on one line, to stdout; NaN and infinities are null, as JSON has none."""
+    print(json.dumps(_finite(value), ensure_ascii=False), flush=True)
+
+
+def message(text: str) -> None:
+    """A message, to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def is_coloured(stream: TextIO) -> bool:
+    """Whether colour may be used: a terminal, and NO_COLOR unset or empty (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def writable(path: Path | None) -> Path | None:
+    """The path, after it was seen that a file can be written there; ConfigError where not."""
+    if path is None:
+        return None
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory: expected a file name")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: there is no directory {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{path}: no permission to write there")
+    return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(child) for child in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
