@@ -106,7 +106,8 @@ class _Weights:
     def __init__(self, relative_NV: Tensor, tile: int) -> None:
         self.tile = tile
         self.relative_NV = relative_NV.clamp(min=LOWEST)
-        self.weight_NTK = self.relative_NV.exp().view(len(relative_NV), -1, tile)
+        rows, columns = relative_NV.shape
+        self.weight_NTK = self.relative_NV.exp().view(rows, columns // tile, tile)
         self.mass_NT = self.weight_NTK.sum(2).double()
         self.total_N = self.mass_NT.sum(1)
 
@@ -132,7 +133,7 @@ class _Weights:
         kind = self.relative_NV.dtype
         log_total_N = self.total_N.log()
         relative_N = self.relative_NV.gather(1, token_N[:, None])[:, 0]
-        flat_NV = self.weight_NTK.view(len(token_N), -1)
+        flat_NV = self.weight_NTK.view_as(self.relative_NV)
         moment_N = torch.einsum("nv,nv->n", flat_NV, self.relative_NV).double()
         best_NT, where_NT = self.weight_NTK.max(2)
         first_N, tile_N = best_NT.max(1)
