@@ -1,0 +1,400 @@
+"""Our backbone: what it computes, how it is saved, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdiff.backbones.transformer import (
+    TransformerConfig,
+    TransformerForMaskedLM,
+    parameter_count,
+    transformer,
+)
+from mdiff.denoiser import Denoiser
+from mdiff.errors import ConfigError
+from mdiff.layers import rms_norm, rotary_tables, rotate
+
+SMALL = {"vocab_size": 11, "width": 32, "depth": 2, "heads": 2}
+TOLERANCE = 1e-5
+
+SHAPES = [
+    {},
+    {"tie": True},
+    {"tie": True, "mask_id": 3},
+    {"grid": [3, 4]},
+    {"qk_norm": False, "mlp_width": 20},
+    {"uses_time": True},
+    {"classes": 4},
+    {"uses_time": True, "classes": 4, "causal": True},
+]
+
+
+def randomised(**options: object) -> TransformerForMaskedLM:
+    """A small model whose weights, the zero ones too, are large enough to matter."""
+    torch.manual_seed(0)
+    model = transformer(**{**SMALL, **options})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def canvas(rows: int = 2, length: int = 12, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, SMALL["vocab_size"], (rows, length), generator=generator)
+    tokens[:, ::3] = SMALL["vocab_size"]
+    return tokens
+
+
+def told(options: dict[str, object], rows: int = 2) -> dict[str, object]:
+    """The time and the label that a model of these options wants."""
+    extra: dict[str, object] = {}
+    if options.get("uses_time"):
+        extra["t"] = torch.linspace(0.2, 0.9, rows)
+    if options.get("classes"):
+        extra["cond"] = {"label": torch.arange(rows)}
+    return extra
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_the_weights_are_counted_before_they_are_allocated(options):
+    model = transformer(**SMALL, **options)
+    assert parameter_count(model.config) == sum(p.numel() for p in model.parameters())
+    assert isinstance(model, Denoiser)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_a_saved_model_gives_the_same_bits(options, tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    model = randomised(**options)
+    tokens = canvas() if model.config.mask_id == 11 else canvas() % 11
+    before = model(tokens, **told(options))
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(loaded, TransformerForMaskedLM)
+    assert not report["missing_keys"] | report["unexpected_keys"]
+    assert not loaded.training
+    assert torch.equal(loaded(tokens, **told(options)), before)
+    assert loaded.config.to_dict() | {"_name_or_path": ""} == model.config.to_dict() | {
+        "_name_or_path": ""
+    }
+
+
+def test_a_sharded_save_loads_to_the_same_bits(tmp_path):
+    model = randomised(depth=3)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = TransformerForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(canvas()), model(canvas()))
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_at_selects_rows_and_the_head_reads_only_those(options):
+    model = randomised(**options)
+    tokens = canvas() if model.config.mask_id == 11 else canvas() % 11
+    at = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    seen = []
+    model.head.register_forward_hook(lambda _, given, __: seen.append(given[0].shape))
+    chosen = model(tokens, at=at, **told(options))
+    assert seen == [(int(at.sum()), 32)]
+    whole = model(tokens, **told(options))
+    assert whole.shape == (*tokens.shape, 11)
+    torch.testing.assert_close(chosen, whole[at], atol=TOLERANCE, rtol=0)
+    features = model.features(tokens, at=at, **told(options))
+    assert torch.equal(model.head(features), chosen)
+    nowhere = model(tokens, at=torch.zeros_like(at), **told(options))
+    assert nowhere.shape == (0, 11)
+
+
+@pytest.mark.parametrize("options", [{}, {"grid": [3, 4]}, {"causal": True}])
+def test_padding_on_either_side_or_inside_changes_nothing(options):
+    model = randomised(**options)
+    alone = canvas(1, 8)
+    expected = model(alone)[0]
+    places = {
+        "right": range(8),
+        "left": range(5, 13),
+        "inside": [0, 1, 4, 5, 6, 9, 10, 12],
+    }
+    tokens = torch.full((3, 13), 7)
+    valid = torch.zeros(3, 13, dtype=torch.bool)
+    for row, where in enumerate(places.values()):
+        tokens[row, list(where)] = alone[0]
+        valid[row, list(where)] = True
+    logits = model(tokens, valid=valid)
+    assert bool(logits.isfinite().all())
+    for row, name in enumerate(places):
+        torch.testing.assert_close(
+            logits[row][valid[row]], expected, atol=TOLERANCE, rtol=0, msg=name
+        )
+    everything = model(alone, valid=torch.ones_like(alone, dtype=torch.bool))
+    torch.testing.assert_close(everything[0], expected, atol=TOLERANCE, rtol=0)
+
+
+def test_a_row_of_nothing_but_padding_makes_no_nan():
+    model = randomised()
+    valid = torch.tensor([[True], [False]]).expand(2, 12)
+    logits = model(canvas(), valid=valid)
+    logits[valid].sum().backward()
+    assert bool(logits.isfinite().all())
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"grid": [2, 4]}, {"causal": True}])
+def test_a_packed_document_gets_the_logits_that_it_gets_alone(options):
+    model = randomised(**options)
+    first, second, third = canvas(1, 5, 1), canvas(1, 7, 2), canvas(1, 3, 3)
+    packed = torch.cat([first, second, third, torch.full((1, 2), 4)], 1)
+    documents = torch.tensor([[4] * 5 + [1] * 7 + [9] * 3 + [9] * 2])
+    valid = torch.tensor([[True] * 15 + [False] * 2])
+    logits = model(packed, documents=documents, valid=valid)[0]
+    for alone, part in zip((first, second, third), logits[:15].split([5, 7, 3]), strict=True):
+        torch.testing.assert_close(part, model(alone)[0], atol=TOLERANCE, rtol=0)
+    unpadded = model(packed[:, :15], documents=documents[:, :15])[0]
+    torch.testing.assert_close(unpadded, logits[:15], atol=TOLERANCE, rtol=0)
+    mixed = model(packed[:, :15])[0]
+    assert not torch.allclose(mixed, logits[:15], atol=1e-2)
+
+
+def test_interleaved_documents_do_not_see_each_other():
+    model = randomised()
+    first, second = canvas(1, 6, 1), canvas(1, 6, 2)
+    packed = torch.stack([first, second], 2).flatten(1)
+    documents = torch.tensor([[0, 1] * 6])
+    logits = model(packed, documents=documents)[0]
+    torch.testing.assert_close(logits[::2], model(first)[0], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(logits[1::2], model(second)[0], atol=TOLERANCE, rtol=0)
+
+
+def test_a_causal_model_does_not_see_what_comes_after():
+    model = randomised(causal=True)
+    tokens = canvas()
+    changed = tokens.clone()
+    changed[:, 7] = 5
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
+    assert not torch.equal(randomised()(tokens)[:, 0], randomised()(changed)[:, 0])
+
+
+def test_rotation_makes_attention_depend_on_offsets_only():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 8, generator=generator)
+
+    def score(a: int, b: int, grid: tuple[int, int] | None) -> float:
+        cos, sin = rotary_tables(torch.tensor([a, b]), 8, grid=grid, base=10000.0)
+        return float(rotate(query, cos[0], sin[0]) @ rotate(key, cos[1], sin[1]))
+
+    assert score(2, 5, None) == pytest.approx(score(12, 15, None), abs=1e-5)
+    # On a grid four wide, 1 and 6 are as far apart as 9 and 14: one row and one column.
+    assert score(1, 6, (4, 4)) == pytest.approx(score(9, 14, (4, 4)), abs=1e-5)
+    assert score(3, 4, (4, 4)) != pytest.approx(score(1, 2, (4, 4)), abs=1e-2)
+
+
+def test_two_dimensional_positions_matter():
+    tokens = canvas()
+    outputs = [randomised(grid=grid)(tokens) for grid in (None, [3, 4], [4, 3])]
+    for one, other in itertools.combinations(outputs, 2):
+        assert not torch.allclose(one, other, atol=1e-2)
+    tall, twice = randomised(grid=[3, 4]), randomised(grid=[6, 4])
+    assert torch.equal(tall(tokens), twice(tokens))
+
+
+def test_the_time_and_the_label_have_an_effect():
+    model = randomised(uses_time=True, classes=3)
+    tokens = canvas()
+    label = {"label": torch.tensor([0, 1])}
+    early, late = torch.tensor([0.1, 0.1]), torch.tensor([0.9, 0.9])
+    base = model(tokens, t=early, cond=label)
+    assert not torch.allclose(base, model(tokens, t=late, cond=label), atol=1e-2)
+    other = model(tokens, t=early, cond={"label": torch.tensor([0, 2])})
+    torch.testing.assert_close(base[0], other[0], atol=TOLERANCE, rtol=0)
+    assert not torch.allclose(base[1], other[1], atol=1e-2)
+    null = model(tokens, t=early, cond={"label": torch.tensor([3, 3])})
+    assert torch.equal(model(tokens, t=early), null)
+
+
+def test_a_fresh_conditional_model_is_the_unconditional_one():
+    torch.manual_seed(0)
+    plain = transformer(**SMALL)
+    told_model = transformer(**SMALL, uses_time=True, classes=3)
+    missing, unexpected = told_model.load_state_dict(plain.state_dict(), strict=False)
+    assert missing and not unexpected
+    tokens = canvas()
+    assert torch.equal(told_model(tokens, t=torch.tensor([0.3, 0.6])), plain(tokens))
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_the_gradient_reaches_every_weight(options):
+    model = randomised(**options)
+    tokens = canvas() if model.config.mask_id == 11 else canvas() % 11
+    model(tokens, at=tokens % 2 == 1, **told(options)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert bool((parameter.grad != 0).any()), name
+
+
+def test_branches_start_smaller_in_deep_models():
+    torch.manual_seed(0)
+    model = transformer(vocab_size=50, width=64, depth=8, heads=2)
+    assert float(model.blocks[3].mlp.out.weight.detach().std()) == pytest.approx(0.005, rel=0.05)
+    assert float(model.blocks[3].mlp.into.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_dropout_follows_the_generator_and_sleeps_in_evaluation():
+    model = randomised(dropout=0.5)
+    tokens = canvas()
+    still = model(tokens)
+    assert torch.equal(still, model(tokens))
+    model.train()
+    torch.manual_seed(5)
+    one = model(tokens)
+    other = model(tokens)
+    torch.manual_seed(5)
+    assert torch.equal(model(tokens), one)
+    assert not torch.allclose(one, other)
+
+
+def test_half_precision_stays_close_and_double_is_double():
+    model, tokens = randomised(), canvas()
+    expected = model(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(tokens)
+    half = randomised().to(torch.bfloat16)(tokens)
+    double = randomised().double()(tokens)
+    assert (mixed.dtype, half.dtype, double.dtype) == (torch.bfloat16,) * 2 + (torch.float64,)
+    # bfloat16 keeps 8 bits: an error of 2^-8 of the logits' scale, a few layers deep.
+    scale = float(expected.detach().std())
+    for rough in (mixed, half):
+        assert float((rough.float() - expected).detach().abs().max()) < 0.1 * scale
+    torch.testing.assert_close(double.float(), expected, atol=1e-4, rtol=0)
+
+
+def test_it_answers_as_transformers_does():
+    model, tokens = randomised(), canvas()
+    mask = torch.ones_like(tokens)
+    mask[0, 9:] = 0
+    labels = torch.full_like(tokens, -100)
+    labels[:, 3:6] = 2
+    output = model(input_ids=tokens, attention_mask=mask, labels=labels)
+    logits = model(tokens, valid=mask.bool())
+    assert torch.equal(output.logits, logits)
+    expected = -logits.log_softmax(-1)[:, 3:6, 2].mean()
+    torch.testing.assert_close(output.loss, expected)
+    assert torch.equal(model(input_ids=tokens, return_dict=False)[0], model(tokens))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_trains_and_merges():
+    from peft import LoraConfig, get_peft_model
+
+    base, tokens = randomised(), canvas()
+    before = base(tokens)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["qkv", "into", "out"]))
+    assert isinstance(adapted, Denoiser)
+    assert adapted.uses_time is False
+    at = tokens == 11
+    torch.testing.assert_close(adapted(tokens, at=at), before[at], atol=TOLERANCE, rtol=0)
+    optimiser = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=0.1)
+    for _ in range(2):
+        adapted(tokens, at=at).square().mean().backward()
+        optimiser.step()
+    after = adapted(tokens, at=at)
+    assert not torch.allclose(after, before[at], atol=1e-3)
+    merged = adapted.merge_and_unload()
+    assert isinstance(merged, TransformerForMaskedLM)
+    torch.testing.assert_close(merged(tokens, at=at), after, atol=1e-4, rtol=1e-4)
+
+
+def test_it_trains_through_distributed_data_parallel(tmp_path):
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    model, tokens = randomised(), canvas()
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        logits = DistributedDataParallel(model)(tokens, at=tokens == 11)
+        logits.square().mean().backward()
+    finally:
+        distributed.destroy_process_group()
+    assert logits.shape == (8, 11)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_norm_is_torchs_and_so_is_its_gradient(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 8, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(8, generator=generator).to(dtype).requires_grad_()
+    upstream = torch.randn(3, 5, 8, generator=generator).to(dtype)
+    ours = rms_norm(x, weight)
+    gradients = torch.autograd.grad(ours, (x, weight), upstream)
+    truth = nn.functional.rms_norm(x.double(), (8,), weight.double(), 1e-6)
+    expected = torch.autograd.grad(truth, (x, weight), upstream.double())
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    for one, other in zip((ours, *gradients), (truth, *expected), strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other.double(), atol=tolerance, rtol=tolerance)
+
+
+def test_a_row_of_zeros_normalises_to_zeros():
+    x = torch.zeros(2, 4, requires_grad=True)
+    rms_norm(x, torch.ones(4)).sum().backward()
+    assert torch.equal(rms_norm(x, torch.ones(4)), torch.zeros(2, 4))
+    assert bool(x.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "divisible"),
+        ({"heads": 8, "grid": [2, 2], "width": 40}, "divisible"),
+        ({"grid": [4]}, "h and w"),
+        ({"grid": [4, 0]}, "at least 1"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"mask_id": 12}, "mask_id=12: expected 0 to 11"),
+        ({"depth": -1}, "depth=-1"),
+        ({"depth": 2.0}, "depth=2.0"),
+        ({"width": True}, "width=True"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": "much"}, "expected a number"),
+        ({"uses_time": 1}, "true or false"),
+        ({"init_std": float("nan")}, "init_std=nan"),
+        ({"widht": 32}, "did you mean 'width'"),
+        ({"width": 2**30, "depth": 2**20}, "needs .* GiB"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        transformer(**{**SMALL, **options})
+
+
+def test_calls_that_cannot_be_meant_are_refused():
+    plain, timed, classy = randomised(), randomised(uses_time=True), randomised(classes=2)
+    tokens = canvas()
+    with pytest.raises(ConfigError, match="cache"):
+        plain(tokens, cache={})
+    with pytest.raises(ConfigError, match="without tokens"):
+        plain()
+    with pytest.raises(ConfigError, match="call it with t="):
+        timed(tokens)
+    with pytest.raises(ConfigError, match="no condition"):
+        plain(tokens, cond={"label": torch.zeros(2, dtype=torch.int64)})
+    with pytest.raises(ConfigError, match="'colour'.*'label' alone"):
+        classy(tokens, cond={"colour": torch.zeros(2)})
+
+
+def test_the_config_survives_json(tmp_path):
+    config = TransformerConfig(vocab_size=9, width=32, heads=2, grid=(3, 5), mask_id=2)
+    config.save_pretrained(tmp_path)
+    loaded = TransformerConfig.from_pretrained(tmp_path)
+    assert (loaded.grid, loaded.mask_id, loaded.mlp_width) == ([3, 5], 2, 96)
+    assert loaded.hidden_size == 32
