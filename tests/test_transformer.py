@@ -226,7 +226,8 @@ def test_a_fresh_conditional_model_is_the_unconditional_one():
     plain = transformer(**SMALL)
     told_model = transformer(**SMALL, uses_time=True, classes=3)
     missing, unexpected = told_model.load_state_dict(plain.state_dict(), strict=False)
-    assert missing and not unexpected
+    assert missing
+    assert not unexpected
     tokens = canvas()
     assert torch.equal(told_model(tokens, t=torch.tensor([0.3, 0.6])), plain(tokens))
 
@@ -388,7 +389,7 @@ def test_calls_that_cannot_be_meant_are_refused():
         timed(tokens)
     with pytest.raises(ConfigError, match="no condition"):
         plain(tokens, cond={"label": torch.zeros(2, dtype=torch.int64)})
-    with pytest.raises(ConfigError, match="'colour'.*'label' alone"):
+    with pytest.raises(ConfigError, match=r"'colour'.*'label' alone"):
         classy(tokens, cond={"colour": torch.zeros(2)})
 
 

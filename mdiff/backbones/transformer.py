@@ -131,7 +131,7 @@ def parameter_count(config: TransformerConfig) -> int:
     """How many weights a model of this shape has, known before any is allocated.
 
     >>> parameter_count(TransformerConfig(vocab_size=10, width=8, depth=1, heads=2))
-    936
+    1224
     """
     width, inner = config.width, config.condition_width * config.conditional
     block = 4 * width * width + 3 * width * config.mlp_width + 2 * width + 6 * width * inner

@@ -1,0 +1,200 @@
+"""Any Hugging Face masked language model as a Denoiser.
+
+A place that a masked language model is asked for is a hidden token, so its logits are
+already those of the clean token. What differs between the families is where positions
+start and what padding does to them; here each document gets a row of its own with its
+tokens at the front, so that every family counts as it was trained to.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+
+from mdiff.denoiser import Condition
+from mdiff.errors import CheckpointError, ConfigError, DataError
+
+
+class MaskedLM(nn.Module):
+    """A Denoiser over `model`; see `masked_lm`."""
+
+    uses_time = False
+
+    def __init__(self, model: PreTrainedModel, *, mask_id: int) -> None:
+        super().__init__()
+        self.model = model
+        self.mask_id = mask_id
+        self.vocab_size = int(model.config.vocab_size)
+        tables = [
+            module
+            for name, module in model.named_modules()
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        ]
+        # RoBERTa and its kin keep the positions up to the padding's id free.
+        padding = tables[0].padding_idx if tables else None
+        self.first_position = 0 if padding is None else padding + 1
+        self.max_length = tables[0].num_embeddings - self.first_position if tables else None
+        accepted = inspect.signature(model.forward).parameters
+        self.takes_positions = "position_ids" in accepted
+        if "attention_mask" not in accepted:
+            raise ConfigError(f"{type(model).__name__} takes no attention mask: padding would leak")
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        at: Tensor | None = None,
+        valid: Tensor | None = None,
+        documents: Tensor | None = None,
+        t: Tensor | None = None,
+        cond: Condition | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Logits as the Denoiser protocol says; what stands at padding has no meaning.
+
+        With `at`, the model's head runs on those rows alone. With `documents`, each gets a
+        row of its own: exact for every family, at the price of the padding that fills the
+        shorter ones up. `t` is not read. Raises ConfigError for conditions or a cache,
+        DataError for a document longer than the model's table of positions.
+        """
+        if cond or cache is not None:
+            raise ConfigError("a masked language model takes neither conditions nor a cache")
+        if valid is None and documents is None:
+            rows, mask = tokens, None
+            row, place = torch.meshgrid(
+                torch.arange(tokens.shape[0], device=tokens.device),
+                torch.arange(tokens.shape[1], device=tokens.device),
+                indexing="ij",
+            )
+        else:
+            row, place = _own_rows(tokens, valid, documents)
+            rows, mask = self._spread(tokens, valid, row, place)
+        if self.max_length is not None and rows.shape[1] > self.max_length:
+            raise DataError(f"{rows.shape[1]} tokens: this model takes at most {self.max_length}")
+        options: dict[str, Any] = {}
+        if self.takes_positions:
+            positions = torch.arange(rows.shape[1], device=tokens.device) + self.first_position
+            options["position_ids"] = positions.expand(rows.shape)
+        if at is None:
+            whole = self.model(input_ids=rows, attention_mask=mask, **options).logits
+            return whole if mask is None else whole[row, place]
+        # The model's own forward goes on from its trunk to its head, with these rows alone.
+        chosen = (row[at], place[at])
+        handle = self.model.base_model.register_forward_hook(
+            lambda _module, _given, output: _only(output, chosen)
+        )
+        try:
+            logits: Tensor = self.model(input_ids=rows, attention_mask=mask, **options).logits[0]
+        finally:
+            handle.remove()
+        return logits
+
+    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
+        """Write the model as transformers does, to be read by `masked_lm` or transformers."""
+        self.model.save_pretrained(directory, **options)
+
+    def _spread(
+        self, tokens: Tensor, valid: Tensor | None, row: Tensor, place: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The documents as rows (R, M), and where they have tokens, (R, M) int64 0 or 1."""
+        keep = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+        shape = (int(row.max()) + 1, int(place.max()) + 1)
+        pad = self.model.config.pad_token_id
+        rows = tokens.new_full(shape, 0 if pad is None else pad)
+        mask = tokens.new_zeros(shape)
+        rows[row[keep], place[keep]] = tokens[keep]
+        mask[row[keep], place[keep]] = 1
+        return rows, mask
+
+
+def masked_lm(
+    model: PreTrainedModel | str | Path,
+    *,
+    mask_id: int | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> MaskedLM:
+    """A Denoiser over a masked language model of transformers, or over a directory of one.
+
+    `mask_id` is by default the one of the configuration, else of the tokenizer in the
+    directory. `dtype` None keeps the stored type. Weights are read from safetensors only.
+
+    Raises ConfigError where no mask id is known or the model is no masked language model,
+    CheckpointError where the directory cannot be read or lacks weights.
+    """
+    source = None
+    if isinstance(model, str | Path):
+        source, model = str(model), _loaded(str(model), dtype)
+    elif dtype is not None:
+        model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    if model.config.is_encoder_decoder or model.base_model is model:
+        raise ConfigError(
+            f"{type(model).__name__}: expected an encoder with a head, as BertForMaskedLM is"
+        )
+    if mask_id is None:
+        mask_id = getattr(model.config, "mask_token_id", None)
+    if mask_id is None and source is not None:
+        mask_id = _tokenizers_mask(source)
+    if mask_id is None:
+        raise ConfigError("neither the configuration nor a tokenizer has a mask id: give mask_id=")
+    rows = model.get_input_embeddings().num_embeddings
+    if not 0 <= mask_id < rows:
+        raise ConfigError(f"mask_id={mask_id}: this model embeds ids from 0 to {rows - 1}")
+    return MaskedLM(model, mask_id=mask_id)
+
+
+def _loaded(source: str, dtype: torch.dtype | str | None) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            source, dtype="auto" if dtype is None else dtype, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from error
+    if report["missing_keys"]:
+        raise CheckpointError(f"{source} lacks weights: {sorted(report['missing_keys'])[:3]}")
+    return model
+
+
+def _tokenizers_mask(source: str) -> int | None:
+    try:
+        mask_id: int | None = AutoTokenizer.from_pretrained(source).mask_token_id
+    except (OSError, ValueError):
+        return None
+    return mask_id
+
+
+def _own_rows(
+    tokens: Tensor, valid: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The row and the place, (B, L) int64 each, of every token once documents have own rows.
+
+    Padding is sent to row 0, place 0, which is some token's: it is neither written nor meant.
+    """
+    keep = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+    kind = torch.zeros_like(tokens) if documents is None else documents
+    batch = torch.arange(tokens.shape[0], device=tokens.device)[:, None].expand_as(tokens)
+    pairs = torch.stack([batch[keep], kind[keep]], 1)
+    _, numbers = torch.unique(pairs, dim=0, return_inverse=True)
+    row, place = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    row[keep] = numbers
+    # A stable sort by row keeps the order of the tokens, so that ranks follow from starts.
+    order = numbers.argsort(stable=True)
+    counts = numbers.bincount()
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rank = torch.empty_like(numbers)
+    rank[order] = torch.arange(numbers.numel(), device=tokens.device) - starts
+    place[keep] = rank
+    return row, place
+
+
+def _only(output: Any, chosen: tuple[Tensor, Tensor]) -> Any:
+    """The trunk's output with one row (1, N, D) of the hidden states that were asked for."""
+    if isinstance(output, tuple):
+        return (output[0][chosen][None], *output[1:])
+    output[next(iter(output))] = output[0][chosen][None]
+    return output
