@@ -11,27 +11,27 @@ from mdiff.errors import ConfigError, DataError
 from mdiff.tokens import TokenSpace
 
 
-def continued(given: Sequence[int], length: int | None, *, space: TokenSpace) -> list[int]:
-    """The given tokens followed by masks, `length` places in all.
+def continued(given: Sequence[int], length: int | None, *, mask_id: int) -> list[int]:
+    """The given tokens followed by masks, `length` places in all (None: no masks).
 
     Raises ConfigError for a length below 1 and DataError where the tokens hold the mask or do
     not fit the canvas.
 
-    >>> continued([3, 1], 4, space=TokenSpace(5, mask_id=5))
+    >>> continued([3, 1], 4, mask_id=5)
     [3, 1, 5, 5]
     """
     if length is None:
         length = len(given)
     if length < 1:
         raise ConfigError(f"length={length}: need at least 1")
-    if space.mask_id in given:
-        raise DataError(f"the given tokens hold the mask id {space.mask_id}")
+    if mask_id in given:
+        raise DataError(f"the given tokens hold the mask id {mask_id}")
     if len(given) > length:
         raise DataError(
             f"{len(given)} given tokens do not fit a canvas of {length}; "
             f"raise the length to more than {len(given)}"
         )
-    return [*given, *[space.mask_id] * (length - len(given))]
+    return [*given, *[mask_id] * (length - len(given))]
 
 
 def stack(rows: Sequence[Sequence[int]], *, space: TokenSpace) -> tuple[Tensor, Tensor | None]:

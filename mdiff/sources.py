@@ -6,17 +6,20 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mdiff.errors import BackendError, ConfigError, DataError, nearest
 
 HUB = "hub:"
 STANDARD_LIBRARY = "pydoc_data.topics"
 SPLITS = ("train", "validation", "holdout")
+
+# A document: text, or token ids.
+Piece = TypeVar("Piece", str, list[int])
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,17 @@ class Source:
         return iter(text.split(self.separator) if self.separator else [text])
 
 
-def cut(documents: list[str], split: str, *, holdout: float, validation: float) -> list[str]:
-    """The documents of a split, cut at exact characters of their concatenation.
+def cut_documents(
+    documents: Sequence[Piece], split: str, *, holdout: float, validation: float
+) -> list[Piece]:
+    """The documents of a split, cut at exact units (characters of text) of their concatenation.
 
-    Of C characters the first int(C (1 - holdout)) are for training; of those, the last
+    Of C units the first int(C (1 - holdout)) are for training; of those, the last
     `validation` fraction is for choosing. A document that a cut meets is in both sides.
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}; {nearest(split, SPLITS)}")
-    total = sum(len(text) for text in documents)
+    total = sum(len(document) for document in documents)
     kept = int(total * (1 - holdout))
     chosen = int(kept * (1 - validation))
     first, stop = {
@@ -109,13 +114,13 @@ def cut(documents: list[str], split: str, *, holdout: float, validation: float) 
     }[split]
     if first == stop:
         raise DataError(
-            f"the {split} split of {total} characters is empty at holdout={holdout}, "
+            f"the {split} split of {total} units is empty at holdout={holdout}, "
             f"validation={validation}"
         )
     pieces, start = [], 0
-    for text in documents:
-        piece = text[max(0, first - start) : max(0, stop - start)]
-        start += len(text)
+    for document in documents:
+        piece = document[max(0, first - start) : max(0, stop - start)]
+        start += len(document)
         if piece:
             pieces.append(piece)
     return pieces

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,8 +13,16 @@ from mdiff.errors import ConfigError
 
 
 def result(text: str) -> None:
-    """One line or page of the result, to stdout."""
-    print(text, flush=True)
+    """One line or page of the result, to stdout; a terminal gets no control characters."""
+    print(printable(text) if sys.stdout.isatty() else text, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD for what a terminal might obey: all control characters but \\n, \\t."""
+    return "".join(
+        "\ufffd" if unicodedata.category(character) == "Cc" and character not in "\n\t" else character
+        for character in text
+    )
 
 
 def result_json(value: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from mdiff.cli.console import is_coloured, message
+from mdiff.cli.console import is_coloured, message, printable
 
 if TYPE_CHECKING:
     from mdiff.filling import State
@@ -38,7 +38,7 @@ def _redrawn(run: Run, modality: Any) -> Iterator[State]:
         shown = Text()
         for piece, new in zip(modality.pieces(run.tokens(0)), fresh):
             style = "dim" if piece is None else "bold" if new else ""
-            shown.append(HIDDEN if piece is None else piece, style)
+            shown.append(HIDDEN if piece is None else printable(piece), style)
         return shown
 
     first = frame([False] * len(run.tokens(0)))
@@ -57,5 +57,5 @@ def _printed(run: Run, modality: Any) -> Iterator[State]:
         if done * SNAPSHOTS // total > printed:
             printed = done * SNAPSHOTS // total
             text = "".join(HIDDEN if piece is None else piece for piece in pieces)
-            message(f"[{done}/{total}] {text}")
+            message(f"[{done}/{total}] {printable(text)}")
         yield state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 from mdiff.canvas import continued
 from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
+from mdiff.files import read_json
 from mdiff.packing import PackedRows
-from mdiff.sources import Source, cut, digest
+from mdiff.sources import Source, cut_documents, digest
 from mdiff.tokenizer import BytePairs, Bytes, Characters, Pretrained, Tokenizer
 from mdiff.tokens import TokenSpace
 
+SETTINGS = "modality.json"
 OWN = ("byte", "char", "bpe")
 BPE_SIZE = 512
 HOLE = re.compile(r"\[MASK(?::(\d+))?\]")
@@ -31,9 +34,16 @@ class Text:
     unit = "char"
 
     def __init__(
-        self, kind: str, *, vocab_size: int | None, eos: bool, tokenizer: Tokenizer | None
+        self,
+        kind: str,
+        *,
+        vocab_size: int | None,
+        eos: bool,
+        mask_id: int | None,
+        tokenizer: Tokenizer | None,
     ) -> None:
         self.kind = kind
+        self._mask_id = mask_id
         self.vocab_size = vocab_size
         self.eos = eos
         self._tokenizer = tokenizer
@@ -47,13 +57,19 @@ class Text:
 
     @property
     def space(self) -> TokenSpace:
-        """Ids of text, then the end of text if there is one; the mask is the tokenizer's or next."""
+        """Ids of text, then the end of text if there is one; the mask is `mask_id`."""
         inner = self.tokenizer
         if isinstance(inner, Pretrained):
-            mask = inner.size if inner.mask_id is None else inner.mask_id
-            return TokenSpace(inner.size, mask_id=mask, never=inner.never)
-        size = inner.size + self.eos
-        return TokenSpace(size, mask_id=size)
+            return TokenSpace(inner.size, mask_id=self.mask_id, never=inner.never)
+        return TokenSpace(inner.size + self.eos, mask_id=self.mask_id)
+
+    @property
+    def mask_id(self) -> int:
+        """The id that hides a token: as given, else the tokenizer's, else the next free one."""
+        if self._mask_id is not None:
+            return self._mask_id
+        own = getattr(self.tokenizer, "mask_id", None)
+        return self.tokenizer.size + self.eos if own is None else int(own)
 
     @property
     def eos_id(self) -> int | None:
@@ -78,14 +94,14 @@ class Text:
 
     def pieces(self, ids: Sequence[int]) -> list[str | None]:
         """The text of each place, None where it is masked; after the end of text, ""."""
-        mask, eos = self.space.mask_id, self.eos_id
+        mask, eos = self.mask_id, self.eos_id
         stop = list(ids).index(eos) if eos in ids else len(ids)
         spoken = [i for i, token in enumerate(ids[:stop]) if token != mask]
         texts = dict(zip(spoken, self.tokenizer.pieces([ids[i] for i in spoken])))
         return [None if token == mask else texts.get(i, "") for i, token in enumerate(ids)]
 
     def _spoken(self, ids: Sequence[int]) -> list[int]:
-        mask, eos = self.space.mask_id, self.eos_id
+        mask, eos = self.mask_id, self.eos_id
         stop = list(ids).index(eos) if eos in ids else len(ids)
         return [token for token in ids[:stop] if token != mask]
 
@@ -96,12 +112,12 @@ class Text:
         """
         hole = HOLE.search(prompt)
         ids = self.encode(prompt)
-        if hole or self.space.mask_id in ids:
+        if hole or self.mask_id in ids:
             shown = hole[0] if hole else "the mask token"
             raise DataError(
                 f"the prompt holds {shown}, which is not text; to fill in gaps use infill"
             )
-        return continued(ids, length, space=self.space)
+        return continued(ids, length, mask_id=self.mask_id)
 
     def template(self, text: str) -> list[int]:
         """The canvas of a text with gaps: [MASK] is one token, [MASK:8] eight.
@@ -117,7 +133,7 @@ class Text:
             count = int(hole[1] or 1)
             if not 1 <= count <= HOLE_LIMIT:
                 raise ConfigError(f"{hole[0]}: expected 1 to {HOLE_LIMIT} tokens")
-            canvas += self._given(text[end : hole.start()]) + [self.space.mask_id] * count
+            canvas += self._given(text[end : hole.start()]) + [self.mask_id] * count
             end, holes = hole.end(), holes + 1
         if not holes:
             raise DataError("nothing to fill in: write [MASK:8] where 8 tokens are to appear")
@@ -125,7 +141,7 @@ class Text:
 
     def _given(self, text: str) -> list[int]:
         ids = self.encode(text)
-        if "[MASK" in text or self.space.mask_id in ids:
+        if "[MASK" in text or self.mask_id in ids:
             raise DataError(f"{text!r} holds a mask; write gaps as [MASK] or [MASK:8]")
         return ids
 
@@ -156,8 +172,8 @@ class Text:
         everything = source.documents()
         shares = {"holdout": source.holdout, "validation": source.validation}
         if self._tokenizer is None:
-            self.fit(cut(everything, "train", **shares))
-        documents = cut(everything, split, **shares)
+            self.fit(cut_documents(everything, "train", **shares))
+        documents = cut_documents(everything, split, **shares)
         end = [] if self.eos_id is None else [self.eos_id]
         rows = [self.encode(document) + end for document in documents]
         tokens = sum(map(len, rows))
@@ -170,9 +186,18 @@ class Text:
             slice_sha256=digest(documents),
         )
 
+    def sizes(self, texts: Sequence[str]) -> dict[str, int]:
+        """How many characters and UTF-8 bytes the texts have, for figures by each."""
+        return {
+            "char": sum(map(len, texts)),
+            "byte": sum(len(text.encode()) for text in texts),
+        }
+
     def config(self) -> dict[str, Any]:
         """The settings that `text(**settings, folder=...)` takes back, with the name."""
         settings: dict[str, Any] = {"name": self.name, "tokenizer": self.kind}
+        if self._mask_id is not None:
+            settings["mask_id"] = self._mask_id
         if isinstance(self._tokenizer, Characters):
             settings["alphabet"] = self._tokenizer.alphabet
         if self.kind in OWN:
@@ -183,8 +208,10 @@ class Text:
         return settings
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files into the folder; the settings are `config()`."""
+        """Write the tokenizer's files into the folder, with `config()` as modality.json."""
         self.tokenizer.save(Path(folder))
+        settings = json.dumps(self.config(), indent=1, ensure_ascii=False)
+        (Path(folder) / SETTINGS).write_text(settings + "\n", encoding="utf-8")
 
 
 def text(
@@ -193,14 +220,17 @@ def text(
     vocab_size: int | None = None,
     alphabet: str | None = None,
     eos: bool = False,
+    mask_id: int | None = None,
     folder: str | Path | None = None,
 ) -> Text:
     """The text modality.
 
     `tokenizer`: "byte", "char", "bpe" (byte-level, trained on the training split to
-    `vocab_size` ids, 512 by default), or the path or Hub id of any Hugging Face one. `eos`
+    `vocab_size` ids, 512 by default), a folder that `save` wrote, or the path or Hub id of any
+    Hugging Face one. `eos`
     adds an id that ends each document (anyone's tokenizer brings its own). `alphabet` are the
-    characters of "char" where they are known. `folder` is where `save` wrote.
+    characters of "char" where they are known. `mask_id` is the id that hides a token, where it
+    is not the tokenizer's own or the next free one. `folder` is where `save` wrote.
 
     Raises ConfigError for options that do not go together.
 
@@ -224,11 +254,26 @@ def text(
             raise CheckpointError(
                 f"{folder}: the tokenizer has {inner.size + eos} ids, the settings {vocab_size}"
             )
+    elif (Path(tokenizer) / SETTINGS).exists() and folder is None:
+        return _saved(Path(tokenizer), eos=eos, mask_id=mask_id)
     else:
         inner = _pretrained(tokenizer, folder)
         if eos:
             raise ConfigError(f"eos is an option of tokenizer byte, char and bpe, not {tokenizer!r}")
-    return Text(tokenizer, vocab_size=vocab_size, eos=eos, tokenizer=inner)
+    return Text(tokenizer, vocab_size=vocab_size, eos=eos, mask_id=mask_id, tokenizer=inner)
+
+
+def _saved(folder: Path, *, eos: bool, mask_id: int | None) -> Text:
+    """What `Text.save` wrote."""
+    settings = read_json(folder / SETTINGS)
+    if settings.pop("name", None) != Text.name or eos:
+        raise ConfigError(f"{folder} is a text tokenizer of its own: it takes no other options")
+    if mask_id is not None:
+        settings["mask_id"] = mask_id
+    try:
+        return text(**settings, folder=folder)
+    except (TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder / SETTINGS} is not valid: {error}") from error
 
 
 def _pretrained(name: str, folder: str | Path | None) -> Pretrained:

@@ -1,0 +1,113 @@
+"""Plain token ids: the modality of a model that comes without a tokenizer or codec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mdiff.canvas import continued
+from mdiff.errors import ConfigError, DataError
+from mdiff.packing import PackedRows
+from mdiff.sources import Source, cut_documents, digest, json_lines, read_text
+from mdiff.tokens import TokenSpace
+
+MASK = "_"
+FIELD = "tokens"
+
+
+class Ids:
+    """Ids as they are; see `ids`. `unit` is "token"."""
+
+    name = "ids"
+    unit = "token"
+
+    def __init__(self, vocab_size: int, mask_id: int) -> None:
+        self.vocab_size = vocab_size
+        self.mask_id = mask_id
+
+    @property
+    def space(self) -> TokenSpace:
+        """The ids below `vocab_size`, and the mask."""
+        return TokenSpace(self.vocab_size, mask_id=self.mask_id)
+
+    def encode(self, written: str | Sequence[int]) -> list[int]:
+        """The ids of "3 1 2", or of a list of them; DataError for anything else."""
+        words = written.split() if isinstance(written, str) else list(written)
+        try:
+            return [int(word) for word in words]
+        except (TypeError, ValueError):
+            raise DataError(f"{written!r}: this model takes token ids, such as '3 1 2'") from None
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The ids, with spaces between; a mask is "_"."""
+        return " ".join(MASK if token == self.mask_id else str(token) for token in tokens)
+
+    def pieces(self, tokens: Sequence[int]) -> list[str | None]:
+        """Each id with a space after it, None where it is masked."""
+        return [None if token == self.mask_id else f"{token} " for token in tokens]
+
+    def canvas(self, given: str | Sequence[int] = "", length: int | None = None) -> list[int]:
+        """The given ids followed by masks, `length` places in all."""
+        return continued(self.encode(given), length, mask_id=self.mask_id)
+
+    def template(self, written: str) -> list[int]:
+        """The canvas of "3 _ _ 1", each "_" one token to fill in."""
+        words = written.split()
+        if MASK not in words:
+            raise DataError("nothing to fill in: write _ where a token is to appear")
+        return [self.mask_id if word == MASK else self.encode(word)[0] for word in words]
+
+    def examples(
+        self,
+        data: Mapping[str, Any] | Source | str,
+        *,
+        length: int | None,
+        split: str = "train",
+    ) -> PackedRows:
+        """Rows of `length` ids from JSONL lines {"tokens": [3, 1, 2]}; `holdout` cuts by ids."""
+        source = Source.of(data)
+        if length is None:
+            raise ConfigError("data.length is missing: how many tokens a row has")
+        paths = [source.source] if isinstance(source.source, str) else source.source
+        rows = [
+            _ids_of(row, path) for path in paths for row in json_lines(read_text(path), path)
+        ]
+        chosen = cut_documents(rows, split, holdout=source.holdout, validation=source.validation)
+        return PackedRows(
+            chosen,
+            length=length,
+            shift=split == "train",
+            unit=self.unit,
+            units=1.0,
+            slice_sha256=digest([self.decode(row) for row in chosen]),
+        )
+
+    def sizes(self, rows: Sequence[str | Sequence[int]]) -> dict[str, int]:
+        """Nothing but tokens is known of ids."""
+        return {}
+
+    def config(self) -> dict[str, Any]:
+        """The settings that `ids` takes back, with the name."""
+        return {"name": self.name, "vocab_size": self.vocab_size, "mask_id": self.mask_id}
+
+    def save(self, folder: str | Path) -> None:
+        """Nothing to write."""
+
+
+def _ids_of(row: Mapping[str, Any], path: str) -> list[int]:
+    found = row.get(FIELD)
+    if not isinstance(found, list) or not all(type(i) is int and i >= 0 for i in found):
+        raise DataError(f"{path}: expected lines such as {{{FIELD!r}: [3, 1, 2]}}, got {row!r:.80}")
+    return found
+
+
+def ids(
+    *, vocab_size: int, mask_id: int | None = None, folder: str | Path | None = None
+) -> Ids:
+    """The modality of ids below `vocab_size`; the mask is the next one if not given.
+
+    >>> ids(vocab_size=5).canvas("3 1", 3)
+    [3, 1, 5]
+    """
+    return Ids(vocab_size, vocab_size if mask_id is None else mask_id)
