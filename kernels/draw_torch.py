@@ -133,8 +133,8 @@ class _Weights:
         kind = self.relative_NV.dtype
         log_total_N = self.total_N.log()
         relative_N = self.relative_NV.gather(1, token_N[:, None])[:, 0]
-        flat_NV = self.weight_NTK.view_as(self.relative_NV)
-        moment_N = torch.einsum("nv,nv->n", flat_NV, self.relative_NV).double()
+        relative_NTK = self.relative_NV.view_as(self.weight_NTK)
+        moment_N = (self.weight_NTK * relative_NTK).sum(2).double().sum(1)
         best_NT, where_NT = self.weight_NTK.max(2)
         first_N, tile_N = best_NT.max(1)
         rest_NT = best_NT.scatter(1, tile_N[:, None], 0)

@@ -1,0 +1,263 @@
+"""The draw: backends against the reference, its law, its figures and its corners."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from mdiff.errors import BackendError, ConfigError
+from mdiff.kernels import philox
+from mdiff.kernels.draw_torch import draw_torch
+from mdiff.kernels.reference import Draw, draw_reference, kept_columns
+from mdiff.ops import BACKENDS, backend_name, draw
+
+FALSE_ALARM = 1e-6 / 16
+OPTIONS = [
+    {}, {"temperature": 0.7}, {"temperature": 2.5}, {"temperature": 0.0}, {"top_k": 1},
+    {"top_k": 5}, {"top_p": 0.8}, {"top_p": 0.3, "temperature": 1.3}, {"min_p": 0.05},
+    {"top_k": 9, "top_p": 0.7, "min_p": 0.01, "temperature": 0.9}, {"never": (0, 7, 2999)},
+    {"span": (100, 900)}, {"span": (1024, 2048)}, {"measure": "drawn", "temperature": 0.5},
+    {"measure": "drawn", "temperature": 0.0, "top_k": 3},
+]  # fmt: skip
+faster = pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"reference"}))
+
+
+def logits_like(kind, rows=24, vocab=3000, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows, vocab, generator=generator)
+    if kind == "zipf":
+        return -torch.arange(1, vocab + 1).log().expand(rows, vocab)
+    if kind == "flat":
+        return torch.zeros(rows, vocab)
+    if kind == "peaked":
+        return noise + 12 * (torch.arange(vocab) == 17)
+    return 3 * noise
+
+
+def counters(rows):
+    zero = torch.zeros(rows, dtype=torch.int64)
+    return {"seed": zero + 9, "sample": zero, "step": zero, "position": torch.arange(rows)}
+
+
+def differs_only_at_near_ties(logits, one, two, **counter):
+    """Where ids differ, some uniform lies within float32 rounding of an edge of the CDF."""
+    for row in (one.tokens != two.tokens).nonzero()[:, 0].tolist():
+        nudged = {
+            int(draw_reference(logits[row : row + 1].double() * (1 + sign * 1e-6),
+                               **{k: v[row : row + 1] for k, v in counter.items()}).tokens)
+            for sign in (-1, 0, 1)
+        }  # fmt: skip
+        if not {int(one.tokens[row]), int(two.tokens[row])} <= nudged:
+            return False
+    return True
+
+
+@faster
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_backend_draws_what_the_reference_draws(backend, options):
+    logits = logits_like("normal")
+    fast = draw(logits, seed=5, backend=backend, **options)
+    true = draw(logits, seed=5, backend="reference", **options)
+    assert torch.equal(fast.tokens, true.tokens)
+    assert torch.allclose(fast.log_prob.double(), true.log_prob, atol=1e-5)
+    assert torch.allclose(fast.entropy.double(), true.entropy, atol=2e-5)
+    assert torch.allclose(fast.margin.double(), true.margin, atol=1e-5)
+
+
+@faster
+@pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("tile", [64, 1024])
+def test_any_vocabulary_and_tile_agree_with_the_reference(backend, vocab, tile):
+    logits = logits_like("normal", rows=9, vocab=vocab)
+    counter = counters(9)
+    fast = BACKENDS[backend](logits, tile=tile, **counter)
+    true = draw_reference(logits, tile=tile, **counter)
+    assert differs_only_at_near_ties(logits, fast, true, **counter)
+    assert torch.equal(fast.tokens, true.tokens)
+
+
+@faster
+@pytest.mark.parametrize("kind", ["zipf", "flat", "peaked", "normal"])
+def test_the_figures_are_those_of_float64(backend, kind):
+    logits = logits_like(kind, rows=8, vocab=50_257)
+    fast = draw(logits, seed=2, backend=backend)
+    log_p = logits.double().log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    top = log_p.exp().topk(2).values
+    assert torch.allclose(fast.entropy.double(), entropy, atol=1e-3)
+    assert torch.allclose(fast.margin.double(), top[:, 0] - top[:, 1], atol=1e-4)
+    drawn = log_p.gather(1, fast.tokens[:, None])[:, 0]
+    assert torch.allclose(fast.log_prob.double(), drawn, atol=1e-4)
+
+
+@faster
+@pytest.mark.parametrize("tile", [4, 1024])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 7}, {"forbidden": (3,)}],
+                         ids=str)
+def test_the_law_is_softmax_by_chi_square(backend, tile, options):
+    n = 200_000
+    logits = logits_like("normal", rows=1, vocab=37, seed=6)
+    counter = counters(n)
+    tokens = BACKENDS[backend](logits.expand(n, 37), tile=tile, **options, **counter).tokens
+    scaled = logits.double() / options.get("temperature", 1)
+    scaled[~kept_columns(scaled, options.get("top_k"), None, None)] = -torch.inf
+    scaled[:, list(options.get("forbidden", ()))] = -torch.inf
+    expected = n * scaled.softmax(1)[0]
+    seen = torch.bincount(tokens, minlength=37).double()
+    assert (seen[expected == 0] == 0).all()
+    keep = expected > 5
+    pooled = torch.cat([seen[keep], seen[~keep].sum()[None]])
+    target = torch.cat([expected[keep], expected[~keep].sum()[None]])
+    pooled, target = pooled[target > 0], target[target > 0]
+    statistic = float(((pooled - target) ** 2 / target).sum())
+    assert stats.chi2.sf(statistic, len(target) - 1) > FALSE_ALARM
+
+
+@faster
+def test_float32_draws_have_the_entropy_of_float64_on_a_zipf_row(backend):
+    """A 50,257-way Zipf row: the mean surprise of the draws within 3 standard errors."""
+    vocab, n = 50_257, 4096
+    log_p = logits_like("zipf", rows=1, vocab=vocab).double().log_softmax(1)[0]
+    entropy = float(-(log_p.exp() * log_p).sum())
+    tokens = draw(log_p.float().expand(n, vocab), seed=3, backend=backend).tokens
+    surprise = -log_p[tokens]
+    assert abs(float(surprise.mean()) - entropy) < 3 * float(surprise.std()) / math.sqrt(n)
+
+
+def test_the_naive_joint_categorical_in_float32_has_the_known_bias():
+    """The race over the vocabulary and the mask in one: truncated noise, too few reveals.
+
+    At 1,024 steps, t = 1/2 and a uniform row, token classes carry p / 512 each. The law of a
+    float32 uniform (steps of 2^-24) is enumerated instead of sampled: the smallest race time
+    is 2^-24, and only tokens with p dt above it can fire, so reveals come 0.42 as often.
+    """
+    vocab, eps = 50_257, 2.0**-24
+    chance = 1 / 1024 / 0.5
+    rate = chance / (1 - chance) / vocab
+    k = torch.arange(1, 2**24, 97, dtype=torch.float64)
+    fired = torch.floor(k * eps * rate / eps)
+    hazard = 1.0
+    survival = torch.exp(-k * eps * hazard - fired * vocab * eps)
+    revealed = float((survival * eps * torch.minimum(fired, torch.ones(())) * vocab * rate).sum())
+    assert fired.max() <= 1
+    assert revealed < 0.5 * chance
+    exact = draw(torch.zeros(2000, vocab), seed=1)
+    assert torch.allclose(exact.entropy, torch.tensor(math.log(vocab)), atol=1e-3)
+
+
+def test_a_light_tail_keeps_its_mass():
+    """Half the mass in one tile, half in 8 million-to-one ids: none is deleted by rounding."""
+    vocab, n = 20_480, 20_000
+    logits = torch.full((vocab,), math.log(6e-8))
+    logits[0] = math.log(1 - 6e-8 * (vocab - 1))
+    scale = 400.0
+    logits[0] -= math.log(scale)
+    p = logits.double().softmax(0)
+    tokens = draw_torch(logits.expand(n, vocab), **counters(n)).tokens
+    tail = int((tokens > 0).sum())
+    expected = n * float(1 - p[0])
+    assert stats.binomtest(tail, n, float(1 - p[0])).pvalue > FALSE_ALARM
+    assert expected > 5
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_rows_without_a_law_draw_the_lowest_permitted_id_with_nan(backend):
+    logits = torch.zeros(5, 6)
+    logits[0] = torch.nan
+    logits[1] = -torch.inf
+    logits[2, 3] = torch.inf
+    logits[3, 1:] = -torch.inf
+    out = draw(logits, seed=0, never=(0, 1), backend=backend)
+    assert out.tokens[:4].tolist() == [2, 2, 2, 2]
+    assert out.log_prob[:4].isnan().all()
+    assert out.entropy[:4].isnan().all()
+    assert not out.log_prob[4].isnan()
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_one_hot_rows_single_columns_and_ties(backend):
+    one_hot = torch.full((1, 2500), -torch.inf)
+    one_hot[0, 2049] = 1.0
+    out = draw(one_hot, seed=4, backend=backend)
+    assert [float(x) for x in out] == [2049, 0, 0, 1]
+    assert [float(x[0]) for x in draw(torch.zeros(1, 1), seed=4, backend=backend)] == [0, 0, 0, 1]
+    tie = torch.zeros(1, 2000)
+    tie[0, [700, 1500]] = 5.0
+    greedy = draw(tie, seed=4, temperature=0, backend=backend)
+    assert int(greedy.tokens) == 700
+    assert float(greedy.margin) == pytest.approx(0, abs=1e-7)
+    assert int(draw(tie, seed=4, top_k=1, backend=backend).tokens) == 700
+    assert draw(torch.zeros(0, 7), seed=0, backend=backend).tokens.shape == (0,)
+
+
+@faster
+def test_a_row_is_the_same_in_every_batch(backend):
+    logits = logits_like("normal", rows=200, vocab=4100)
+    whole = draw(logits, seed=8, position=torch.arange(200), backend=backend)
+    for rows in ([3], [199, 0, 7], list(range(50, 120))):
+        part = draw(logits[rows], seed=8, position=torch.tensor(rows), backend=backend)
+        for a, b in zip(part, Draw(*(x[rows] for x in whole))):
+            assert torch.equal(a, b)
+
+
+@faster
+def test_spans_differ_from_row_to_row(backend):
+    logits = logits_like("normal", rows=3, vocab=50)
+    span = torch.tensor([[0, 5], [10, 11], [40, 50]])
+    tokens = torch.stack([draw(logits, seed=s, span=span, backend=backend).tokens
+                          for s in range(40)])
+    assert ((tokens >= span[:, 0]) & (tokens < span[:, 1])).all()
+
+
+def test_filters_keep_what_they_say():
+    p = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05]]).log()
+    assert kept_columns(p, 2, None, None)[0].tolist() == [True, True, False, False, False]
+    assert kept_columns(p, None, 0.69, None)[0].tolist() == [True, True, False, False, False]
+    assert kept_columns(p, None, 0.71, None)[0].tolist() == [True, True, True, False, False]
+    assert kept_columns(p, None, None, 0.3)[0].tolist() == [True, True, True, False, False]
+    assert kept_columns(p, 3, 0.8, None)[0].tolist() == [True, True, False, False, False]
+    assert kept_columns(torch.zeros(1, 4), 2, None, None)[0].tolist() == [True, True, False, False]
+
+
+def test_bfloat16_and_float64_logits_are_taken():
+    logits = logits_like("normal")
+    assert draw(logits.bfloat16(), seed=1).log_prob.dtype == torch.float32
+    assert draw(logits.double(), seed=1).log_prob.dtype == torch.float64
+
+
+@pytest.mark.parametrize("options", [
+    {"temperature": -0.1}, {"temperature": float("inf")}, {"top_k": 0}, {"top_p": 1.1},
+    {"top_p": 0.0}, {"min_p": -0.1}, {"measure": "model_"},
+])  # fmt: skip
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(ConfigError):
+        draw(torch.zeros(1, 3), seed=0, **options)
+
+
+def test_a_backend_that_is_not_here_is_an_error_and_never_another_one(monkeypatch):
+    with pytest.raises(BackendError, match="torch"):
+        draw(torch.zeros(1, 3), seed=0, backend="torhc")
+    monkeypatch.setenv("MDIFF_BACKEND", "reference")
+    assert backend_name() == "reference"
+    assert draw(torch.zeros(1, 3), seed=0).log_prob.dtype == torch.float64
+
+
+def test_philox_gives_the_published_vectors():
+    """Known answers of Random123 (Salmon et al. 2011)."""
+    top = 2**32 - 1
+    cases = {
+        (0, 0, 0, 0, 0): (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+        (2**64 - 1, top, top, top, top): (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        (0x299F31D0A4093822, 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344):
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    }  # fmt: skip
+    for counter, expected in cases.items():
+        assert tuple(int(w) for w in philox.words(*counter)) == expected
+
+
+def test_uniforms_never_reach_their_ends():
+    assert float(philox.to_uniform(torch.tensor(0))) > 0
+    assert float(philox.to_uniform(torch.tensor(2**32 - 1))) < 1
