@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mdiff.errors import ConfigError, DataError
+from mdiff.generation import Generated
 from mdiff.kernels import philox
-from mdiff.pipeline import Generated, Pipeline
+from mdiff.pipeline import Pipeline
 
 NATS_PER_BIT = math.log(2)
 LONGEST_NGRAM = 3

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mdiff.checkpoint import MANIFEST, STEP_NAME, latest, staged, verify, write_json
+from mdiff.checkpoint import staged, write_json
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
-from mdiff.files import check_tensors, inside, read_json
+from mdiff.files import read_json
 from mdiff.find import find
+from mdiff.locate import CONFIG, PIPELINE, locate
 from mdiff.schedule import SCHEDULES, Linear, Schedule, named_schedule
 from mdiff.tokens import TokenSpace
 
-BUILTIN = "builtin:"
-PIPELINE = "pipeline.json"
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 FORMAT = 1
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# What a snapshot of the Hub is made of; pickles and code are never fetched.
-WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model",
     "spiece.model",
@@ -72,110 +63,12 @@ def load_parts(
     return parts
 
 
-def locate(name: str) -> Path:
-    """The directory of a model, verified against its manifest if it has one.
-
-    Raises ConfigError for an unknown builtin model, CheckpointError for a path without a
-    model or an altered one, BackendError where the Hub cannot be reached.
-    """
-    if name.startswith(BUILTIN):
-        return _verified(_builtin(name.removeprefix(BUILTIN)))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _verified(_step(path))
-    if path.exists():
-        raise CheckpointError(f"{path} is a file: expected the directory that holds the model")
-    if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{path}: no such directory; expected a model, or builtin:NAME")
-    return _from_hub(name)
-
-
-def _builtin(name: str) -> Path:
-    room = Path(str(files("mdiff.builtin")))
-    known = [entry.name for entry in room.iterdir() if (entry / PIPELINE).exists()]
-    if name not in known:
-        raise ConfigError(f"no builtin model {name!r}; {nearest(name, known)}")
-    return room / name
-
-
-def _step(path: Path) -> Path:
-    """The directory itself where it holds a model, else a run's latest complete checkpoint."""
-    if (path / PIPELINE).exists() or (path / CONFIG).exists():
-        return path
-    found = latest(path)
-    if found is not None:
-        return found
-    if any(STEP_NAME.fullmatch(entry.name) for entry in path.iterdir()):
-        raise CheckpointError(f"{path} holds no complete checkpoint")
-    raise CheckpointError(f"{path} holds no model: expected {PIPELINE} or {CONFIG}")
-
-
-def _verified(folder: Path) -> Path:
-    """The folder after its files were checked: by the manifest, and each tensor file's header."""
-    if (folder / MANIFEST).exists() or (folder / PIPELINE).exists():
-        verify(folder)
-    check_weights(folder)
-    return folder
-
-
-def check_weights(folder: Path, *, root: Path | None = None) -> list[Path]:
-    """The safetensors files of a model, headers checked; no tensor is read.
-
-    Raises CheckpointError where there is none (a pickle is named), where one is truncated or
-    altered, or where the index leads out of the directory (or of `root`).
-    """
-    if (folder / INDEX).exists():
-        index = read_json(inside(folder, INDEX, root=root)).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(n, str) for n in index.values()):
-            raise CheckpointError(f"{folder / INDEX}: expected a weight_map of file names")
-        names = sorted(set(index.values()))
-    else:
-        names = [path.name for path in sorted(folder.glob("*.safetensors"))]
-    if not names:
-        pickles = [path for ending in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{ending}")]
-        if pickles:
-            check_tensors(pickles[0])
-        raise CheckpointError(f"{folder} holds no .safetensors file")
-    paths = [inside(folder, name, root=root) for name in names]
-    for path in paths:
-        check_tensors(path)
-    return paths
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=list(WANTED)))
-    except RepositoryNotFoundError:
-        raise CheckpointError(f"{name} is neither a directory here nor a model on the Hub") from None
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise BackendError(
-            f"{name} is no directory here, and the Hub cannot be reached: {first}"
-        ) from error
-    return snapshot(folder)
-
-
-def snapshot(folder: Path) -> Path:
-    """A snapshot of the Hub, checked: its files are links into the cache that holds it."""
-    root = folder.parent.parent
-    check_weights(folder, root=root)
-    if (folder / PIPELINE).exists():
-        for name, entry in read_json(folder / MANIFEST).get("files", {}).items():
-            content = inside(folder, name, root=root).read_bytes()
-            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-                raise CheckpointError(f"{folder / name} is not the file that the manifest lists")
-    return folder
-
-
 def _own(folder: Path, dtype: torch.dtype | None, mask_id: int | None) -> Parts:
     """What `save_parts` or training wrote."""
     described = read_json(folder / PIPELINE)
     try:
         if described["format"] != FORMAT:
-            raise CheckpointError(f"{folder / PIPELINE}: format {described['format']} is not {FORMAT}")
+            raise CheckpointError(f"{folder / PIPELINE}: expected format {FORMAT}")
         settings, noise = dict(described["modality"]), dict(described["schedule"])
         space = TokenSpace(**described["space"])
         schedule = named_schedule(noise.pop("name"), **noise)
@@ -241,7 +134,8 @@ def _foreign(folder: Path, dtype: torch.dtype | None, mask_id: int | None) -> Pa
             f"{folder}: the tokenizer has {text.tokenizer.size} ids, the model {space.vocab_size}"
         )
     modality = text or find("modalities", "ids")(vocab_size=space.vocab_size, mask_id=mask_id)
-    window = described.get("max_position_embeddings", described.get("max_length"))
+    own = getattr(denoiser, "max_length", None)
+    window = own or described.get("max_position_embeddings", described.get("max_length"))
     return Parts(denoiser, space, modality, Linear(), window if type(window) is int else None)
 
 
@@ -264,7 +158,10 @@ def _denoiser(folder: Path, dtype: torch.dtype | None, *, mask_id: int) -> Denoi
         if report[problem]:
             names = sorted(map(str, report[problem]))
             raise CheckpointError(f"{folder}: {problem.replace('_', ' ')}: {', '.join(names[:4])}")
-    return model if isinstance(model, Denoiser) else find("backbones", "masked_lm")(model)
+    if isinstance(model, Denoiser):
+        return model
+    wrapped: Denoiser = find("backbones", "masked_lm")(model, mask_id=mask_id)
+    return wrapped
 
 
 def _columns(denoiser: Any) -> int:
@@ -275,7 +172,9 @@ def _columns(denoiser: Any) -> int:
 def _check_columns(denoiser: Any, space: TokenSpace, folder: Path) -> None:
     columns = _columns(denoiser)
     if columns != space.vocab_size:
-        raise DataError(f"{folder}: the model has {columns} ids, {PIPELINE} says {space.vocab_size}")
+        raise DataError(
+            f"{folder}: the model has {columns} ids, {PIPELINE} says {space.vocab_size}"
+        )
 
 
 def save_parts(folder: Path, parts: Parts) -> None:
@@ -284,10 +183,11 @@ def save_parts(folder: Path, parts: Parts) -> None:
     Raises CheckpointError where the folder exists, ConfigError for a denoiser or a schedule
     that has no files.
     """
-    model: Any = getattr(parts.denoiser, "model", parts.denoiser)
+    model: Any = parts.denoiser
     if not hasattr(model, "save_pretrained"):
         raise ConfigError(f"{type(parts.denoiser).__name__} cannot be saved: it has no files")
-    backbone = "transformer" if model is parts.denoiser else "masked_lm"
+    # A part lives in the module of its name.
+    backbone = type(model).__module__.rpartition(".")[2]
     name = type(parts.schedule).__name__.lower()
     if name not in SCHEDULES:
         raise ConfigError(f"the schedule {name} cannot be saved; known: {', '.join(SCHEDULES)}")
@@ -323,7 +223,8 @@ def _device(device: torch.device | str | None) -> torch.device:
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"unknown device {str(device)!r}; known: cpu, cuda, cuda:0, mps") from None
+        known = "known: cpu, cuda, cuda:0, mps"
+        raise ConfigError(f"unknown device {str(device)!r}; {known}") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device {device}: this torch sees no CUDA device; use cpu")
     return place

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from mdiff.canvas import stack
 from mdiff.denoiser import Denoiser, guided
 from mdiff.errors import ConfigError
 from mdiff.filling import State
+from mdiff.generation import Generated, Generation
 from mdiff.kernels import philox
 from mdiff.loading import Parts, load_parts, save_parts
 from mdiff.objective import Bound, nll_bound
 from mdiff.sampling import Sample as Sample
-from mdiff.sampling import Sampler, Tally, option_types, plain_seed, resolve
+from mdiff.sampling import Sampler, option_types, plain_seed, resolve
 from mdiff.sampling import sample as sample
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
@@ -28,87 +28,6 @@ from mdiff.tokens import TokenSpace
 # The entry of `cond` that guidance reads: the places which the other branch hides.
 GIVEN = "given"
 BATCH = 32
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One finished sample.
-
-    `output` is what the modality makes of the tokens (a text is a str); `tokens` the ids;
-    `calls` the evaluations it needed; `seconds` its share of the wall-clock of its batch;
-    `log_prob` nats, summed over the drawn tokens; `entropy` the mean nats of the draws; the
-    same options with `seed` and n=1 give this sample again.
-    """
-
-    output: Any
-    tokens: list[int]
-    calls: int
-    seconds: float
-    log_prob: float
-    entropy: float
-    seed: int
-
-    def __str__(self) -> str:
-        """The output as text."""
-        return str(self.output)
-
-
-@dataclass
-class Run:
-    """One batch being filled in: iterate over its states, then take `finished()`.
-
-    `first` is the number of its first row among all rows asked for; `canvas` (B, L) int64,
-    `valid` (B, L) bool or None and `seeds` (B,) int64 are what the sampler was given.
-    """
-
-    first: int
-    canvas: Tensor
-    valid: Tensor | None
-    seeds: Tensor
-    modality: Any
-    states: Iterator[State]
-    seconds: float = 0.0
-    tally: Tally = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tally = Tally(self.canvas)
-
-    def __iter__(self) -> Iterator[State]:
-        """The states; the clock runs only while the sampler does."""
-        with torch.no_grad():
-            while True:
-                start = time.perf_counter()
-                state = next(self.states, None)
-                self.seconds += time.perf_counter() - start
-                if state is None:
-                    return
-                self.tally.add(state)
-                yield state
-
-    def tokens(self, row: int) -> list[int]:
-        """The tokens of a row as they stand, without padding."""
-        ids = self.tally.tokens[row]
-        found: list[int] = (ids if self.valid is None else ids[self.valid[row]]).tolist()
-        return found
-
-    def finished(self) -> list[Generated]:
-        """Every sample of the batch, after running it to its end."""
-        for _ in self:
-            pass
-        result = self.tally.sample()
-        rows = len(self.canvas)
-        return [
-            Generated(
-                output=self.modality.decode(self.tokens(row)),
-                tokens=self.tokens(row),
-                calls=int(result.calls[row]),
-                seconds=self.seconds / rows,
-                log_prob=float(result.log_prob[row]),
-                entropy=float(result.entropy[row]),
-                seed=int(self.seeds[row]),
-            )
-            for row in range(rows)
-        ]
 
 
 @dataclass(frozen=True)
@@ -120,6 +39,13 @@ class Pipeline:
     modality: Any
     schedule: Schedule = Linear()  # noqa: RUF009
     window: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser's weights lie; the CPU for one without any."""
+        weights = getattr(self.denoiser, "parameters", None)
+        first = None if weights is None else next(weights(), None)
+        return torch.device("cpu") if first is None else first.device
 
     def generate(
         self,
@@ -193,7 +119,7 @@ class Pipeline:
         batch_size: int = BATCH,
         guidance_scale: float | None = None,
         **options: Any,
-    ) -> Iterator[Run]:
+    ) -> Iterator[Generation]:
         """Batches of canvases, each to be iterated over; row r has a seed of its own.
 
         Row 0 has `seed` itself and row r a seed derived from it, so that any row can be had
@@ -204,25 +130,24 @@ class Pipeline:
         function, settings = resolve(sampler, self._defaults(sampler, canvases, options))
         denoiser = self.denoiser
         if guidance_scale is not None:
-            denoiser = guided(
-                denoiser, guidance_scale=guidance_scale, hide=GIVEN, space=self.space
-            )
+            denoiser = guided(denoiser, guidance_scale=guidance_scale, hide=GIVEN, space=self.space)
         stack(canvases, space=self.space)
         seeds = row_seeds(seed, len(canvases))
-        device = getattr(self.denoiser, "device", "cpu")
+        device = self.device
 
-        def batches() -> Iterator[Run]:
+        def batches() -> Iterator[Generation]:
             for first in range(0, len(canvases), batch_size):
                 tokens, valid = stack(canvases[first : first + batch_size], space=self.space)
                 canvas = tokens.to(device)
                 valid = None if valid is None else valid.to(device)
-                given = {GIVEN: canvas != self.space.mask_id} if denoiser is not self.denoiser else None
+                guides = denoiser is not self.denoiser
+                given = {GIVEN: canvas != self.space.mask_id} if guides else None
                 part = seeds[first : first + batch_size]
                 states = function(
                     denoiser, canvas, space=self.space, seed=part.to(device), valid=valid,
                     cond=given, **settings,
                 )  # fmt: skip
-                yield Run(first, canvas, valid, part, self.modality, states)
+                yield Generation(first, canvas, valid, part, self.modality, states)
 
         return batches()
 
@@ -287,7 +212,7 @@ class Pipeline:
         """The bound of rows of tokens as one batch, on the CPU."""
         tokens, valid = stack(rows, space=self.space)
         self.space.check(tokens, valid, masks=False)
-        device = getattr(self.denoiser, "device", "cpu")
+        device = self.device
         bound = nll_bound(
             self.denoiser, tokens.to(device), space=self.space, schedule=self.schedule,
             estimator=estimator or ("time" if self.denoiser.uses_time else "any_order"),

@@ -127,9 +127,7 @@ def _yielded(generator: torch.Generator) -> int:
     return int(torch.randint(MAX_SEED, (), generator=generator, device=generator.device))
 
 
-def resolve(
-    sampler: str | Sampler, options: Mapping[str, Any]
-) -> tuple[Sampler, dict[str, Any]]:
+def resolve(sampler: str | Sampler, options: Mapping[str, Any]) -> tuple[Sampler, dict[str, Any]]:
     """The sampler's function and its options as objects, checked against its signature.
 
     Raises ConfigError for an unknown sampler, an option that it does not take (naming the

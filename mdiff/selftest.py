@@ -56,7 +56,7 @@ class Toy:
         self.table = torch.stack([self._conditionals(canvas.tolist()) for canvas in canvases])
 
     def _conditionals(self, canvas: list[int]) -> Tensor:
-        """log p(token | the given ones) at each place of a canvas, (LENGTH, VOCAB)."""
+        """The log p(token | the given ones) at each place of a canvas, (LENGTH, VOCAB)."""
         given = self.joint
         for place, token in enumerate(canvas):
             if token != VOCAB:

@@ -66,7 +66,7 @@ class Source:
             if key not in known:
                 raise ConfigError(f"unknown key data.{key}; {nearest(str(key), known)}")
         if "source" not in options:
-            raise ConfigError("data.source is missing: expected a path, a list of paths or hub:NAME")
+            raise ConfigError("data.source is missing: expected a path, a list of them or hub:NAME")
         return cls(**options)
 
     def documents(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,7 +84,7 @@ class Characters:
             character = error.args[0]
             raise DataError(
                 f"{character!r} (U+{ord(character):04X}) at character {text.index(character)} is "
-                f"not among the {self.size} of this alphabet; a byte or bpe tokenizer takes any text"
+                f"not among the {self.size} of this alphabet; tokenizers byte and bpe take any text"
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -211,7 +212,7 @@ class Pretrained:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each id adds to the text before it."""
         texts = [""] + [self.decode(ids[: i + 1]) for i in range(len(ids))]
-        return [after[len(before) :] for before, after in zip(texts, texts[1:])]
+        return [after[len(before) :] for before, after in pairwise(texts)]
 
     def save(self, folder: Path) -> None:
         """Write its own files."""

@@ -59,10 +59,11 @@ class Recorder:
         found = []
         for row, line in enumerate(figures):
             seen = self.valid[row]
+            pieces = modality.pieces(self.tokens[row][seen].tolist())
             found.append(
                 Record(
                     kind="flow",
-                    pieces=[piece or "" for piece in modality.pieces(self.tokens[row][seen].tolist())],
+                    pieces=[piece or "" for piece in pieces],
                     step=self.step[row][seen].tolist(),
                     log_prob=[round(x, 3) for x in self.log_prob[row][seen].tolist()],
                     steps=int(self.own_steps[row]),

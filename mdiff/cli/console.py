@@ -20,7 +20,7 @@ def result(text: str) -> None:
 def printable(text: str) -> str:
     """The text with U+FFFD for what a terminal might obey: all control characters but \\n, \\t."""
     return "".join(
-        "\ufffd" if unicodedata.category(character) == "Cc" and character not in "\n\t" else character
+        character if character in "\n\t" or unicodedata.category(character) != "Cc" else "\ufffd"
         for character in text
     )
 

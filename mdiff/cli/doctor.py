@@ -66,7 +66,7 @@ def backends() -> dict[str, str]:
     from mdiff.errors import BackendError
     from mdiff.ops import BACKENDS, backend_name
 
-    found = {name: "here, runs when asked for" for name in BACKENDS}
+    found = dict.fromkeys(BACKENDS, "here, runs when asked for")
     asked = os.environ.get("MDIFF_BACKEND")
     try:
         why = "runs, as MDIFF_BACKEND says" if asked else "runs, as nothing else is asked for"

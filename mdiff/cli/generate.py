@@ -11,7 +11,8 @@ from mdiff.cli.console import message, result, result_json, writable
 from mdiff.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
-    from mdiff.pipeline import Generated, Pipeline
+    from mdiff.generation import Generated
+    from mdiff.pipeline import Pipeline
 
 INPUT_KEYS = ("prompt", "infill", "length")
 

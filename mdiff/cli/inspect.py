@@ -42,7 +42,7 @@ def inspected(name: str) -> dict[str, Any]:
     from dataclasses import asdict
 
     from mdiff.files import check_tensors
-    from mdiff.loading import check_weights, locate
+    from mdiff.locate import check_weights, locate
     from mdiff.pipeline import load
 
     folder = locate(name)

@@ -10,7 +10,7 @@ from mdiff.cli.console import is_coloured, message, printable
 
 if TYPE_CHECKING:
     from mdiff.filling import State
-    from mdiff.pipeline import Run
+    from mdiff.generation import Generation
 
 HIDDEN = "░"
 FRAMES_A_SECOND = 12
@@ -18,7 +18,7 @@ FRAMES_A_SECOND = 12
 SNAPSHOTS = 10
 
 
-def watched(run: Run, modality: Any) -> Iterator[State]:
+def watched(run: Generation, modality: Any) -> Iterator[State]:
     """The states of a run, its first sample drawn as it fills in."""
     if sys.stderr.isatty():
         yield from _redrawn(run, modality)
@@ -26,7 +26,7 @@ def watched(run: Run, modality: Any) -> Iterator[State]:
         yield from _printed(run, modality)
 
 
-def _redrawn(run: Run, modality: Any) -> Iterator[State]:
+def _redrawn(run: Generation, modality: Any) -> Iterator[State]:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -48,7 +48,7 @@ def _redrawn(run: Run, modality: Any) -> Iterator[State]:
             yield state
 
 
-def _printed(run: Run, modality: Any) -> Iterator[State]:
+def _printed(run: Generation, modality: Any) -> Iterator[State]:
     total = max(1, sum(piece is None for piece in modality.pieces(run.tokens(0))))
     printed = 0
     for state in run:

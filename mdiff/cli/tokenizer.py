@@ -20,6 +20,7 @@ tokenizer = typer.Typer(
 )  # fmt: skip
 
 KINDS = ("byte", "char", "bpe")
+Written = Annotated[str | None, typer.Argument(metavar="TEXT", help="Standard input if not given.")]
 Name = Annotated[
     str, typer.Argument(help="byte, a folder, a model (builtin:NAME, a directory) or a Hub id.")
 ]
@@ -58,7 +59,7 @@ def train(
 @tokenizer.command()
 def encode(
     name: Name,
-    written: Annotated[str | None, typer.Argument(metavar="TEXT", help="Standard input if not given.")] = None,
+    written: Written = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the ids of a text."""
@@ -128,7 +129,7 @@ def inspect(
 
 def named(name: str) -> Text:
     """The text modality of a model, or of a tokenizer's name or folder; trained already."""
-    from mdiff.loading import BUILTIN, PIPELINE, locate
+    from mdiff.locate import BUILTIN, PIPELINE, locate
     from mdiff.modalities.text import text
 
     path = Path(name)

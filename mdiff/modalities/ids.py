@@ -70,9 +70,7 @@ class Ids:
         if length is None:
             raise ConfigError("data.length is missing: how many tokens a row has")
         paths = [source.source] if isinstance(source.source, str) else source.source
-        rows = [
-            _ids_of(row, path) for path in paths for row in json_lines(read_text(path), path)
-        ]
+        rows = [_ids_of(row, path) for path in paths for row in json_lines(read_text(path), path)]
         chosen = cut_documents(rows, split, holdout=source.holdout, validation=source.validation)
         return PackedRows(
             chosen,
@@ -102,9 +100,7 @@ def _ids_of(row: Mapping[str, Any], path: str) -> list[int]:
     return found
 
 
-def ids(
-    *, vocab_size: int, mask_id: int | None = None, folder: str | Path | None = None
-) -> Ids:
+def ids(*, vocab_size: int, mask_id: int | None = None, folder: str | Path | None = None) -> Ids:
     """The modality of ids below `vocab_size`; the mask is the next one if not given.
 
     >>> ids(vocab_size=5).canvas("3 1", 3)

@@ -94,16 +94,18 @@ class Text:
 
     def pieces(self, ids: Sequence[int]) -> list[str | None]:
         """The text of each place, None where it is masked; after the end of text, ""."""
-        mask, eos = self.mask_id, self.eos_id
-        stop = list(ids).index(eos) if eos in ids else len(ids)
+        mask, stop = self.mask_id, self._end(ids)
         spoken = [i for i, token in enumerate(ids[:stop]) if token != mask]
         texts = dict(zip(spoken, self.tokenizer.pieces([ids[i] for i in spoken])))
         return [None if token == mask else texts.get(i, "") for i, token in enumerate(ids)]
 
     def _spoken(self, ids: Sequence[int]) -> list[int]:
-        mask, eos = self.mask_id, self.eos_id
-        stop = list(ids).index(eos) if eos in ids else len(ids)
-        return [token for token in ids[:stop] if token != mask]
+        return [token for token in ids[: self._end(ids)] if token != self.mask_id]
+
+    def _end(self, ids: Sequence[int]) -> int:
+        """How many ids come before the end of text."""
+        eos = self.eos_id
+        return len(ids) if eos is None or eos not in ids else list(ids).index(eos)
 
     def canvas(self, prompt: str = "", length: int | None = None) -> list[int]:
         """The prompt's tokens followed by masks, `length` places in all.
@@ -259,7 +261,7 @@ def text(
     else:
         inner = _pretrained(tokenizer, folder)
         if eos:
-            raise ConfigError(f"eos is an option of tokenizer byte, char and bpe, not {tokenizer!r}")
+            raise ConfigError(f"eos is an option of byte, char and bpe, not of {tokenizer!r}")
     return Text(tokenizer, vocab_size=vocab_size, eos=eos, mask_id=mask_id, tokenizer=inner)
 
 

@@ -1,0 +1,118 @@
+"""From a name to the directory of a model: builtin, here or on the Hub; checked, not loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from mdiff.checkpoint import MANIFEST, STEP_NAME, latest, verify
+from mdiff.errors import BackendError, CheckpointError, ConfigError, nearest
+from mdiff.files import check_tensors, inside, read_json
+
+BUILTIN = "builtin:"
+PIPELINE = "pipeline.json"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# What a snapshot of the Hub is made of; pickles and code are never fetched.
+WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
+
+
+def locate(name: str) -> Path:
+    """The directory of a model, verified against its manifest if it has one.
+
+    Raises ConfigError for an unknown builtin model, CheckpointError for a path without a
+    model or an altered one, BackendError where the Hub cannot be reached.
+    """
+    if name.startswith(BUILTIN):
+        return _verified(_builtin(name.removeprefix(BUILTIN)))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _verified(_step(path))
+    if path.exists():
+        raise CheckpointError(f"{path} is a file: expected the directory that holds the model")
+    if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{path}: no such directory; expected a model, or builtin:NAME")
+    return _from_hub(name)
+
+
+def _builtin(name: str) -> Path:
+    room = Path(str(files("mdiff.builtin")))
+    known = [entry.name for entry in room.iterdir() if (entry / PIPELINE).exists()]
+    if name not in known:
+        raise ConfigError(f"no builtin model {name!r}; {nearest(name, known)}")
+    return room / name
+
+
+def _step(path: Path) -> Path:
+    """The directory itself where it holds a model, else a run's latest complete checkpoint."""
+    if (path / PIPELINE).exists() or (path / CONFIG).exists():
+        return path
+    found = latest(path)
+    if found is not None:
+        return found
+    if any(STEP_NAME.fullmatch(entry.name) for entry in path.iterdir()):
+        raise CheckpointError(f"{path} holds no complete checkpoint")
+    raise CheckpointError(f"{path} holds no model: expected {PIPELINE} or {CONFIG}")
+
+
+def _verified(folder: Path) -> Path:
+    """The folder after its files were checked: by the manifest, and each tensor file's header."""
+    if (folder / MANIFEST).exists() or (folder / PIPELINE).exists():
+        verify(folder)
+    check_weights(folder)
+    return folder
+
+
+def check_weights(folder: Path, *, root: Path | None = None) -> list[Path]:
+    """The safetensors files of a model, headers checked; no tensor is read.
+
+    Raises CheckpointError where there is none (a pickle is named), where one is truncated or
+    altered, or where the index leads out of the directory (or of `root`).
+    """
+    if (folder / INDEX).exists():
+        index = read_json(inside(folder, INDEX, root=root)).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(n, str) for n in index.values()):
+            raise CheckpointError(f"{folder / INDEX}: expected a weight_map of file names")
+        names = sorted(set(index.values()))
+    else:
+        names = [path.name for path in sorted(folder.glob("*.safetensors"))]
+    if not names:
+        for pickle in (path for pattern in PICKLES for path in folder.glob(pattern)):
+            check_tensors(pickle)
+        raise CheckpointError(f"{folder} holds no .safetensors file")
+    paths = [inside(folder, name, root=root) for name in names]
+    for path in paths:
+        check_tensors(path)
+    return paths
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(WANTED)))
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{name} is no directory here and no model on the Hub") from None
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise BackendError(
+            f"{name} is no directory here, and the Hub cannot be reached: {first}"
+        ) from error
+    return snapshot(folder)
+
+
+def snapshot(folder: Path) -> Path:
+    """A snapshot of the Hub, checked: its files are links into the cache that holds it."""
+    root = folder.parent.parent
+    check_weights(folder, root=root)
+    if (folder / PIPELINE).exists():
+        for name, entry in read_json(folder / MANIFEST).get("files", {}).items():
+            content = inside(folder, name, root=root).read_bytes()
+            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                raise CheckpointError(f"{folder / name} is not the file that the manifest lists")
+    return folder
