@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import shutil
 import signal
@@ -9,8 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from inspect import Parameter, signature
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -20,7 +20,6 @@ import torch
 import transformers
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from torch import nn
 
 from mdiff import __version__
 from mdiff.checkpoint import (
@@ -35,24 +34,18 @@ from mdiff.checkpoint import (
     write_json,
 )
 from mdiff.config import Recipe, differences, parse_recipe
-from mdiff.data import Examples
-from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError, nearest
+from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError
 from mdiff.files import read_json, read_tensors
-from mdiff.find import find
 from mdiff.journal import Journal, to_stderr
-from mdiff.kernels import philox
-from mdiff.optim import AveragedWeights, optimizers
 from mdiff.order import rows_of_step
-from mdiff.schedule import Schedule, named_schedule
-from mdiff.stepping import LossOf, Outcome, Stepper, StepRows
-from mdiff.tokens import TokenSpace
+from mdiff.run import Run, build_run
+from mdiff.stepping import Outcome
 from mdiff.training_state import capture, model_weights, restore
 
 FORMAT = 1
 PIPELINE = "pipeline.json"
 TRAINING = "training.json"
 TENSORS = "training.safetensors"
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 # What may differ in a resumed run: how far and how it runs, not what it computes.
 FREE = (
     "train.steps", "train.save_every", "train.keep", "train.micro_batch", "train.workers",
@@ -79,101 +72,46 @@ def train(
     or SIGTERM, once the checkpoint is complete.
     """
     out = Path(out)
-    accelerator = Accelerator(mixed_precision="no")
+    # Said outright, processes without a GPU find each other under any launcher (by gloo).
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     # A launcher's file may set it; the recipe's micro-batches are the only accumulation here.
     accelerator.gradient_accumulation_steps = 1
+    path, interrupted = _train(recipe, out, accelerator, resume=resume, report=report)
+    # Gloo's threads abort a process that ends while anything still refers to its group.
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
+    if interrupted:
+        raise KeyboardInterrupt(f"interrupted: {path} is complete, --resume auto goes on")
+    return path
+
+
+def _train(
+    recipe: Recipe, out: Path, accelerator: Accelerator, *, resume: str,
+    report: Callable[[str], None],
+) -> tuple[Path, bool]:  # fmt: skip
+    """The last checkpoint, and whether the run was interrupted before its last step."""
     with ExitStack() as stack:
         _on_main(accelerator, lambda: _claim(stack, out))
         source = _source(out, resume)
-        run = _build(recipe, accelerator)
+        run = build_run(recipe, accelerator)
         start = 0 if source is None else _resume(run, source)
         _on_main(accelerator, lambda: _clear(out, start, report))
-        if start >= recipe.train.steps:
-            report(f"step {start} of {recipe.train.steps} is done: nothing to train")
-            return cast(Path, source)
+        if source is not None and start >= recipe.train.steps:
+            if accelerator.is_main_process:
+                report(f"step {start} of {recipe.train.steps} is done: nothing to train")
+            return source, False
+        journal = None
         if accelerator.is_main_process:
             journal = stack.enter_context(_journal(run, out, start=start, report=report))
-        else:
-            journal = None
         interrupted = stack.enter_context(_signals())
         return _loop(run, out, start=start, journal=journal, interrupted=interrupted)
 
 
-@dataclass(frozen=True)
-class Run:
-    """Everything that the loop needs, built once."""
-
-    recipe: Recipe
-    accelerator: Accelerator
-    modality: Any
-    examples: Examples
-    space: TokenSpace
-    schedule: Schedule
-    backbone: nn.Module
-    optimizers: list[torch.optim.Optimizer]
-    averaged: AveragedWeights | None
-    rows: StepRows
-    stepper: Stepper
-
-
-def _build(recipe: Recipe, accelerator: Accelerator) -> Run:
-    """The parts of a run, the model with its initial weights by the seed."""
-    objective = recipe.objective
-    schedule = named_schedule(objective.schedule.name, **objective.schedule.options)
-    modality = _part("modalities", recipe.modality.name, recipe.modality.options)
-    # The first process prepares what is cached, the others then read it.
-    with accelerator.main_process_first():
-        examples = modality.examples(recipe.data.options, length=recipe.data.length, split="train")
-    space = modality.space
-    rows = StepRows(
-        examples,
-        train=recipe.train,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
-    for _, batch in rows[1]:
-        space.check(batch.tokens, batch.valid, masks=False)
-    torch.manual_seed(int(philox.derive(recipe.train.seed)))
-    backbone = _part("backbones", recipe.model.name, recipe.model.options, space=space)
-    backbone.to(DTYPES[recipe.train.precision]).train()
-    loss_of = LossOf(backbone, recipe, space=space, schedule=schedule)
-    made = optimizers(backbone, recipe.optim)
-    loss_of, *prepared = accelerator.prepare(loss_of, *made)
-    backbone = accelerator.unwrap_model(loss_of).backbone
-    if recipe.train.compile:
-        backbone.compile()
-    decay = recipe.train.ema
-    averaged = None if decay is None else AveragedWeights(backbone, decay=decay)
-    inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in prepared]
-    return Run(
-        recipe, accelerator, modality, examples, space, schedule, backbone, inner, averaged,
-        rows, Stepper(accelerator, loss_of, backbone, prepared, averaged, recipe),
-    )  # fmt: skip
-
-
-def _part(room: str, name: str, options: dict[str, Any], **given: Any) -> Any:
-    """The part of that name with its options; an unknown one is a ConfigError with the nearest."""
-    build = find(room, name)
-    section = "model" if room == "backbones" else "modality"
-    parameters = signature(build).parameters
-    if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
-        known = [key for key in parameters if key not in given]
-        for key in options:
-            if key not in known:
-                where = nearest(f"{section}.{key}", [f"{section}.{k}" for k in known])
-                raise ConfigError(f"unknown key '{section}.{key}' of {name!r}; {where}")
-    try:
-        return build(**given, **options)
-    except MdiffError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{section} {name!r} with {options}: {error}") from error
-
-
 def _loop(
     run: Run, out: Path, *, start: int, journal: Journal | None, interrupted: Callable[[], bool]
-) -> Path:
-    """Steps `start` + 1 to the last, saved as the recipe says; the last checkpoint."""
+) -> tuple[Path, bool]:
+    """Steps `start` + 1 to the last, saved as the recipe says; see `_train`."""
     settings = run.recipe.train
     path = step_path(out, start)
     for number, rows in enumerate(run.rows.steps(start + 1), start=start + 1):
@@ -190,8 +128,8 @@ def _loop(
         if number % settings.save_every == 0 or number == settings.steps or outcome.stop:
             path = _save(run, out, number)
         if outcome.stop and number < settings.steps:
-            raise KeyboardInterrupt(f"interrupted: {path} is complete, --resume auto goes on")
-    return path
+            return path, True
+    return path, False
 
 
 def _record(run: Run, number: int, outcome: Outcome) -> dict[str, Any]:

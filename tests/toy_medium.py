@@ -65,11 +65,11 @@ class ToyBackbone(nn.Module):
 
     uses_time = False
 
-    def __init__(self, space: TokenSpace, width: int, dropout: float) -> None:
+    def __init__(self, vocab_size: int, width: int, dropout: float) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(space.vocab_size + 1, width)
+        self.embedding = nn.Embedding(vocab_size + 1, width)
         self.inner = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Dropout(dropout))
-        self.head = nn.Linear(width, space.vocab_size)
+        self.head = nn.Linear(width, vocab_size)
 
     def forward(
         self, tokens, *, at=None, valid=None, documents=None, t=None, cond=None, cache=None
@@ -86,5 +86,5 @@ class ToyBackbone(nn.Module):
         Path(folder, "config.json").write_text(json.dumps({"model_type": "toy"}))
 
 
-def backbone(*, space: TokenSpace, width: int = 8, dropout: float = 0.0) -> ToyBackbone:
-    return ToyBackbone(space, width, dropout)
+def backbone(*, vocab_size: int, width: int = 8, dropout: float = 0.0) -> ToyBackbone:
+    return ToyBackbone(vocab_size, width, dropout)
