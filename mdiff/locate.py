@@ -14,6 +14,7 @@ from mdiff.files import check_tensors, inside, read_json
 BUILTIN = "builtin:"
 PIPELINE = "pipeline.json"
 CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -79,11 +80,11 @@ def check_weights(folder: Path, *, root: Path | None = None) -> list[Path]:
             raise CheckpointError(f"{folder / INDEX}: expected a weight_map of file names")
         names = sorted(set(index.values()))
     else:
-        names = [path.name for path in sorted(folder.glob("*.safetensors"))]
+        names = [WEIGHTS] if (folder / WEIGHTS).exists() else []
     if not names:
         for pickle in (path for pattern in PICKLES for path in folder.glob(pattern)):
             check_tensors(pickle)
-        raise CheckpointError(f"{folder} holds no .safetensors file")
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}")
     paths = [inside(folder, name, root=root) for name in names]
     for path in paths:
         check_tensors(path)
