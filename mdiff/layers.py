@@ -119,11 +119,15 @@ def time_features(t: Tensor, size: int) -> Tensor:
 
 
 class Projection(nn.Linear):
-    """A matrix without bias that knows the standard deviation it starts with."""
+    """A matrix without bias that knows the standard deviation it starts with.
 
-    def __init__(self, inputs: int, outputs: int, init_std: float) -> None:
+    `parts` is how many maps of their own lie in it one above the other, for optimisers.
+    """
+
+    def __init__(self, inputs: int, outputs: int, init_std: float, *, parts: int = 1) -> None:
         self.init_std = init_std
         super().__init__(inputs, outputs, bias=False)
+        self.weight.parts = parts  # type: ignore[attr-defined]
 
 
 class Attention(nn.Module):
@@ -135,7 +139,7 @@ class Attention(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.causal = heads, causal
-        self.qkv = Projection(width, 3 * width, init_std)
+        self.qkv = Projection(width, 3 * width, init_std, parts=3)
         # One weight for each axis of a query's and of a key's head (Henry et al. 2020).
         self.qk_norm = RMSNorm(2 * (width // heads)) if qk_norm else None
         self.out = Projection(width, width, out_std)
@@ -166,7 +170,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, inner: int, *, init_std: float, out_std: float) -> None:
         super().__init__()
-        self.into = Projection(width, 2 * inner, init_std)
+        self.into = Projection(width, 2 * inner, init_std, parts=2)
         self.out = Projection(inner, width, out_std)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,8 +22,10 @@ class Muon(torch.optim.Optimizer):
 
     B <- momentum B + G; O = NewtonSchulz(G + momentum B); W <- (1 - lr decay) W - lr s O, with
     s = 0.2 sqrt(max(rows, columns)) for scale "rms" (Liu et al. 2025, eq. 4) and
-    sqrt(max(1, rows / columns)) for "spectral". Unlike torch.optim.Muon, whose iteration is
-    always in bfloat16, float64 gradients are orthogonalised in float64.
+    sqrt(max(1, rows / columns)) for "spectral". A weight that holds several matrices one above
+    the other says so by its attribute `parts`; each is then updated as one of its own. Unlike
+    torch.optim.Muon, whose iteration is always in bfloat16, float64 gradients are
+    orthogonalised in float64.
     """
 
     def __init__(
@@ -56,8 +58,11 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(weight.grad)
                 buffer = state["momentum_buffer"]
                 buffer.mul_(group["momentum"]).add_(weight.grad)
-                update = orthogonalised(weight.grad.add(buffer, alpha=group["momentum"]))
-                rows, columns = weight.shape
+                parts = weight.grad.add(buffer, alpha=group["momentum"]).chunk(
+                    getattr(weight, "parts", 1)
+                )
+                update = torch.cat([orthogonalised(part) for part in parts])
+                rows, columns = parts[0].shape
                 if group["rms"]:
                     size = ADAMW_RMS * math.sqrt(max(rows, columns))
                 else:
