@@ -30,7 +30,14 @@ STEP_NAME = re.compile(r"step-(\d{6,})")
 
 # Files of locks that this process holds: a forked child must not keep one alive.
 _held: set[int] = set()
-os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in range(len(_held))])
+
+
+def _close_held() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_close_held)
 
 
 @contextmanager

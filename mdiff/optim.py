@@ -87,7 +87,8 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = wide @ wide.T
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide.T if tall else wide
+    result: Tensor = wide.T if tall else wide
+    return result
 
 
 def optimizers(model: nn.Module, settings: Optim) -> list[torch.optim.Optimizer]:

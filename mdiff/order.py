@@ -38,7 +38,7 @@ def rows_of_step(step: int, *, batch_size: int, rows: int, seed: int) -> tuple[T
     place = torch.arange((step - 1) * batch_size, step * batch_size)
     epoch = place // rows
     row = torch.empty_like(place)
-    for number in epoch.unique().tolist():
+    for number in range(int(epoch[0]), int(epoch[-1]) + 1):
         here = epoch == number
         row[here] = epoch_order(rows, epoch=number, seed=seed)[place[here] % rows]
     return row, epoch

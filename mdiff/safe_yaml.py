@@ -25,12 +25,12 @@ class SafeRecipeLoader(yaml.SafeLoader):
         """The next node; an alias could grow without bound, so none is followed."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(
-                None, None, "aliases are not accepted", self.peek_event().start_mark
+                None, None, "aliases are not accepted", self.get_mark()
             )
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise yaml.composer.ComposerError(
-                None, None, f"nested deeper than {MAX_DEPTH}", self.peek_event().start_mark
+                None, None, f"nested deeper than {MAX_DEPTH}", self.get_mark()
             )
         node = super().compose_node(parent, index)
         self.depth -= 1

@@ -53,7 +53,7 @@ class StepRows(Dataset[list[MicroBatch]]):
         size = self.train.micro_batch or len(self.samples)
         return [
             (sample, self.examples.batch(row[sample], epoch[sample]))
-            for sample in self.samples.split(size)
+            for sample in torch.split(self.samples, size)
         ]
 
     def steps(self, first: int) -> Iterator[list[MicroBatch]]:

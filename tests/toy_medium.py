@@ -18,12 +18,15 @@ from mdiff.tokens import TokenSpace
 class ToyRows:
     """Rows whose tokens count up from a random start; `poison` puts a forbidden id in a row."""
 
+    version = 1
     unit = "mark"
     units = 2.0
 
     def __init__(self, count: int, length: int, *, ragged: bool, poison: int | None) -> None:
         self.count, self.length, self.ragged, self.poison = count, length, ragged, poison
-        self.fingerprint = hashlib.sha256(f"{count} {length} {ragged}".encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(
+            f"{self.version} {count} {length} {ragged}".encode()
+        ).hexdigest()
 
     def __len__(self) -> int:
         return self.count
