@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -83,9 +84,6 @@ def page(records: Sequence[Record], *, title: str) -> str:
     for character, escape in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
         data = data.replace(character, escape)
     plain = "\n\n".join("".join(record.pieces) for record in records)
-    filled = (files("mdiff") / TEMPLATE).read_text(encoding="utf-8")
+    template = (files("mdiff") / TEMPLATE).read_text(encoding="utf-8")
     parts = {"TITLE": html.escape(title), "PLAIN": html.escape(plain), "DATA": data}
-    for name in ("TITLE", "PLAIN", "DATA"):
-        before, after = filled.split(f"%%{name}%%", 1)
-        filled = before + parts[name] + after
-    return filled
+    return re.sub("%%([A-Z]+)%%", lambda place: parts[place[1]], template)

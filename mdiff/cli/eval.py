@@ -38,7 +38,7 @@ def evaluate(
     """Evaluate a model on data: an upper bound on its bits, with the standard error."""
     for name, value, least in (
         ("limit", limit, 0), ("samples", samples, 0), ("batch-size", batch_size, 1),
-        ("draws", draws, 2), ("window", window or 1, 1),
+        ("draws", draws, 2), ("window", 1 if window is None else window, 1),
     ):  # fmt: skip
         if value < least:
             raise ConfigError(f"--{name} {value}: need at least {least}")
