@@ -114,7 +114,7 @@ def plain_seed(seed: Seed, rows: int) -> int | Tensor:
     """An int or (rows,) int64 seeds; generators are asked for one number each."""
     if isinstance(seed, torch.Generator):
         return _yielded(seed)
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
+    if isinstance(seed, list | tuple):
         if len(seed) != rows or not all(isinstance(one, torch.Generator) for one in seed):
             raise ConfigError(f"seed: expected {rows} torch.Generators, one a row, got {len(seed)}")
         return torch.tensor([_yielded(one) for one in seed], dtype=torch.int64)

@@ -23,7 +23,7 @@ from mdiff.modalities.text import text
 from mdiff.pipeline import Pipeline
 from mdiff.trace import Record, page
 
-WINDOW = 32
+WINDOW = 64
 TEMPLATE = "The [MASK:8] of [MASK:3] night"
 
 
@@ -164,7 +164,7 @@ def test_eval_reports_bits_by_every_unit_with_errors(
         assert found[f"bits_per_{unit}_stderr"] > 0
     assert found["chars"] == 100
     assert found["bytes"] == found["tokens"] > 100
-    assert (found["estimator"], found["draws"], found["windows"]) == ("any_order", 4, 4)
+    assert (found["estimator"], found["draws"], found["windows"]) == ("any_order", 4, 2)
     assert found["of_samples"]["calls"] == WINDOW
     assert run([*words, "--samples", "0", "--split", "holdout"]) == 0
     assert "bits per char" in capsys.readouterr().out
@@ -438,11 +438,10 @@ def test_help_and_version_import_nothing_heavy() -> None:
     assert mdiff("--version").stdout.strip() == "0.1.0"
 
 
-def test_a_closed_pipe_is_no_error(model: str) -> None:
-    command = f"{sys.executable} -c 'from mdiff.cli import main; main()' inspect {model} | head -1"
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"(sleep 0.2; {sys.executable} -c 'from mdiff.cli import main; main()' --help) | true"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
     assert done.stderr == ""
-    assert done.stdout.startswith("model")
