@@ -28,8 +28,8 @@ class Examples(Protocol):
     """A tokenised data set of rows of one length, readable in any order.
 
     `fingerprint` is a hex digest of the tokens and of how they are cut into rows: a resumed
-    run is refused where it differs. `units` is how many units of the medium (`unit`: bytes,
-    pixels) an average token stands for, for progress in bits a unit.
+    run is refused where it differs. `units` is how many units of the medium, named `unit`, an
+    average token stands for, for progress in bits a unit.
     """
 
     fingerprint: str

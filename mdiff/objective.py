@@ -330,13 +330,13 @@ def _row_nll(
         blocked = blocked | (columns < spans[:, :1]) | (columns >= spans[:, 1:])
     if spans is not None or space.forbidden:
         logits = logits.masked_fill(blocked, -torch.inf)
-    total = logits.logsumexp(1)
-    nll = total - logits.gather(1, targets[:, None])[:, 0]
+    log_p = logits.log_softmax(1)
+    nll = -log_p.gather(1, targets[:, None])[:, 0]
     if smoothing == 0:
         return nll, nll
     allowed = ~blocked.expand(logits.shape)
-    mean = torch.where(allowed, logits, 0.0).sum(1) / allowed.sum(1)
-    return nll, (1 - smoothing) * nll + smoothing * (total - mean)
+    mean = torch.where(allowed, log_p, 0.0).sum(1) / allowed.sum(1)
+    return nll, (1 - smoothing) * nll - smoothing * mean
 
 
 def _spans_at(space: TokenSpace, hidden: Tensor) -> Tensor | None:

@@ -1,0 +1,180 @@
+"""The rooms: who may import whom, what the wheel holds, what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mdiff
+from mdiff.find import find, names
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mdiff"
+
+# From the ground up; a module imports what lies below its own floor. Within a floor modules
+# may build on each other but for the rooms, whose parts never import another room.
+FLOORS = [
+    {"kernels"},
+    {"errors"},
+    {"tokens", "schedule", "denoiser", "data"},
+    {"ops", "objective", "filling", "layers"},
+    {"modalities", "codecs", "backbones", "samplers", "canvas", "files", "find", "order",
+     "packing", "safe_yaml", "sources", "tokenizer"},
+    {"config", "checkpoint", "locate", "loading", "journal", "optim", "training_state"},
+    {"stepping", "run", "train", "generation", "sampling", "pipeline", "evaluate", "selftest",
+     "trace"},
+    {"cli", "__main__"},
+]  # fmt: skip
+ROOMS = {"modalities", "codecs", "backbones", "samplers"}
+CORE = ["tokens", "schedule", "objective", "denoiser", "ops", "filling", "data", "train",
+        "stepping", "run", "order", "optim", "checkpoint", "training_state"]  # fmt: skip
+MODALITY_WORDS = re.compile(
+    r"\b(images?|texts?|pixels?|prompts?|pictures?|captions?|characters?|words? of)\b", re.I
+)
+
+
+def modules():
+    """(dotted name below mdiff, path) of every module, the two top-level rooms included."""
+    for path in sorted(PACKAGE.rglob("*.py", recurse_symlinks=True)
+                       if sys.version_info >= (3, 13) else walk(PACKAGE)):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(p for p in parts if p != "__init__")
+        if name:
+            yield name, path
+
+
+def walk(folder):
+    for base, _, files in os.walk(folder, followlinks=True):
+        yield from (Path(base) / file for file in files if file.endswith(".py"))
+
+
+def imports(path):
+    """The modules of the package that a file imports at any depth of its code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            if node.module == "mdiff":
+                yield from (alias.name for alias in node.names)
+            elif node.module.startswith("mdiff."):
+                yield node.module.removeprefix("mdiff.")
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("mdiff."):
+                    yield alias.name.removeprefix("mdiff.")
+
+
+def floor(name):
+    top = name.partition(".")[0]
+    found = [level for level, rooms in enumerate(FLOORS) if top in rooms]
+    assert len(found) == 1, f"{name} has no floor: give it one in FLOORS"
+    return found[0]
+
+
+def test_imports_point_downwards_only():
+    wrong = []
+    for name, path in modules():
+        for imported in imports(path):
+            if imported.startswith("__"):
+                continue
+            here, there = name.partition(".")[0], imported.partition(".")[0]
+            upwards = floor(imported) > floor(name)
+            across = here in ROOMS and there in ROOMS and here != there
+            if upwards or across:
+                wrong.append(f"{name} imports {imported}")
+    assert not wrong
+
+
+def test_a_sampler_does_not_import_another_but_blocks_its_default():
+    wrong = [
+        (name, imported)
+        for name, path in modules()
+        if name.startswith("samplers.")
+        for imported in imports(path)
+        if imported.startswith("samplers.")
+        and (name, imported) != ("samplers.blocks", "samplers.first_hitting")
+    ]
+    assert not wrong
+
+
+def test_kernels_import_nothing_of_the_package_but_kernels():
+    for name, path in modules():
+        if name.startswith("kernels"):
+            assert all(i.startswith("kernels") for i in imports(path)), name
+
+
+def test_the_core_knows_no_modality():
+    for name, path in modules():
+        if name in CORE or name.startswith(("kernels.", "samplers.")):
+            found = MODALITY_WORDS.search(path.read_text())
+            assert found is None, f"{path}: {found}"
+
+
+def test_the_two_rooms_are_links_to_directories_without_init():
+    for room in ("kernels", "samplers"):
+        link = PACKAGE / room
+        assert link.is_symlink()
+        assert os.readlink(link) == f"../{room}"
+        assert (ROOT / room).is_dir()
+        assert not (ROOT / room / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("room", ["samplers", "backbones", "modalities"])
+def test_every_part_is_found_by_the_name_of_its_file(room):
+    assert names(room)
+    for name in names(room):
+        assert callable(find(room, name))
+        assert find(room, name.replace("_", "-")) is find(room, name)
+
+
+def test_importing_the_package_is_fast_and_loads_nothing_heavy():
+    code = (
+        "import sys, mdiff; heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'triton'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+    assert time.perf_counter() - start < 5
+
+
+def test_public_names_resolve_and_unknown_ones_do_not():
+    for name in mdiff.__all__:
+        assert getattr(mdiff, name) is not None
+    with pytest.raises(AttributeError):
+        mdiff.nothing  # noqa: B018
+
+
+def test_the_wheel_has_one_top_level_name_and_both_rooms(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+         "--wheel-dir", tmp_path, ROOT],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("mdiff_toolkit-*.whl")
+    files = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in files if ".dist-info/" not in name} == {"mdiff"}
+    for expected in ("mdiff/kernels/philox.py", "mdiff/samplers/first_hitting.py",
+                     "mdiff/py.typed", "mdiff/trace.html"):
+        assert expected in files
+    packed = {name for name in files if name.endswith(".py")}
+    here = {f"mdiff/{path.relative_to(PACKAGE)}" for _, path in modules()} | {"mdiff/__init__.py"}
+    assert packed == here
+
+
+def test_no_unsafe_loading_in_the_package():
+    unsafe = re.compile(
+        r"pickle\.loads?|torch\.load\(|trust_remote_code *= *True|yaml\.load\((?![^)]*Safe)|\beval\(|\bexec\("
+    )
+    asserts = re.compile(r"^\s*assert ", re.M)
+    for name, path in modules():
+        source = path.read_text()
+        found = unsafe.search(source.replace(".eval()", ""))
+        assert found is None, f"{name}: {found}"
+        assert asserts.search(source) is None, name
