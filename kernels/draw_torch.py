@@ -85,10 +85,7 @@ def _draw_chunk(
     weights = _Weights(model_NV, tile)
     plain = temperature in (0, 1) and filters == (None, None, None)
     drawn = weights if plain else _Weights(_filtered(model_NV, temperature, filters), tile)
-    if temperature == 0:
-        token_N = drawn.relative_NV.argmax(1)
-    else:
-        token_N = drawn.reservoir(counter)
+    token_N = drawn.relative_NV.argmax(1) if temperature == 0 else drawn.reservoir(counter)
     measured = drawn if measure == "drawn" else weights
     log_prob_N, entropy_N, margin_N = measured.figures(token_N)
     nan = torch.full_like(log_prob_N, torch.nan)
@@ -115,14 +112,15 @@ class _Weights:
         """The drawn ids, (N,): the last accepted tile, then inverse CDF inside it."""
         tiles = self.mass_NT.shape[1]
         lane_T = torch.arange(tiles, device=self.mass_NT.device) + (philox.DRAW << 24)
-        accept_NT, pick_NT, _, _ = philox.words(*(c[:, None] for c in counter), lane_T)
+        seed_N1, position_N1, sample_N1, step_N1 = (c[:, None] for c in counter)
+        accept_NT, pick_NT, _, _ = philox.words(seed_N1, position_N1, sample_N1, step_N1, lane_T)
         so_far_NT = self.mass_NT.cumsum(1)
         accepted_NT = philox.to_uniform(accept_NT) * so_far_NT < self.mass_NT
         index_T = torch.arange(tiles, device=self.mass_NT.device)
         winner_N = torch.where(accepted_NT, index_T, 0).amax(1)
-        weight_NK = self.weight_NTK.gather(
-            1, winner_N[:, None, None].expand(-1, 1, self.tile)
-        )[:, 0]
+        weight_NK = self.weight_NTK.gather(1, winner_N[:, None, None].expand(-1, 1, self.tile))[
+            :, 0
+        ]
         cumulative_NK = weight_NK.double().cumsum(1)
         pick_N = philox.to_uniform(pick_NT.gather(1, winner_N[:, None]))
         inside_N = torch.searchsorted(cumulative_NK, pick_N * cumulative_NK[:, -1:], right=True)

@@ -54,12 +54,13 @@ def words(
         for g in given
     ]
     k0, k1 = key & WORD, (key >> 32) & WORD
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(c & WORD for c in counter))
+    c0, c1, c2, c3 = (c & WORD for c in counter)
     for _ in range(ROUNDS):
         high0, low0 = _product(MULTIPLIERS[0], c0)
         high1, low1 = _product(MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
+    # Ten rounds mix every part of the counter into every word, so all have the full shape.
     return c0, c1, c2, c3
 
 

@@ -63,8 +63,11 @@ def draw_reference(
         measured = drawn_NV[n] if measure == "drawn" else model_NV[n]
         sound = bool(torch.isfinite(model_NV[n].amax())) and not bool(model_NV[n].isnan().any())
         if not sound:
-            allowed = permitted_columns(model_NV[n : n + 1].nan_to_num(), forbidden,
-                                        None if span is None else span[n : n + 1])[0]
+            allowed = permitted_columns(
+                model_NV[n : n + 1].nan_to_num(),
+                forbidden,
+                None if span is None else span[n : n + 1],
+            )[0]
             rows.append((int(allowed.nonzero()[0]), *[float("nan")] * 3))
             continue
         token = (
@@ -95,9 +98,7 @@ def _reservoir(
         peak = new_peak
         weights = torch.exp(part - peak)
         total = float(weights.sum())
-        accept, pick, _, _ = philox.words(
-            seed, position, sample, step, (philox.DRAW << 24) | index
-        )
+        accept, pick, _, _ = philox.words(seed, position, sample, step, (philox.DRAW << 24) | index)
         if total > 0 and float(philox.to_uniform(accept)) * (mass + total) < total:
             cumulative = weights.cumsum(0)
             target = float(philox.to_uniform(pick)) * float(cumulative[-1])
@@ -116,9 +117,7 @@ def _figures(logits_V: Tensor, token: int) -> tuple[float, float, float]:
     return float(log_p[token]), float(entropy), float(margin)
 
 
-def permitted_columns(
-    logits_NV: Tensor, forbidden: tuple[int, ...], span: Tensor | None
-) -> Tensor:
+def permitted_columns(logits_NV: Tensor, forbidden: tuple[int, ...], span: Tensor | None) -> Tensor:
     """Which ids a row may draw at all, (N, V) bool."""
     columns = torch.arange(logits_NV.shape[1], device=logits_NV.device)
     allowed = torch.ones_like(logits_NV, dtype=torch.bool)
@@ -140,7 +139,7 @@ def kept_columns(
     """
     kept = torch.ones_like(logits_NV, dtype=torch.bool)
     vocab = logits_NV.shape[1]
-    if top_k is not None and top_k < vocab or top_p is not None and top_p < 1:
+    if (top_k is not None and top_k < vocab) or (top_p is not None and top_p < 1):
         ordered, order = logits_NV.sort(dim=1, descending=True, stable=True)
         if top_k is not None and top_k < vocab:
             ordered[:, top_k:] = -torch.inf

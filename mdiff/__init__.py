@@ -57,7 +57,7 @@ _ROOM = {
 }  # fmt: skip
 _MODULE = {name: module for module, names in _ROOM.items() for name in names}
 
-__all__ = ["__version__", *sorted(_MODULE)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_MODULE)]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -77,10 +78,10 @@ class Filling:
         self.seed, self.sample = streams(seed, rows, device)
         self.spans = space.spans(canvas.shape[1], device)
         self.calls = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.options = {
-            "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-            "measure": measure,
-        }  # fmt: skip
+        self.draw = partial(
+            draw, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, measure=measure,
+            never=space.forbidden,
+        )  # fmt: skip
         self.states = 0
 
     def uniform(self, purpose: int, step: int = 0) -> Tensor:
@@ -114,11 +115,10 @@ class Filling:
             )  # fmt: skip
         self.calls += active * int(getattr(self.denoiser, "evaluations", 1))
         row = at.nonzero()[:, 0]
-        return draw(
+        return self.draw(
             logits, seed=self.seed[row], sample=self.sample[row], step=step,
-            position=self.rank[at], never=self.space.forbidden,
+            position=self.rank[at],
             span=None if self.spans is None else self.spans.expand(*at.shape, 2)[at],
-            **self.options,
         )  # fmt: skip
 
     def _logits(

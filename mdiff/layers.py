@@ -137,14 +137,15 @@ def attend(
         sees = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     if sees is not None:
         scores = scores.masked_fill(~sees, -torch.inf)
-    return scores.softmax(3) @ value
+    result: Tensor = scores.softmax(3) @ value
+    return result
 
 
 def dropped(x: Tensor, share: float) -> Tensor:
-    """`x` with about `share` of its entries zeroed and the others scaled up, from torch's generator.
+    """`x` with about `share` of its entries zeroed and the others scaled up.
 
-    On the CPU eight entries share one 64-bit draw, so that the share is a multiple of 1/256:
-    a draw for each takes longer than the layer before it.
+    By torch's generator. On the CPU eight entries share one 64-bit draw, so that the share is a
+    multiple of 1/256: a draw for each takes longer than the layer before it.
     """
     if x.device.type != "cpu":
         return F.dropout(x, share)

@@ -219,9 +219,7 @@ def nll_bound(
             for weights, hidden in chain(maskable):
                 nats += (weights * score(hidden)).sum(1)
             return Bound(nats, torch.zeros_like(nats))
-    raise ConfigError(
-        f"estimator={estimator!r}: expected any_order, time, exact or left_to_right"
-    )
+    raise ConfigError(f"estimator={estimator!r}: expected any_order, time, exact or left_to_right")
 
 
 class _Scorer:

@@ -108,9 +108,7 @@ def _per_row(value: int | Tensor, rows: int, device: torch.device) -> Tensor:
     return torch.full((1,), signed, dtype=torch.int64, device=device).expand(rows)
 
 
-def _span(
-    span: tuple[int, int] | Tensor | None, rows: int, device: torch.device
-) -> Tensor | None:
+def _span(span: tuple[int, int] | Tensor | None, rows: int, device: torch.device) -> Tensor | None:
     if span is None:
         return None
     return torch.as_tensor(span, dtype=torch.int64, device=device).expand(rows, 2)

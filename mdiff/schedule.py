@@ -58,7 +58,7 @@ class Linear:
         return _float64(lambda t: 1 / t, t)
 
     def time_at(self, m: Tensor | float) -> Tensor:
-        """t = m."""
+        """T = m."""
         return _as_float64(m)
 
 
@@ -78,7 +78,7 @@ class Cosine:
         return _float64(_half_pi_cotangent, t)
 
     def time_at(self, m: Tensor | float) -> Tensor:
-        """t = (2 / pi) asin m."""
+        """T = (2 / pi) asin m."""
         return torch.asin(_as_float64(m)) * (2 / math.pi)
 
 
@@ -107,7 +107,7 @@ class Polynomial:
         return _float64(lambda t: self.power / t, t)
 
     def time_at(self, m: Tensor | float) -> Tensor:
-        """t = m^(1/p)."""
+        """T = m^(1/p)."""
         return _as_float64(m) ** (1 / self.power)
 
 
@@ -129,7 +129,7 @@ class Arccos:
         )
 
     def time_at(self, m: Tensor | float) -> Tensor:
-        """t = 2 sin^2(pi m / 4)."""
+        """T = 2 sin^2(pi m / 4)."""
         return 2 * torch.sin(math.pi / 4 * _as_float64(m)) ** 2
 
 
@@ -151,7 +151,7 @@ class Exponential:
         return _float64(lambda t: self.rate / torch.expm1(self.rate * t), t)
 
     def time_at(self, m: Tensor | float) -> Tensor:
-        """t = -log1p(m expm1(-a)) / a."""
+        """T = -log1p(m expm1(-a)) / a."""
         return torch.log1p(_as_float64(m) * math.expm1(-self.rate)) / -self.rate
 
 
@@ -189,7 +189,7 @@ class Geometric:
         return _float64(formula, t)
 
     def time_at(self, m: Tensor | float) -> Tensor:
-        """t = log1p(s / lo) / ln(hi / lo), s = -log1p(m expm1(lo - hi))."""
+        """T = log1p(s / lo) / ln(hi / lo), s = -log1p(m expm1(lo - hi))."""
         noise = -torch.log1p(_as_float64(m) * math.expm1(self.lo - self.hi))
         return torch.log1p(noise / self.lo) / math.log(self.hi / self.lo)
 

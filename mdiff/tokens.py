@@ -83,7 +83,7 @@ class TokenSpace:
         """
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise DataError(
-                f"tokens of shape {tuple(tokens.shape)} and type {tokens.dtype}: expected (B, L) int64"
+                f"tokens of shape {tuple(tokens.shape)}, type {tokens.dtype}: expected (B, L) int64"
             )
         if valid is not None and (valid.shape != tokens.shape or valid.dtype != torch.bool):
             raise DataError(

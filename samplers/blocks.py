@@ -126,7 +126,7 @@ class _Window:
         rest = dict(cond or {})
         canvas, columns, seen = (rest.pop(name) for name in (CANVAS, COLUMNS, SEEN))
         whole = canvas.scatter(1, columns, tokens)
-        asked = torch.zeros_like(seen).scatter(1, columns, at)
+        asked = None if at is None else torch.zeros_like(seen).scatter(1, columns, at)
         return self.denoiser(whole, at=asked, valid=seen, t=t, cond=rest or None, cache=cache)
 
 
@@ -143,9 +143,7 @@ def _ends_with(inside: Tensor, rank: Tensor, context: int) -> Tensor:
     return (rank <= end) & (rank > end - context)
 
 
-def _whole(
-    state: State, canvas: Tensor, columns: Tensor, states: int, calls: Tensor
-) -> State:
+def _whole(state: State, canvas: Tensor, columns: Tensor, states: int, calls: Tensor) -> State:
     """The state of a block as a state of the whole canvas."""
 
     def spread(values: Tensor) -> Tensor:

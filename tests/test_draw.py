@@ -95,8 +95,9 @@ def test_the_figures_are_those_of_float64(backend, kind):
 
 @faster
 @pytest.mark.parametrize("tile", [4, 1024])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 7}, {"forbidden": (3,)}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.5}, {"top_k": 7}, {"forbidden": (3,)}], ids=str
+)
 def test_the_law_is_softmax_by_chi_square(backend, tile, options):
     n = 200_000
     logits = logits_like("normal", rows=1, vocab=37, seed=6)
@@ -207,8 +208,9 @@ def test_a_row_is_the_same_in_every_batch(backend):
 def test_spans_differ_from_row_to_row(backend):
     logits = logits_like("normal", rows=3, vocab=50)
     span = torch.tensor([[0, 5], [10, 11], [40, 50]])
-    tokens = torch.stack([draw(logits, seed=s, span=span, backend=backend).tokens
-                          for s in range(40)])
+    tokens = torch.stack(
+        [draw(logits, seed=s, span=span, backend=backend).tokens for s in range(40)]
+    )
     assert ((tokens >= span[:, 0]) & (tokens < span[:, 1])).all()
 
 

@@ -189,11 +189,13 @@ def test_maskgits_rule_has_its_own_enumerated_law(noise):
 
 
 def reveal_times_and_order(sampler):
-    """m at each of the four hits (N, 4), and the place of each hit (N, 4)."""
+    """M at each of the four hits (N, 4), and the place of each hit (N, 4)."""
     canvas = torch.full((SAMPLES // 4, TOY.length), TOY.vocab)
     states = list(sampler(TOY.denoiser(), canvas, space=TOY.space, seed=3))
-    return (torch.stack([s.t for s in states], 1),
-            torch.stack([s.revealed.long().argmax(1) for s in states], 1))
+    return (
+        torch.stack([s.t for s in states], 1),
+        torch.stack([s.revealed.long().argmax(1) for s in states], 1),
+    )
 
 
 def times_p_value(times):
@@ -244,8 +246,9 @@ def test_a_mutant_that_scores_confidence_after_temperature_is_rejected():
     """At temperature 0.3 the place is the surest draw of the model, not of the sharpened law."""
 
     def law_of(measure):
-        return run("confidence", steps=2, counts="even", temperature=0.3, score="entropy",
-                   measure=measure)
+        return run(
+            "confidence", steps=2, counts="even", temperature=0.3, score="entropy", measure=measure
+        )
 
     empirical = torch.bincount(
         (law_of("model") * 4 ** torch.arange(3, -1, -1)).sum(1), minlength=256
@@ -281,13 +284,16 @@ def subset_law_of_entropy(temperature):
 def test_a_mutant_that_counts_by_the_batch_is_rejected():
     hidden = torch.tensor([4, 2, 3])
     own = reveal_counts("even", hidden, steps=2, schedule=Linear())
-    by_batch = reveal_counts("even", hidden.float().mean().long().expand(3), steps=2,
-                             schedule=Linear())
+    by_batch = reveal_counts(
+        "even", hidden.float().mean().long().expand(3), steps=2, schedule=Linear()
+    )
     assert own.sum(1).tolist() == hidden.tolist()
     assert by_batch.sum(1).tolist() != hidden.tolist()
     canvas = torch.tensor([[4, 4, 4, 4], [1, 4, 4, 0], [4, 4, 4, 2]])
-    revealed = [s.revealed.sum(1).tolist() for s in confidence(
-        TOY.denoiser(), canvas, space=TOY.space, steps=2, counts="even")]
+    revealed = [
+        s.revealed.sum(1).tolist()
+        for s in confidence(TOY.denoiser(), canvas, space=TOY.space, steps=2, counts="even")
+    ]
     assert revealed == own.T.tolist()
 
 

@@ -43,8 +43,11 @@ MODALITY_WORDS = re.compile(
 
 def modules():
     """(dotted name below mdiff, path) of every module, the two top-level rooms included."""
-    for path in sorted(PACKAGE.rglob("*.py", recurse_symlinks=True)
-                       if sys.version_info >= (3, 13) else walk(PACKAGE)):
+    for path in sorted(
+        PACKAGE.rglob("*.py", recurse_symlinks=True)
+        if sys.version_info >= (3, 13)
+        else walk(PACKAGE)
+    ):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         name = ".".join(p for p in parts if p != "__init__")
         if name:
@@ -160,8 +163,12 @@ def test_the_wheel_has_one_top_level_name_and_both_rooms(tmp_path):
     (wheel,) = tmp_path.glob("mdiff_toolkit-*.whl")
     files = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in files if ".dist-info/" not in name} == {"mdiff"}
-    for expected in ("mdiff/kernels/philox.py", "mdiff/samplers/first_hitting.py",
-                     "mdiff/py.typed", "mdiff/trace.html"):
+    for expected in (
+        "mdiff/kernels/philox.py",
+        "mdiff/samplers/first_hitting.py",
+        "mdiff/py.typed",
+        "mdiff/trace.html",
+    ):
         assert expected in files
     packed = {name for name in files if name.endswith(".py")}
     here = {f"mdiff/{path.relative_to(PACKAGE)}" for _, path in modules()} | {"mdiff/__init__.py"}
@@ -170,7 +177,8 @@ def test_the_wheel_has_one_top_level_name_and_both_rooms(tmp_path):
 
 def test_no_unsafe_loading_in_the_package():
     unsafe = re.compile(
-        r"pickle\.loads?|torch\.load\(|trust_remote_code *= *True|yaml\.load\((?![^)]*Safe)|\beval\(|\bexec\("
+        r"pickle\.loads?|torch\.load\(|trust_remote_code *= *True|"
+        r"yaml\.load\((?![^)]*Safe)|\beval\(|\bexec\("
     )
     asserts = re.compile(r"^\s*assert ", re.M)
     for name, path in modules():

@@ -60,8 +60,15 @@ def test_the_exact_bound_is_the_mean_over_all_orders(length):
     denoiser, space = lopsided_denoiser()
     tokens = torch.tensor([[3, 0, 1, 2, 2]])
     may_hide = torch.arange(5)[None] < length
-    bound = nll_bound(denoiser, tokens, space=space, schedule=Linear(), estimator="exact",
-                      seed=0, may_hide=may_hide)
+    bound = nll_bound(
+        denoiser,
+        tokens,
+        space=space,
+        schedule=Linear(),
+        estimator="exact",
+        seed=0,
+        may_hide=may_hide,
+    )
     expected = mean_over_orders(denoiser, space, tokens, range(length))
     assert float(bound.nats[0]) == pytest.approx(expected, abs=1e-10)
 
@@ -97,11 +104,13 @@ def test_estimators_are_unbiased_and_their_intervals_cover(estimator):
     """500 repeats; the 95 percent interval covers in 90 to 99 percent of them."""
     denoiser, space = lopsided_denoiser()
     tokens = torch.tensor([[3, 0, 1, 2, 2]])
-    exact = float(nll_bound(denoiser, tokens, space=space, schedule=Linear(), estimator="exact",
-                            seed=0).nats)
+    exact = float(
+        nll_bound(denoiser, tokens, space=space, schedule=Linear(), estimator="exact", seed=0).nats
+    )
     many = tokens.expand(500, 5)
-    bound = nll_bound(denoiser, many, space=space, schedule=Cosine(), estimator=estimator,
-                      draws=64, seed=11)
+    bound = nll_bound(
+        denoiser, many, space=space, schedule=Cosine(), estimator=estimator, draws=64, seed=11
+    )
     covered = ((bound.nats - exact).abs() < 1.96 * bound.stderr).double().mean()
     assert 0.90 <= float(covered) <= 0.99
     error = bound.nats.mean() - exact
@@ -110,8 +119,14 @@ def test_estimators_are_unbiased_and_their_intervals_cover(estimator):
 
 def test_left_to_right_is_the_likelihood_of_that_sampler():
     tokens = torch.tensor([[0, 2, 1, 1], [2, 2, 0, 1]])
-    bound = nll_bound(TOY.denoiser(), tokens, space=TOY.space, schedule=Linear(),
-                      estimator="left_to_right", seed=0)
+    bound = nll_bound(
+        TOY.denoiser(),
+        tokens,
+        space=TOY.space,
+        schedule=Linear(),
+        estimator="left_to_right",
+        seed=0,
+    )
     exact = -torch.stack([TOY.joint[tuple(row)] for row in tokens.tolist()]).log()
     assert torch.allclose(bound.nats, exact, atol=1e-12)
     assert (bound.stderr == 0).all()
@@ -120,16 +135,24 @@ def test_left_to_right_is_the_likelihood_of_that_sampler():
 def test_an_ideal_denoiser_makes_the_bound_tight_in_every_order():
     tokens = torch.tensor([[0, 2, 1, 1], [2, 2, 0, 1]])
     exact = -torch.stack([TOY.joint[tuple(row)] for row in tokens.tolist()]).log()
-    bound = nll_bound(TOY.denoiser(), tokens, space=TOY.space, schedule=Linear(),
-                      estimator="exact", seed=0)
+    bound = nll_bound(
+        TOY.denoiser(), tokens, space=TOY.space, schedule=Linear(), estimator="exact", seed=0
+    )
     assert torch.allclose(bound.nats, exact, atol=1e-12)
 
 
 def test_the_bound_is_conditional_on_any_given_subset():
     tokens = torch.tensor([[0, 2, 1, 1]])
     may_hide = torch.tensor([[True, False, True, False]])
-    bound = nll_bound(TOY.denoiser(), tokens, space=TOY.space, schedule=Linear(),
-                      estimator="exact", seed=0, may_hide=may_hide)
+    bound = nll_bound(
+        TOY.denoiser(),
+        tokens,
+        space=TOY.space,
+        schedule=Linear(),
+        estimator="exact",
+        seed=0,
+        may_hide=may_hide,
+    )
     conditional = TOY.joint[0, 2, 1, 1] / TOY.joint[:, 2, :, 1].sum()
     assert float(bound.nats[0]) == pytest.approx(-math.log(float(conditional)), abs=1e-12)
 
@@ -138,8 +161,15 @@ def test_the_bound_is_conditional_on_any_given_subset():
 @pytest.mark.parametrize("estimator", ["any_order", "time"])
 def test_a_uniform_denoiser_scores_the_log_of_the_permitted_ids(name, estimator):
     tokens = torch.tensor([[0, 1, 3, 4, 6, 6]]).expand(4, 6)
-    bound = nll_bound(uniform_denoiser(SPACE), tokens, space=SPACE, schedule=named_schedule(name),
-                      estimator=estimator, draws=500, seed=1)
+    bound = nll_bound(
+        uniform_denoiser(SPACE),
+        tokens,
+        space=SPACE,
+        schedule=named_schedule(name),
+        estimator=estimator,
+        draws=500,
+        seed=1,
+    )
     expected = 6 * math.log(SPACE.permitted)
     assert (abs(bound.nats - expected) <= 4.9 * bound.stderr + 1e-9).all()
 
@@ -147,8 +177,9 @@ def test_a_uniform_denoiser_scores_the_log_of_the_permitted_ids(name, estimator)
 @every_schedule
 def test_the_loss_of_a_uniform_denoiser_is_the_log_of_the_permitted_ids(name):
     tokens = torch.ones(20_000, 6, dtype=torch.int64)
-    loss = masked_diffusion_loss(uniform_denoiser(SPACE), tokens, space=SPACE,
-                                 schedule=named_schedule(name), seed=3)
+    loss = masked_diffusion_loss(
+        uniform_denoiser(SPACE), tokens, space=SPACE, schedule=named_schedule(name), seed=3
+    )
     assert float(loss.value) == pytest.approx(math.log(5), rel=0.02)
     assert torch.allclose(loss.nll[loss.hidden], torch.tensor(math.log(5)).double())
     assert (loss.nll[~loss.hidden] == 0).all()
@@ -177,8 +208,15 @@ def test_given_places_and_padding_are_not_hidden_scored_or_counted():
     tokens = torch.ones(400, 6, dtype=torch.int64)
     may_hide = torch.tensor([False, True, True, True, True, True]).expand(400, 6)
     valid = torch.tensor([True, True, True, True, False, False]).expand(400, 6)
-    loss = masked_diffusion_loss(uniform_denoiser(SPACE), tokens, space=SPACE, schedule=Linear(),
-                                 may_hide=may_hide, valid=valid, seed=1)
+    loss = masked_diffusion_loss(
+        uniform_denoiser(SPACE),
+        tokens,
+        space=SPACE,
+        schedule=Linear(),
+        may_hide=may_hide,
+        valid=valid,
+        seed=1,
+    )
     assert not loss.hidden[:, [0, 4, 5]].any()
     assert loss.hidden[:, 1:4].any()
     assert float(loss.value) == pytest.approx(math.log(5), rel=0.1)
@@ -226,8 +264,16 @@ def test_maskgits_loss_is_this_function_with_other_options():
     model = from_logits(lambda _: logits)
     first = masked_diffusion_loss(model, tokens, space=space, schedule=Cosine(), seed=1)
     hidden = first.hidden
-    loss = masked_diffusion_loss(model, tokens, space=space, schedule=Cosine(), seed=1,
-                                 weight="uniform", label_smoothing=0.1, total=hidden.sum())
+    loss = masked_diffusion_loss(
+        model,
+        tokens,
+        space=space,
+        schedule=Cosine(),
+        seed=1,
+        weight="uniform",
+        label_smoothing=0.1,
+        total=hidden.sum(),
+    )
     peer = F.cross_entropy(logits[hidden], tokens[hidden], label_smoothing=0.1)
     assert float(loss.value) == pytest.approx(float(peer), rel=1e-6)
 
@@ -236,9 +282,16 @@ def test_smoothing_spreads_over_permitted_ids_only():
     logits = torch.randn(1, 4, 7, generator=torch.Generator().manual_seed(2)).double()
     logits[..., [2, 5]] = 1e4
     tokens = torch.tensor([[0, 1, 3, 4]])
-    loss = masked_diffusion_loss(from_logits(lambda _: logits), tokens, space=SPACE,
-                                 schedule=Linear(), t=torch.ones(1), weight="uniform",
-                                 label_smoothing=0.2, seed=0)
+    loss = masked_diffusion_loss(
+        from_logits(lambda _: logits),
+        tokens,
+        space=SPACE,
+        schedule=Linear(),
+        t=torch.ones(1),
+        weight="uniform",
+        label_smoothing=0.2,
+        seed=0,
+    )
     allowed = [0, 1, 3, 4, 6]
     target = torch.tensor([allowed.index(i) for i in tokens[0].tolist()])
     peer = F.cross_entropy(logits[0][:, allowed], target, label_smoothing=0.2)
@@ -250,8 +303,9 @@ def test_a_function_of_the_time_is_a_weight():
     options = {"space": SPACE, "schedule": Linear(), "seed": 2}
     bound = masked_diffusion_loss(uniform_denoiser(SPACE), tokens, **options)
     same = masked_diffusion_loss(uniform_denoiser(SPACE), tokens, weight=lambda t: 1 / t, **options)
-    clipped = masked_diffusion_loss(uniform_denoiser(SPACE), tokens,
-                                    weight=lambda t: (1 / t).clamp(max=3), **options)
+    clipped = masked_diffusion_loss(
+        uniform_denoiser(SPACE), tokens, weight=lambda t: (1 / t).clamp(max=3), **options
+    )
     assert float(same.value) == pytest.approx(float(bound.value))
     assert float(clipped.value) < float(bound.value)
 
@@ -259,8 +313,14 @@ def test_a_function_of_the_time_is_a_weight():
 def test_nothing_hidden_gives_a_zero_with_a_gradient():
     weight = torch.zeros(7, requires_grad=True)
     model = from_logits(lambda tokens: weight.expand(*tokens.shape, 7))
-    loss = masked_diffusion_loss(model, torch.ones(2, 3, dtype=torch.int64), space=SPACE,
-                                 schedule=Linear(), t=torch.full((2,), 2.0**-32), seed=0)
+    loss = masked_diffusion_loss(
+        model,
+        torch.ones(2, 3, dtype=torch.int64),
+        space=SPACE,
+        schedule=Linear(),
+        t=torch.full((2,), 2.0**-32),
+        seed=0,
+    )
     loss.value.backward()
     assert loss.value.item() == 0
     assert (weight.grad == 0).all()
@@ -272,8 +332,14 @@ def test_a_time_conditioned_denoiser_is_refused_where_the_estimator_has_no_time(
 
     for estimator in ("any_order", "exact", "left_to_right"):
         with pytest.raises(ConfigError, match="time"):
-            nll_bound(Timed(SPACE), torch.ones(1, 3, dtype=torch.int64), space=SPACE,
-                      schedule=Linear(), estimator=estimator, seed=0)
+            nll_bound(
+                Timed(SPACE),
+                torch.ones(1, 3, dtype=torch.int64),
+                space=SPACE,
+                schedule=Linear(),
+                estimator=estimator,
+                seed=0,
+            )
 
 
 @pytest.mark.parametrize("options", [
@@ -282,15 +348,22 @@ def test_a_time_conditioned_denoiser_is_refused_where_the_estimator_has_no_time(
 def test_bounds_that_cannot_be_meant_are_refused(options):
     tokens = torch.ones(1, options.pop("length", 4), dtype=torch.int64)
     with pytest.raises(ConfigError):
-        nll_bound(uniform_denoiser(SPACE), tokens, space=SPACE, schedule=Linear(), seed=0,
-                  **options)
+        nll_bound(
+            uniform_denoiser(SPACE), tokens, space=SPACE, schedule=Linear(), seed=0, **options
+        )
 
 
 @pytest.mark.parametrize("options", [{"weight": "elbo"}, {"label_smoothing": 1.0}])
 def test_losses_that_cannot_be_meant_are_refused(options):
     with pytest.raises(ConfigError):
-        masked_diffusion_loss(uniform_denoiser(SPACE), torch.ones(1, 4, dtype=torch.int64),
-                              space=SPACE, schedule=Linear(), seed=0, **options)
+        masked_diffusion_loss(
+            uniform_denoiser(SPACE),
+            torch.ones(1, 4, dtype=torch.int64),
+            space=SPACE,
+            schedule=Linear(),
+            seed=0,
+            **options,
+        )
 
 
 def test_logits_in_bfloat16_are_summed_in_float32():

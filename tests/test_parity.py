@@ -93,8 +93,9 @@ class _Md4Cosine:
 
 def test_llada_transfer_counts_are_ours():
     for case in PURE["llada_num_transfer_tokens"]["cases"]:
-        table = reveal_counts("even", torch.tensor([case["n"]]), steps=case["steps"],
-                              schedule=Linear())
+        table = reveal_counts(
+            "even", torch.tensor([case["n"]]), steps=case["steps"], schedule=Linear()
+        )
         assert table[0].tolist() == case["counts"]
 
 

@@ -86,9 +86,9 @@ def test_a_sample_does_not_depend_on_its_batch_or_its_padding(name, side):
     for row, length in enumerate(lengths):
         own = torch.full((1, length), SPACE.mask_id)
         own[0, : length // 3] = 1
-        alone.append(finish(
-            name, own, seed=seeds[row : row + 1], cond={"label": labels[row : row + 1]}
-        )[-1])
+        alone.append(
+            finish(name, own, seed=seeds[row : row + 1], cond={"label": labels[row : row + 1]})[-1]
+        )
         place = slice(0, length) if side == "right" else slice(12 - length, 12)
         canvas[row, place], valid[row, place] = own[0], True
     together = finish(name, canvas, seed=seeds, valid=valid, cond={"label": labels})[-1]
@@ -111,8 +111,13 @@ def test_an_int_seed_makes_row_b_sample_b_whatever_the_batch_size(name):
 def test_temperature_and_filters_do_not_change_how_many_tokens_a_step_writes(name):
     canvas = mixed_canvas()
     plain = [s.revealed.sum(1).tolist() for s in finish(name, canvas, seed=1)]
-    for options in ({"temperature": 0.3}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5},
-                    {"min_p": 0.2}):
+    for options in (
+        {"temperature": 0.3},
+        {"temperature": 0.0},
+        {"top_k": 2},
+        {"top_p": 0.5},
+        {"min_p": 0.2},
+    ):
         states = finish(name, canvas, seed=1, **options)
         assert [s.revealed.sum(1).tolist() for s in states] == plain
 
@@ -182,11 +187,15 @@ def test_time_reaches_models_that_use_it_and_falls(name):
 
     denoiser = Timed(SPACE)
     denoiser.times = []
-    states = finish(name, torch.full((1, 8), SPACE.mask_id), denoiser=denoiser,
-                    **({"block_length": 8} if name == "blocks" else {}))
+    states = finish(
+        name,
+        torch.full((1, 8), SPACE.mask_id),
+        denoiser=denoiser,
+        **({"block_length": 8} if name == "blocks" else {}),
+    )
     times = torch.cat(denoiser.times)
     assert (times[1:] < times[:-1]).all()
-    assert 0 < float(times[-1])
+    assert float(times[-1]) > 0
     assert float(times[0]) <= 1
     assert len(times) == len(states)
 
@@ -219,10 +228,17 @@ def test_a_users_permutation_is_the_order_of_reveal():
     assert torch.stack([s.revealed.long().argmax(1) for s in states], 1).tolist() == order.tolist()
 
 
-@pytest.mark.parametrize("order", [
-    "sideways", torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2, 2]), torch.tensor([0.0, 1, 2, 3]),
-    torch.tensor([1, 2, 3, 4]),
-], ids=str)
+@pytest.mark.parametrize(
+    "order",
+    [
+        "sideways",
+        torch.tensor([0, 1, 2]),
+        torch.tensor([0, 1, 2, 2]),
+        torch.tensor([0.0, 1, 2, 3]),
+        torch.tensor([1, 2, 3, 4]),
+    ],
+    ids=str,
+)
 def test_anything_but_a_permutation_is_refused(order):
     with pytest.raises(ConfigError):
         finish("any_order", torch.full((2, 4), SPACE.mask_id), order=order)
@@ -297,8 +313,12 @@ def test_options_out_of_range_are_refused_before_any_call(name, options):
 
 @every_sampler
 def test_a_canvas_that_does_not_fit_the_space_is_refused(name):
-    for canvas in (torch.full((2, 4), 11), torch.zeros(4, dtype=torch.int64),
-                   torch.zeros(2, 4), torch.full((1, 2), -1)):
+    for canvas in (
+        torch.full((2, 4), 11),
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(2, 4),
+        torch.full((1, 2), -1),
+    ):
         with pytest.raises(DataError):
             finish(name, canvas)
 
@@ -312,8 +332,9 @@ def test_a_denoiser_with_another_vocabulary_is_refused():
 def test_the_signature_is_the_one_of_the_room(name):
     parameters = inspect.signature(find("samplers", name)).parameters
     assert list(parameters)[:2] == ["denoiser", "canvas"]
-    common = ["space", "schedule", "seed", "valid", "cond", "temperature", "top_k", "top_p", "min_p"]
-    assert [p for p in parameters][2:11] == common
+    common = ["space", "schedule", "seed", "valid", "cond"]
+    filters = ["temperature", "top_k", "top_p", "min_p"]
+    assert list(parameters)[2:11] == common + filters
     assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in list(parameters.values())[2:])
 
 

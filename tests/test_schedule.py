@@ -113,8 +113,14 @@ def test_a_parameter_out_of_range_is_refused(options):
 
 def test_names_are_found_in_any_case_and_unknown_ones_get_the_nearest():
     assert named_schedule("Cosine") == Cosine()
-    assert set(SCHEDULES) == {"linear", "cosine", "polynomial", "arccos", "exponential",
-                              "geometric"}
+    assert set(SCHEDULES) == {
+        "linear",
+        "cosine",
+        "polynomial",
+        "arccos",
+        "exponential",
+        "geometric",
+    }
     with pytest.raises(ConfigError, match="did you mean 'cosine'"):
         named_schedule("cosin")
     with pytest.raises(ConfigError, match="does not take"):

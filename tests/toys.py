@@ -88,8 +88,11 @@ class HashDenoiser:
         valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
         rank = torch.where(valid, valid.cumsum(1), 0)
         label = cond["label"][:, None] if cond else 0
-        digest = (torch.where(valid, (tokens + 3) * rank * (rank + 5), 0).sum(1, keepdim=True)
-                  + 31 * rank + 7 * label)
+        digest = (
+            torch.where(valid, (tokens + 3) * rank * (rank + 5), 0).sum(1, keepdim=True)
+            + 31 * rank
+            + 7 * label
+        )
         self.calls += 1
         self.rows_seen += int(tokens.numel() if at is None else at.sum())
         logits = self.table[digest % 997]
