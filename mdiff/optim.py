@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mdiff.config import Optim
 
@@ -37,9 +38,14 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         scale: str = "rms",
     ) -> None:
+        # A group for each number of parts: sharding replaces parameters and their attributes.
+        groups: dict[int, list[nn.Parameter]] = {}
+        for weight in params:
+            groups.setdefault(getattr(weight, "parts", 1), []).append(weight)
         rms = scale == "rms"
         super().__init__(
-            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "rms": rms}
+            [{"params": weights, "parts": parts} for parts, weights in groups.items()],
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "rms": rms},
         )
 
     @torch.no_grad()
@@ -58,10 +64,15 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(weight.grad)
                 buffer = state["momentum_buffer"]
                 buffer.mul_(group["momentum"]).add_(weight.grad)
-                parts = weight.grad.add(buffer, alpha=group["momentum"]).chunk(
-                    getattr(weight, "parts", 1)
-                )
+                ahead = weight.grad.add(buffer, alpha=group["momentum"])
+                # A matrix that is cut over processes is put together, and cut again after.
+                sharded = isinstance(ahead, DTensor)
+                parts = (ahead.full_tensor() if sharded else ahead).chunk(group["parts"])
                 update = torch.cat([orthogonalised(part) for part in parts])
+                if sharded:
+                    update = distribute_tensor(
+                        update, ahead.device_mesh, ahead.placements, src_data_rank=None
+                    )
                 rows, columns = parts[0].shape
                 if group["rms"]:
                     size = ADAMW_RMS * math.sqrt(max(rows, columns))

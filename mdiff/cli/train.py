@@ -24,10 +24,14 @@ def train(
 
     settings = load_recipe(recipe, overrides or ())
 
+    import transformers
+
     from mdiff.journal import to_stderr
     from mdiff.train import is_main_process
     from mdiff.train import train as run
 
+    # Its bars for the writing of weights would break up the lines of progress.
+    transformers.utils.logging.disable_progress_bar()
     path = run(settings, out, resume=resume, report=to_stderr)
     if is_main_process():
         typer.echo(path)
