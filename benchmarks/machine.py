@@ -54,6 +54,8 @@ def record(name: str, figures: dict[str, Any]) -> Path:
     command = " ".join(["python", *sys.argv])
     document = {"figures": figures, "machine": machine(), "command": command, "commit": commit()}
     path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}",
-          file=sys.stderr)
+    print(
+        f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}",
+        file=sys.stderr,
+    )
     return path

@@ -30,12 +30,6 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
 
-def _product(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a product; int64 wraps modulo 2^64, which keeps all its bits."""
-    product = multiplier * word
-    return (product >> 32) & WORD, product & WORD
-
-
 def words(
     seed: Integer, position: Integer, sample: Integer, step: Integer, lane: Integer
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -49,19 +43,30 @@ def words(
     """
     given = [seed, position, sample, step, lane]
     device = next((g.device for g in given if isinstance(g, Tensor)), torch.device("cpu"))
-    key, *counter = [
-        g if isinstance(g, Tensor) else torch.tensor(_signed(g), dtype=torch.int64, device=device)
-        for g in given
-    ]
-    k0, k1 = key & WORD, (key >> 32) & WORD
-    c0, c1, c2, c3 = (c & WORD for c in counter)
+    key, *counter = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
+        *(
+            g
+            if isinstance(g, Tensor)
+            else torch.tensor(_signed(g), dtype=torch.int64, device=device)
+            for g in given
+        )
+    )
+    # The two halves of the block, (c0, c2) and (c1, c3), go through a round as one tensor.
+    halves = (2, *[1] * key.dim())
+    multiplied = torch.stack([counter[0], counter[2]]) & WORD
+    carried = torch.stack([counter[1], counter[3]]) & WORD
+    keys = torch.stack([key, key >> 32]) & WORD
+    multiplier, weyl = (
+        torch.tensor(pair, dtype=torch.int64, device=device).view(halves)
+        for pair in (MULTIPLIERS, WEYL)
+    )
     for _ in range(ROUNDS):
-        high0, low0 = _product(MULTIPLIERS[0], c0)
-        high1, low1 = _product(MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
-    # Ten rounds mix every part of the counter into every word, so all have the full shape.
-    return c0, c1, c2, c3
+        # int64 wraps modulo 2^64, which keeps all bits of the product of two 32-bit words.
+        product = (multiplier * multiplied).flip(0)
+        multiplied = ((product >> 32) & WORD) ^ carried ^ keys
+        carried = product & WORD
+        keys = (keys + weyl) & WORD
+    return multiplied[0], carried[0], multiplied[1], carried[1]
 
 
 def uniform(
@@ -74,7 +79,7 @@ def uniform(
     tile: Integer = 0,
 ) -> Tensor:
     """One float64 in (0, 1) a counter: (x + 0.5) 2^-32 of the first word, exact in float64."""
-    return to_uniform(words(seed, position, sample, step, (purpose << 24) | tile)[0])
+    return to_uniform(words(seed, position, sample, step, (purpose << 24) + tile)[0])
 
 
 def to_uniform(word: Tensor) -> Tensor:

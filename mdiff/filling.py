@@ -90,9 +90,14 @@ class Filling:
             self.seed[:, None], self.rank, self.sample[:, None], step, purpose=purpose
         )
 
-    def row_uniform(self, purpose: int, step: int, lane: int = 0) -> Tensor:
-        """One uniform a sample, (B,) float64."""
-        return philox.uniform(self.seed, 0, self.sample, step, purpose=purpose, tile=lane)
+    def row_uniforms(self, purpose: int, *, steps: int, lanes: int) -> Tensor:
+        """A sample's uniforms for steps 0, 1, ..., (B, steps, lanes) float64."""
+        device = self.seed.device
+        return philox.uniform(
+            self.seed[:, None, None], 0, self.sample[:, None, None],
+            torch.arange(steps, device=device)[:, None],
+            purpose=purpose, tile=torch.arange(lanes, device=device),
+        )  # fmt: skip
 
     def time_left(self, schedule: Schedule) -> Tensor:
         """The time (B,) at which the share of places now hidden would be expected."""

@@ -46,17 +46,17 @@ def first_hitting(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
+    steps = -(-int(fill.start.max()) // per_call)
+    for_time = fill.row_uniforms(philox.TIME, steps=steps, lanes=per_call)
+    for_place = fill.row_uniforms(philox.ORDER, steps=steps, lanes=per_call)
     m = torch.ones(len(canvas), dtype=torch.float64, device=canvas.device)
-    step = 0
-    while bool(fill.hidden.any()):
+    for step in range(steps):
         at = torch.zeros_like(fill.hidden)
         for hit in range(per_call):
             left = fill.hidden & ~at
             n = left.sum(1)
-            hitting = fill.row_uniform(philox.TIME, step, hit) ** (1 / n.clamp(min=1))
-            m = torch.where(n > 0, m * hitting, m)
-            place = (fill.row_uniform(philox.ORDER, step, hit) * n).floor().long()
+            m = torch.where(n > 0, m * for_time[:, step, hit] ** (1 / n.clamp(min=1)), m)
+            place = (for_place[:, step, hit] * n).long()
             at |= left & (left.cumsum(1) - 1 == place[:, None])
         t = schedule.time_at(m)
         yield fill.reveal(at, fill.ask(at, step, t), at, t)
-        step += 1
