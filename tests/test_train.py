@@ -177,6 +177,17 @@ def test_two_processes_give_what_one_gives_and_one_continues_for_them(tmp_path):
     assert largest_difference(tensors(one), tensors(fewer)) < 1e-9
 
 
+@pytest.mark.slow
+def test_a_sharded_model_trains_and_resumes_as_a_whole_one_does():
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(HERE / "sharded_run.py"), "adamw", "muon"],
+        capture_output=True, text=True, timeout=200, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def wait_for_line(process, start):
     for line in process.stderr:
         if line.startswith(start):
