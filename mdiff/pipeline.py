@@ -154,13 +154,16 @@ class Pipeline:
     def _defaults(
         self, sampler: str | Sampler, canvases: Sequence[Sequence[int]], options: dict[str, Any]
     ) -> dict[str, Any]:
-        """The options with what the model knows: its end of text, and its window if it is short."""
+        """The options with what the model knows: its end of text, its window, its times."""
         function, _ = resolve(sampler, {})
         known = option_types(function)
         longest = max(map(len, canvases), default=0)
         found = dict(options)
         if "stop" in known and getattr(self.modality, "eos_id", None) is not None:
             found.setdefault("stop", self.modality.eos_id)
+        if self.denoiser.uses_time:
+            # Its times mean what they meant in training.
+            found.setdefault("schedule", self.schedule)
         if self.window is not None and longest > self.window:
             if "context" not in known:
                 raise ConfigError(
