@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,13 +59,22 @@ class StepRows(Dataset[list[MicroBatch]]):
         ]
 
     def steps(self, first: int) -> Iterator[list[MicroBatch]]:
-        """The micro-batches of step `first` to the last, prepared by `train.workers` processes."""
+        """The micro-batches of step `first` to the last, prepared by `train.workers` processes.
+
+        They are started by a server of one thread: a fork of this process, which by now has
+        many, may never wake up. A script that trains with workers needs the usual guard
+        `if __name__ == "__main__"`.
+        """
+        if self.train.workers:
+            multiprocessing.set_forkserver_preload([__name__])
         loader = DataLoader(
             self,
             batch_size=None,
             sampler=range(first, self.train.steps + 1),
             num_workers=self.train.workers,
             collate_fn=_as_is,
+            multiprocessing_context="forkserver" if self.train.workers else None,
+            worker_init_fn=_leave_interrupts_to_the_trainer,
             # The loader seeds its workers from a generator: not from the global one.
             generator=torch.Generator(),
         )
@@ -72,6 +83,11 @@ class StepRows(Dataset[list[MicroBatch]]):
 
 def _as_is(batch: list[MicroBatch]) -> list[MicroBatch]:
     return batch
+
+
+def _leave_interrupts_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the step that is under way needs its rows."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class LossOf(nn.Module):

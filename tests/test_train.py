@@ -162,7 +162,7 @@ def test_two_processes_give_what_one_gives_and_one_continues_for_them(tmp_path):
         tmp_path, tmp_path / "two", settings, sys.executable, "-m", "accelerate.commands.launch",
         "--config_file", str(config), "--main_process_port", "0",
     )  # fmt: skip
-    _, errors = two.communicate(timeout=120)
+    _, errors = two.communicate(timeout=400)
     assert two.returncode == 0, errors
     path = step_path(tmp_path / "two", 50)
     assert json.loads((path / "training.json").read_text())["processes"] == 2
@@ -182,7 +182,7 @@ def test_a_sharded_model_trains_and_resumes_as_a_whole_one_does():
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(HERE / "sharded_run.py"), "adamw", "muon"],
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, timeout=400, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -220,7 +220,7 @@ def test_an_interrupted_run_saves_its_step_and_says_so(tmp_path, number):
     process = launch(tmp_path, tmp_path / "run", settings, sys.executable)
     wait_for_line(process, "step 2/")
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode != 0
     assert "--resume auto goes on" in errors.splitlines()[-1]
     found = latest(tmp_path / "run")
