@@ -81,7 +81,7 @@ class MaskedLM(nn.Module):
             positions = torch.arange(rows.shape[1], device=tokens.device) + self.first_position
             options["position_ids"] = positions.expand(rows.shape)
         if at is None:
-            whole = self.model(input_ids=rows, attention_mask=mask, **options).logits
+            whole: Tensor = self.model(input_ids=rows, attention_mask=mask, **options).logits
             return whole if mask is None else whole[row, place]
         # The model's own forward goes on from its trunk to its head, with these rows alone.
         chosen = (row[at], place[at])
