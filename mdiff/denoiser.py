@@ -169,7 +169,7 @@ def guided(
     unconditional branch lacks is stated in one or both of two ways: `without` replaces
     entries of `cond` (a null label, say; each value broadcasts over the batch), and `hide`
     names the entry of `cond`, (B, L) bool, whose places are masked (with `space`): guidance
-    by masking the prompt, which needs no training (Nie et al. 2024, SMDM, section 4).
+    by masking what is given, which needs no training (Nie et al. 2024, SMDM, section 4).
 
     Raises ConfigError where neither is given or the scales are not one finite number.
     """

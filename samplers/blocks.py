@@ -46,7 +46,7 @@ def blocks(
     (Nie et al. 2025, section 2.4; Arriola et al. 2025). `steps` counts per block and, like
     the other `options`, is handed to `inner`. By default the denoiser sees the whole canvas,
     later blocks hidden; with `context=n` it sees the n valid places that end with the block,
-    so that a text may be longer than the training window. `stop` is the id that ends a text:
+    so that a canvas may be longer than the training window. `stop` is the id that ends a sample:
     after the block that draws it, the row's later hidden places take that id without a call.
 
     A block after the first has a seed of its own, derived from the sample's.
@@ -157,7 +157,7 @@ def _whole(state: State, canvas: Tensor, columns: Tensor, states: int, calls: Te
 
 
 def _stopped(canvas: Tensor, calls: Tensor, states: int) -> State:
-    """The last state, in which ended texts are filled up and nothing is drawn."""
+    """The last state, in which ended samples are filled up and nothing is drawn."""
     nothing = torch.zeros(canvas.shape, dtype=torch.float32, device=canvas.device)
     return State(
         canvas, torch.zeros_like(calls, dtype=torch.float64), states, calls,

@@ -36,9 +36,7 @@ FLOORS = [
 ROOMS = {"modalities", "codecs", "backbones", "samplers"}
 CORE = ["tokens", "schedule", "objective", "denoiser", "ops", "filling", "data", "train",
         "stepping", "run", "order", "optim", "checkpoint", "training_state"]  # fmt: skip
-MODALITY_WORDS = re.compile(
-    r"\b(images?|texts?|pixels?|prompts?|pictures?|captions?|characters?|words? of)\b", re.I
-)
+MODALITY_WORDS = re.compile(r"\b(images?|texts?|pixels?|prompts?|pictures?|captions?)\b", re.I)
 
 
 def modules():
