@@ -27,6 +27,7 @@ from mdiff.find import find
 from mdiff.kernels import philox
 from mdiff.optim import AveragedWeights, optimizers, rate_at
 from mdiff.order import rows_of_step
+from mdiff.sources import Source, cut_documents
 
 CHECK_EVERY = 100
 
@@ -105,6 +106,11 @@ def main() -> None:
         split: modality.examples(recipe.data.options, length=recipe.data.length, split=split)
         for split in ("train", "validation", "holdout")
     }
+    source = Source.of(recipe.data.options)
+    shares = {"holdout": source.holdout, "validation": source.validation}
+    characters = {
+        split: sum(map(len, cut_documents(source.documents(), split, **shares))) for split in data
+    }
     space, seed = modality.space, recipe.train.seed
     torch.manual_seed(int(philox.derive(seed)))
     shape = {"vocab_size": space.vocab_size, "mask_id": space.mask_id}
@@ -131,14 +137,16 @@ def main() -> None:
         if number % CHECK_EVERY == 0 or number == steps:
             weights = weights_of(model, averaged)
             with Swapped(model, weights):
-                found = bits(nats(model, data["validation"], space.mask_id), data["validation"])
+                found = bits(
+                    nats(model, data["validation"], space.mask_id), characters["validation"]
+                )
             curve.append({"step": number, "train_nats": loss, "validation_bits_per_char": found})
             print(f"step {number}  loss {loss:.4f}  validation {found:.4f}", flush=True)
             if found < best:
                 best, kept, best_step = found, weights, number
     seconds = time.perf_counter() - begun
     with Swapped(model, kept):
-        held_out = bits(nats(model, data["holdout"], space.mask_id), data["holdout"])
+        held_out = bits(nats(model, data["holdout"], space.mask_id), characters["holdout"])
     print(f"held-out {held_out:.4f} bits per character")
     record("autoregressive", {
         "held_out_bits_per_char": held_out,
@@ -154,9 +162,9 @@ def main() -> None:
     })  # fmt: skip
 
 
-def bits(total: float, examples: Any) -> float:
+def bits(total: float, characters: int) -> float:
     """Bits per character of nats over a whole split."""
-    return total / (len(examples.tokens) * examples.units * math.log(2))
+    return total / (characters * math.log(2))
 
 
 if __name__ == "__main__":

@@ -190,3 +190,13 @@ def test_pickled_weights_are_not_read(tmp_path):
     torch.save(family("Bert").state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError):
         masked_lm(tmp_path, mask_id=MASK)
+
+
+def test_weights_given_by_this_modules_names_are_saved_by_transformers_own(tmp_path):
+    """Training hands over averaged weights under the names of the wrapping module."""
+    model = masked_lm(family("Bert"), mask_id=MASK)
+    averaged = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=averaged)
+    again = masked_lm(tmp_path, mask_id=MASK).state_dict()
+    name = next(n for n in again if n.endswith("word_embeddings.weight"))
+    assert torch.equal(again[name], averaged[name])

@@ -94,8 +94,21 @@ class MaskedLM(nn.Module):
             handle.remove()
         return logits
 
-    def save_pretrained(self, directory: str | Path, **options: Any) -> None:
-        """Write the model as transformers does, to be read by `masked_lm` or transformers."""
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        """Write the model as transformers does, to be read by `masked_lm` or transformers.
+
+        `state_dict` are weights to write instead of its own, by the names of this module.
+        """
+        if state_dict is not None:
+            options["state_dict"] = {
+                name.removeprefix("model."): tensor for name, tensor in state_dict.items()
+            }
         self.model.save_pretrained(directory, **options)
 
     def _spread(

@@ -26,12 +26,12 @@ HOLE_LIMIT = 1_000_000
 class Text:
     """Text to tokens and back; see `text`.
 
-    `unit` is "char". `space` is known once the tokenizer is: at once for "byte" and anyone's
-    tokenizer, after the first `examples` (or `fit`) for "char" and "bpe".
+    `unit` is "byte", of UTF-8. `space` is known once the tokenizer is: at once for "byte" and
+    anyone's tokenizer, after the first `examples` (or `fit`) for "char" and "bpe".
     """
 
     name = "text"
-    unit = "char"
+    unit = "byte"
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class Text:
             length=length,
             shift=split == "train",
             unit=self.unit,
-            units=sum(map(len, documents)) / max(1, tokens),
+            units=sum(len(document.encode()) for document in documents) / max(1, tokens),
             slice_sha256=digest(documents),
         )
 
