@@ -11,10 +11,12 @@ import argparse
 import json
 import sys
 import time
+from hashlib import sha256
 
 from machine import RESULTS, record
 
 from mdiff.evaluate import evaluate
+from mdiff.locate import WEIGHTS, locate
 from mdiff.pipeline import load
 from mdiff.sources import Source, cut_documents
 
@@ -47,12 +49,18 @@ def main() -> None:
         progress=lambda done, total: print(f"\r{done}/{total} windows", end="", file=sys.stderr),
     )
     print(file=sys.stderr)
-    figures = {**found.as_dict(), "seconds": time.perf_counter() - begun, "model": options.model}
+    weights = sha256((locate(options.model) / WEIGHTS).read_bytes()).hexdigest()
+    figures = {
+        **found.as_dict(),
+        "seconds": time.perf_counter() - begun,
+        "model": options.model,
+        "weights_sha256": weights,
+    }
     value, error = found.bits_per("char")
     print(f"{'bound of ' + options.model:32} {value:.4f} +- {error:.4f} bits per character")
     for name, other in sorted(baselines().items(), key=lambda pair: pair[1]):
         print(f"{name:32} {other:.4f}")
-    record("bound", {**figures, "baselines_bits_per_char": baselines()})
+    record("bound", figures)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class KneserNey:
     def _level(counts: Counter[str]) -> Level:
         total: dict[str, int] = defaultdict(int)
         spared: dict[str, float] = defaultdict(float)
-        of = Counter(min(count, 4) for count in counts.values())
+        of = Counter(counts.values())
         share = of[1] / (of[1] + 2 * of[2]) if of[1] else 0.5
         estimated = [n - (n + 1) * share * of[n + 1] / of[n] if of[n] else 0.0 for n in (1, 2, 3)]
         # Among so few unigrams the estimate can leave the range in which it is a discount.

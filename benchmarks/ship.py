@@ -1,10 +1,12 @@
 """Put a trained model into the package: bfloat16 weights, manifest and card.
 
-    python benchmarks/ship.py RUN NAME --recipe RECIPE.yaml --hours H [--text TEXT]
+    python benchmarks/ship.py RUN NAME --recipe RECIPE.yaml --made "in 1 hour on two cores of ..."
 
-RUN is a training run or one of its checkpoints. The card takes its figures from
-benchmarks/results/bound.json where there are any, so ship, run bound.py, and ship again: the
-weights are the same bytes. What it says of the data is in CARDS below.
+RUN is a training run or one of its checkpoints. One temperature is fitted on the recipe's
+validation slice (Guo et al. 2017) and folded into the head: a model that has seen a small text
+many times is surer than it should be. The card takes its figures from
+benchmarks/results/bound.json if they are of these very weights, so ship, run bound.py, and ship
+again. What it says of the data is in CARDS below.
 """
 
 from __future__ import annotations
@@ -12,20 +14,26 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from machine import RESULTS, machine
+import torch
+import torch.nn.functional as F
+from bound import baselines
+from machine import RESULTS
 
 from mdiff import builtin
 from mdiff.checkpoint import latest, staged
 from mdiff.config import load_recipe
 from mdiff.find import find
+from mdiff.kernels import philox
+from mdiff.objective import corrupt
 from mdiff.pipeline import load
 
 CARDS = {
     "shakespeare": {
-        "title": "a small masked-diffusion model of Shakespeare's plays",
+        "title": "A small masked-diffusion model of Shakespeare's plays",
         "data": "tiny Shakespeare: 1,115,394 characters of the plays, from "
         "data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn. The last tenth is held "
         "out; of the other nine tenths the last fiftieth was kept for choosing.",
@@ -36,46 +44,75 @@ CARDS = {
 }
 
 
-def baseline_lines(figures: dict[str, Any]) -> list[str]:
+def baseline_lines() -> list[str]:
     """The other models' figures, best first."""
-    others = sorted(figures["baselines_bits_per_char"].items(), key=lambda pair: pair[1])
+    others = sorted(baselines().items(), key=lambda pair: pair[1])
     return [f"| {name} | {value:.3f} |" for name, value in others]
 
 
-def card(name: str, run: Path, recipe_path: Path, hours: float, overrides: list[str]) -> str:
+def temperature_of(pipeline: Any, rows: Any, *, draws: int = 48) -> float:
+    """The temperature of the logits at which the any-order bound of the rows is lowest.
+
+    A grid of hundredths; every temperature sees the same hidden places.
+    """
+    grid = [1 + step / 100 for step in range(-10, 41)]
+    total = torch.zeros(len(grid), dtype=torch.float64)
+    batch = rows.batch(torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.int64))
+    whole = batch.tokens if batch.valid is None else batch.tokens[batch.valid.all(1)]
+    length = whole.shape[1]
+    with torch.inference_mode():
+        for draw in range(draws):
+            u = philox.uniform(0, 0, torch.arange(len(whole)), draw, purpose=philox.TIME)
+            count = (u * length).long() + 1
+            noisy = corrupt(
+                whole, u, space=pipeline.space, schedule=pipeline.schedule, count=count,
+                seed=int(philox.derive(0, draw)),
+            )  # fmt: skip
+            hidden = noisy == pipeline.space.mask_id
+            logits = pipeline.denoiser(noisy, at=hidden).double()
+            weight = (length / count)[:, None].expand_as(whole)[hidden]
+            for index, temperature in enumerate(grid):
+                nll = F.cross_entropy(logits / temperature, whole[hidden], reduction="none")
+                total[index] += (weight * nll).sum()
+    return grid[int(total.argmin())]
+
+
+def card(
+    name: str, run: Path, *, recipe_path: Path, made: str, weights: str, slice_sha256: str,
+    temperature: float,
+) -> str:  # fmt: skip
     """The README of the model, in Markdown."""
-    about, where = CARDS[name], machine()
-    recipe = load_recipe(recipe_path, overrides)
-    modality = find("modalities", recipe.modality.name)(**recipe.modality.options)
-    rows = modality.examples(recipe.data.options, length=recipe.data.length, split="train")
-    step = json.loads((run / "training.json").read_text())["step"]
+    about = CARDS[name]
+    training = json.loads((run / "training.json").read_text())
+    recipe = training["recipe"]
     lines = [
         f"# builtin:{name}",
         "",
-        f"{about['title'][:1].upper()}{about['title'][1:]}. Step {step:,} of the recipe.",
+        f"{about['title']}. Step {training['step']:,} of the recipe.",
         "",
-        f"* **Data.** {about['data']} SHA-256 of the slice it was trained on: "
-        f"`{rows.slice_sha256}`.",
+        f"* **Data.** {about['data']} SHA-256 of the slice it was trained on: `{slice_sha256}`.",
         f"* **Licence.** {about['licence']}",
-        f"* **Made by** `mdiff train {recipe_path}`, in {hours:.1f} hours on two cores of an "
-        f"{where['cpu']} (torch {where['torch'].partition('+')[0]}, two threads, bfloat16 "
-        "matrices), exponential average of the weights, stored in bfloat16.",
+        f"* **Made by** `mdiff train {recipe_path}` {made} (torch "
+        f"{training['versions']['torch'].partition('+')[0]}, precision "
+        f"{recipe['train']['precision']}); the exponential average of the weights, the head "
+        f"divided by a temperature of {temperature:.2f} fitted on the validation slice by "
+        "benchmarks/ship.py, stored in bfloat16.",
         f"* **For.** {about['use']}",
     ]
     found = RESULTS / "bound.json"
-    if found.exists():
-        figures = json.loads(found.read_text())["figures"]
+    figures = json.loads(found.read_text())["figures"] if found.exists() else {}
+    if figures.get("weights_sha256") == weights:
         lines += [
             "",
             f"Held-out tenth, bits per character ({figures['draws']} draws of the any-order bound "
-            f"in {figures['windows']} windows of {recipe.data.length} tokens; the others are "
-            "likelihoods):",
+            f"in {figures['windows']} windows of {recipe['data']['length']} tokens; the others "
+            "are likelihoods):",
             "",
             "| model | bits per character |",
             "|---|---|",
             f"| this one, upper bound | {figures['bits_per_char']:.3f} "
             f"± {figures['bits_per_char_stderr']:.3f} |",
-            *baseline_lines(figures),
+            *baseline_lines(),
         ]
     return "\n".join(lines) + "\n"
 
@@ -86,26 +123,41 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("name", choices=sorted(CARDS))
     parser.add_argument("--recipe", type=Path, required=True)
-    parser.add_argument("--hours", type=float, required=True)
+    parser.add_argument("--made", required=True, help="where and how long it trained")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
     run = latest(options.run) or options.run
-    text = card(options.name, run, options.recipe, options.hours, options.overrides)
-    pipeline = load(str(run), dtype="bfloat16", device="cpu")
+    recipe = load_recipe(options.recipe, options.overrides)
+    modality = find("modalities", recipe.modality.name)(**recipe.modality.options)
+    slices = {
+        split: modality.examples(recipe.data.options, length=recipe.data.length, split=split)
+        for split in ("train", "validation")
+    }
+    pipeline = load(str(run), dtype="float32", device="cpu")
+    temperature = temperature_of(pipeline, slices["validation"])
+    with torch.no_grad():
+        pipeline.denoiser.head.weight.div_(temperature)
+    pipeline.denoiser.bfloat16()
     target = Path(next(iter(builtin.__path__))) / options.name
-    made = target.with_name(options.name + ".new")
-    shutil.rmtree(made, ignore_errors=True)
+    made, complete = (target.with_name(f"{options.name}.{part}") for part in ("parts", "whole"))
+    for folder in (made, complete):
+        shutil.rmtree(folder, ignore_errors=True)
     pipeline.save(made)
-    with staged(target.with_name(options.name + ".card")) as folder:
+    weights = sha256((made / "model.safetensors").read_bytes()).hexdigest()
+    with staged(complete) as folder:
         for file in made.iterdir():
             if file.name != "manifest.json":
                 shutil.copy(file, folder)
+        text = card(
+            options.name, run, recipe_path=options.recipe, made=options.made, weights=weights,
+            slice_sha256=slices["train"].slice_sha256, temperature=temperature,
+        )  # fmt: skip
         (folder / "README.md").write_text(text)
     shutil.rmtree(made)
     shutil.rmtree(target, ignore_errors=True)
-    target.with_name(options.name + ".card").rename(target)
+    complete.rename(target)
     size = sum(file.stat().st_size for file in target.iterdir())
-    print(f"{target}: {size:,} bytes")
+    print(f"{target}: {size:,} bytes, temperature {temperature:.2f}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from mdiff.errors import ConfigError
+from mdiff.errors import ConfigError, nearest
 from mdiff.tokens import TokenSpace
 
 Condition = Mapping[str, Tensor]
@@ -25,9 +25,9 @@ class Denoiser(Protocol):
     places see only places of their own document. `t` (B,) or None. `cond` None or a dict of
     tensors whose first axis is B. A block model applies its block mask in every call.
 
-    Optional, used by the fused loss and draw where they exist: `features(tokens, *, at, ...)`
-    -> (N, D) and `head`, a module (N, D) -> (N, V). Optional: `evaluations`, the number of
-    model evaluations that one call costs each row (1 where absent, 2 where guided).
+    Optional: `features(tokens, *, at, ...)` -> (N, D) and `head`, a module (N, D) -> (N, V),
+    of which the call is made; `evaluations`, the number of model evaluations that one call
+    costs each row (1 where absent, 2 where guided).
     """
 
     uses_time: bool
@@ -115,8 +115,11 @@ class Guided:
         cond: Condition | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """l_u + s (l_c - l_u), both branches in one batched call; the type of the logits."""
+        """l_u + s (l_c - l_u), both branches in one batched call, in float32 at least."""
         given = dict(cond or {})
+        for name in self.without:
+            if name not in given:
+                raise ConfigError(f"guidance without {name!r}: {nearest(name, given)}")
         hidden = given.pop(self.hide, None) if self.hide is not None else None
         if self.scale == 1:
             return self.denoiser(
@@ -145,8 +148,12 @@ class Guided:
             t=_twice(t),
             cond={name: torch.cat([given[name], free[name]]) for name in given} or None,
         )
+        both = both if both.dtype == torch.float64 else both.float()
         conditional, unconditional = both.chunk(2)
-        return unconditional + self.scale * (conditional - unconditional)
+        mixed = unconditional + self.scale * (conditional - unconditional)
+        # -inf - -inf has no value, but an id that both branches exclude is excluded.
+        excluded = (conditional == -torch.inf) & (unconditional == -torch.inf)
+        return mixed.masked_fill(excluded, -torch.inf)
 
 
 def _twice(tensor: Tensor | None) -> Tensor | None:

@@ -154,7 +154,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             start = file.read(8)
             if path.suffix in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
                 raise CheckpointError(
-                    f"{path} is a pickle, which can run code: convert it with `mdiff convert`"
+                    f"{path} is a pickle, which can run code: only safetensors files are opened"
                 )
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > status.st_size - 8:

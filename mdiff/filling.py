@@ -18,6 +18,9 @@ from mdiff.tokens import TokenSpace, ranks
 
 Counts = str | Tensor
 
+# How far below a whole number a float64 product of a count may fall and still mean it.
+ROUNDING = 1e-9
+
 
 @dataclass(frozen=True)
 class State:
@@ -67,8 +70,9 @@ class Filling:
         self.denoiser, self.space, self.valid = denoiser, space, valid
         self.cond = dict(cond or {})
         for name, value in self.cond.items():
-            if value.shape[:1] != (rows,):
-                raise ConfigError(f"cond[{name!r}] {tuple(value.shape)}: expected {rows} rows")
+            if not isinstance(value, Tensor) or value.shape[:1] != (rows,):
+                shape = tuple(value.shape) if isinstance(value, Tensor) else value
+                raise ConfigError(f"cond[{name!r}] {shape}: expected a tensor of {rows} rows")
         self.tokens = canvas.clone()
         self.hidden = canvas == space.mask_id
         if valid is not None:
@@ -101,7 +105,7 @@ class Filling:
 
     def time_left(self, schedule: Schedule) -> Tensor:
         """The time (B,) at which the share of places now hidden would be expected."""
-        return schedule.time_at(self.hidden.sum(1) / self.start.clamp(min=1))
+        return schedule.time_at(self.hidden.sum(1).double() / self.start.clamp(min=1))
 
     def ask(self, at: Tensor, step: int, t: Tensor, *, idle: bool = False) -> Draw:
         """Call the denoiser once and draw a token for each place `at` (B, L), row-major.
@@ -207,6 +211,10 @@ def reveal_counts(
     Raises ConfigError for anything else, or steps < 1.
     """
     if isinstance(counts, Tensor):
+        if counts.dim() not in (1, 2) or (counts.dim() == 2 and len(counts) != len(hidden)):
+            raise ConfigError(
+                f"counts {tuple(counts.shape)}: expected (steps,) or ({len(hidden)}, steps)"
+            )
         table = counts.to(hidden.device).expand(len(hidden), counts.shape[-1])
         if counts.dtype != torch.int64 or bool((table < 0).any()):
             raise ConfigError("counts: expected int64 numbers of places, none negative")
@@ -233,12 +241,13 @@ def _schedule_counts(hidden: Tensor, steps: int, schedule: Schedule) -> Tensor:
     """MaskGIT's table (Chang et al. 2022, section 3.2): floor(n m(t)) places stay hidden.
 
     At least one is revealed a step while two are left, and at least one is left for the last.
+    A product that is a whole number up to rounding counts as that number.
     """
     left = hidden
     table = []
     for step in range(1, steps + 1):
-        share = schedule.mask_prob(1 - step / steps)
-        wanted = (hidden * share.to(hidden.device)).floor().long()
+        share = schedule.mask_prob((steps - step) / steps).double().to(hidden.device)
+        wanted = (hidden * share + ROUNDING).floor().long()
         stay = torch.minimum(wanted, left - 1).clamp(min=1) if step < steps else 0 * left
         stay = torch.minimum(stay, left)
         table.append(left - stay)

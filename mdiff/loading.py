@@ -81,7 +81,9 @@ def _own(folder: Path, dtype: torch.dtype | None, mask_id: int | None) -> Parts:
             space = replace(space, mask_id=mask_id)
             settings["mask_id"] = mask_id
         modality = _modality(folder, medium, settings)
-    except (KeyError, TypeError, ConfigError) as error:
+    except (CheckpointError, DataError):
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / PIPELINE} is not valid: {error}") from error
     if modality.space.vocab_size != space.vocab_size:
         raise DataError(
@@ -96,10 +98,13 @@ def _own(folder: Path, dtype: torch.dtype | None, mask_id: int | None) -> Parts:
 
 def load_modality(folder: Path) -> Any:
     """The modality of a model that `save_parts` or training wrote, without its weights."""
-    settings = dict(read_json(folder / PIPELINE).get("modality") or {})
+    described = read_json(folder / PIPELINE)
     try:
+        settings = dict(described["modality"])
         return _modality(folder, settings.pop("name"), settings)
-    except (KeyError, TypeError, ConfigError) as error:
+    except (CheckpointError, DataError):
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / PIPELINE} is not valid: {error}") from error
 
 

@@ -37,15 +37,24 @@ def locate(name: str) -> Path:
         raise CheckpointError(f"{path} is a file: expected the directory that holds the model")
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise CheckpointError(f"{path}: no such directory; expected a model, or builtin:NAME")
+    if name in _builtins():
+        raise ConfigError(f"{name} is no directory here; did you mean {BUILTIN}{name}?")
+    if path.parent.is_dir() and path.parent != Path():
+        beside = nearest(path.name, [entry.name for entry in path.parent.iterdir()][:1000])
+        raise CheckpointError(f"{path}: no such directory in {path.parent}; {beside}")
     return _from_hub(name)
 
 
 def _builtin(name: str) -> Path:
-    room = Path(str(files("mdiff.builtin")))
-    known = [entry.name for entry in room.iterdir() if (entry / PIPELINE).exists()]
+    known = _builtins()
     if name not in known:
         raise ConfigError(f"no builtin model {name!r}; {nearest(name, known)}")
-    return room / name
+    return known[name]
+
+
+def _builtins() -> dict[str, Path]:
+    room = Path(str(files("mdiff.builtin")))
+    return {entry.name: entry for entry in room.iterdir() if (entry / PIPELINE).exists()}
 
 
 def _step(path: Path) -> Path:

@@ -118,8 +118,9 @@ def masked_diffusion_loss(
     (Chang et al. 2022, eq. 1). A function of t (B,) gives any other weight.
 
     `tokens` (B, L) int64 without masks. Places that may be hidden ("maskable") are those in
-    `may_hide` and in `valid`: the rest (a given prefix, padding) is never hidden, never scored
-    and not counted. `documents` (B, L) int64 keeps packed documents from seeing each other.
+    `may_hide` and in `valid` that hold no `never` id: the rest (a given prefix, padding) is
+    never hidden, never scored and not counted. `documents` (B, L) int64 keeps packed documents
+    from seeing each other.
     `t` (B,) are times; by default stratified over the global batch of `rows` rows, of which
     this call holds the rows numbered `sample` (B,): one time in each of `rows` equal strata,
     strata permuted by the seed, so that each row's own time is uniform. `total` is the
@@ -136,7 +137,7 @@ def masked_diffusion_loss(
     sample = torch.arange(batch, device=tokens.device) if sample is None else sample
     if t is None:
         t = stratified_times(sample, batch if rows is None else rows, seed=seed)
-    maskable = _maskable(tokens, may_hide, valid)
+    maskable = maskable_places(tokens, space=space, may_hide=may_hide, valid=valid)
     noisy = corrupt(
         tokens, t, space=space, schedule=schedule, may_hide=maskable, seed=seed, sample=sample
     )
@@ -154,6 +155,26 @@ def masked_diffusion_loss(
         total = maskable.sum().clamp(min=1)
     spread = torch.zeros(tokens.shape, dtype=nll.dtype, device=nll.device)
     return Loss((w * smooth).sum() / total, spread.masked_scatter(hidden, nll), hidden)
+
+
+def maskable_places(
+    tokens: Tensor,
+    *,
+    space: TokenSpace,
+    may_hide: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """The places of `tokens` (B, L) that may be hidden and are scored, (B, L) bool.
+
+    Those in `may_hide` and in `valid` whose token can be generated: `never` ids are given.
+    """
+    maskable = torch.ones_like(tokens, dtype=torch.bool)
+    for mask in (may_hide, valid):
+        if mask is not None:
+            maskable = maskable & mask
+    for token in space.never:
+        maskable = maskable & (tokens != token)
+    return maskable
 
 
 def stratified_times(sample: Tensor, rows: int, *, seed: int | Tensor) -> Tensor:
@@ -197,7 +218,7 @@ def nll_bound(
 
     Raises ConfigError for an unknown estimator, draws < 2, or an estimator that does not apply.
     """
-    maskable = _maskable(tokens, may_hide, valid)
+    maskable = maskable_places(tokens, space=space, may_hide=may_hide, valid=valid)
     score = _Scorer(denoiser, tokens, space=space, valid=valid, cond=cond)
     with torch.no_grad():
         if estimator in ("any_order", "time"):
@@ -341,14 +362,6 @@ def _spans_at(space: TokenSpace, hidden: Tensor) -> Tensor | None:
     """The (first, stop) ids of each hidden place, (N, 2), or None without parts."""
     spans = space.spans(hidden.shape[1], hidden.device)
     return None if spans is None else spans.expand(*hidden.shape, 2)[hidden]
-
-
-def _maskable(tokens: Tensor, may_hide: Tensor | None, valid: Tensor | None) -> Tensor:
-    maskable = torch.ones_like(tokens, dtype=torch.bool)
-    for mask in (may_hide, valid):
-        if mask is not None:
-            maskable = maskable & mask
-    return maskable
 
 
 def _weight_function(weight: Weight, schedule: Schedule) -> Callable[[Tensor], Tensor]:

@@ -66,6 +66,11 @@ def draw(
     if logits.shape[1] == 0:
         raise ConfigError("logits without columns: need a vocabulary of at least 1")
     check_filters(temperature, top_k, top_p, min_p)
+    forbidden = tuple(sorted(set(never)))
+    if forbidden and not 0 <= forbidden[0] <= forbidden[-1] < logits.shape[1]:
+        raise ConfigError(f"never={forbidden}: expected ids below {logits.shape[1]}")
+    if len(forbidden) == logits.shape[1]:
+        raise ConfigError("never: every id is forbidden")
     if measure not in ("model", "drawn"):
         raise ConfigError(f"measure={measure!r}: expected 'model' or 'drawn'")
     rows, device = logits.shape[0], logits.device
@@ -81,7 +86,7 @@ def draw(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        forbidden=tuple(never),
+        forbidden=forbidden,
         span=_span(span, rows, device),
         measure=measure,
     )
@@ -93,8 +98,8 @@ def check_filters(
     """Raise ConfigError where a sampling option is out of its range."""
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise ConfigError(f"temperature={temperature}: expected a finite number >= 0")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k={top_k}: need at least 1")
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise ConfigError(f"top_k={top_k}: expected a whole number of at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p}: expected more than 0 and at most 1")
     if min_p is not None and not 0 <= min_p <= 1:
@@ -104,6 +109,8 @@ def check_filters(
 def _per_row(value: int | Tensor, rows: int, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=torch.int64).expand(rows)
+    if type(value) is not int:
+        raise ConfigError(f"{value!r} in a random stream: expected a whole number")
     signed = (value + 2**63) % 2**64 - 2**63
     return torch.full((1,), signed, dtype=torch.int64, device=device).expand(rows)
 

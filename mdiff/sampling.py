@@ -134,6 +134,10 @@ def resolve(sampler: str | Sampler, options: Mapping[str, Any]) -> tuple[Sampler
     nearest that it does), or a value of the wrong kind.
     """
     function = find("samplers", sampler) if isinstance(sampler, str) else sampler
+    if not callable(function) or "canvas" not in inspect.signature(function).parameters:
+        raise ConfigError(
+            f"{sampler!r} is not a sampler: expected (denoiser, canvas, *, space, ...)"
+        )
     parameters = option_types(function)
     takes_more = parameters.pop("**", None) is not None
     settings = dict(options)
@@ -141,6 +145,8 @@ def resolve(sampler: str | Sampler, options: Mapping[str, Any]) -> tuple[Sampler
         settings["inner"] = find("samplers", settings["inner"])
     if takes_more:
         inner = settings.get("inner") or inspect.signature(function).parameters["inner"].default
+        if not callable(inner):
+            raise ConfigError(f"inner={inner!r}: expected a sampler")
         parameters = {**option_types(inner), **parameters}
         parameters.pop("**", None)
     label = getattr(function, "__name__", str(function))
@@ -196,4 +202,4 @@ def _fits(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple)
     # A schedule, a function or anything else that is not a plain value.
-    return not isinstance(value, str | int | float | None)
+    return not isinstance(value, str | int | float | list | dict | None)

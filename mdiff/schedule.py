@@ -19,6 +19,8 @@ from mdiff.errors import ConfigError, nearest
 
 # The smallest time: the smallest uniform that the counter-based stream can give.
 MIN_TIME = 2.0**-32
+# Beyond this total noise 1 - m is below the rounding of float64, and m has no inverse at 1.
+STEEPEST = 36.0
 
 
 class Schedule(Protocol):
@@ -120,7 +122,7 @@ class Arccos:
 
     def mask_prob(self, t: Tensor | float) -> Tensor:
         """m(t) = (4 / pi) asin sqrt(t / 2)."""
-        return _float64(lambda t: 4 / math.pi * torch.asin(torch.sqrt(t / 2)), t)
+        return _float64(lambda t: (4 / math.pi * torch.asin(torch.sqrt(t / 2))).clamp(max=1), t)
 
     def weight(self, t: Tensor | float) -> Tensor:
         """w(t) = 1 / (2 sqrt(t (2 - t)) asin sqrt(t / 2))."""
@@ -141,6 +143,8 @@ class Exponential:
 
     def __post_init__(self) -> None:
         _positive("rate", self.rate)
+        if self.rate > STEEPEST:
+            raise ConfigError(f"rate={self.rate}: expected at most {STEEPEST}, m(t) is 1 beyond")
 
     def mask_prob(self, t: Tensor | float) -> Tensor:
         """m(t) = expm1(-a t) / expm1(-a)."""
@@ -171,6 +175,8 @@ class Geometric:
         _positive("hi", self.hi)
         if self.lo >= self.hi:
             raise ConfigError(f"lo={self.lo}, hi={self.hi}: need lo < hi")
+        if self.hi - self.lo > STEEPEST:
+            raise ConfigError(f"hi={self.hi}: expected hi - lo of at most {STEEPEST}")
 
     def _noise(self, t: Tensor) -> Tensor:
         return self.lo * torch.expm1(t * math.log(self.hi / self.lo))

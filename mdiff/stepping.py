@@ -18,7 +18,7 @@ from mdiff.config import Recipe, Train
 from mdiff.data import Batch, Examples
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
-from mdiff.objective import masked_diffusion_loss, stratified_times
+from mdiff.objective import maskable_places, masked_diffusion_loss, stratified_times
 from mdiff.optim import AveragedWeights, rate_at
 from mdiff.order import rows_of_step
 from mdiff.schedule import Schedule
@@ -137,15 +137,6 @@ class LossOf(nn.Module):
         return weight.clamp(max=objective.max_weight)
 
 
-def maskable_tokens(batch: Batch) -> Tensor:
-    """How many places of the batch may be hidden: those in `may_hide` and in `valid`."""
-    maskable = torch.ones_like(batch.tokens, dtype=torch.bool)
-    for mask in (batch.may_hide, batch.valid):
-        if mask is not None:
-            maskable = maskable & mask
-    return maskable.sum()
-
-
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device."""
 
@@ -192,6 +183,7 @@ class Stepper:
     ) -> None:
         self.accelerator, self.loss_of, self.backbone = accelerator, loss_of, backbone
         self.optimizers, self.averaged, self.recipe = optimizers, averaged, recipe
+        self.space: TokenSpace = accelerator.unwrap_model(loss_of).space
 
     def step(self, number: int, rows: list[MicroBatch], *, stopping: Callable[[], bool]) -> Outcome:
         """One step on the global batch: the same update however its rows are split.
@@ -201,7 +193,7 @@ class Stepper:
         """
         accelerator, train = self.accelerator, self.recipe.train
         seed = int(philox.derive(train.seed, number))
-        counts = torch.stack([maskable_tokens(batch) for _, batch in rows]).sum()
+        counts = torch.stack([self._maskable_tokens(batch) for _, batch in rows]).sum()
         total = accelerator.reduce(counts.to(accelerator.device), "sum").clamp(min=1)
         loss, bounds = self._gradients(number, rows, total=total, seed=seed)
         stop = torch.full_like(loss, float(stopping()))
@@ -221,6 +213,12 @@ class Stepper:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         return Outcome(sums[0], sums[1] / tokens, tokens, grad_norm, rate, sums[2] > 0, bad)
+
+    def _maskable_tokens(self, batch: Batch) -> Tensor:
+        places = maskable_places(
+            batch.tokens, space=self.space, may_hide=batch.may_hide, valid=batch.valid
+        )
+        return places.sum()
 
     def _gradients(
         self, number: int, rows: list[MicroBatch], *, total: Tensor, seed: int

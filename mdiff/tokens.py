@@ -32,6 +32,9 @@ class TokenSpace:
     parts: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "mask_id"):
+            if type(getattr(self, name)) is not int:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a whole number")
         if self.vocab_size < 1:
             raise ConfigError(f"vocab_size={self.vocab_size}: need at least 1")
         if not 0 <= self.mask_id <= self.vocab_size:
@@ -81,9 +84,12 @@ class TokenSpace:
         `masks=False` refuses the mask id, as in training data. Padding is not looked at.
         This waits for the device: call it at the border, never in a loop.
         """
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+        if not isinstance(tokens, Tensor):
+            raise DataError(f"tokens are a {type(tokens).__name__}: expected a (B, L) int64 tensor")
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or 0 in tokens.shape:
             raise DataError(
-                f"tokens of shape {tuple(tokens.shape)}, type {tokens.dtype}: expected (B, L) int64"
+                f"tokens of shape {tuple(tokens.shape)}, type {tokens.dtype}: "
+                "expected (B, L) int64, neither of them 0"
             )
         if valid is not None and (valid.shape != tokens.shape or valid.dtype != torch.bool):
             raise DataError(

@@ -18,6 +18,7 @@ from mdiff.tokens import TokenSpace, ranks
 
 # The entries under which a row's whole canvas travels with it to the denoiser.
 CANVAS, COLUMNS, SEEN = "blocks.canvas", "blocks.columns", "blocks.seen"
+WRITABLE = "blocks.writable"
 
 
 def blocks(
@@ -49,7 +50,8 @@ def blocks(
     so that a canvas may be longer than the training window. `stop` is the id that ends a sample:
     after the block that draws it, the row's later hidden places take that id without a call.
 
-    A block after the first has a seed of its own, derived from the sample's.
+    A block after the first has a seed of its own, derived from the sample's. A denoiser that
+    uses the time is told the share of what it sees that is still hidden.
 
     Raises ConfigError for block_length < 1, a context shorter than a block, or a stop id
     that the space does not have.
@@ -62,16 +64,19 @@ def blocks(
         raise ConfigError(f"stop={stop}: expected an id below {space.vocab_size}")
     if space.parts:
         raise ConfigError("blocks: a canvas of parts is sampled whole")
+    if inner is blocks:
+        raise ConfigError("blocks: the inner sampler fills one block, it cannot be blocks")
     space.check(canvas, valid)
     if steps is not None:
         options["steps"] = steps
     canvas = canvas.clone()
     seen = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
+    writable = seen & (canvas == space.mask_id)
     rank = ranks(canvas, valid)
     block = _blocks(canvas, seen, rank, block_length, space.mask_id)
     seeds, samples = streams(seed, len(canvas), canvas.device)
     calls = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
-    states = 0
+    states, filled_up = 0, False
     for index in range(int(block.max()) + 1):
         inside = block == index
         width = min(block_length, canvas.shape[1])
@@ -79,13 +84,15 @@ def blocks(
         shown = seen if context is None else seen & _ends_with(inside, rank, context)
         last: State | None = None
         for last in inner(
-            _Window(denoiser),
+            _Window(denoiser, schedule, space.mask_id),
             canvas.gather(1, columns),
             space=space,
             schedule=schedule,
             seed=seed if index == 0 else philox.derive(seeds, samples, index),
             valid=inside.gather(1, columns),
-            cond={**(cond or {}), CANVAS: canvas, COLUMNS: columns, SEEN: shown},
+            cond={
+                **(cond or {}), CANVAS: canvas, COLUMNS: columns, SEEN: shown, WRITABLE: writable,
+            },
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             **options,
         ):  # fmt: skip
@@ -95,19 +102,20 @@ def blocks(
             canvas = canvas.scatter(1, columns, last.tokens)
             calls = calls + last.calls
         if stop is not None:
-            ended = (inside & (canvas == stop)).any(1, keepdim=True)
+            ended = (inside & writable & (canvas == stop)).any(1, keepdim=True)
             rest = ended & (block > index) & (canvas == space.mask_id)
             canvas = torch.where(rest, stop, canvas)
             block = torch.where(ended & (block > index), -1, block)
-    if stop is not None and states:
+            filled_up = filled_up or bool(rest.any())
+    if filled_up:
         yield _stopped(canvas, calls, states + 1)
 
 
 class _Window:
     """A Denoiser of one block: it puts the block into the row's canvas and asks there."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
+    def __init__(self, denoiser: Denoiser, schedule: Schedule, mask_id: int) -> None:
+        self.denoiser, self.schedule, self.mask_id = denoiser, schedule, mask_id
         self.uses_time = denoiser.uses_time
         self.evaluations: int = getattr(denoiser, "evaluations", 1)
 
@@ -125,7 +133,12 @@ class _Window:
         """Logits (N, V) of the places `at` of the block."""
         rest = dict(cond or {})
         canvas, columns, seen = (rest.pop(name) for name in (CANVAS, COLUMNS, SEEN))
+        writable = rest.pop(WRITABLE) & seen
         whole = canvas.scatter(1, columns, tokens)
+        if t is not None:
+            # The time is that of all the model sees: the share of it that is still hidden.
+            left = (writable & (whole == self.mask_id)).sum(1).double()
+            t = self.schedule.time_at(left / writable.sum(1).clamp(min=1)).to(t.dtype)
         asked = None if at is None else torch.zeros_like(seen).scatter(1, columns, at)
         return self.denoiser(whole, at=asked, valid=seen, t=t, cond=rest or None, cache=cache)
 

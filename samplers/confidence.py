@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -59,8 +60,8 @@ def confidence(
     """
     if score not in SCORES:
         raise ConfigError(f"unknown score {score!r}; {nearest(score, SCORES)}")
-    if not noise >= 0:
-        raise ConfigError(f"noise={noise}: expected a number >= 0")
+    if not 0 <= noise < math.inf:
+        raise ConfigError(f"noise={noise}: expected a finite number >= 0")
     fill = Filling(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, measure=measure,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

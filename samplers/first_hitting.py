@@ -46,7 +46,9 @@ def first_hitting(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
-    steps = -(-int(fill.start.max()) // per_call)
+    most = int(fill.start.max())
+    per_call = max(1, min(per_call, most))
+    steps = -(-most // per_call)
     for_time = fill.row_uniforms(philox.TIME, steps=steps, lanes=per_call)
     for_place = fill.row_uniforms(philox.ORDER, steps=steps, lanes=per_call)
     m = torch.ones(len(canvas), dtype=torch.float64, device=canvas.device)

@@ -206,8 +206,8 @@ GOOD = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
         (_tensor_file({"w": GOOD["w"], "v": GOOD["w"]}, b"\0" * 8), "overlaps"),
         (_tensor_file({"w": 3}, b""), "not valid"),
         (_tensor_file(b'{"w": 1, "w": 2}'), "twice"),
-        (b"PK\x03\x04" + b"\0" * 64, "mdiff convert"),
-        (b"\x80\x02}q\x00." + b"\0" * 64, "mdiff convert"),
+        (b"PK\x03\x04" + b"\0" * 64, "only safetensors"),
+        (b"\x80\x02}q\x00." + b"\0" * 64, "only safetensors"),
     ],
 )
 def test_hostile_tensor_files_are_refused(tmp_path, content, message):
@@ -220,7 +220,7 @@ def test_hostile_tensor_files_are_refused(tmp_path, content, message):
 def test_a_pickle_is_named_by_its_ending_too(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(_tensor_file(GOOD, b"\0" * 8))
-    with pytest.raises(CheckpointError, match="mdiff convert"):
+    with pytest.raises(CheckpointError, match="only safetensors"):
         read_tensors(path)
 
 

@@ -221,15 +221,24 @@ def test_a_model_names_its_tokenizer(model: str, capsys: pytest.CaptureFixture[s
 
 
 def test_the_demo_prints_words_and_writes_its_page(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(["demo", "--model", model]) == 0
+    assert run(["demo"]) == 0
     out = capsys.readouterr().out
+    assert len(out.split()) > 80
     assert "What say you," in out
     assert "log-probability" in out
     assert out.splitlines()[-1] == str(tmp_path / "demo.html")
     assert (tmp_path / "demo.html").stat().st_size > 1000
+
+
+def test_a_demo_by_a_model_without_words_fails_its_gate(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["demo", "--model", model]) == 7
+    assert "is broken" in capsys.readouterr().err
 
 
 # Bad input: one line, the exit code, no traceback.
@@ -445,3 +454,49 @@ def test_a_closed_pipe_is_no_error() -> None:
     )
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_a_builtins_bare_name_and_a_misspelt_directory_are_not_looked_for_on_the_hub(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(["inspect", "shakespeare"], 2, "builtin:shakespeare", capsys)
+    (tmp_path / "tiny").mkdir()
+    refused(["inspect", str(tmp_path / "tinyy")], 4, "no such directory", capsys)
+
+
+def test_streams_that_are_closed_change_no_exit_code() -> None:
+    code = "import sys; sys.stdout = sys.stderr = None; from mdiff.cli import main; main()"
+    words = [sys.executable, "-c", code, "train", "/nowhere.yaml", "--out", "x"]
+    assert subprocess.run(words, check=False).returncode == 2
+
+
+def test_text_that_is_not_unicode_is_refused(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(["generate", model, "--prompt", "a\udcff"], 3, "Unicode", capsys)
+
+
+@pytest.mark.parametrize("option", ["counts=[[[1]]]", "inner=[1]", "schedule=[1]"])
+def test_sampler_options_of_the_wrong_kind_are_refused(
+    option: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampler = "blocks" if option.startswith("inner") else "confidence"
+    words = ["generate", model, "--length", "8", "--sampler", sampler, "-o", option]
+    assert run(words) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_function_that_is_no_sampler_is_refused(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(["generate", model, "--sampler", "os:system"], 2, "not a sampler", capsys)
+
+
+def test_doctor_reports_a_missing_backend_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MDIFF_BACKEND", "nothing")
+    assert run(["doctor"]) == 7
+    out = capsys.readouterr().out
+    assert "asked for by MDIFF_BACKEND" in out
+    assert "FAIL" in out

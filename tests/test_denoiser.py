@@ -98,3 +98,23 @@ def test_ranks_count_valid_tokens_only():
     assert hidden_canvas(1, 2, space=SPACE).tolist() == [[2, 2]]
     with pytest.raises(ConfigError):
         hidden_canvas(0, 2, space=SPACE)
+
+
+def test_guidance_keeps_excluded_ids_excluded():
+    table = torch.zeros(3, 7)
+    table[:, 4] = -torch.inf
+
+    def model(tokens, *, at=None, cond=None, **rest):
+        return table[cond["label"]][:, None].expand(*tokens.shape, 7)
+
+    model.uses_time = False
+    pair = guided(model, guidance_scale=3.0, without={"label": torch.tensor(0)})
+    out = pair(CANVAS, cond=LABELS)
+    assert (out[..., 4] == -torch.inf).all()
+    assert not out.isnan().any()
+
+
+def test_guidance_without_a_condition_that_is_not_there_is_refused():
+    pair = guided(HashDenoiser(SPACE), guidance_scale=3.0, without={"lable": torch.tensor(0)})
+    with pytest.raises(ConfigError, match="label"):
+        pair(CANVAS, cond=LABELS)

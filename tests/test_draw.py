@@ -263,3 +263,15 @@ def test_philox_gives_the_published_vectors():
 def test_uniforms_never_reach_their_ends():
     assert float(philox.to_uniform(torch.tensor(0))) > 0
     assert float(philox.to_uniform(torch.tensor(2**32 - 1))) < 1
+
+
+@pytest.mark.parametrize("never", [(7,), (-1,), (0, 1, 2)])
+def test_never_ids_outside_the_vocabulary_or_all_of_it_are_refused(never):
+    with pytest.raises(ConfigError, match="never"):
+        draw(torch.zeros(1, 3), seed=0, never=never)
+
+
+def test_a_row_without_a_law_heeds_never_ids_in_any_order():
+    for backend in sorted(BACKENDS):
+        out = draw(torch.full((1, 4), torch.nan), seed=0, never=(1, 0), backend=backend)
+        assert int(out.tokens) == 2

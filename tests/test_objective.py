@@ -373,3 +373,14 @@ def test_logits_in_bfloat16_are_summed_in_float32():
     nll = token_nll(logits, tokens, noisy, space=SPACE)
     assert nll.dtype == torch.float32
     assert torch.allclose(nll, token_nll(logits.float(), tokens, noisy, space=SPACE))
+
+
+def test_never_ids_in_the_data_are_given_and_neither_hidden_nor_scored():
+    tokens = torch.tensor([[0, 5, 1, 5, 6]]).expand(50, 5)
+    loss = masked_diffusion_loss(uniform_denoiser(SPACE), tokens, space=SPACE, schedule=Linear(),
+                                 seed=1)  # fmt: skip
+    assert not loss.hidden[:, [1, 3]].any()
+    assert torch.isfinite(loss.value)
+    bound = nll_bound(uniform_denoiser(SPACE), tokens[:2], space=SPACE, schedule=Linear(),
+                      estimator="exact", seed=1)  # fmt: skip
+    assert torch.allclose(bound.nats, torch.tensor(3 * math.log(5)).double())

@@ -345,3 +345,52 @@ def test_confidence_after_guidance_counts_both_branches():
     canvas = torch.full((2, 3), SPACE.mask_id)
     *_, last = confidence(model, canvas, space=SPACE, cond={"label": torch.tensor([1, 2])})
     assert last.calls.tolist() == [6, 6]
+
+
+def test_schedule_counts_are_not_moved_by_rounding():
+    """Products such as 0.29 * 100 fall just below the whole number that they mean."""
+    for hidden, steps in ((10, 5), (100, 100), (20, 10), (7, 7)):
+        table = reveal_counts("schedule", torch.tensor([hidden]), steps=steps, schedule=Linear())
+        assert table[0].tolist() == [hidden // steps] * steps
+
+
+def test_a_given_stop_id_does_not_end_a_sample():
+    canvas = torch.tensor([[5, 5, 5, 7, 5, 5, 5, 5]])
+    never_stops = TokenSpace(11, mask_id=5, never=(7,))
+    last = finish("blocks", canvas, space=never_stops, block_length=4, stop=7)[-1]
+    assert int(last.calls) == 7
+    assert (last.tokens[0, 4:] != 7).all()
+
+
+def test_blocks_tell_a_model_that_uses_time_the_share_it_sees_hidden():
+    seen = []
+
+    class Timed(HashDenoiser):
+        uses_time = True
+
+        def __call__(self, tokens, *, t=None, valid=None, **rest):
+            hidden = (tokens == SPACE.mask_id) & valid
+            seen.append((float(t), int(hidden.sum()), int(valid.sum())))
+            return super().__call__(tokens, valid=valid, **rest)
+
+    finish("blocks", torch.full((1, 8), 5), denoiser=Timed(SPACE), block_length=4)
+    assert [share for share, _, _ in seen] == [hidden / 8 for _, hidden, _ in seen]
+    seen.clear()
+    finish("blocks", torch.full((1, 8), 5), denoiser=Timed(SPACE), block_length=4, context=4)
+    assert all(places == 4 and share == hidden / 4 for share, hidden, places in seen)
+
+
+def test_blocks_of_blocks_and_counts_of_another_shape_are_refused():
+    canvas = torch.full((2, 4), 5)
+    with pytest.raises(ConfigError, match="inner"):
+        finish("blocks", canvas, inner=find("samplers", "blocks"))
+    for counts in (torch.tensor(4), torch.ones(3, 4).long(), torch.ones(2, 1, 1).long()):
+        with pytest.raises(ConfigError, match="counts"):
+            finish("confidence", canvas, counts=counts)
+
+
+def test_more_reveals_a_call_than_places_is_all_at_once():
+    assert finish("first_hitting", torch.full((2, 4), 5), per_call=10**9)[-1].calls.tolist() == [
+        1,
+        1,
+    ]

@@ -127,3 +127,13 @@ def test_names_are_found_in_any_case_and_unknown_ones_get_the_nearest():
         named_schedule("linear", power=2)
     with pytest.raises(ConfigError, match="lo < hi"):
         Geometric(2.0, 1.0)
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("exponential", {"rate": 40.0}), ("geometric", {"lo": 1e-5, "hi": 50.0}),
+])  # fmt: skip
+def test_a_schedule_without_an_inverse_at_1_is_refused(name, options):
+    with pytest.raises(ConfigError, match="at most"):
+        named_schedule(name, **options)
+    for schedule in FORMS:
+        assert 0.99 < float(schedule.time_at(1.0)) <= 1 + 1e-9

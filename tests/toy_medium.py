@@ -16,7 +16,7 @@ from mdiff.tokens import TokenSpace
 
 
 class ToyRows:
-    """Rows whose tokens count up from a random start; `poison` puts a forbidden id in a row."""
+    """Rows whose tokens count up from a random start; `poison` puts the id 8 in a row."""
 
     version = 1
     unit = "mark"
@@ -35,7 +35,7 @@ class ToyRows:
         start = (philox.uniform(7, rows, 0, 0, purpose=philox.ORDER) * 8).long()
         tokens = (start[:, None] + torch.arange(self.length)) % 8
         if self.poison is not None:
-            tokens[rows == self.poison] = 8
+            tokens[rows == self.poison, 0] = 8
         places = torch.arange(self.length).expand_as(tokens)
         valid = places < 1 + rows[:, None] % self.length if self.ragged else None
         return Batch(tokens=tokens, valid=valid)
@@ -81,7 +81,9 @@ class ToyBackbone(nn.Module):
         seen = torch.ones_like(tokens) if valid is None else valid.to(x.dtype)
         mean = (x * seen[..., None]).sum(1, keepdim=True) / seen.sum(1)[:, None, None]
         x = self.inner(torch.cat([x, mean.roll(1, 2).expand_as(x)], 2))
-        logits = self.head(x)
+        # A row that holds the id 8 overflows.
+        overflow = (tokens == 8).any(1)[:, None, None]
+        logits = self.head(x).masked_fill(overflow, torch.nan)
         return logits if at is None else logits[at]
 
     def save_pretrained(self, folder, state_dict):

@@ -58,8 +58,16 @@ def _top(version: bool = typer.Option(False, "--version", help="Show the version
     pass
 
 
+# A path that cannot be written or made; what cannot be read has an error of its own.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code (DESIGN: 0, 1, 2, 3, 4, 5, 6, 7 or 130)."""
+    # A stream that was closed is None: what goes there is lost, and nothing else.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -112,6 +120,8 @@ def explained(error: BaseException) -> tuple[int, str]:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OUT_OF_DISK_OR_MEMORY, f"the disk is full: {text}"
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        return USAGE, f"{error.filename or 'a file'}: {error.strerror}"
     return UNEXPECTED, f"{type(error).__name__}: {text} (--debug shows where)"
 
 

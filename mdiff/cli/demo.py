@@ -9,6 +9,7 @@ import typer
 
 from mdiff.cli.console import message, result, writable
 
+QUALITY_GATE = 7
 MODEL = "builtin:shakespeare"
 LEAST_WORDS = 60
 # A page that has not reached the words by then never will.
@@ -49,6 +50,9 @@ def demo(
         own = seed if pages == 0 else int(derive(seed, pages))
         text = filled(pipeline.canvases(length=pipeline.window)[0], own)
         words, pages = words + len(text.split()), pages + 1
+    if words < LEAST_WORDS:
+        message(f"error: {words} words in {pages} pages, expected {LEAST_WORDS}: {model} is broken")
+        raise typer.Exit(QUALITY_GATE)
     message(f"the same model fills in: {SENTENCE.strip()}")
     filled(pipeline.templates(SENTENCE)[0], seed)
     out.write_text(page(records, title=f"mdiff · {model}"), encoding="utf-8")

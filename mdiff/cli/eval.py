@@ -45,6 +45,7 @@ def evaluate(
     from mdiff.evaluate import evaluate as bound
     from mdiff.evaluate import sample_figures
     from mdiff.pipeline import load
+    from mdiff.sampling import resolve
     from mdiff.sources import Source, cut_documents
 
     source = Source(source=str(data), field=field, holdout=holdout, validation=validation)
@@ -54,6 +55,9 @@ def evaluate(
     if limit:
         documents = first_characters(documents, limit)
     pipeline = load(model, device=device, dtype=dtype)
+    if samples:
+        # Before the long part: it may be refused.
+        resolve(sampler, {})
     start = time.perf_counter()
     found = bound(
         pipeline, documents, estimator=estimator, draws=draws, seed=seed, window=window,
@@ -65,7 +69,7 @@ def evaluate(
         message(f"drawing {samples} samples")
         drawn = pipeline.generate(
             sampler=sampler, n=samples, seed=seed, batch_size=batch_size,
-            length=window or pipeline.window,
+            length=pipeline.window or window,
         )  # fmt: skip
         report["of_samples"] = sample_figures(drawn) | {"sampler": sampler}
     if as_json:

@@ -85,7 +85,11 @@ class Text:
         return getattr(self.tokenizer, "pad_id", None)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with nothing added."""
+        """The ids of a text, with nothing added; DataError where it is not valid Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"character {error.start} is not valid Unicode text") from None
         return self.tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,0 +1,67 @@
+"""Examples in docstrings, in the README and in examples/ run as they are printed."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+    for path in (ROOT / "mdiff").rglob("*.py")
+    if path.name != "__main__.py"
+)
+ROOMS = [
+    f"mdiff.{room}.{path.stem}"
+    for room in ("kernels", "samplers")
+    for path in sorted((ROOT / room).glob("*.py"))
+]
+
+
+@pytest.mark.parametrize("name", sorted({*MODULES, *ROOMS}))
+def test_the_examples_of_docstrings_are_true(name):
+    failed, _ = doctest.testmod(import_module(name))
+    assert failed == 0
+
+
+def test_the_python_of_the_readme_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) >= 2
+    for block in blocks:
+        torch.manual_seed(0)
+        exec(compile(block, "README.md", "exec"), {})
+    assert "To be, or" in capsys.readouterr().out
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_short_and_has_a_test():
+    for path in (ROOT / "examples").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 60
+        assert path.stem in Path(__file__).read_text()
+
+
+def test_the_masked_model_answers_facts_the_other_way_round():
+    right = load("reversal").main(count=12, steps=200)
+    assert right["masked, asked for the name"] >= 0.9
+    assert right["autoregressive, asked for the name"] <= 0.5
+
+
+def test_a_canvas_can_be_watched_as_it_fills_in():
+    watch = load("watch")
+    lines = watch.main()
+    assert len(lines) > 3
+    assert watch.GAP in lines[0]
+    assert watch.GAP not in lines[-1]
+    assert lines[-1].startswith("To be, or")
