@@ -131,8 +131,9 @@ class _Weights:
         kind = self.relative_NV.dtype
         log_total_N = self.total_N.log()
         relative_N = self.relative_NV.gather(1, token_N[:, None])[:, 0]
-        relative_NTK = self.relative_NV.view_as(self.weight_NTK)
-        moment_N = (self.weight_NTK * relative_NTK).sum(2).double().sum(1)
+        # The logits are not read again: their memory takes the products.
+        product_NTK = self.relative_NV.mul_(self.weight_NTK.view_as(self.relative_NV))
+        moment_N = product_NTK.view_as(self.weight_NTK).sum(2).double().sum(1)
         best_NT, where_NT = self.weight_NTK.max(2)
         first_N, tile_N = best_NT.max(1)
         rest_NT = best_NT.scatter(1, tile_N[:, None], 0)

@@ -275,3 +275,12 @@ def test_a_row_without_a_law_heeds_never_ids_in_any_order():
     for backend in sorted(BACKENDS):
         out = draw(torch.full((1, 4), torch.nan), seed=0, never=(1, 0), backend=backend)
         assert int(out.tokens) == 2
+
+
+@faster
+def test_a_high_temperature_does_not_bring_back_excluded_ids(backend):
+    logits = torch.zeros(4000, 3)
+    logits[:, 2] = -torch.inf
+    for kind in (torch.float32, torch.float64):
+        out = draw(logits.to(kind), seed=1, temperature=1e6, never=(0,), backend=backend)
+        assert (out.tokens == 1).all()
