@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -68,6 +69,11 @@ def blocks(
         raise ConfigError("blocks: the inner sampler fills one block, it cannot be blocks")
     space.check(canvas, valid)
     if steps is not None:
+        if "steps" not in signature(inner).parameters:
+            raise ConfigError(
+                f"steps={steps}: {inner.__name__}, the inner sampler, takes no steps; "
+                "inner='confidence' and inner='ancestral' do"
+            )
         options["steps"] = steps
     canvas = canvas.clone()
     seen = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
