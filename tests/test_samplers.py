@@ -384,7 +384,7 @@ def test_blocks_of_blocks_and_counts_of_another_shape_are_refused():
     canvas = torch.full((2, 4), 5)
     with pytest.raises(ConfigError, match="inner"):
         finish("blocks", canvas, inner=find("samplers", "blocks"))
-    with pytest.raises(ConfigError, match="first_hitting.* takes no steps"):
+    with pytest.raises(ConfigError, match=r"first_hitting.* takes no steps"):
         finish("blocks", canvas, steps=2)
     for counts in (torch.tensor(4), torch.ones(3, 4).long(), torch.ones(2, 1, 1).long()):
         with pytest.raises(ConfigError, match="counts"):
