@@ -65,3 +65,10 @@ def test_a_canvas_can_be_watched_as_it_fills_in():
     assert watch.GAP in lines[0]
     assert watch.GAP not in lines[-1]
     assert lines[-1].startswith("To be, or")
+
+
+@pytest.mark.slow
+def test_the_whole_reversal_example_answers_ninety_percent():
+    right = load("reversal").main()
+    assert right["masked, asked for the name"] >= 0.9
+    assert right["autoregressive, asked for the name"] <= 0.1
