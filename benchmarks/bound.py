@@ -24,11 +24,13 @@ from mdiff.sources import Source, cut_documents
 def baselines() -> dict[str, float]:
     """Bits per character of the other models, from their own recorded results."""
     found: dict[str, float] = {}
-    for name, key in (("ngrams", "bits_per_char"), ("autoregressive", "held_out_bits_per_char")):
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            value = json.loads(path.read_text())["figures"][key]
-            found.update(value if isinstance(value, dict) else {name: value})
+    ngrams, other = (RESULTS / f"{name}.json" for name in ("ngrams", "autoregressive"))
+    if ngrams.exists():
+        found.update(json.loads(ngrams.read_text())["figures"]["bits_per_char"])
+    if other.exists():
+        figures = json.loads(other.read_text())["figures"]
+        label = f"autoregressive, same size, step {figures['best_step']} of {figures['steps']:,}"
+        found[label] = figures["held_out_bits_per_char"]
     return found
 
 
