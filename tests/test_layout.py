@@ -26,7 +26,7 @@ FLOORS = [
     {"errors"},
     {"tokens", "schedule", "denoiser", "data"},
     {"ops", "objective", "filling", "layers"},
-    {"modalities", "codecs", "backbones", "samplers", "canvas", "files", "find", "order",
+    {"modalities", "codecs", "backbones", "samplers", "canvas", "codec", "files", "find", "order",
      "packing", "safe_yaml", "sources", "tokenizer"},
     {"config", "checkpoint", "locate", "loading", "journal", "optim", "training_state"},
     {"stepping", "run", "train", "generation", "sampling", "pipeline", "evaluate", "selftest",

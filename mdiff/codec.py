@@ -1,0 +1,177 @@
+"""The one contract of a codec: pictures to grids of ids and back, and what it costs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
+from mdiff.files import read_json, read_tensors
+from mdiff.find import find
+
+SETTINGS = "codec.json"
+TENSORS = "codec.safetensors"
+Report = Callable[[str], None]
+
+
+class Codec(Protocol):
+    """Pictures (B, C, H, W) uint8, 0 to 255, to ids and back.
+
+    `encode` gives ids (B, h, w) int64, or (B, h, w, splits) where a place has several codes,
+    each in [0, codebook_size); h = H / stride and w = W / stride. `decode` takes them back to
+    uint8. A picture's ids do not depend on the others of its batch. The tensors stay float32
+    whatever the generator's type.
+
+    `reach` is how many pixels beyond its own stride x stride patch a token's encoder reads,
+    each way; None where it reads the whole picture. `lossless` says that decode(encode(x)) is
+    x to the last bit.
+    """
+
+    name: str
+    channels: int
+    stride: int
+    splits: int
+    codebook_size: int
+    reach: int | None
+    lossless: bool
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The ids of pictures; DataError for a wrong shape, type or size."""
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """The pictures of ids; DataError for ids outside the codebook."""
+
+    def fit(self, images: Tensor, *, seed: int = 0, report: Report | None = None) -> Self:
+        """Learn from pictures (N, C, H, W) uint8; the same seed gives the same codec."""
+
+    def config(self) -> dict[str, Any]:
+        """The options that the part's function takes back, with the name."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What has been learnt, for a safetensors file."""
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave; CheckpointError where it does not fit."""
+
+
+def check_pictures(images: Tensor, *, channels: int, stride: int) -> None:
+    """Raise DataError where `images` is not (B, channels, H, W) uint8 with sides of the stride."""
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
+        got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else images
+        raise DataError(f"pictures {got}: expected (B, {channels}, H, W) uint8")
+    height, width = images.shape[2:]
+    if images.shape[1] != channels:
+        raise DataError(f"pictures of {images.shape[1]} channels: this codec takes {channels}")
+    if not height or not width or height % stride or width % stride:
+        raise DataError(f"pictures of {height} x {width}: expected multiples of {stride} pixels")
+
+
+def check_ids(ids: Tensor, *, codebook_size: int, splits: int) -> None:
+    """Raise DataError where `ids` is not (B, h, w[, splits]) int64 in [0, codebook_size)."""
+    dims = 3 if splits == 1 else 4
+    if ids.dtype != torch.int64 or ids.dim() != dims or (dims == 4 and ids.shape[3] != splits):
+        expected = "(B, h, w)" if splits == 1 else f"(B, h, w, {splits})"
+        raise DataError(f"ids {tuple(ids.shape)} {ids.dtype}: expected {expected} int64")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < codebook_size:
+        wrong = int(ids.max() if int(ids.min()) >= 0 else ids.min())
+        raise DataError(f"id {wrong}: this codec has ids 0 to {codebook_size - 1}")
+
+
+def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
+    """The codec of a description {"name": ..., options}, or of the folder that holds one.
+
+    With `folder` what was learnt is read from there. Raises ConfigError for an unknown name or
+    option, CheckpointError for files that do not fit.
+    """
+    if isinstance(described, str | Path):
+        if (Path(described) / SETTINGS).exists():
+            return load_codec(described)
+        described = {"name": str(described)}
+    options = dict(described)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError("codec.name is missing: expected levels, kmeans, vq, bits or a folder")
+    build = find("codecs", name)
+    try:
+        codec = build(**options)
+    except TypeError as error:
+        raise ConfigError(f"codec {name!r}: {error}") from None
+    if folder is not None and (Path(folder) / TENSORS).exists():
+        codec.load_state(read_tensors(Path(folder) / TENSORS))
+    return codec
+
+
+def save_codec(codec: Codec, folder: Path | str) -> None:
+    """Write the codec's settings and tensors into a folder that exists."""
+    settings = json.dumps(codec.config(), indent=1)
+    (Path(folder) / SETTINGS).write_text(settings + "\n", encoding="utf-8")
+    state = {name: tensor.contiguous() for name, tensor in codec.state().items()}
+    if state:
+        save_file(state, Path(folder) / TENSORS)
+
+
+def load_codec(folder: Path | str) -> Any:
+    """The codec that `save_codec` wrote; CheckpointError where its files are not valid."""
+    settings = read_json(Path(folder) / SETTINGS)
+    try:
+        return make_codec(settings, folder=folder)
+    except (ConfigError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{Path(folder) / SETTINGS} is not valid: {error}") from error
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What a codec keeps of pictures.
+
+    `psnr` dB over all of them (inf where nothing is lost), `ssim` in [0, 1], `usage` the share
+    of the codebook that they use, `perplexity` 2^entropy of the ids, `bits_per_pixel` the
+    code's length.
+    """
+
+    psnr: float
+    ssim: float
+    usage: float
+    perplexity: float
+    bits_per_pixel: float
+
+
+def fidelity(codec: Codec, images: Tensor, *, batch_size: int = 256) -> Fidelity:
+    """How well the codec gives back `images` (N, C, H, W) uint8; BackendError without torchmetrics.
+
+    SSIM with the usual 11 x 11 Gaussian window (Wang et al. 2004), on 0 to 255.
+    """
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+    except ImportError:
+        raise BackendError(
+            "torchmetrics is not installed: pip install 'mdiff-toolkit[eval]'"
+        ) from None
+    squares = similarity = 0.0
+    counts = torch.zeros(codec.codebook_size, dtype=torch.int64)
+    places = 0
+    for some in images.split(batch_size):
+        ids = codec.encode(some)
+        back = codec.decode(ids)
+        counts += ids.flatten().bincount(minlength=codec.codebook_size)
+        places = ids[0].numel()
+        squares += float((some.double() - back.double()).square().sum())
+        similarity += float(ssim(back.float(), some.float(), data_range=255.0)) * len(some)
+    error = squares / images.numel()
+    share = counts[counts > 0].double() / counts.sum()
+    entropy = -float((share * share.log2()).sum())
+    pixels = images.shape[2] * images.shape[3]
+    bits = places * torch.log2(torch.tensor(float(codec.codebook_size))).item() / pixels
+    return Fidelity(
+        psnr=float("inf") if error == 0 else 10 * float(torch.log10(torch.tensor(255**2 / error))),
+        ssim=similarity / len(images),
+        usage=float((counts > 0).double().mean()),
+        perplexity=2**entropy,
+        bits_per_pixel=bits,
+    )
