@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Condition, Denoiser
+from mdiff.denoiser import Condition, Denoiser, evaluations
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.ops import Draw, check_filters, draw
@@ -115,14 +115,13 @@ class Filling:
         """
         active = (self.hidden if idle else at).any(1)
         rows = active.nonzero()[:, 0]
-        if len(rows) == len(active):
-            logits = self._logits(self.tokens, at, self.valid, t, self.cond)
-        else:
-            logits = self._logits(
-                self.tokens[rows], at[rows], None if self.valid is None else self.valid[rows],
-                t[rows], {name: value[rows] for name, value in self.cond.items()},
-            )  # fmt: skip
-        self.calls += active * int(getattr(self.denoiser, "evaluations", 1))
+        tokens, asked, valid, cond = self.tokens, at, self.valid, self.cond
+        if len(rows) < len(active):
+            tokens, asked, t = tokens[rows], at[rows], t[rows]
+            valid = None if valid is None else valid[rows]
+            cond = {name: value[rows] for name, value in cond.items()}
+        logits = self._logits(tokens, asked, valid, t, cond)
+        self.calls[rows] += evaluations(self.denoiser, tokens, valid=valid, cond=cond or None)
         row = at.nonzero()[:, 0]
         return self.draw(
             logits, seed=self.seed[row], sample=self.sample[row], step=step,
@@ -233,21 +232,31 @@ def reveal_counts(
         index = torch.arange(steps, device=hidden.device)
         return hidden[:, None] // steps + (index < (hidden % steps)[:, None]).long()
     if counts == "schedule":
-        return _schedule_counts(hidden, steps, schedule)
+        return schedule_counts(hidden, steps=steps, schedule=schedule)
     raise ConfigError(f"counts={counts!r}: expected 'schedule', 'even' or a tensor of int64")
 
 
-def _schedule_counts(hidden: Tensor, steps: int, schedule: Schedule) -> Tensor:
-    """MaskGIT's table (Chang et al. 2022, section 3.2): floor(n m(t)) places stay hidden.
+def schedule_counts(
+    hidden: Tensor, *, steps: int, schedule: Schedule, of: Tensor | None = None
+) -> Tensor:
+    """How many places each sample reveals at each step, (B, steps) int64, along a schedule.
 
-    At least one is revealed a step while two are left, and at least one is left for the last.
-    A product that is a whole number up to rounding counts as that number.
+    MaskGIT's table (Chang et al. 2022, section 3.2): after step i floor(n m(1 - i / steps))
+    places stay hidden, n each sample's `hidden` (B,). At least one is revealed a step while
+    two are left, and at least one is left for the last step. `of` (B,) is another n, as in
+    aMUSEd (Patil et al. 2024), which counts the whole canvas, given places and all. A product
+    that is a whole number up to rounding counts as that number.
+
+    Raises ConfigError for steps < 1.
     """
+    if steps < 1:
+        raise ConfigError(f"steps={steps}: need at least 1")
     left = hidden
+    of = hidden if of is None else of
     table = []
     for step in range(1, steps + 1):
         share = schedule.mask_prob((steps - step) / steps).double().to(hidden.device)
-        wanted = (hidden * share + ROUNDING).floor().long()
+        wanted = (of * share + ROUNDING).floor().long()
         stay = torch.minimum(wanted, left - 1).clamp(min=1) if step < steps else 0 * left
         stay = torch.minimum(stay, left)
         table.append(left - stay)

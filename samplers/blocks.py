@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Condition, Denoiser
+from mdiff.denoiser import Condition, Denoiser, evaluations
 from mdiff.errors import ConfigError
 from mdiff.filling import State, streams
 from mdiff.kernels import philox
@@ -123,7 +123,16 @@ class _Window:
     def __init__(self, denoiser: Denoiser, schedule: Schedule, mask_id: int) -> None:
         self.denoiser, self.schedule, self.mask_id = denoiser, schedule, mask_id
         self.uses_time = denoiser.uses_time
-        self.evaluations: int = getattr(denoiser, "evaluations", 1)
+
+    def row_evaluations(
+        self, tokens: Tensor, *, valid: Tensor | None, cond: Condition | None
+    ) -> int | Tensor:
+        """What the call costs each row: the model sees the whole canvas."""
+        rest = dict(cond or {})
+        whole = rest.pop(CANVAS).scatter(1, rest.pop(COLUMNS), tokens)
+        seen = rest.pop(SEEN)
+        del rest[WRITABLE]
+        return evaluations(self.denoiser, whole, valid=seen, cond=rest or None)
 
     def __call__(
         self,

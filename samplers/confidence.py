@@ -39,7 +39,7 @@ def confidence(
     steps: int | None = None,
     counts: Counts = "schedule",
     score: str = "confidence",
-    noise: float = 0.0,
+    noise: float | Tensor = 0.0,
     measure: str = "model",
 ) -> Iterator[State]:
     """States of `steps` calls on `canvas` (B, L), the places with the highest score first.
@@ -49,37 +49,58 @@ def confidence(
     log-probability of the drawn token), "entropy" (its negative) or "margin" (p1 - p2), of
     the guided logits before temperature and filters; measure="drawn" takes them after. Ties
     go to the first place. `noise` > 0 adds noise * (1 - i / steps) * Gumbel to the score at
-    step i: MaskGIT's annealed choice (Chang et al. 2022, section 3.2), 4.5 in its code.
+    step i: MaskGIT's annealed choice (Chang et al. 2022, section 3.2), 4.5 in its code; a
+    tensor (steps,) is the factor of each step itself. aMUSEd (Patil et al. 2024) is
+    noise=linspace(2, 0, steps) with counts=schedule_counts(hidden, ..., of=all places).
     With temperature=0, counts="even" and no noise it is LLaDA's low-confidence remasking
     (Nie et al. 2025, algorithm 5).
 
     At one reveal a call, score="entropy" or "margin" without noise gives the exact law of an
     ideal denoiser; "confidence" does not, since the place depends on the drawn token.
 
-    Raises ConfigError for an unknown score, a negative noise, or counts that do not fit.
+    Raises ConfigError for an unknown score, a noise that is negative or not one number a step,
+    or counts that do not fit.
     """
     if score not in SCORES:
         raise ConfigError(f"unknown score {score!r}; {nearest(score, SCORES)}")
-    if not 0 <= noise < math.inf:
-        raise ConfigError(f"noise={noise}: expected a finite number >= 0")
     fill = Filling(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, measure=measure,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
     table = reveal_counts(counts, fill.start, steps=steps, schedule=schedule)
-    total = table.shape[1] if table is not None else fill.start
+    factors = _noise_factors(noise, fill.start, None if table is None else table.shape[1])
     step = 0
     while bool(fill.hidden.any()):
         count = (fill.start > step).long() if table is None else table[:, step]
         asked = fill.hidden & (count > 0)[:, None]
         if bool(asked.any()):
             drawn = fill.ask(asked, step, fill.time_left(schedule))
-            left = (1 - (step + 1) / total) * torch.ones_like(count, dtype=torch.float64)
-            value = _scores(fill, asked, drawn, score, noise * left, step)
+            value = _scores(fill, asked, drawn, score, factors[:, step], step)
             place = value.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             at = asked & (place < count[:, None])
             yield fill.reveal(at, drawn, asked, fill.time_left(schedule))
         step += 1
+
+
+def _noise_factors(noise: float | Tensor, start: Tensor, steps: int | None) -> Tensor:
+    """What multiplies the Gumbel noise of each sample at each step, (B, steps) float64.
+
+    `start` (B,) are the places to reveal, a sample's own steps where `steps` is None.
+    """
+    device = start.device
+    if isinstance(noise, Tensor):
+        factors = noise.to(device=device, dtype=torch.float64)
+        if factors.shape != (steps,) or not bool(((factors >= 0) & factors.isfinite()).all()):
+            raise ConfigError(
+                f"noise {tuple(noise.shape)}: expected a finite number >= 0 for each of "
+                + ("the steps, so give steps too" if steps is None else f"{steps} steps")
+            )
+        return factors.expand(len(start), -1)
+    if not 0 <= noise < math.inf:
+        raise ConfigError(f"noise={noise}: expected a finite number >= 0")
+    step = torch.arange(1, (int(start.max()) if steps is None else steps) + 1, device=device)
+    total = start.double() if steps is None else torch.full_like(start, steps).double()
+    return noise * (1 - step / total[:, None]).clamp(min=0)
 
 
 def _scores(

@@ -151,6 +151,8 @@ EXACT = {
     "right to left": ("any_order", {"order": "right_to_left"}),
     "random order": ("any_order", {"order": "random"}),
     "given order": ("any_order", {"order": torch.tensor([2, 0, 3, 1])}),
+    "halton": ("halton", {"grid": (2, 2)}),
+    "halton, rolled": ("halton", {"roll": True}),
     "entropy": ("confidence", {"score": "entropy"}),
     "margin": ("confidence", {"score": "margin"}),
     "blocks": ("blocks", {"block_length": 3}),

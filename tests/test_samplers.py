@@ -17,7 +17,7 @@ from mdiff.tokens import TokenSpace
 
 SPACE = TokenSpace(11, mask_id=5, never=(0, 9))
 SAMPLERS = names("samplers")
-OBLIVIOUS = ["ancestral", "any_order", "blocks", "first_hitting"]
+OBLIVIOUS = ["ancestral", "any_order", "blocks", "first_hitting", "halton"]
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 
 
