@@ -103,8 +103,10 @@ def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
         codec = build(**options)
     except TypeError as error:
         raise ConfigError(f"codec {name!r}: {error}") from None
-    if folder is not None and (Path(folder) / TENSORS).exists():
-        codec.load_state(read_tensors(Path(folder) / TENSORS))
+    if folder is not None:
+        # A codec that has learnt something refuses a folder without it.
+        path = Path(folder) / TENSORS
+        codec.load_state(read_tensors(path) if path.exists() else {})
     return codec
 
 
@@ -120,6 +122,10 @@ def save_codec(codec: Codec, folder: Path | str) -> None:
 def load_codec(folder: Path | str) -> Any:
     """The codec that `save_codec` wrote; CheckpointError where its files are not valid."""
     settings = read_json(Path(folder) / SETTINGS)
+    name = settings.get("name")
+    # A name from a file may choose among the parts here; it may not import anything.
+    if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+        raise CheckpointError(f"{Path(folder) / SETTINGS}: {name!r} is not a codec of mdiff")
     try:
         return make_codec(settings, folder=folder)
     except (ConfigError, TypeError, KeyError) as error:
@@ -156,13 +162,14 @@ def fidelity(codec: Codec, images: Tensor, *, batch_size: int = 256) -> Fidelity
     squares = similarity = 0.0
     counts = torch.zeros(codec.codebook_size, dtype=torch.int64)
     places = 0
-    for some in images.split(batch_size):
+    for some in torch.split(images, batch_size):
         ids = codec.encode(some)
         back = codec.decode(ids)
         counts += ids.flatten().bincount(minlength=codec.codebook_size)
         places = ids[0].numel()
         squares += float((some.double() - back.double()).square().sum())
-        similarity += float(ssim(back.float(), some.float(), data_range=255.0)) * len(some)
+        alike = ssim(back.float(), some.float(), data_range=255.0)
+        similarity += float(torch.as_tensor(alike)) * len(some)
     error = squares / images.numel()
     share = counts[counts > 0].double() / counts.sum()
     entropy = -float((share * share.log2()).sum())

@@ -1,0 +1,431 @@
+"""Pictures: a codec's ids, with a label and a caption as further parts of the canvas if asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image as Pillow
+from torch import Tensor
+
+from mdiff.codec import Codec, load_codec, make_codec, save_codec
+from mdiff.editing import shown_pictures
+from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
+from mdiff.files import read_json
+from mdiff.picture_rows import PictureRows, variants
+from mdiff.pictures import Pictures, PictureSource, as_array, digest_of, read_pictures
+from mdiff.tokenizer import BytePairs
+from mdiff.tokens import TokenSpace
+
+SETTINGS = "modality.json"
+CAPTIONS = "captions"
+LABELS = ("none", "condition", "part")
+CAPTION_DEFAULTS = {"length": 16, "vocab_size": 512}
+
+
+class Image:
+    """Pictures to tokens and back; see `image`.
+
+    The canvas is the picture's places row by row, each with its codes side by side, then the
+    label's place and the caption's places where these are parts; the ids of the parts lie one
+    after the other, then the mask. Below this room `grid` and `layout` are plain integers.
+    """
+
+    name = "image"
+
+    def __init__(
+        self, codec: Codec, *, size: tuple[int, int], labels: list[str] | None, label: str,
+        caption: dict[str, int] | None, words: BytePairs | None,
+    ) -> None:  # fmt: skip
+        self.codec, self.size, self.labels = codec, size, labels
+        self.label, self.caption, self.words = label, caption, words
+
+    @property
+    def unit(self) -> str:
+        """What a token of a picture alone stands for: "dim" of pixels, or "pixel" of a code."""
+        if len(self.part_names) > 1:
+            return "token"
+        return "dim" if self.codec.lossless else "pixel"
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """The picture's places (h, w)."""
+        return self.size[0] // self.codec.stride, self.size[1] // self.codec.stride
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The picture's tokens as a grid of plain integers, codes of a place side by side."""
+        return self.cells[0], self.cells[1] * self.codec.splits
+
+    @property
+    def layout(self) -> list[tuple[int, int, int]]:
+        """The canvas as runs of (h, w, tokens a place), for a backbone's positions."""
+        runs = [(*self.cells, self.codec.splits)]
+        runs += [(1, 1, 1)] if self.label == "part" else []
+        return runs + ([(1, self.caption["length"], 1)] if self.caption else [])
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The names of the canvas's parts, in order."""
+        more = ["label"] if self.label == "part" else []
+        return ("image", *more, *(["caption"] if self.caption else []))
+
+    @property
+    def parts(self) -> tuple[tuple[int, int, int], ...]:
+        """(places, first id, stop id) of each part."""
+        found, first = [], 0
+        sizes = {"image": self.codec.codebook_size}
+        if self.label == "part":
+            sizes["label"] = len(self._known_labels())
+        if self.caption:
+            sizes["caption"] = self.tokenizer.size + 1
+        for name, (h, w, each) in zip(self.part_names, self.layout):
+            found.append((h * w * each, first, first + sizes[name]))
+            first += sizes[name]
+        return tuple(found)
+
+    @property
+    def space(self) -> TokenSpace:
+        """Ids of all parts, and the mask after them."""
+        parts = self.parts
+        stop = parts[-1][2]
+        return TokenSpace(stop, mask_id=stop, parts=parts if len(parts) > 1 else ())
+
+    @property
+    def length(self) -> int:
+        """Tokens of a canvas."""
+        return sum(places for places, _, _ in self.parts)
+
+    @property
+    def classes(self) -> int:
+        """How many labels the backbone is told of; 0 where labels are no condition."""
+        return len(self._known_labels()) if self.label == "condition" else 0
+
+    @property
+    def without(self) -> dict[str, Tensor]:
+        """The condition that says nothing: the label after the last."""
+        return {"label": torch.tensor([self.classes])} if self.classes else {}
+
+    @property
+    def tokenizer(self) -> BytePairs:
+        """The captions' tokenizer; ConfigError where it has not been trained."""
+        if self.words is None:
+            raise ConfigError("the captions' tokenizer is not trained yet: give it data first")
+        return self.words
+
+    def _known_labels(self) -> list[str]:
+        if not self.labels:
+            raise ConfigError("the labels are not known yet: give modality.labels or data first")
+        return self.labels
+
+    def span(self, part: str) -> slice:
+        """The places of a part in the canvas."""
+        if part not in self.part_names:
+            raise ConfigError(f"this model has no {part}; {nearest(part, self.part_names)}")
+        sizes = [places for places, _, _ in self.parts]
+        index = self.part_names.index(part)
+        return slice(sum(sizes[:index]), sum(sizes[: index + 1]))
+
+    def picture(self, given: Any) -> Tensor:
+        """A PIL image, array or path as (C, H, W) uint8 of this size; DataError otherwise."""
+        if isinstance(given, str | Path):
+            source = PictureSource(source=str(given))
+            return read_pictures(source, channels=self.codec.channels, size=self.size).pixels[0]
+        array = as_array(given, channels=self.codec.channels)
+        if array.shape[:2] != tuple(self.size):
+            raise DataError(
+                f"the picture has {array.shape[0]} x {array.shape[1]} pixels, this model's have "
+                f"{self.size[0]} x {self.size[1]}"
+            )
+        return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+    def codes(self, pictures: Tensor) -> Tensor:
+        """The tokens (B, places) int64 of pictures (B, C, H, W) uint8."""
+        return self.codec.encode(pictures).flatten(1)
+
+    def label_id(self, label: str | int) -> int:
+        """The number of a label by its name or number; DataError with the nearest names."""
+        known = self._known_labels()
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(known):
+            return label
+        name = str(label).lower()
+        if name not in known:
+            raise DataError(f"unknown label {label!r}; {nearest(name, known)}")
+        return known.index(name)
+
+    def caption_ids(self, caption: str, *, cut: bool = False) -> list[int]:
+        """The caption's tokens, padded by the end id; DataError where too long, or it is cut."""
+        where = self.span("caption")
+        room = where.stop - where.start
+        _, first, stop = self.parts[-1]
+        ids = [first + i for i in self.tokenizer.encode(caption)]
+        if len(ids) > room and not cut:
+            raise DataError(f"the caption {caption!r} takes {len(ids)} tokens, at most {room} fit")
+        return ids[:room] + [stop - 1] * (room - len(ids))
+
+    def encode(self, given: Any) -> list[int]:
+        """The canvas of an item in full: a picture, or a mapping with every part."""
+        prompt = given if isinstance(given, Mapping) else {"image": given}
+        canvas = self.canvas(prompt)
+        if self.space.mask_id in canvas:
+            raise DataError(f"expected {', '.join(self.part_names)}, got {', '.join(prompt)}")
+        return canvas
+
+    def canvas(self, prompt: Mapping[str, Any] | str = "", length: int | None = None) -> list[int]:
+        """The canvas with what the prompt gives: "image", "label" or "caption" where a part.
+
+        A string is a caption. Raises DataError for keys that this model does not take, and
+        ConfigError for a length other than the model's.
+        """
+        if length not in (None, self.length):
+            raise ConfigError(f"length={length}: this model's canvas has {self.length} tokens")
+        asked = self._asked(prompt)
+        canvas = [self.space.mask_id] * self.length
+        if "image" in asked:
+            canvas[self.span("image")] = self.codes(self.picture(asked["image"])[None])[0].tolist()
+        if "label" in asked and self.label == "part":
+            _, first, _ = self.parts[self.part_names.index("label")]
+            canvas[self.span("label")] = [first + self.label_id(asked["label"])]
+        if "caption" in asked:
+            canvas[self.span("caption")] = self.caption_ids(asked["caption"])
+        return canvas
+
+    def condition(self, prompt: Mapping[str, Any] | str = "") -> dict[str, int]:
+        """What the backbone is told of a prompt: the label's number where it is a condition."""
+        asked = self._asked(prompt)
+        if not self.classes or "label" not in asked:
+            return {}
+        return {"label": self.label_id(asked["label"])}
+
+    def _asked(self, prompt: Mapping[str, Any] | str) -> dict[str, Any]:
+        if isinstance(prompt, str):
+            prompt = {"caption": prompt} if prompt else {}
+        known = [*self.part_names, *(["label"] if self.label == "condition" else [])]
+        for key in prompt:
+            if key not in known:
+                raise DataError(f"this model takes no {key!r}; known: {', '.join(known)}")
+        return {key: value for key, value in prompt.items() if value is not None}
+
+    def template(self, text: str) -> list[int]:
+        """Refused: pictures have no gaps in a line of text."""
+        raise ConfigError("this model fills in pictures: use edit, or generate with what is given")
+
+    def decode(self, ids: Sequence[int]) -> Pillow.Image:
+        """The picture; `info` holds the label and the caption where they are parts.
+
+        Hidden places are grey.
+        """
+        picture = self.shown(torch.tensor([ids]))[0]
+        said: dict[str, Any] = {}
+        if "label" in self.part_names:
+            said["label"] = self._said_label(ids[self.span("label").start])
+        if "caption" in self.part_names:
+            said["caption"] = self._said_caption(ids[self.span("caption")])
+        array = picture.permute(1, 2, 0).numpy()
+        made = Pillow.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+        made.info.update(said)
+        return made
+
+    def shown(self, tokens: Tensor) -> Tensor:
+        """The pictures (B, C, H, W) uint8 of canvases (B, L), hidden places grey."""
+        places = tokens[:, self.span("image")].reshape(-1, *self.cells, self.codec.splits)
+        return shown_pictures(self.codec, places, mask_id=self.space.mask_id)
+
+    def _said_label(self, token: int) -> str | None:
+        _, first, stop = self.parts[self.part_names.index("label")]
+        return self._known_labels()[token - first] if first <= token < stop else None
+
+    def _said_caption(self, ids: Sequence[int]) -> str:
+        _, first, stop = self.parts[-1]
+        spoken = []
+        for token in ids:
+            if token == stop - 1:
+                break
+            if first <= token < stop:
+                spoken.append(token - first)
+        return self.tokenizer.decode(spoken)
+
+    def pieces(self, ids: Sequence[int]) -> list[str | None]:
+        """Each token as its number, None where it is hidden; captions as text."""
+        mask = self.space.mask_id
+        written = [None if token == mask else f"{token} " for token in ids]
+        if "caption" in self.part_names:
+            where = self.span("caption")
+            _, first, stop = self.parts[-1]
+            for place in range(where.start, where.stop):
+                token = ids[place]
+                if first <= token < stop:
+                    spoken = [] if token == stop - 1 else [token - first]
+                    written[place] = self.tokenizer.decode(spoken)
+        return written
+
+    def examples(
+        self,
+        data: Mapping[str, Any] | PictureSource | Pictures | str,
+        *,
+        length: int | None = None,
+        split: str = "train",
+    ) -> PictureRows:
+        """One row a picture of a split, "train", "validation", "holdout" or "all".
+
+        Labels and the captions' tokenizer are learnt from the training split where they are
+        not known. Only the training split has variants (`flip`, `shift`).
+        """
+        if isinstance(data, Pictures):
+            source, everything = PictureSource(source="given"), data
+        else:
+            source = PictureSource.of(data)
+            everything = read_pictures(source, channels=self.codec.channels, size=self.size)
+        shares = {"holdout": source.holdout, "validation": source.validation}
+        self._learn(everything, shares)
+        chosen = everything.split(split, **shares)
+        seen = variants(chosen, source) if split == "train" else [chosen.pixels]
+        codes = torch.stack([self.codes(pixels) for pixels in seen], 1)
+        return self._rows(codes, chosen.labels, chosen.captions, length, digest_of(chosen))
+
+    def _learn(self, pictures: Pictures, shares: dict[str, float]) -> None:
+        """Take labels and the captions' tokenizer from the data where they are not known."""
+        if self.label != "none":
+            if pictures.labels is None:
+                raise DataError("the pictures have no labels: modality.label must be none")
+            if self.labels is None:
+                self.labels = [name.lower() for name in pictures.label_names]
+            if int(pictures.labels.max()) >= len(self.labels):
+                raise DataError(
+                    f"label {int(pictures.labels.max())}: the modality names {len(self.labels)}"
+                )
+        if pictures.captions is not None:
+            train = pictures.split("train", **shares)
+            self._fit_captions(train.captions, None)
+        elif self.caption:
+            raise DataError("the pictures have no captions: set data.captions")
+
+    def _fit_captions(self, captions: list[str] | None, index: Tensor | None) -> None:
+        if not self.caption or self.words is not None:
+            return
+        if captions is None:
+            raise DataError("the pictures have no captions: set data.captions")
+        chosen = captions if index is None else [captions[i] for i in index.tolist()]
+        self.words = BytePairs.learn(chosen, size=self.caption["vocab_size"])
+
+    def _rows(
+        self, codes: Tensor, labels: Tensor | None, captions: list[str] | None,
+        length: int | None, slice_sha256: str,
+    ) -> PictureRows:  # fmt: skip
+        """Canvases (N, variants, L) as examples."""
+        count, versions = codes.shape[:2]
+        parts = [codes]
+        if self.label == "part":
+            if labels is None:
+                raise DataError("the pictures have no labels: modality.label must not be part")
+            _, first, _ = self.parts[self.part_names.index("label")]
+            parts.append((first + labels)[:, None, None].expand(count, versions, 1))
+        if self.caption:
+            if captions is None:
+                raise DataError("the pictures have no captions: set data.captions")
+            told = torch.tensor([self.caption_ids(caption, cut=True) for caption in captions])
+            parts.append(told[:, None].expand(count, versions, told.shape[1]))
+        if length not in (None, self.length):
+            raise ConfigError(f"data.length={length}: a canvas of this codec has {self.length}")
+        units = self.size[0] * self.size[1] * (self.codec.channels if self.unit == "dim" else 1)
+        return PictureRows(
+            torch.cat(parts, 2),
+            cond={"label": labels} if self.classes and labels is not None else {},
+            unit=self.unit,
+            units=1.0 if self.unit == "token" else units / self.length,
+            slice_sha256=slice_sha256,
+        )
+
+    def sizes(self, items: Sequence[Any]) -> dict[str, int]:
+        """How many units the items have, beside their tokens."""
+        pixels = len(items) * self.size[0] * self.size[1]
+        if self.unit == "token":
+            return {}
+        return {"dim": pixels * self.codec.channels} if self.unit == "dim" else {"pixel": pixels}
+
+    def config(self) -> dict[str, Any]:
+        """The settings that `image(**settings, folder=...)` takes back, with the name."""
+        return {
+            "name": self.name,
+            "codec": self.codec.config(),
+            "size": list(self.size),
+            "labels": self.labels,
+            "label": self.label,
+            "caption": self.caption,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write the codec and the captions' tokenizer, with `config()` as modality.json."""
+        folder = Path(folder)
+        save_codec(self.codec, folder)
+        if self.words is not None:
+            (folder / CAPTIONS).mkdir()
+            self.words.save(folder / CAPTIONS)
+        settings = json.dumps(self.config(), indent=1, ensure_ascii=False)
+        (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
+
+
+def image(
+    *,
+    codec: Mapping[str, Any] | str | Codec,
+    size: Sequence[int],
+    labels: Sequence[str] | None = None,
+    label: str = "none",
+    caption: Mapping[str, int] | None = None,
+    folder: str | Path | None = None,
+) -> Image:
+    """The picture modality.
+
+    `codec`: a folder that holds one, a description {"name": "levels", ...}, or a Codec. `size`
+    (H, W) pixels. `labels` are the names, by number, learnt from the data where not given.
+    `label`: "none"; "condition", which the backbone is told of and guidance leaves out; or
+    "part", one place of the canvas. `caption` {"length": places, "vocab_size": ids} makes the
+    caption a part. `folder` is where `save` wrote.
+
+    Raises ConfigError for options that do not go together.
+
+    >>> image(codec={"name": "levels"}, size=[8, 8]).grid
+    (8, 8)
+    """
+    if label not in LABELS:
+        raise ConfigError(f"modality.label={label!r}; {nearest(str(label), LABELS)}")
+    sides = list(size) if isinstance(size, list | tuple) else []
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ConfigError(f"modality.size={size!r}: expected two whole numbers, height and width")
+    if labels is not None:
+        labels = [str(name).lower() for name in labels]
+        if not labels or len(set(labels)) != len(labels):
+            raise ConfigError("modality.labels: expected different names, at least one")
+    if caption is not None:
+        caption = dict(CAPTION_DEFAULTS) | dict(caption)
+        for key, value in caption.items():
+            if key not in CAPTION_DEFAULTS:
+                raise ConfigError(
+                    f"unknown key modality.caption.{key}; {nearest(key, CAPTION_DEFAULTS)}"
+                )
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"modality.caption.{key}={value!r}: expected a whole number")
+    words = None
+    if folder is not None and caption is not None and (Path(folder) / CAPTIONS).is_dir():
+        words = BytePairs.read(Path(folder) / CAPTIONS)
+    made = _codec(codec, folder)
+    if any(side % made.stride for side in sides):
+        raise ConfigError(f"modality.size={sides}: the codec's places have {made.stride} pixels")
+    return Image(
+        made, size=(sides[0], sides[1]), labels=labels, label=label, caption=caption, words=words
+    )
+
+
+def _codec(codec: Any, folder: str | Path | None) -> Any:
+    """The codec, read from `folder` where a saved model lies there."""
+    if not isinstance(codec, str | Path | Mapping):
+        return codec
+    if folder is None:
+        return make_codec(codec)
+    described = read_json(Path(folder) / "codec.json")
+    if described != codec:
+        raise CheckpointError(f"{folder}: codec.json and the modality's codec are not the same")
+    return load_codec(folder)
