@@ -272,9 +272,9 @@ def _ramp(schedule: str | Ramp, interval: tuple[float, float] | None) -> Ramp | 
     if (schedule == "interval") != (interval is not None):
         raise ConfigError("guided: guidance_schedule='interval' and interval=(lo, hi) go together")
     if interval is not None:
+        if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+            raise ConfigError(f"interval={interval}: expected (lo, hi) with 0 <= lo < hi <= 1")
         lo, hi = interval
-        if not 0 <= lo < hi <= 1:
-            raise ConfigError(f"interval={(lo, hi)}: expected 0 <= lo < hi <= 1")
         return lambda share: ((share > lo) & (share <= hi)).double()
     if callable(schedule):
         return schedule
