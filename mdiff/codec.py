@@ -64,7 +64,8 @@ class Codec(Protocol):
 def check_pictures(images: Tensor, *, channels: int, stride: int) -> None:
     """Raise DataError where `images` is not (B, channels, H, W) uint8 with sides of the stride."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
-        got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else images
+        is_tensor = isinstance(images, Tensor)
+        got = f"{tuple(images.shape)} {images.dtype}" if is_tensor else type(images).__name__
         raise DataError(f"pictures {got}: expected (B, {channels}, H, W) uint8")
     height, width = images.shape[2:]
     if images.shape[1] != channels:

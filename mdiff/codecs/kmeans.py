@@ -17,7 +17,8 @@ FITTED = 200_000
 BATCH = 4096
 # Passes over the patches; a fixed number, as stopping early would hang on rounding.
 PASSES = 20
-# Each round sets every dead centre on a patch; two or three are usual.
+# Rounds over all patches at the end, and more for as long as a centre is dead.
+SETTLED = 10
 REVIVALS = 50
 # Pixels are centred for the distances, and float32 counts whole numbers up to 2^24: below so
 # many numbers a patch twice a squared distance (at most 3 * 128^2 each) is exact.
@@ -55,9 +56,9 @@ class KMeans:
     def fit(self, images: Tensor, *, seed: int = 0, report: Report | None = None) -> Self:
         """Learn the centres by mini-batch k-means (Sculley 2010) from k-means++ seeds.
 
-        Centres are rounded to whole pixel values; those that no patch is nearest to are set
-        on the patches that are farthest from theirs. DataError where the patches drawn hold
-        fewer different ones than `codebook_size`.
+        Centres are whole pixel values; those that no patch is nearest to are set anew
+        (`settle`). DataError where the patches drawn hold fewer different ones than
+        `codebook_size`.
         """
         from sklearn.cluster import MiniBatchKMeans
 
@@ -78,7 +79,7 @@ class KMeans:
             max_no_improvement=None, random_state=seed % 2**32,
         ).fit(unlike.numpy().astype("float32"), sample_weight=times.numpy())  # fmt: skip
         centres = torch.from_numpy(made.cluster_centers_).round().clamp(0, 255).to(torch.uint8)
-        centres, revived = revive(centres, unlike)
+        centres, revived = settle(centres, unlike, times)
         if report is not None:
             report(f"{self.codebook_size} centres, {revived} set anew")
         self.codebook = centres.view(-1, self.channels, self.stride, self.stride)
@@ -139,16 +140,24 @@ def nearest_centre(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(ids), torch.cat(distances)
 
 
-def revive(centres: Tensor, points: Tensor) -> tuple[Tensor, int]:
-    """The centres with every dead one set on a point far from its own, and how many were set.
+def settle(centres: Tensor, points: Tensor, times: Tensor) -> tuple[Tensor, int]:
+    """The centres after rounds of Lloyd's algorithm, none dead, and how many were set anew.
 
-    `points` (N, D) uint8 are all different. Dead is a centre that no point is nearest to.
+    `points` (N, D) uint8 are all different and occur `times` (N,) each. A round moves each
+    centre to the rounded mean of its points, and each dead one, which no point is nearest to,
+    on a point far from its own. The last rounds only revive.
     """
     centres, revived = centres.clone(), 0
-    for _ in range(REVIVALS):
+    weighted = points.double() * times[:, None]
+    for number in range(SETTLED + REVIVALS):
         ids, far = nearest_centre(points, centres)
-        dead = (ids.bincount(minlength=len(centres)) == 0).nonzero()[:, 0]
-        if not len(dead):
+        count = times.new_zeros(len(centres)).index_add_(0, ids, times)
+        dead = (count == 0).nonzero()[:, 0]
+        if number < SETTLED:
+            sums = weighted.new_zeros(centres.shape).index_add_(0, ids, weighted)
+            moved = (sums / count[:, None].clamp(min=1)).round().to(torch.uint8)
+            centres = torch.where(count[:, None] > 0, moved, centres)
+        elif not len(dead):
             break
         centres[dead] = points[far.argsort(descending=True, stable=True)[: len(dead)]]
         revived += len(dead)
