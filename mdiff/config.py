@@ -62,13 +62,33 @@ class Data(BaseModel):
         return dict(self.__pydantic_extra__)
 
 
+class Ratio(Section):
+    """The share of hidden tokens drawn from a normal cut to [low, high], not from the schedule.
+
+    The defaults are those of MAGE (Li et al. 2023, section 3.1).
+    """
+
+    mean: float = 0.55
+    std: Positive = 0.25
+    low: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    high: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 class Objective(Section):
-    """The loss. `max_weight` clips w(t); null leaves the bound as it is."""
+    """The loss. `max_weight` clips w(t); null leaves the bound as it is.
+
+    `cond_drop` is the probability with which a row's condition is left out. `given` says which
+    parts of a canvas are given, and how often: {"": 2, "a": 1, "a+b": 1}. `ratio` draws the
+    share of hidden tokens from a truncated normal; the weight is then "uniform".
+    """
 
     schedule: Schedule = Schedule()
     weight: Literal["bound", "uniform"] = "bound"
     max_weight: Positive | None = None
     label_smoothing: Fraction = 0.0
+    cond_drop: Fraction = 0.0
+    given: dict[str, Positive] | None = None
+    ratio: Ratio | None = None
 
 
 class Optim(Section):

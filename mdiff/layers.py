@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,19 +91,43 @@ def attention_layout(
 
 
 def rotary_tables(
-    positions: Tensor, size: int, *, grid: tuple[int, int] | None, base: float
+    positions: Tensor,
+    size: int,
+    *,
+    grid: tuple[int, int] | None = None,
+    axes: Tensor | None = None,
+    base: float,
 ) -> tuple[Tensor, Tensor]:
     """The cos and signed sin (..., size) float32 of positions (...), for `rotate`.
 
     Angles are position * base^(-k / K), k < K = size / 2 (Su et al. 2021, eq. 15). With
-    `grid=(h, w)` a position is a row and a column of w, half of the frequencies each.
+    `grid=(h, w)` a position is a row and a column of w, half of the frequencies each; with
+    `axes` (places, 2), from `layout_axes`, it is the row and column found there.
     """
-    axes = [positions] if grid is None else [positions // grid[1], positions % grid[1]]
-    count = size // 2 // len(axes)
+    if axes is not None:
+        on = list(axes.to(positions.device)[positions].unbind(-1))
+    else:
+        on = [positions] if grid is None else [positions // grid[1], positions % grid[1]]
+    count = size // 2 // len(on)
     powers = torch.arange(count, dtype=torch.float32, device=positions.device) / count
-    angles = torch.cat([axis[..., None] * base**-powers for axis in axes], -1)
+    angles = torch.cat([axis[..., None] * base**-powers for axis in on], -1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def layout_axes(layout: Sequence[Sequence[int]]) -> Tensor:
+    """The row and column (places, 2) int64 of each place of a canvas of several runs.
+
+    A run (h, w, each) has h rows of w places with `each` tokens side by side, which share a
+    place; it begins where neither a row nor a column of an earlier run is.
+    """
+    found, start = [], 0
+    for h, w, each in layout:
+        row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        places = torch.stack([row, column], -1).reshape(-1, 2) + start
+        found.append(places.repeat_interleave(each, 0))
+        start += max(h, w)
+    return torch.cat(found)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -191,6 +191,20 @@ def stratified_times(sample: Tensor, rows: int, *, seed: int | Tensor) -> Tensor
     return ((stratum[sample] + inside) / rows).clamp(MIN_TIME, 1.0)
 
 
+def truncated_normal(u: Tensor, *, mean: float, std: float, low: float, high: float) -> Tensor:
+    """The quantiles `u` (B,) in (0, 1) of a normal cut to [low, high], (B,) float64.
+
+    The share of hidden tokens of MAGE (Li et al. 2023, section 3.1), by inverse CDF, so that
+    stratified `u` gives stratified shares. Raises ConfigError where low is not below high.
+    """
+    if not low < high:
+        raise ConfigError(f"low={low}, high={high}: expected low below high")
+    ends = torch.tensor([low, high], dtype=torch.float64, device=u.device)
+    below, upto = torch.special.ndtr((ends - mean) / std)
+    inside = below + u.double() * (upto - below)
+    return (mean + std * torch.special.ndtri(inside)).clamp(low, high)
+
+
 def nll_bound(
     denoiser: Denoiser,
     tokens: Tensor,

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from mdiff.conditioning import GivenParts
 from mdiff.config import Recipe
 from mdiff.data import Examples
 from mdiff.errors import ConfigError, MdiffError, nearest
@@ -65,9 +66,17 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
         vocab_size=space.vocab_size,
         mask_id=space.mask_id,
         max_length=examples.length,
+        **_of_medium(modality),
     )
     backbone.to(DTYPES[recipe.train.precision]).train()
-    loss_of = LossOf(backbone, recipe, space=space, schedule=schedule)
+    given = None
+    if objective.given is not None:
+        names = getattr(modality, "part_names", ())
+        given = GivenParts.of(objective.given, space=space, part_names=names)
+    loss_of = LossOf(
+        backbone, recipe, space=space, schedule=schedule, given=given,
+        without=getattr(modality, "without", None),
+    )  # fmt: skip
     made = optimizers(backbone, recipe.optim)
     loss_of, *prepared = accelerator.prepare(loss_of, *made)
     backbone = accelerator.unwrap_model(loss_of).backbone
@@ -80,6 +89,12 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
         recipe, accelerator, modality, examples, space, schedule, backbone, inner, averaged,
         rows, Stepper(accelerator, loss_of, backbone, prepared, averaged, recipe),
     )  # fmt: skip
+
+
+def _of_medium(modality: Any) -> dict[str, Any]:
+    """What a modality says of its canvases to a backbone, where it says anything."""
+    told = {name: getattr(modality, name, None) for name in ("layout", "classes")}
+    return {name: value for name, value in told.items() if value}
 
 
 def _part(room: str, name: str, options: dict[str, Any], **given: Any) -> Any:

@@ -14,14 +14,21 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from mdiff.conditioning import GivenParts, drop_condition
 from mdiff.config import Recipe, Train
 from mdiff.data import Batch, Examples
+from mdiff.denoiser import Condition
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
-from mdiff.objective import maskable_places, masked_diffusion_loss, stratified_times
+from mdiff.objective import (
+    maskable_places,
+    masked_diffusion_loss,
+    stratified_times,
+    truncated_normal,
+)
 from mdiff.optim import AveragedWeights, rate_at
 from mdiff.order import rows_of_step
-from mdiff.schedule import Schedule
+from mdiff.schedule import MIN_TIME, Schedule
 from mdiff.tokens import TokenSpace
 
 # A part of a step's rows: their ids within the global batch (B,) int64, and the rows.
@@ -91,14 +98,45 @@ def _leave_interrupts_to_the_trainer(worker: int) -> None:
 
 
 class LossOf(nn.Module):
-    """A backbone with its objective, as one module: what is distributed and called as a whole."""
+    """A backbone with its objective, as one module: what is distributed and called as a whole.
+
+    `without` is the condition that says nothing, for rows whose own is left out; `given`
+    chooses which parts of a canvas a row is given, None is none.
+    """
 
     def __init__(
-        self, backbone: nn.Module, recipe: Recipe, *, space: TokenSpace, schedule: Schedule
-    ) -> None:
+        self, backbone: nn.Module, recipe: Recipe, *, space: TokenSpace, schedule: Schedule,
+        without: Condition | None = None, given: GivenParts | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.backbone = backbone
         self.recipe, self.space, self.schedule = recipe, space, schedule
+        self.without, self.given = without or {}, given
+        objective = recipe.objective
+        if objective.ratio is not None and objective.weight != "uniform":
+            raise ConfigError(
+                "objective.ratio draws its own share of hidden tokens: the weight must be uniform"
+            )
+        if objective.cond_drop and not self.without:
+            raise ConfigError(
+                f"objective.cond_drop={objective.cond_drop}: this model has no condition"
+            )
+
+    def may_hide(self, batch: Batch, *, sample: Tensor, seed: int) -> Tensor | None:
+        """The places (B, L) bool that these rows may hide; None is all."""
+        if self.given is None:
+            return batch.may_hide
+        chosen = self.given.may_hide(seed=seed, sample=sample)
+        return chosen if batch.may_hide is None else chosen & batch.may_hide
+
+    def times(self, sample: Tensor, *, seed: int) -> Tensor:
+        """The rows' times (B,) float64, stratified over the global batch."""
+        objective = self.recipe.objective
+        t = stratified_times(sample, self.recipe.train.batch_size, seed=seed)
+        if objective.ratio is None:
+            return t
+        share = truncated_normal(t, **objective.ratio.model_dump())
+        return self.schedule.time_at(share).clamp(MIN_TIME, 1.0)
 
     def forward(
         self, batch: Batch, *, sample: Tensor, total: Tensor, seed: int
@@ -110,17 +148,20 @@ class LossOf(nn.Module):
         """
         train, objective = self.recipe.train, self.recipe.objective
         device = batch.tokens.device
-        t = stratified_times(sample, train.batch_size, seed=seed)
+        t = self.times(sample, seed=seed)
+        cond = drop_condition(
+            batch.cond, without=self.without, share=objective.cond_drop, seed=seed, sample=sample
+        )
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             loss = masked_diffusion_loss(
                 self.backbone,  # type: ignore[arg-type]
                 batch.tokens,
                 space=self.space,
                 schedule=self.schedule,
-                may_hide=batch.may_hide,
+                may_hide=self.may_hide(batch, sample=sample, seed=seed),
                 valid=batch.valid,
                 documents=batch.documents,
-                cond=batch.cond or None,
+                cond=cond or None,
                 t=t,
                 weight=self._clipped if objective.max_weight else objective.weight,
                 label_smoothing=objective.label_smoothing,
@@ -183,7 +224,7 @@ class Stepper:
     ) -> None:
         self.accelerator, self.loss_of, self.backbone = accelerator, loss_of, backbone
         self.optimizers, self.averaged, self.recipe = optimizers, averaged, recipe
-        self.space: TokenSpace = accelerator.unwrap_model(loss_of).space
+        self.whole: LossOf = accelerator.unwrap_model(loss_of)
 
     def step(self, number: int, rows: list[MicroBatch], *, stopping: Callable[[], bool]) -> Outcome:
         """One step on the global batch: the same update however its rows are split.
@@ -193,7 +234,9 @@ class Stepper:
         """
         accelerator, train = self.accelerator, self.recipe.train
         seed = int(philox.derive(train.seed, number))
-        counts = torch.stack([self._maskable_tokens(batch) for _, batch in rows]).sum()
+        counts = torch.stack([
+            self._maskable_tokens(batch, sample=sample, seed=seed) for sample, batch in rows
+        ]).sum()  # fmt: skip
         total = accelerator.reduce(counts.to(accelerator.device), "sum").clamp(min=1)
         loss, bounds = self._gradients(number, rows, total=total, seed=seed)
         stop = torch.full_like(loss, float(stopping()))
@@ -214,11 +257,12 @@ class Stepper:
             optimizer.zero_grad()
         return Outcome(sums[0], sums[1] / tokens, tokens, grad_norm, rate, sums[2] > 0, bad)
 
-    def _maskable_tokens(self, batch: Batch) -> Tensor:
-        places = maskable_places(
-            batch.tokens, space=self.space, may_hide=batch.may_hide, valid=batch.valid
-        )
-        return places.sum()
+    def _maskable_tokens(self, batch: Batch, *, sample: Tensor, seed: int) -> Tensor:
+        whole = self.whole
+        may_hide = whole.may_hide(batch, sample=sample, seed=seed)
+        return maskable_places(
+            batch.tokens, space=whole.space, may_hide=may_hide, valid=batch.valid
+        ).sum()
 
     def _gradients(
         self, number: int, rows: list[MicroBatch], *, total: Tensor, seed: int

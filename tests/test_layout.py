@@ -25,7 +25,7 @@ FLOORS = [
     {"kernels"},
     {"errors"},
     {"tokens", "schedule", "denoiser", "data"},
-    {"ops", "objective", "filling", "layers"},
+    {"ops", "objective", "filling", "layers", "conditioning"},
     {"modalities", "codecs", "backbones", "samplers", "canvas", "codec",
      "codec_networks", "codec_training", "editing", "emoji", "files", "find", "order",
      "packing", "picture_rows", "pictures", "safe_yaml", "sources", "tokenizer"},
@@ -36,7 +36,8 @@ FLOORS = [
 ]  # fmt: skip
 ROOMS = {"modalities", "codecs", "backbones", "samplers"}
 CORE = ["tokens", "schedule", "objective", "denoiser", "ops", "filling", "data", "train",
-        "stepping", "run", "order", "optim", "checkpoint", "training_state"]  # fmt: skip
+        "stepping", "run", "order", "conditioning", "optim", "checkpoint",
+        "training_state"]  # fmt: skip
 MODALITY_WORDS = re.compile(r"\b(images?|texts?|pixels?|prompts?|pictures?|captions?)\b", re.I)
 
 
@@ -127,7 +128,7 @@ def test_the_two_rooms_are_links_to_directories_without_init():
         assert not (ROOT / room / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("room", ["samplers", "backbones", "modalities"])
+@pytest.mark.parametrize("room", ["samplers", "backbones", "modalities", "codecs"])
 def test_every_part_is_found_by_the_name_of_its_file(room):
     assert names(room)
     for name in names(room):

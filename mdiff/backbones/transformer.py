@@ -24,6 +24,7 @@ from mdiff.layers import (
     Projection,
     RMSNorm,
     attention_layout,
+    layout_axes,
     modulated,
     of_rows,
     rotary_tables,
@@ -39,9 +40,12 @@ class TransformerConfig(PretrainedConfig):  # type: ignore[misc]
 
     `vocab_size` logit columns; `mask_id` may lie inside or be `vocab_size` (None means that).
     `mlp_width` is the hidden width of SwiGLU, by default 8/3 of the width, rounded up to a
-    multiple of 16. `grid` (h, w) makes positions two-dimensional. `classes` labels, and one
-    more, the null label, number `classes`. `max_length` is the window that the model is
-    trained on; nothing here is limited by it. `causal` turns it into a left-to-right model,
+    multiple of 16. `grid` (h, w) makes positions two-dimensional. `layout`, runs of
+    (h, w, tokens a place), does so for a canvas of several parts, and gives each place an
+    embedding of its own: rotary positions alone cannot tell places apart on a canvas on which
+    everything is hidden. `classes` labels, and one more, the null label, number `classes`.
+    `max_length` is the window that the model is trained on; nothing here is limited by it.
+    `causal` turns it into a left-to-right model,
     for baselines.
 
     Raises ConfigError for what cannot be meant.
@@ -66,6 +70,7 @@ class TransformerConfig(PretrainedConfig):  # type: ignore[misc]
     heads: int = 4
     mlp_width: int = None  # type: ignore[assignment]
     grid: tuple[int, int] | list[int] | None = None
+    layout: list[list[int]] | list[tuple[int, int, int]] | None = None
     max_length: int = 256
     causal: bool = False
     qk_norm: bool = True
@@ -110,6 +115,16 @@ class TransformerConfig(PretrainedConfig):  # type: ignore[misc]
                 raise ConfigError(f"grid={self.grid!r}: expected two whole numbers, h and w")
             self.grid = [_whole("grid", side, least=1) for side in self.grid]
             axes = 2
+        if self.layout is not None:
+            if self.grid is not None:
+                raise ConfigError("grid and layout: give one of them")
+            runs = self.layout if isinstance(self.layout, list | tuple) else []
+            if not runs or not all(isinstance(r, list | tuple) and len(r) == 3 for r in runs):
+                raise ConfigError(
+                    f"layout={self.layout!r}: expected runs of (h, w, tokens a place)"
+                )
+            self.layout = [[_whole("layout", n, least=1) for n in run] for run in runs]
+            axes = 2
         if self.width % (2 * axes * self.heads):
             raise ConfigError(
                 f"width={self.width}, heads={self.heads}: expected a width divisible by "
@@ -120,6 +135,11 @@ class TransformerConfig(PretrainedConfig):  # type: ignore[misc]
     def rows(self) -> int:
         """How many ids have an embedding: the vocabulary, and the mask where it is outside."""
         return max(self.vocab_size, self.mask_id + 1)
+
+    @property
+    def places(self) -> int:
+        """How many places have an embedding of their own: those of `layout`, or 0."""
+        return sum(h * w * each for h, w, each in self.layout or ())
 
     @property
     def conditional(self) -> bool:
@@ -136,7 +156,7 @@ def parameter_count(config: TransformerConfig) -> int:
     width, inner = config.width, config.condition_width * config.conditional
     block = 4 * width * width + 3 * width * config.mlp_width + 2 * width + 6 * width * inner
     block += 2 * (width // config.heads) * config.qk_norm
-    ends = config.rows * width + width + 2 * width * inner
+    ends = (config.rows + config.places) * width + width + 2 * width * inner
     ends += 0 if config.tie else config.vocab_size * width
     told = (TIME_FEATURES + inner) * inner * config.uses_time
     told += (config.classes + 1) * inner * (config.classes > 0)
@@ -173,6 +193,7 @@ class TransformerForMaskedLM(PreTrainedModel):  # type: ignore[misc]
         super().__init__(config)
         inner, std = config.condition_width, config.init_std
         self.embedding = nn.Embedding(config.rows, config.width)
+        self.place = nn.Embedding(config.places, config.width) if config.places else None
         self.time_in = self.time_out = self.label = self.modulation = None
         if config.uses_time:
             self.time_in = Projection(TIME_FEATURES, inner, std)
@@ -273,12 +294,20 @@ class TransformerForMaskedLM(PreTrainedModel):  # type: ignore[misc]
         positions, sees = attention_layout(
             tokens, valid=valid, documents=documents, causal=self.config.causal
         )
+        if self.place is not None and tokens.shape[1] > self.config.places:
+            raise ConfigError(
+                f"a canvas of {tokens.shape[1]} places: this model's layout has "
+                f"{self.config.places}"
+            )
         tables = rotary_tables(
             positions, self.config.width // self.config.heads, grid=self.config.grid,
+            axes=layout_axes(self.config.layout) if self.config.layout else None,
             base=self.config.rope_base,
         )  # fmt: skip
         rows = None if at is None else at.flatten().nonzero()[:, 0]
         x: Tensor = self.embedding(tokens)
+        if self.place is not None:
+            x = x + self.place(positions)
         for block in self.blocks[:-1]:
             x = block(x, tables, sees, told)
         x = self.norm(self.blocks[-1](x, tables, sees, told, rows))
