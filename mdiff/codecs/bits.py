@@ -74,7 +74,7 @@ class Bits(nn.Module):
         check_pictures(images, channels=self.channels, stride=self.stride)
         return torch.cat([
             self.quantizer(self.networks["encoder"](scaled(some)))[1].long()
-            for some in images.split(CODED_AT_ONCE)
+            for some in torch.split(images, CODED_AT_ONCE)
         ])  # fmt: skip
 
     @torch.no_grad()
@@ -83,7 +83,7 @@ class Bits(nn.Module):
         check_ids(ids, codebook_size=self.codebook_size, splits=self.splits)
         return torch.cat([
             pixels(self.networks["decoder"](self.quantizer.inner.indices_to_codes(some)))
-            for some in ids.split(CODED_AT_ONCE)
+            for some in torch.split(ids, CODED_AT_ONCE)
         ])  # fmt: skip
 
     def bit_matrix(self) -> Tensor:

@@ -67,7 +67,7 @@ class KMeans:
         if len(cut) > FITTED:
             drawn = philox.uniform(seed, torch.arange(FITTED), 0, 0, purpose=philox.SHUFFLE)
             cut = cut[(drawn.double() * len(cut)).long()]
-        unlike, times = cut.unique(dim=0, return_counts=True)
+        unlike, times = torch.unique(cut, dim=0, return_counts=True)
         if len(unlike) < self.codebook_size:
             raise DataError(
                 f"{len(unlike)} different patches: codebook_size={self.codebook_size} needs as many"
@@ -116,8 +116,9 @@ class KMeans:
 
 def patches(images: Tensor, stride: int) -> Tensor:
     """Pictures (B, C, H, W) as patches (B, H / stride, W / stride, C * stride * stride)."""
-    rows = images.unflatten(2, (-1, stride)).unflatten(4, (-1, stride))
-    return rows.permute(0, 2, 4, 1, 3, 5).flatten(3)
+    batch, channels, height, width = images.shape
+    cells = images.reshape(batch, channels, height // stride, stride, width // stride, stride)
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
 def nearest_centre(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +131,7 @@ def nearest_centre(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     middle = centres.to(points.device, exact) - MIDDLE
     norms = middle.square().sum(1)
     ids, distances = [], []
-    for some in points.split(max(1, DISTANCES_AT_ONCE // len(centres))):
+    for some in torch.split(points, max(1, DISTANCES_AT_ONCE // len(centres))):
         x = some.to(exact) - MIDDLE
         least, chosen = (norms - 2 * (x @ middle.T)).min(1)
         ids.append(chosen)

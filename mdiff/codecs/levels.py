@@ -59,7 +59,7 @@ class Levels:
             return self
         if not len(images):
             raise DataError("0 pictures: need at least 1 to see which values occur")
-        self.values = images.unique().cpu()
+        self.values = torch.unique(images).cpu()
         if report is not None:
             report(f"{self.codebook_size} values, {self._listed()}")
         return self
