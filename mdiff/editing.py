@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from mdiff.codec import Codec
 from mdiff.errors import ConfigError, DataError
+from mdiff.kernels import philox
 
 GREY = 200
 
@@ -34,6 +40,65 @@ def box_mask(box: str, size: tuple[int, int]) -> Tensor:
     mask = torch.zeros(height, width, dtype=torch.bool)
     mask[top:bottom, left:right] = True
     return mask
+
+
+def pixel_mask(mask: Any, size: tuple[int, int]) -> Tensor:
+    """The pixels (H, W) bool to make anew: all for None, a box by its text, or as given.
+
+    Raises DataError for a mask of another shape or type, or one that is empty.
+    """
+    if mask is None:
+        return torch.ones(size, dtype=torch.bool)
+    if isinstance(mask, str):
+        return box_mask(mask, size)
+    found = torch.as_tensor(np.asarray(mask))
+    if tuple(found.shape) != tuple(size) or found.dtype != torch.bool:
+        raise DataError(f"mask {tuple(found.shape)} {found.dtype}: expected {tuple(size)} bool")
+    if not bool(found.any()):
+        raise DataError("the mask is empty: there is nothing to make anew")
+    return found
+
+
+def hidden_share(may: Tensor, *, strength: float, seeds: Tensor) -> Tensor:
+    """Which of the places `may` (L,) bool to hide, (N, L): a share of exactly round(s n).
+
+    The places are chosen uniformly by each sample's own seed (N,) int64; strength 1 is all of
+    them. Raises ConfigError for a strength outside [0, 1].
+    """
+    if isinstance(strength, bool) or not 0 <= strength <= 1:
+        raise ConfigError(f"strength={strength}: expected 0 to 1")
+    place = torch.arange(len(may))
+    coin = philox.uniform(seeds[:, None], place, 0, 0, purpose=philox.CORRUPT)
+    order = torch.where(may, coin, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
+    return order < round(strength * int(may.sum()))
+
+
+def as_picture(pixels: Tensor) -> Image.Image:
+    """A picture (C, H, W) uint8 for people."""
+    array = pixels.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Versions of a picture (C, H, W) uint8 to be made: canvases, and where pixels may change.
+
+    `mask` (H, W) bool is None where all of them may.
+    """
+
+    canvases: list[list[int]]
+    original: Tensor
+    mask: Tensor | None
+
+    def pasted(self, made: Image.Image) -> Image.Image:
+        """`made` with the original pixels outside the mask, bit for bit; `info` is kept."""
+        if self.mask is None:
+            return made
+        array = torch.from_numpy(np.array(made))
+        array = array[None] if array.dim() == 2 else array.permute(2, 0, 1)
+        found = as_picture(pasted(self.original, array, self.mask))
+        found.info.update(made.info)
+        return found
 
 
 def touched(codec: Codec, mask: Tensor) -> Tensor:

@@ -202,7 +202,8 @@ def truncated_normal(u: Tensor, *, mean: float, std: float, low: float, high: fl
     ends = torch.tensor([low, high], dtype=torch.float64, device=u.device)
     below, upto = torch.special.ndtr((ends - mean) / std)
     inside = below + u.double() * (upto - below)
-    return (mean + std * torch.special.ndtri(inside)).clamp(low, high)
+    share: Tensor = (mean + std * torch.special.ndtri(inside)).clamp(low, high)
+    return share
 
 
 def nll_bound(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from mdiff.tokens import TokenSpace
 # The entry of `cond` that guidance reads: the places which the other branch hides.
 GIVEN = "given"
 BATCH = 32
+# A prompt is a text, or a mapping of what is given by name.
+Prompt = str | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Pipeline:
 
     def generate(
         self,
-        prompts: str | Sequence[Any] = "",
+        prompts: Prompt | Sequence[Any] = "",
         *,
         sampler: str | Sampler = "first_hitting",
         length: int | None = None,
@@ -59,19 +61,22 @@ class Pipeline:
         guidance_scale: float | None = None,
         **options: Any,
     ) -> list[Generated]:
-        """`n` samples for each prompt, each a canvas of `length` tokens that begins with it.
+        """`n` samples for each prompt, each a canvas of `length` tokens with what it gives.
 
-        `length` is the model's window by default. `options` are the sampler's. A canvas longer
-        than the window needs sampler="blocks", which then sees a window of the text at a time.
-        `guidance_scale` pushes away from what the model says with the prompt masked.
+        A prompt of a text model is the text that the canvas begins with; of a model of
+        pictures, a mapping such as {"label": "sneaker"} or {"caption": "grinning face"}.
+        `length` is the model's window by default. `options` are the sampler's, and those of
+        `runs`. A canvas longer than the window needs sampler="blocks", which then sees a window
+        of it at a time. `guidance_scale` pushes away from what the model says without its
+        condition or, where it has none, with what is given masked.
 
         Raises ConfigError for n, length or batch_size below 1 and for options that the sampler
         does not take, DataError for a prompt that does not fit.
         """
         canvases = self.canvases(prompts, length=length, n=n)
         runs = self.runs(
-            canvases, sampler=sampler, seed=seed, batch_size=batch_size,
-            guidance_scale=guidance_scale, **options,
+            canvases, conditions=self.conditions(prompts, n=n), sampler=sampler, seed=seed,
+            batch_size=batch_size, guidance_scale=guidance_scale, **options,
         )  # fmt: skip
         return [sample for run in runs for sample in run.finished()]
 
@@ -87,23 +92,69 @@ class Pipeline:
         return [sample for run in runs for sample in run.finished()]
 
     def stream(
-        self, prompts: str | Sequence[Any] = "", *, length: int | None = None, n: int = 1,
+        self, prompts: Prompt | Sequence[Any] = "", *, length: int | None = None, n: int = 1,
         **options: Any,
     ) -> Iterator[State]:  # fmt: skip
         """The states of all samples as one batch, in the order of `generate`."""
         canvases = self.canvases(prompts, length=length, n=n)
-        for run in self.runs(canvases, batch_size=len(canvases), **options):
+        told = self.conditions(prompts, n=n)
+        for run in self.runs(canvases, conditions=told, batch_size=len(canvases), **options):
             yield from run
 
+    def edit(
+        self,
+        picture: Any,
+        mask: Any = None,
+        *,
+        given: Mapping[str, Any] | None = None,
+        strength: float = 1.0,
+        n: int = 1,
+        seed: int | Tensor | torch.Generator = 0,
+        **options: Any,
+    ) -> list[Generated]:
+        """`n` versions of a picture, made anew where `mask` is true (everywhere without one).
+
+        `mask` is (H, W) bool, or "ROWS,COLUMNS" half-open such as "8:24,8:24". Every token whose
+        encoder reads a pixel of the mask is generated, and the original pixels are put back
+        outside it, so that not one of them changes. `strength` in [0, 1] is the share of those
+        tokens that is hidden, an exact count of places by each sample's seed: 1 makes all of
+        them anew. `given` are other parts, such as {"caption": "grinning face"}. The other
+        options are those of `generate`.
+
+        Raises ConfigError for a model that has no pictures or a strength outside [0, 1],
+        DataError for a picture or a mask that does not fit.
+        """
+        if not hasattr(self.modality, "edited"):
+            raise ConfigError(f"edit: this is a model of {self.modality.name}, not of pictures")
+        if n < 1:
+            raise ConfigError(f"n={n}: need at least 1")
+        seeds = row_seeds(plain_seed(seed, n), n)
+        edits = self.modality.edited(
+            picture, mask, given=given or {}, strength=strength, seeds=seeds
+        )
+        runs = self.runs(
+            edits.canvases, conditions=self.conditions(given or "", n=n), seed=seeds, **options
+        )
+        made = [sample for run in runs for sample in run.finished()]
+        return [replace(sample, output=edits.pasted(sample.output)) for sample in made]
+
     def canvases(
-        self, prompts: str | Sequence[Any] = "", *, length: int | None = None, n: int = 1
+        self, prompts: Prompt | Sequence[Any] = "", *, length: int | None = None, n: int = 1
     ) -> list[list[int]]:
         """The canvas of each prompt, `n` times in a row."""
         if length is None and self.window is None:
             raise ConfigError("length is missing, and this model does not say how long to write")
         size = self.window if length is None else length
-        asked = [prompts] if isinstance(prompts, str) else list(prompts)
-        return _times([self.modality.canvas(prompt, size) for prompt in asked], n)
+        return _times([self.modality.canvas(prompt, size) for prompt in _asked(prompts)], n)
+
+    def conditions(
+        self, prompts: Prompt | Sequence[Any] = "", *, n: int = 1
+    ) -> list[dict[str, int]]:
+        """What the denoiser is told of each prompt beside its canvas, `n` times in a row."""
+        told = getattr(self.modality, "condition", None)
+        if told is None:
+            return [{}] * (n * len(_asked(prompts)))
+        return [one for prompt in _asked(prompts) for one in [told(prompt)] * n]
 
     def templates(self, templates: str | Sequence[str], *, n: int = 1) -> list[list[int]]:
         """The canvas of each template with gaps, `n` times in a row."""
@@ -114,23 +165,40 @@ class Pipeline:
         self,
         canvases: Sequence[Sequence[int]],
         *,
+        conditions: Sequence[Mapping[str, int]] | None = None,
         sampler: str | Sampler = "first_hitting",
         seed: int | Tensor | torch.Generator = 0,
         batch_size: int = BATCH,
         guidance_scale: float | None = None,
+        guidance_schedule: str = "constant",
+        guidance_interval: tuple[float, float] | None = None,
         **options: Any,
     ) -> Iterator[Generation]:
         """Batches of canvases, each to be iterated over; row r has a seed of its own.
 
         Row 0 has `seed` itself and row r a seed derived from it, so that any row can be had
-        again alone. What cannot be meant is refused before the first batch.
+        again alone. `conditions` are what the denoiser is told of each row. `guidance_schedule`
+        and `guidance_interval` are those of `guided`. What cannot be meant is refused before
+        the first batch.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: need at least 1")
         function, settings = resolve(sampler, self._defaults(sampler, canvases, options))
-        denoiser = self.denoiser
-        if guidance_scale is not None:
-            denoiser = guided(denoiser, guidance_scale=guidance_scale, hide=GIVEN, space=self.space)
+        without: dict[str, Tensor] = getattr(self.modality, "without", {})
+        told = list(conditions or [{}] * len(canvases))
+        if len(told) != len(canvases):
+            raise ConfigError(f"{len(told)} conditions for {len(canvases)} canvases")
+        denoiser, guides = self.denoiser, guidance_scale is not None
+        if guides:
+            if without and not any(told):
+                raise ConfigError(f"guidance_scale without a condition: give {', '.join(without)}")
+            denoiser = guided(
+                denoiser, guidance_scale=guidance_scale, space=self.space,
+                guidance_schedule=guidance_schedule, interval=guidance_interval,
+                **({"without": self._on_device(without)} if without else {"hide": GIVEN}),
+            )  # fmt: skip
+        elif guidance_schedule != "constant" or guidance_interval is not None:
+            raise ConfigError("guidance_schedule and guidance_interval need a guidance_scale")
         stack(canvases, space=self.space)
         seeds = row_seeds(seed, len(canvases))
         device = self.device
@@ -140,16 +208,20 @@ class Pipeline:
                 tokens, valid = stack(canvases[first : first + batch_size], space=self.space)
                 canvas = tokens.to(device)
                 valid = None if valid is None else valid.to(device)
-                guides = denoiser is not self.denoiser
-                given = {GIVEN: canvas != self.space.mask_id} if guides else None
+                cond = _stacked(told[first : first + batch_size], without)
+                if guides and not without:
+                    cond[GIVEN] = canvas != self.space.mask_id
                 part = seeds[first : first + batch_size]
                 states = function(
                     denoiser, canvas, space=self.space, seed=part.to(device), valid=valid,
-                    cond=given, **settings,
+                    cond=self._on_device(cond) or None, **settings,
                 )  # fmt: skip
                 yield Generation(first, canvas, valid, part, self.modality, states)
 
         return batches()
+
+    def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def _defaults(
         self, sampler: str | Sampler, canvases: Sequence[Sequence[int]], options: dict[str, Any]
@@ -161,6 +233,9 @@ class Pipeline:
         found = dict(options)
         if "stop" in known and getattr(self.modality, "eos_id", None) is not None:
             found.setdefault("stop", self.modality.eos_id)
+        grid = getattr(self.modality, "grid", None)
+        if "grid" in known and grid is not None:
+            found.setdefault("grid", grid)
         if self.denoiser.uses_time:
             # Its times mean what they meant in training.
             found.setdefault("schedule", self.schedule)
@@ -274,6 +349,21 @@ def row_seeds(seed: int | Tensor | torch.Generator, rows: int) -> Tensor:
     number = torch.arange(rows)
     first = torch.full((rows,), signed, dtype=torch.int64)
     return torch.where(number == 0, first, philox.derive(signed, number))
+
+
+def _asked(prompts: Prompt | Sequence[Any]) -> list[Any]:
+    """The prompts as a list: a text or a mapping is one."""
+    return [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+
+
+def _stacked(told: Sequence[Mapping[str, int]], without: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The conditions of a batch as tensors (B,); where a row has none, what says nothing."""
+    if not any(told):
+        return {}
+    return {
+        name: torch.tensor([int(row.get(name, nothing)) for row in told])
+        for name, nothing in without.items()
+    }
 
 
 def _times(canvases: list[list[int]], n: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from PIL import Image as Pillow
 from torch import Tensor
 
 from mdiff.codec import Codec, load_codec, make_codec, save_codec
-from mdiff.editing import shown_pictures
+from mdiff.editing import Edits, as_picture, hidden_share, pixel_mask, shown_pictures, touched
 from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
 from mdiff.files import read_json
 from mdiff.picture_rows import PictureRows, variants
@@ -209,6 +209,25 @@ class Image:
                 raise DataError(f"this model takes no {key!r}; known: {', '.join(known)}")
         return {key: value for key, value in prompt.items() if value is not None}
 
+    def edited(
+        self, picture: Any, mask: Any, *, given: Mapping[str, Any], strength: float,
+        seeds: Tensor,
+    ) -> Edits:  # fmt: skip
+        """The canvases of a picture with what `mask` touches hidden; see `Pipeline.edit`."""
+        if "image" in given:
+            raise DataError("the picture to edit is the image: give other parts only")
+        original = self.picture(picture)
+        region = pixel_mask(mask, self.size)
+        canvas = torch.tensor(self.canvas({"image": picture, **given}))
+        may = torch.zeros(self.length, dtype=torch.bool)
+        each = touched(self.codec, region).flatten().repeat_interleave(self.codec.splits)
+        may[self.span("image")] = each
+        canvases = [
+            torch.where(hidden, self.space.mask_id, canvas).tolist()
+            for hidden in hidden_share(may, strength=strength, seeds=seeds)
+        ]
+        return Edits(canvases, original, None if mask is None else region)
+
     def template(self, text: str) -> list[int]:
         """Refused: pictures have no gaps in a line of text."""
         raise ConfigError("this model fills in pictures: use edit, or generate with what is given")
@@ -224,8 +243,7 @@ class Image:
             said["label"] = self._said_label(ids[self.span("label").start])
         if "caption" in self.part_names:
             said["caption"] = self._said_caption(ids[self.span("caption")])
-        array = picture.permute(1, 2, 0).numpy()
-        made = Pillow.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+        made = as_picture(picture)
         made.info.update(said)
         return made
 
