@@ -285,11 +285,16 @@ class TransformerForMaskedLM(PreTrainedModel):  # type: ignore[misc]
         documents: Tensor | None = None,
         t: Tensor | None = None,
         cond: Condition | None = None,
+        layer: int | None = None,
     ) -> Tensor:
         """What `head` reads: (B, L, D), or the rows `at` (B, L) bool in row-major order, (N, D).
 
-        With `at`, everything after the last attention runs on those rows alone.
+        With `at`, everything after the last attention runs on those rows alone. With `layer`,
+        1 to depth, the stream as it leaves that block, and no block after it is run.
         """
+        last = self.config.depth if layer is None else layer
+        if not 1 <= last <= self.config.depth:
+            raise ConfigError(f"layer={layer}: this model has layers 1 to {self.config.depth}")
         told = self._told(t, cond, tokens)
         positions, sees = attention_layout(
             tokens, valid=valid, documents=documents, causal=self.config.causal
@@ -308,9 +313,12 @@ class TransformerForMaskedLM(PreTrainedModel):  # type: ignore[misc]
         x: Tensor = self.embedding(tokens)
         if self.place is not None:
             x = x + self.place(positions)
-        for block in self.blocks[:-1]:
+        for block in self.blocks[: last - 1]:
             x = block(x, tables, sees, told)
-        x = self.norm(self.blocks[-1](x, tables, sees, told, rows))
+        x = self.blocks[last - 1](x, tables, sees, told, rows)
+        if layer is not None:
+            return x
+        x = self.norm(x)
         if self.modulation is None or told is None:
             return x
         shift, scale = self.modulation(told)[:, None].chunk(2, -1)
