@@ -1,17 +1,19 @@
-"""`mdiff tokenizer`: train, encode, decode and inspect tokenizers of text."""
+"""`mdiff tokenizer`: train, encode, decode and inspect tokenizers of text and of pictures."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mdiff.cli.console import message, result, result_json, writable
 from mdiff.errors import ConfigError, DataError, nearest
+from mdiff.find import names
 
 if TYPE_CHECKING:
+    from mdiff.codec import Codec
     from mdiff.modalities.text import Text
 
 tokenizer = typer.Typer(
@@ -20,35 +22,76 @@ tokenizer = typer.Typer(
 )  # fmt: skip
 
 KINDS = ("byte", "char", "bpe")
-Written = Annotated[str | None, typer.Argument(metavar="TEXT", help="Standard input if not given.")]
 Name = Annotated[
     str, typer.Argument(help="byte, a folder, a model (builtin:NAME, a directory) or a Hub id.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+Size = Annotated[str | None, typer.Option(help="Pictures' HEIGHTxWIDTH; the first one's if not.")]
+Resize = Annotated[bool, typer.Option("--resize", help="Crop and scale pictures to the size.")]
+Captions = Annotated[str | None, typer.Option(help="Pictures' captions: none, data or unicode.")]
 SHOWN = 12
+VOCAB_SIZE = 512
 
 
 @tokenizer.command()
 def train(
-    data: Annotated[list[str], typer.Argument(help="Text files (.txt, .jsonl, .parquet; .gz).")],
+    data: Annotated[
+        list[str], typer.Argument(help="Text files (.txt, .jsonl, .parquet; .gz), or pictures.")
+    ],
     out: Annotated[Path, typer.Option(help="A new folder for the tokenizer.")],
-    kind: Annotated[str, typer.Option(help="bpe or char.")] = "bpe",
-    vocab_size: Annotated[int, typer.Option(help="Ids of bpe.")] = 512,
+    kind: Annotated[str, typer.Option(help="bpe, char; kmeans, vq, bits, levels.")] = "bpe",
+    vocab_size: Annotated[int | None, typer.Option(help="Ids of bpe (512).")] = None,
     eos: Annotated[bool, typer.Option("--eos", help="An id that ends a document.")] = False,
     holdout: Annotated[float, typer.Option(help="Share at the end that is not read.")] = 0.1,
-    field: Annotated[str, typer.Option(help="Column of JSONL or Parquet.")] = "text",
+    field: Annotated[str | None, typer.Option(help="Column of JSONL or Parquet (text).")] = None,
+    size: Size = None,
+    resize: Resize = False,
+    captions: Captions = None,
+    channels: Annotated[int | None, typer.Option(help="1 grey, 3 colour.")] = None,
+    codebook_size: Annotated[int | None, typer.Option(help="Ids of kmeans and vq.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Pixels a token, each way.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of training vq or bits.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Any option of the codec, k=v.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of a codec's fit (0).")] = None,
 ) -> None:
     """Train a tokenizer on the training split of the data; print the folder."""
-    if kind not in KINDS:
-        raise ConfigError(f"--kind {kind!r}; {nearest(kind, KINDS)}")
+    codecs = names("codecs")
+    if kind not in (*KINDS, *codecs):
+        raise ConfigError(f"--kind {kind!r}; {nearest(kind, (*KINDS, *codecs))}")
+    of_text = {"vocab-size": vocab_size, "eos": eos or None, "field": field}
+    numbers = {
+        "channels": channels, "codebook-size": codebook_size, "stride": stride, "steps": steps
+    }  # fmt: skip
+    of_pictures = {
+        "size": size, "resize": resize or None, "captions": captions, **numbers, "option": option,
+        "seed": seed,
+    }  # fmt: skip
+    other, kinds = (of_text, KINDS[1:]) if kind in codecs else (of_pictures, codecs)
+    for name, value in other.items():
+        if value is not None:
+            raise ConfigError(f"--{name} is for --kind {', '.join(kinds)}, not for {kind}")
     if out.exists():
         raise ConfigError(f"{out} exists already: name a new folder")
     writable(out)
+    if kind in codecs:
+        from mdiff.cli.codec import parsed_size, train_codec
+        from mdiff.cli.generate import parsed_options
+
+        given = {key.replace("-", "_"): n for key, n in numbers.items() if n is not None}
+        train_codec(
+            _pictures(data, resize=resize, captions=captions, holdout=holdout), out,
+            described={"name": kind} | given | parsed_options(option or []),
+            size=parsed_size(size), seed=seed or 0,
+        )  # fmt: skip
+        return
     from mdiff.modalities.text import text
     from mdiff.sources import Source, cut_documents
 
-    made = text(tokenizer=kind, eos=eos, vocab_size=vocab_size if kind == "bpe" else None)
-    documents = Source(source=list(data), field=field, holdout=holdout).documents()
+    ids = VOCAB_SIZE if vocab_size is None else vocab_size
+    made = text(tokenizer=kind, eos=eos, vocab_size=ids if kind == "bpe" else None)
+    documents = Source(source=list(data), field=field or "text", holdout=holdout).documents()
     made.fit(cut_documents(documents, "train", holdout=holdout, validation=0.0))
     out.mkdir()
     made.save(out)
@@ -59,12 +102,35 @@ def train(
 @tokenizer.command()
 def encode(
     name: Name,
-    written: Written = None,
+    written: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT | PICTURES...]", help="Text: standard input if not given."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for pictures' tokens.")] = None,
+    size: Size = None,
+    resize: Resize = False,
+    captions: Captions = None,
+    rows: Annotated[int | None, typer.Option(help="Pictures a shard (4096).")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; one a core if not given.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the ids of a text."""
-    made = named(name)
-    ids = made.encode(_input(written))
+    """Print the ids of a text, or write those of pictures; a rerun writes what is missing."""
+    made = opened(name)
+    if not _is_text(made):
+        from mdiff.cli.codec import encode_pictures, parsed_size
+
+        if not written or out is None:
+            raise ConfigError(f"{name} encodes pictures: expected their paths, and --out DIR")
+        encode_pictures(
+            made, _pictures(written, resize=resize, captions=captions), out,
+            size=parsed_size(size), rows=rows, workers=workers, as_json=as_json,
+        )  # fmt: skip
+        return
+    _refuse_for_text(name, out=out, size=size, captions=captions, rows=rows, workers=workers,
+                     resize=resize or None)  # fmt: skip
+    if written and len(written) > 1:
+        raise ConfigError(f"expected one text, got {len(written)} words: put it in quotes")
+    ids = made.encode(_input(written[0] if written else None))
     if as_json:
         result_json({"tokens": ids, "pieces": made.pieces(ids)})
     else:
@@ -74,11 +140,24 @@ def encode(
 @tokenizer.command()
 def decode(
     name: Name,
-    ids: Annotated[list[str] | None, typer.Argument(help="Standard input if not given.")] = None,
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[IDS... | DIR]", help="Ids: standard input if not given."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Pictures: one grid.png, or a folder.")] = None,
+    n: Annotated[int | None, typer.Option(help="The first n; a grid shows 64.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the text of ids."""
-    made = named(name)
+    """Print the text of ids, or write the pictures of a folder of tokens."""
+    made = opened(name)
+    if not _is_text(made):
+        from mdiff.cli.codec import decode_tokens
+
+        if not ids or len(ids) > 1 or out is None:
+            raise ConfigError(f"{name} decodes pictures: expected a folder of tokens, and --out")
+        decode_tokens(made, Path(ids[0]), out, count=n)
+        return
+    _refuse_for_text(name, out=out, n=n)
     words = " ".join(ids) if ids else _input(None)
     try:
         tokens = [int(word) for word in words.replace(",", " ").split()]
@@ -98,11 +177,33 @@ def decode(
 @tokenizer.command()
 def inspect(
     name: Name,
-    data: Annotated[Path | None, typer.Option(help="A file, for characters a token.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Files, for characters a token or for what is kept of pictures."),
+    ] = None,
+    size: Size = None,
+    resize: Resize = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a tokenizer's size, special ids and longest pieces."""
-    made = named(name)
+    """Show a tokenizer's size and special ids, or a codec's; with data, what it does to them."""
+    made = opened(name)
+    if _is_text(made):
+        _refuse_for_text(name, size=size, resize=resize or None)
+        report = _text_report(made, data)
+    else:
+        from mdiff.cli.codec import codec_report, parsed_size
+
+        source = _pictures(data, resize=resize, captions=None) if data else None
+        report = codec_report(made, source, size=parsed_size(size))
+    if as_json:
+        result_json(report)
+    else:
+        for key, value in report.items():
+            result(f"{key:<15} {value}")
+
+
+def _text_report(made: Text, data: list[str] | None) -> dict[str, Any]:
+    """Size, special ids and longest pieces; with data, characters a token."""
     pieces = {made.decode([i]) for i in range(made.tokenizer.size)}
     report = {
         "tokenizer": made.kind,
@@ -114,36 +215,62 @@ def inspect(
         "lossless": made.tokenizer.lossless,
         "longest": sorted(pieces, key=lambda piece: (-len(piece), piece))[:SHOWN],
     }
-    if data is not None:
+    if data:
         from mdiff.sources import Source
 
-        documents = Source(source=str(data)).documents()
+        documents = Source(source=data).documents()
         tokens = sum(len(made.encode(document)) for document in documents)
         report["chars_per_token"] = sum(map(len, documents)) / max(1, tokens)
-    if as_json:
-        result_json(report)
-    else:
-        for key, value in report.items():
-            result(f"{key:<15} {value}")
+    return report
 
 
-def named(name: str) -> Text:
-    """The text modality of a model, or of a tokenizer's name or folder; trained already."""
+def _pictures(
+    paths: list[str], *, resize: bool, captions: str | None, holdout: float = 0.0
+) -> Any:  # fmt: skip
+    from mdiff.pictures import PictureSource
+
+    return PictureSource(
+        source=list(paths), resize=resize, captions=captions or "none", holdout=holdout
+    )
+
+
+def _is_text(made: Any) -> bool:
+    return getattr(made, "name", None) == "text"
+
+
+def _refuse_for_text(name: str, **options: Any) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise ConfigError(f"--{option} is for pictures, {name} is a tokenizer of text")
+
+
+def opened(name: str) -> Any:
+    """The text modality or the codec of a model, of a folder or of a name; trained already."""
     from mdiff.locate import BUILTIN, PIPELINE, locate
-    from mdiff.modalities.text import text
 
     path = Path(name)
     if name.startswith(BUILTIN) or (path.is_dir() and _holds_model(path, PIPELINE)):
         from mdiff.loading import load_modality
 
         found = load_modality(locate(name))
-        if found.name != "text":
-            raise ConfigError(f"{name} is a model of {found.name}, not of text")
-        return found  # type: ignore[no-any-return]
-    made = text(tokenizer=name)
-    if name in ("char", "bpe"):
+        if _is_text(found):
+            return found
+        codec: Codec | None = getattr(found, "codec", None)
+        if codec is None:
+            raise ConfigError(f"{name} is a model of {found.name}, which has no tokenizer")
+        return codec
+    if (path / "codec.json").exists():
+        from mdiff.checkpoint import MANIFEST, verify
+        from mdiff.codec import load_codec
+
+        if (path / MANIFEST).exists():
+            verify(path)
+        return load_codec(path)
+    from mdiff.modalities.text import text
+
+    if name in ("char", "bpe", *names("codecs")):
         raise ConfigError(f"{name!r} is a kind, which is trained first: mdiff tokenizer train")
-    return made
+    return text(tokenizer=name)
 
 
 def _holds_model(path: Path, name: str) -> bool:
