@@ -45,7 +45,7 @@ def caption_of(name: str) -> str:
             continue
         if point in FLAG_LETTERS:
             letter = chr(ord("a") + point - FLAG_LETTERS.start)
-            words.append(letter if words and words[0] == "flag" else f"flag {letter}")
+            words.append(letter if words else f"flag {letter}")
         elif point in TAG_LETTERS:
             words.append(chr(point - 0xE0000) if point < 0xE007F else "")
         else:

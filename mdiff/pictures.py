@@ -93,7 +93,8 @@ class PictureSource:
         known = [each.name for each in fields(cls)]
         for key in options:
             if key not in known:
-                raise ConfigError(f"unknown key data.{key}; {nearest(str(key), known)}")
+                near = nearest(f"data.{key}", [f"data.{name}" for name in known])
+                raise ConfigError(f"unknown key data.{key}; {near}")
         if "source" not in options:
             raise ConfigError("data.source is missing: expected a path or a list of them")
         return cls(**options)
