@@ -19,6 +19,8 @@ from mdiff.generation import Generated, Generation
 from mdiff.kernels import philox
 from mdiff.loading import Parts, load_parts, save_parts
 from mdiff.objective import Bound, nll_bound
+from mdiff.representation import features as mean_features
+from mdiff.representation import features_at
 from mdiff.sampling import Sample as Sample
 from mdiff.sampling import Sampler, option_types, plain_seed, resolve
 from mdiff.sampling import sample as sample
@@ -298,13 +300,39 @@ class Pipeline:
         )  # fmt: skip
         return Bound(bound.nats.cpu(), bound.stderr.cpu())
 
-    def features(self, tokens: Tensor, *, at: Tensor) -> Tensor:
-        """The denoiser's last features (N, D) at the places `at` (B, L) bool of a canvas."""
-        inner = getattr(self.denoiser, "features", None)
-        if inner is None:
-            raise ConfigError(f"{type(self.denoiser).__name__} has no features to show")
-        found: Tensor = inner(tokens, at=at)
-        return found
+    def features(
+        self,
+        items: Any,
+        *,
+        at: Tensor | None = None,
+        mask_ratio: float = 0.0,
+        layer: int | None = None,
+        seed: int = 0,
+        batch_size: int = BATCH,
+    ) -> Tensor:
+        """Features (N, D) float32 of items: the mean over their places, as `representation` says.
+
+        An item is what the modality encodes, such as a text or a picture, or a mapping of the
+        parts that it gives; what it does not give is hidden and in no mean. Tokens (N, L) int64
+        do as well; with `at` (N, L) bool, theirs at these places alone, one row a place.
+        """
+        if isinstance(items, Tensor) and items.dtype == torch.int64:
+            if at is not None:
+                return features_at(self, items, at=at, layer=layer)
+            rows: Any = items
+        elif at is not None:
+            raise ConfigError("at: only tokens (N, L) int64 have places to choose from")
+        else:
+            asked = items if isinstance(items, list | tuple) else [items]
+            rows = [
+                self.modality.canvas(item)
+                if isinstance(item, Mapping)
+                else self.modality.encode(item)
+                for item in asked
+            ]
+        return mean_features(
+            self, rows, mask_ratio=mask_ratio, layer=layer, seed=seed, batch_size=batch_size
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write the model so that `load(folder)` gives it back; the folder must not exist."""

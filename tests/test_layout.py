@@ -31,8 +31,8 @@ FLOORS = [
      "packing", "picture_rows", "pictures", "safe_yaml", "shard_writing", "shards",
      "sources", "tokenizer"},
     {"config", "checkpoint", "locate", "loading", "journal", "optim", "training_state"},
-    {"stepping", "run", "train", "generation", "sampling", "pipeline", "evaluate", "selftest",
-     "trace"},
+    {"stepping", "run", "train", "generation", "sampling", "pipeline", "representation",
+     "metrics", "judge", "evaluate", "selftest", "trace"},
     {"cli", "__main__"},
 ]  # fmt: skip
 ROOMS = {"modalities", "codecs", "backbones", "samplers"}

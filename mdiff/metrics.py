@@ -1,0 +1,153 @@
+"""Figures of generated pictures against real ones: pure functions of tensors.
+
+Pictures are (N, ...) uint8, 0 to 255, and count as 0 to 1; features are (N, D) floats. A
+distance between two pictures is Euclidean over all their values.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mdiff.errors import BackendError, DataError
+
+WHITE = 255.0
+# Pictures whose distances to all others are held at a time.
+ROWS = 512
+
+
+class Nearest(NamedTuple):
+    """Mean distances to the nearest training picture: of samples, and of test pictures."""
+
+    samples: float
+    test: float
+
+
+def frechet(real: Tensor, fake: Tensor) -> float:
+    """The squared Frechet distance of Gaussians fitted to features (N, D) and (M, D).
+
+    d^2 = |mu_r - mu_f|^2 + tr(S_r + S_f - 2 (S_r S_f)^(1/2)) (Heusel et al. 2017, eq. 6;
+    Dowson & Landau 1982), in squared units of the features, by torchmetrics. It is the FID only
+    where the features are Inception's. It falls with N and M: compare at equal numbers.
+
+    Raises DataError for features of other shapes, fewer than two rows, or not finite;
+    BackendError without torchmetrics.
+    """
+    for name, features in (("real", real), ("fake", fake)):
+        if features.dim() != 2 or not features.is_floating_point() or len(features) < 2:
+            raise DataError(
+                f"{name} features {tuple(features.shape)} {features.dtype}: expected (N, D) "
+                "floats, N at least 2"
+            )
+        if not bool(features.isfinite().all()):
+            raise DataError(f"{name} features hold values that are not finite")
+    if real.shape[1] != fake.shape[1]:
+        raise DataError(f"{real.shape[1]} real and {fake.shape[1]} fake features: not one space")
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError:
+        raise BackendError(
+            "torchmetrics is not installed: pip install 'mdiff-toolkit[eval]'"
+        ) from None
+    space = nn.Identity()
+    space.num_features = real.shape[1]  # type: ignore[assignment]
+    metric = FrechetInceptionDistance(feature=space)
+    # The distance is the same from any origin, and its sums of squares are exact near 0.
+    origin = real.double().mean(0)
+    metric.update(real.double() - origin, real=True)
+    metric.update(fake.double() - origin, real=False)
+    # Rounding can leave a little less than nothing.
+    return max(0.0, float(metric.compute()))
+
+
+def classifier_agreement(logits: Tensor, labels: Tensor) -> float:
+    """The share of samples that a classifier, `logits` (N, K), gives the asked `labels` (N,)."""
+    if logits.dim() != 2 or labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:
+        raise DataError(
+            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} {labels.dtype}: "
+            "expected (N, K) and (N,) int64"
+        )
+    if not len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise DataError(f"labels: expected at least one, each 0 to {logits.shape[1] - 1}")
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def diversity(real: Tensor, fake: Tensor, *, real_labels: Tensor, fake_labels: Tensor) -> float:
+    """The mean distance within a class of `fake`, divided by that of `real`: 1 is as varied.
+
+    The mean over pairs of different pictures of one class, then over the classes of `fake`.
+    Raises DataError where such a class has fewer than two pictures on either side.
+    """
+    _check_alike(real=real, fake=fake)
+    for pictures, labels in ((real, real_labels), (fake, fake_labels)):
+        if labels.dtype != torch.int64 or labels.shape != pictures.shape[:1]:
+            raise DataError(
+                f"labels {tuple(labels.shape)} {labels.dtype}: expected ({len(pictures)},) int64"
+            )
+    classes = sorted(set(fake_labels.tolist()))
+    spread = []
+    for name, pictures, labels in (("real", real, real_labels), ("fake", fake, fake_labels)):
+        each = []
+        for label in classes:
+            members = _flat(pictures[labels == label])
+            if len(members) < 2:
+                raise DataError(f"{len(members)} {name} pictures of class {label}: need two")
+            each.append(torch.pdist(members).mean())
+        spread.append(torch.stack(each).mean())
+    if float(spread[0]) == 0:
+        raise DataError("the real pictures of each class are all the same")
+    return float(spread[1] / spread[0])
+
+
+def nearest(fake: Tensor, *, train: Tensor, test: Tensor) -> Nearest:
+    """How near samples (N, ...) come to training pictures, and how near test pictures do.
+
+    Samples that are copies are nearer than the test set; where they are as far, nothing of a
+    training picture is given away beyond what pictures have in common (Meehan et al. 2020).
+    """
+    _check_alike(train=train, fake=fake)
+    _check_alike(train=train, test=test)
+    return Nearest(_to_nearest(fake, train), _to_nearest(test, train))
+
+
+def pixel_features(pictures: Tensor, *, side: int = 8) -> Tensor:
+    """A feature space without a network: pictures (N, C, H, W) uint8 averaged to side x side.
+
+    (N, C * side * side) float32 in 0 to 1; sides below `side` stay as they are.
+    """
+    if pictures.dim() != 4 or pictures.dtype != torch.uint8 or 0 in pictures.shape:
+        raise DataError(
+            f"pictures {tuple(pictures.shape)} {pictures.dtype}: expected (N, C, H, W) uint8"
+        )
+    size = (min(side, pictures.shape[2]), min(side, pictures.shape[3]))
+    return nn.functional.adaptive_avg_pool2d(pictures.float() / WHITE, size).flatten(1)
+
+
+def _to_nearest(pictures: Tensor, others: Tensor) -> float:
+    """The mean distance of each picture to the nearest of the others."""
+    flat = _flat(others)
+    least = []
+    for some in map(_flat, torch.split(pictures, ROWS)):
+        # Squares taken apart find the nearest; a copy's distance is 0 only if taken directly.
+        closest = flat[torch.cdist(some, flat).argmin(1)]
+        least.append((some - closest).norm(dim=1))
+    return float(torch.cat(least).double().mean())
+
+
+def _flat(pictures: Tensor) -> Tensor:
+    return pictures.flatten(1).float() / WHITE
+
+
+def _check_alike(**named: Tensor) -> None:
+    """Raise DataError where one is not (N, ...) uint8 or the shapes of a picture differ."""
+    shapes = {tuple(pictures.shape[1:]) for pictures in named.values()}
+    for name, pictures in named.items():
+        if pictures.dtype != torch.uint8 or pictures.dim() < 2 or 0 in pictures.shape:
+            raise DataError(
+                f"{name} {tuple(pictures.shape)} {pictures.dtype}: expected (N, ...) uint8"
+            )
+    if len(shapes) > 1:
+        shown = ", ".join(f"{name} {tuple(p.shape[1:])}" for name, p in named.items())
+        raise DataError(f"pictures of different shapes: {shown}")
