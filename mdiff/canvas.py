@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from mdiff.data import Batch
 from mdiff.errors import ConfigError, DataError
 from mdiff.tokens import TokenSpace
 
@@ -50,3 +52,38 @@ def stack(rows: Sequence[Sequence[int]], *, space: TokenSpace) -> tuple[Tensor, 
     tokens[valid] = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
     space.check(tokens, valid)
     return tokens, None if bool(valid.all()) else valid
+
+
+def stack_conditions(
+    told: Sequence[Mapping[str, int]], without: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The conditions of a batch as tensors (B,); where a row has none, what says nothing."""
+    if not any(told):
+        return {}
+    return {
+        name: torch.tensor([int(row.get(name, nothing)) for row in told])
+        for name, nothing in without.items()
+    }
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Rows of any lengths, read by number in batches, as data.Examples are.
+
+    `owner` says of which item each row is a window; `cond` tensors have a row's entry each.
+    """
+
+    rows: list[list[int]]
+    owner: list[int]
+    space: TokenSpace
+    cond: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self.rows)
+
+    def batch(self, rows: Tensor, epoch: Tensor) -> Batch:
+        """Rows `rows` (B,) int64 padded to the longest; the same in every epoch."""
+        tokens, valid = stack([self.rows[row] for row in rows.tolist()], space=self.space)
+        cond = {name: tensor[rows] for name, tensor in self.cond.items()}
+        return Batch(tokens, valid=valid, cond=cond)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mdiff.errors import ConfigError, DataError
 from mdiff.generation import Generated
-from mdiff.kernels import philox
+from mdiff.objective import Bound
 from mdiff.pipeline import Pipeline
+from mdiff.scoring import Progress, bound_of_rows, windows
 
 NATS_PER_BIT = math.log(2)
 LONGEST_NGRAM = 3
@@ -31,6 +32,21 @@ class Evaluation:
     estimator: str
     draws: int
     windows: int
+
+    @classmethod
+    def of(
+        cls, pipeline: Pipeline, bound: Bound, units: dict[str, int], *, estimator: str | None,
+        draws: int,
+    ) -> Evaluation:  # fmt: skip
+        """The sum over the rows of a bound; their errors are independent."""
+        return cls(
+            nats=float(bound.nats.sum()),
+            stderr=float(bound.stderr.square().sum().sqrt()),
+            units=units,
+            estimator=estimator or ("time" if pipeline.denoiser.uses_time else "any_order"),
+            draws=draws,
+            windows=len(bound.nats),
+        )
 
     def bits_per(self, unit: str) -> tuple[float, float]:
         """Bits a unit ("token", "char", "byte", ...) and its standard error."""
@@ -56,40 +72,28 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 32,
     window: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """The bound of the documents, each cut into windows side by side that see nothing else.
 
     `window` is the model's own by default. The end of a document is scored where the modality
     has a token for it. The standard error is that of the estimate for these very documents,
-    over the draws; it says nothing about other documents.
+    over the draws; it says nothing about other documents. Neither depends on `batch_size`.
 
     Raises DataError where there is nothing to score, ConfigError for a window below 1.
     """
-    if estimator is None:
-        estimator = "time" if pipeline.denoiser.uses_time else "any_order"
     width = window or pipeline.window or 0
     if width < 1:
         raise ConfigError(f"window={width}: need at least 1, and this model does not name its own")
-    end = getattr(pipeline.modality, "eos_id", None)
-    rows = []
-    for document in documents:
-        tokens = [*pipeline.modality.encode(document), *([] if end is None else [end])]
-        rows += [tokens[start : start + width] for start in range(0, len(tokens), width)]
-    if not rows:
+    cut = windows(pipeline, documents, window=width, end=True)
+    if not cut.rows:
         raise DataError("there is nothing to score: the data holds no token")
-    nats = variance = 0.0
-    for first in range(0, len(rows), batch_size):
-        bound = pipeline.bound(
-            rows[first : first + batch_size], estimator=estimator, draws=draws,
-            seed=int(philox.derive(seed, first)),
-        )  # fmt: skip
-        nats += float(bound.nats.sum())
-        variance += float((bound.stderr**2).sum())
-        if progress is not None:
-            progress(min(first + batch_size, len(rows)), len(rows))
-    units = {"token": sum(map(len, rows)), **pipeline.modality.sizes(documents)}
-    return Evaluation(nats, math.sqrt(variance), units, estimator, draws, len(rows))
+    bound = bound_of_rows(
+        pipeline, cut, estimator=estimator, draws=draws, seed=seed, batch_size=batch_size,
+        progress=progress,
+    )  # fmt: skip
+    units = {"token": sum(map(len, cut.rows)), **pipeline.modality.sizes(documents)}
+    return Evaluation.of(pipeline, bound, units, estimator=estimator, draws=draws)
 
 
 def sample_figures(samples: Sequence[Generated]) -> dict[str, Any]:

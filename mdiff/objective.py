@@ -218,6 +218,7 @@ def nll_bound(
     may_hide: Tensor | None = None,
     valid: Tensor | None = None,
     cond: Condition | None = None,
+    sample: Tensor | None = None,
 ) -> Bound:
     """The bound on -log p(tokens) of each row (B, L) in nats, given its places not maskable.
 
@@ -229,7 +230,9 @@ def nll_bound(
     but one term of its average.
 
     `draws` is read by the first two only; the standard error is over them (0 for the others).
-    A row without maskable places scores 0. No gradient is kept.
+    Row b is hidden by the stream (seed, sample[b]), sample being 0..B-1 by default, so that a
+    row's estimate does not depend on its batch. A row without maskable places scores 0. No
+    gradient is kept.
 
     Raises ConfigError for an unknown estimator, draws < 2, or an estimator that does not apply.
     """
@@ -242,8 +245,10 @@ def nll_bound(
             if estimator == "any_order" and denoiser.uses_time:
                 raise ConfigError("this denoiser uses the time: take estimator='time'")
             estimate = _any_order_draw if estimator == "any_order" else _time_draw
+            if sample is None:
+                sample = torch.arange(tokens.shape[0], device=tokens.device)
             values = torch.stack([
-                estimate(score, maskable, schedule=schedule, seed=seed, step=step)
+                estimate(score, maskable, schedule=schedule, seed=seed, sample=sample, step=step)
                 for step in range(draws)
             ])  # fmt: skip
             return Bound(values.mean(0), values.std(0) / math.sqrt(draws))
@@ -284,30 +289,27 @@ class _Scorer:
 
 
 def _any_order_draw(
-    score: _Scorer, maskable: Tensor, *, schedule: Schedule, seed: int, step: int
+    score: _Scorer, maskable: Tensor, *, schedule: Schedule, seed: int, sample: Tensor, step: int
 ) -> Tensor:
-    rows, device = maskable.shape[0], maskable.device
     places = maskable.sum(1)
-    u = philox.uniform(seed, 0, torch.arange(rows, device=device), step, purpose=philox.TIME)
+    u = philox.uniform(seed, 0, sample, step, purpose=philox.TIME)
     count = (u * places).floor().long() + 1
-    t = torch.ones(rows, dtype=torch.float64, device=device)
     noisy = corrupt(
-        score.tokens, t, space=score.space, schedule=schedule, may_hide=maskable, count=count,
-        seed=philox.derive(seed, step),
+        score.tokens, torch.ones_like(u), space=score.space, schedule=schedule,
+        may_hide=maskable, count=count, seed=philox.derive(seed, step), sample=sample,
     )  # fmt: skip
     nats = score((noisy == score.space.mask_id) & maskable).sum(1)
     return nats * places / count
 
 
 def _time_draw(
-    score: _Scorer, maskable: Tensor, *, schedule: Schedule, seed: int, step: int
+    score: _Scorer, maskable: Tensor, *, schedule: Schedule, seed: int, sample: Tensor, step: int
 ) -> Tensor:
-    rows, device = maskable.shape[0], maskable.device
-    u = philox.uniform(seed, 0, torch.arange(rows, device=device), step, purpose=philox.TIME)
+    u = philox.uniform(seed, 0, sample, step, purpose=philox.TIME)
     t = schedule.time_at(u**2)
     noisy = corrupt(
         score.tokens, t, space=score.space, schedule=schedule, may_hide=maskable,
-        seed=philox.derive(seed, step),
+        seed=philox.derive(seed, step), sample=sample,
     )  # fmt: skip
     hidden = (noisy == score.space.mask_id) & maskable
     return score(hidden, t.float()).sum(1) * 2 / u

@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdiff.canvas import stack
+from mdiff.canvas import stack, stack_conditions
 from mdiff.denoiser import Denoiser, guided
+from mdiff.editing import Edits
 from mdiff.errors import ConfigError
 from mdiff.filling import State
 from mdiff.generation import Generated, Generation
 from mdiff.kernels import philox
 from mdiff.loading import Parts, load_parts, save_parts
-from mdiff.objective import Bound, nll_bound
+from mdiff.objective import Bound
 from mdiff.representation import features as mean_features
 from mdiff.representation import features_at
 from mdiff.sampling import Sample as Sample
 from mdiff.sampling import Sampler, option_types, plain_seed, resolve
 from mdiff.sampling import sample as sample
 from mdiff.schedule import Linear, Schedule
+from mdiff.scoring import bound_of_rows, windows
 from mdiff.tokens import TokenSpace
 
 # The entry of `cond` that guidance reads: the places which the other branch hides.
@@ -126,6 +128,24 @@ class Pipeline:
         Raises ConfigError for a model that has no pictures or a strength outside [0, 1],
         DataError for a picture or a mask that does not fit.
         """
+        edits, runs = self.edit_runs(
+            picture, mask, given=given, strength=strength, n=n, seed=seed, **options
+        )
+        made = [sample for run in runs for sample in run.finished()]
+        return [replace(sample, output=edits.pasted(sample.output)) for sample in made]
+
+    def edit_runs(
+        self,
+        picture: Any,
+        mask: Any = None,
+        *,
+        given: Mapping[str, Any] | None = None,
+        strength: float = 1.0,
+        n: int = 1,
+        seed: int | Tensor | torch.Generator = 0,
+        **options: Any,
+    ) -> tuple[Edits, Iterator[Generation]]:
+        """What `edit` makes anew, and its batches as in `runs`; `Edits.pasted` finishes each."""
         if not hasattr(self.modality, "edited"):
             raise ConfigError(f"edit: this is a model of {self.modality.name}, not of pictures")
         if n < 1:
@@ -137,8 +157,7 @@ class Pipeline:
         runs = self.runs(
             edits.canvases, conditions=self.conditions(given or "", n=n), seed=seeds, **options
         )
-        made = [sample for run in runs for sample in run.finished()]
-        return [replace(sample, output=edits.pasted(sample.output)) for sample in made]
+        return edits, runs
 
     def canvases(
         self, prompts: Prompt | Sequence[Any] = "", *, length: int | None = None, n: int = 1
@@ -210,7 +229,7 @@ class Pipeline:
                 tokens, valid = stack(canvases[first : first + batch_size], space=self.space)
                 canvas = tokens.to(device)
                 valid = None if valid is None else valid.to(device)
-                cond = _stacked(told[first : first + batch_size], without)
+                cond = stack_conditions(told[first : first + batch_size], without)
                 if guides and not without:
                     cond[GIVEN] = canvas != self.space.mask_id
                 part = seeds[first : first + batch_size]
@@ -254,51 +273,30 @@ class Pipeline:
 
     def score(
         self,
-        texts: str | Sequence[Any],
+        items: str | Mapping[str, Any] | Sequence[Any],
         *,
         estimator: str | None = None,
         draws: int = 64,
         seed: int = 0,
         batch_size: int = BATCH,
     ) -> Bound:
-        """The bound on -log p of each text, in nats, with its standard error, both (N,).
+        """The bound on -log p of each item, in nats, with its standard error, both (N,).
 
-        A text longer than the window is scored in windows side by side. `estimator` is as in
+        An item is what the modality encodes: a text, a picture, or a mapping of all parts. One
+        longer than the window is scored in windows side by side. `estimator` is as in
         `nll_bound`, by default "any_order", or "time" for a denoiser that uses the time.
         """
-        asked = [texts] if isinstance(texts, str) else list(texts)
-        pieces, owner = [], []
-        for number, text in enumerate(asked):
-            ids = list(self.modality.encode(text))
-            width = self.window or max(1, len(ids))
-            for start in range(0, len(ids), width):
-                pieces.append(ids[start : start + width])
-                owner.append(number)
+        asked = _asked(items)
+        rows = windows(self, asked)
+        bound = bound_of_rows(
+            self, rows, estimator=estimator, draws=draws, seed=seed, batch_size=batch_size
+        )
         nats = torch.zeros(len(asked), dtype=torch.float64)
         variance = torch.zeros_like(nats)
-        for first in range(0, len(pieces), batch_size):
-            bound = self.bound(
-                pieces[first : first + batch_size], estimator=estimator, draws=draws,
-                seed=int(philox.derive(seed, first)),
-            )  # fmt: skip
-            where = torch.tensor(owner[first : first + batch_size])
-            nats.index_add_(0, where, bound.nats)
-            variance.index_add_(0, where, bound.stderr**2)
+        owner = torch.tensor(rows.owner, dtype=torch.int64)
+        nats.index_add_(0, owner, bound.nats)
+        variance.index_add_(0, owner, bound.stderr**2)
         return Bound(nats, variance.sqrt())
-
-    def bound(
-        self, rows: Sequence[Sequence[int]], *, estimator: str | None, draws: int, seed: int
-    ) -> Bound:
-        """The bound of rows of tokens as one batch, on the CPU."""
-        tokens, valid = stack(rows, space=self.space)
-        self.space.check(tokens, valid, masks=False)
-        device = self.device
-        bound = nll_bound(
-            self.denoiser, tokens.to(device), space=self.space, schedule=self.schedule,
-            estimator=estimator or ("time" if self.denoiser.uses_time else "any_order"),
-            draws=draws, seed=seed, valid=None if valid is None else valid.to(device),
-        )  # fmt: skip
-        return Bound(bound.nats.cpu(), bound.stderr.cpu())
 
     def features(
         self,
@@ -382,16 +380,6 @@ def row_seeds(seed: int | Tensor | torch.Generator, rows: int) -> Tensor:
 def _asked(prompts: Prompt | Sequence[Any]) -> list[Any]:
     """The prompts as a list: a text or a mapping is one."""
     return [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-
-
-def _stacked(told: Sequence[Mapping[str, int]], without: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The conditions of a batch as tensors (B,); where a row has none, what says nothing."""
-    if not any(told):
-        return {}
-    return {
-        name: torch.tensor([int(row.get(name, nothing)) for row in told])
-        for name, nothing in without.items()
-    }
 
 
 def _times(canvases: list[list[int]], n: int) -> list[list[int]]:

@@ -32,7 +32,7 @@ FLOORS = [
      "sources", "tokenizer"},
     {"config", "checkpoint", "locate", "loading", "journal", "optim", "training_state"},
     {"stepping", "run", "train", "generation", "sampling", "pipeline", "representation",
-     "metrics", "judge", "evaluate", "selftest", "trace"},
+     "metrics", "judge", "scoring", "evaluate", "selftest", "trace"},
     {"cli", "__main__"},
 ]  # fmt: skip
 ROOMS = {"modalities", "codecs", "backbones", "samplers"}

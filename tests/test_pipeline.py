@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import mdiff
 from mdiff.backbones.transformer import transformer
+from mdiff.canvas import Windows
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, MdiffError
 from mdiff.evaluate import evaluate, sample_figures
 from mdiff.locate import snapshot
@@ -22,6 +23,7 @@ from mdiff.modalities.text import text
 from mdiff.pipeline import Pipeline, load, row_seeds
 from mdiff.sampling import plain_seed
 from mdiff.schedule import Cosine, Polynomial
+from mdiff.scoring import bound_of_rows
 from mdiff.tokens import TokenSpace, hidden_canvas
 
 TOY = make_toy()
@@ -234,11 +236,29 @@ def test_the_score_of_a_uniform_model_is_the_log_of_its_ids() -> None:
 def test_the_score_is_the_exact_bound_on_a_toy() -> None:
     pipeline = Pipeline(TOY.denoiser(), TOY.space, None)
     tokens = [[0, 1, 2, 3], [3, 3, 0, 1]]
-    exact = pipeline.bound(tokens, estimator="exact", draws=2, seed=0)
-    rough = pipeline.bound(tokens, estimator=None, draws=300, seed=0)
+    rows = Windows(tokens, [0, 1], TOY.space)
+    exact = bound_of_rows(pipeline, rows, estimator="exact")
+    rough = bound_of_rows(pipeline, rows, draws=300)
     assert torch.allclose(exact.nats, -TOY.joint[tuple(torch.tensor(tokens).T)].log())
     # Six standard errors: one false alarm in 5e8.
     assert bool(((rough.nats - exact.nats).abs() < 6 * rough.stderr).all())
+
+
+@pytest.mark.parametrize("estimator", ["any_order", "time"])
+def test_neither_the_batch_nor_the_rows_beside_it_changes_a_bound(estimator: str) -> None:
+    pipeline = tiny()
+    texts = ["abcdefgh" * 5, "hello", "the quick brown fox"]
+    options = {"estimator": estimator, "draws": 3, "seed": 5}
+    whole, one = (pipeline.score(texts, batch_size=size, **options) for size in (32, 1))
+    assert torch.allclose(whole.nats, one.nats, rtol=1e-5)
+    assert torch.allclose(whole.stderr, one.stderr, rtol=1e-4)
+    first = pipeline.score(texts[:1], **options)
+    assert torch.allclose(first.nats, whole.nats[:1], rtol=1e-5)
+    assert not torch.allclose(pipeline.score(texts, **options | {"seed": 6}).nats, whole.nats)
+    evaluations = [evaluate(pipeline, texts, batch_size=size, **options) for size in (2, 5)]
+    assert evaluations[0].nats == pytest.approx(evaluations[1].nats, rel=1e-5)
+    # A byte tokenizer ends no document: evaluation and scores are of the same windows.
+    assert evaluations[0].nats == pytest.approx(float(whole.nats.sum()), rel=1e-5)
 
 
 def test_the_figures_of_samples_count_what_differs() -> None:
