@@ -12,12 +12,14 @@ from mdiff.checkpoint import staged, write_json
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
 from mdiff.files import read_json
-from mdiff.find import find
+from mdiff.find import find, names
 from mdiff.locate import CONFIG, PIPELINE, locate
 from mdiff.schedule import SCHEDULES, Linear, Schedule, named_schedule
 from mdiff.tokens import TokenSpace
 
 FORMAT = 1
+# What the model_type of our own architectures begins with.
+OURS = "mdiff-"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model",
     "spiece.model",
@@ -148,8 +150,11 @@ def _denoiser(folder: Path, dtype: torch.dtype | None, *, mask_id: int) -> Denoi
     """The model with its weights; every one of its tensors is in the files."""
     from transformers import AutoModelForMaskedLM, logging
 
-    # Importing our own architecture makes it known to transformers.
-    find("backbones", "transformer")
+    # Importing an architecture of ours makes it known to transformers. Its model_type is the
+    # name of its file; any other name in a file imports nothing.
+    kind = str(read_json(folder / CONFIG).get("model_type"))
+    if kind.startswith(OURS) and kind.removeprefix(OURS).replace("-", "_") in names("backbones"):
+        find("backbones", kind.removeprefix(OURS))
     logging.disable_progress_bar()
     try:
         model, report = AutoModelForMaskedLM.from_pretrained(
@@ -161,8 +166,8 @@ def _denoiser(folder: Path, dtype: torch.dtype | None, *, mask_id: int) -> Denoi
         raise CheckpointError(f"{folder} cannot be loaded: {first}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if report[problem]:
-            names = sorted(map(str, report[problem]))
-            raise CheckpointError(f"{folder}: {problem.replace('_', ' ')}: {', '.join(names[:4])}")
+            absent = sorted(map(str, report[problem]))
+            raise CheckpointError(f"{folder}: {problem.replace('_', ' ')}: {', '.join(absent[:4])}")
     if isinstance(model, Denoiser):
         return model
     wrapped: Denoiser = find("backbones", "masked_lm")(model, mask_id=mask_id)

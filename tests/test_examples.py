@@ -67,6 +67,16 @@ def test_a_canvas_can_be_watched_as_it_fills_in():
     assert lines[-1].startswith("To be, or")
 
 
+def test_digits_come_out_of_bits_as_the_label_asks(capsys):
+    example = load("bits")
+    black = example.main()
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    tokens, labels = example.digits()
+    known = ((tokens[..., None] & example.WORTH) > 0).flatten(1).float()
+    nearest = torch.cdist(black.flatten(1).float(), known, p=1).topk(3, largest=False).indices
+    assert int((labels[nearest].mode(1).values == torch.arange(10)).sum()) >= 8
+
+
 @pytest.mark.slow
 def test_the_whole_reversal_example_answers_ninety_percent():
     right = load("reversal").main()

@@ -1,4 +1,4 @@
-"""Our backbone: what it computes, how it is saved, and what it refuses."""
+"""Our backbones: what they compute, how they are saved, and what they refuse."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mdiff.backbones.bit_transformer import (
+    BitTransformerForMaskedLM,
+    bit_parameter_count,
+    bit_transformer,
+)
 from mdiff.backbones.transformer import (
     TransformerConfig,
     TransformerForMaskedLM,
@@ -19,6 +24,8 @@ from mdiff.errors import ConfigError
 from mdiff.layers import rms_norm, rotary_tables, rotate
 
 SMALL = {"vocab_size": 11, "width": 32, "depth": 2, "heads": 2}
+# Twelve tokens on six places.
+BITS = {"bits": 6, "groups": 2, "grid": [2, 3]}
 TOLERANCE = 1e-5
 
 SHAPES = [
@@ -30,13 +37,24 @@ SHAPES = [
     {"uses_time": True},
     {"classes": 4},
     {"uses_time": True, "classes": 4, "causal": True},
+    BITS,
+    BITS | {"embedding": "table", "uses_time": True, "classes": 4},
+    BITS | {"groups": 3, "mask_vector": True, "qk_norm": False},
 ]
+both = pytest.mark.parametrize("options", [{}, BITS], ids=["tokens", "bits"])
+
+
+def fresh(**options: object) -> TransformerForMaskedLM:
+    """A small model of these options; with `bits` the one that reads bits."""
+    torch.manual_seed(0)
+    if "bits" not in options:
+        return transformer(**{**SMALL, **options})
+    return bit_transformer(**{k: v for k, v in SMALL.items() if k != "vocab_size"}, **options)
 
 
 def randomised(**options: object) -> TransformerForMaskedLM:
     """A small model whose weights, the zero ones too, are large enough to matter."""
-    torch.manual_seed(0)
-    model = transformer(**{**SMALL, **options})
+    model = fresh(**options)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -51,6 +69,12 @@ def canvas(rows: int = 2, length: int = 12, seed: int = 1) -> Tensor:
     return tokens
 
 
+def canvas_of(model: TransformerForMaskedLM, rows: int = 2, length: int = 12) -> Tensor:
+    """`canvas` in the ids of a model."""
+    tokens, config = canvas(rows, length), model.config
+    return torch.where(tokens == 11, config.mask_id, tokens % config.vocab_size)
+
+
 def told(options: dict[str, object], rows: int = 2) -> dict[str, object]:
     """The time and the label that a model of these options wants."""
     extra: dict[str, object] = {}
@@ -63,8 +87,9 @@ def told(options: dict[str, object], rows: int = 2) -> dict[str, object]:
 
 @pytest.mark.parametrize("options", SHAPES)
 def test_the_weights_are_counted_before_they_are_allocated(options):
-    model = transformer(**SMALL, **options)
-    assert parameter_count(model.config) == sum(p.numel() for p in model.parameters())
+    model = fresh(**options)
+    count = bit_parameter_count if "bits" in options else parameter_count
+    assert count(model.config) == sum(p.numel() for p in model.parameters())
     assert isinstance(model, Denoiser)
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
@@ -74,11 +99,11 @@ def test_a_saved_model_gives_the_same_bits(options, tmp_path):
     from transformers import AutoModelForMaskedLM
 
     model = randomised(**options)
-    tokens = canvas() if model.config.mask_id == 11 else canvas() % 11
+    tokens = canvas_of(model)
     before = model(tokens, **told(options))
     model.save_pretrained(tmp_path)
     loaded, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert isinstance(loaded, TransformerForMaskedLM)
+    assert type(loaded) is type(model)
     assert not report["missing_keys"] | report["unexpected_keys"]
     assert not loaded.training
     assert torch.equal(loaded(tokens, **told(options)), before)
@@ -98,36 +123,54 @@ def test_a_sharded_save_loads_to_the_same_bits(tmp_path):
 @pytest.mark.parametrize("options", SHAPES)
 def test_at_selects_rows_and_the_head_reads_only_those(options):
     model = randomised(**options)
-    tokens = canvas() if model.config.mask_id == 11 else canvas() % 11
+    tokens = canvas_of(model)
     at = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.4
     seen = []
     model.head.register_forward_hook(lambda _, given, __: seen.append(given[0].shape))
     chosen = model(tokens, at=at, **told(options))
-    assert seen == [(int(at.sum()), 32)]
+    assert seen == [(int(at.sum()), model.head.in_features)]
     whole = model(tokens, **told(options))
-    assert whole.shape == (*tokens.shape, 11)
+    assert whole.shape == (*tokens.shape, model.config.vocab_size)
     torch.testing.assert_close(chosen, whole[at], atol=TOLERANCE, rtol=0)
     features = model.features(tokens, at=at, **told(options))
     assert torch.equal(model.head(features), chosen)
     nowhere = model(tokens, at=torch.zeros_like(at), **told(options))
-    assert nowhere.shape == (0, 11)
+    assert nowhere.shape == (0, model.config.vocab_size)
 
 
-@pytest.mark.parametrize("options", [{}, {"grid": [3, 4]}, {"causal": True}])
+@pytest.mark.parametrize("options", SHAPES)
+def test_a_row_gets_the_logits_that_it_gets_alone(options):
+    model = randomised(**options).double()
+    tokens = canvas_of(model, 3)
+    extra = told(options, 3)
+    whole = model(tokens, **extra)
+    for row in range(3):
+        own = {name: value[row : row + 1] for name, value in extra.items() if name == "t"}
+        if "cond" in extra:
+            own["cond"] = {"label": extra["cond"]["label"][row : row + 1]}
+        alone = model(tokens[row : row + 1], **own)
+        torch.testing.assert_close(alone[0], whole[row], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"grid": [3, 4]}, {"causal": True}, BITS | {"grid": [13, 1]}]
+)
 def test_padding_on_either_side_or_inside_changes_nothing(options):
     model = randomised(**options)
-    alone = canvas(1, 8)
+    each = options.get("groups", 1)
+    alone = canvas_of(model, 1, 8 * each)
     expected = model(alone)[0]
     places = {
         "right": range(8),
         "left": range(5, 13),
         "inside": [0, 1, 4, 5, 6, 9, 10, 12],
     }
-    tokens = torch.full((3, 13), 7)
-    valid = torch.zeros(3, 13, dtype=torch.bool)
+    tokens = torch.full((3, 13, each), 7)
+    valid = torch.zeros(3, 13, each, dtype=torch.bool)
     for row, where in enumerate(places.values()):
-        tokens[row, list(where)] = alone[0]
+        tokens[row, list(where)] = alone[0].view(8, each)
         valid[row, list(where)] = True
+    tokens, valid = tokens.flatten(1), valid.flatten(1)
     logits = model(tokens, valid=valid)
     assert bool(logits.isfinite().all())
     for row, name in enumerate(places):
@@ -138,29 +181,35 @@ def test_padding_on_either_side_or_inside_changes_nothing(options):
     torch.testing.assert_close(everything[0], expected, atol=TOLERANCE, rtol=0)
 
 
-def test_a_row_of_nothing_but_padding_makes_no_nan():
-    model = randomised()
+@both
+def test_a_row_of_nothing_but_padding_makes_no_nan(options):
+    model = randomised(**options)
     valid = torch.tensor([[True], [False]]).expand(2, 12)
-    logits = model(canvas(), valid=valid)
+    logits = model(canvas_of(model), valid=valid)
     logits[valid].sum().backward()
     assert bool(logits.isfinite().all())
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"grid": [2, 4]}, {"causal": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"grid": [2, 4]}, {"causal": True}, BITS | {"grid": [17, 1]}]
+)
 def test_a_packed_document_gets_the_logits_that_it_gets_alone(options):
     model = randomised(**options)
-    first, second, third = canvas(1, 5, 1), canvas(1, 7, 2), canvas(1, 3, 3)
-    packed = torch.cat([first, second, third, torch.full((1, 2), 4)], 1)
-    documents = torch.tensor([[4] * 5 + [1] * 7 + [9] * 3 + [9] * 2])
-    valid = torch.tensor([[True] * 15 + [False] * 2])
+    each = options.get("groups", 1)
+    lengths = [5 * each, 7 * each, 3 * each]
+    kept = sum(lengths)
+    packed = canvas_of(model, 1, kept + 2 * each)
+    documents = torch.tensor([4, 1, 9, 9]).repeat_interleave(torch.tensor([*lengths, 2 * each]))
+    documents, valid = documents[None], torch.arange(kept + 2 * each)[None] < kept
     logits = model(packed, documents=documents, valid=valid)[0]
-    for alone, part in zip((first, second, third), logits[:15].split([5, 7, 3]), strict=True):
-        torch.testing.assert_close(part, model(alone)[0], atol=TOLERANCE, rtol=0)
-    unpadded = model(packed[:, :15], documents=documents[:, :15])[0]
-    torch.testing.assert_close(unpadded, logits[:15], atol=TOLERANCE, rtol=0)
-    mixed = model(packed[:, :15])[0]
-    assert not torch.allclose(mixed, logits[:15], atol=1e-2)
+    parts = zip(packed[0, :kept].split(lengths), logits[:kept].split(lengths), strict=True)
+    for alone, part in parts:
+        torch.testing.assert_close(part, model(alone[None])[0], atol=TOLERANCE, rtol=0)
+    unpadded = model(packed[:, :kept], documents=documents[:, :kept])[0]
+    torch.testing.assert_close(unpadded, logits[:kept], atol=TOLERANCE, rtol=0)
+    mixed = model(packed[:, :kept])[0]
+    assert not torch.allclose(mixed, logits[:kept], atol=1e-2)
 
 
 def test_interleaved_documents_do_not_see_each_other():
@@ -207,9 +256,10 @@ def test_two_dimensional_positions_matter():
     assert torch.equal(tall(tokens), twice(tokens))
 
 
-def test_the_time_and_the_label_have_an_effect():
-    model = randomised(uses_time=True, classes=3)
-    tokens = canvas()
+@both
+def test_the_time_and_the_label_have_an_effect(options):
+    model = randomised(uses_time=True, classes=3, **options)
+    tokens = canvas_of(model)
     label = {"label": torch.tensor([0, 1])}
     early, late = torch.tensor([0.1, 0.1]), torch.tensor([0.9, 0.9])
     base = model(tokens, t=early, cond=label)
@@ -221,21 +271,21 @@ def test_the_time_and_the_label_have_an_effect():
     assert torch.equal(model(tokens, t=early), null)
 
 
-def test_a_fresh_conditional_model_is_the_unconditional_one():
-    torch.manual_seed(0)
-    plain = transformer(**SMALL)
-    told_model = transformer(**SMALL, uses_time=True, classes=3)
+@both
+def test_a_fresh_conditional_model_is_the_unconditional_one(options):
+    plain = fresh(**options)
+    told_model = fresh(**options, uses_time=True, classes=3)
     missing, unexpected = told_model.load_state_dict(plain.state_dict(), strict=False)
     assert missing
     assert not unexpected
-    tokens = canvas()
+    tokens = canvas_of(plain)
     assert torch.equal(told_model(tokens, t=torch.tensor([0.3, 0.6])), plain(tokens))
 
 
 @pytest.mark.parametrize("options", SHAPES)
 def test_the_gradient_reaches_every_weight(options):
     model = randomised(**options)
-    tokens = canvas() if model.config.mask_id == 11 else canvas() % 11
+    tokens = canvas_of(model)
     model(tokens, at=tokens % 2 == 1, **told(options)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert bool((parameter.grad != 0).any()), name
@@ -262,13 +312,15 @@ def test_dropout_follows_the_generator_and_sleeps_in_evaluation():
     assert not torch.allclose(one, other)
 
 
-def test_half_precision_stays_close_and_double_is_double():
-    model, tokens = randomised(), canvas()
+@both
+def test_half_precision_stays_close_and_double_is_double(options):
+    model = randomised(**options)
+    tokens = canvas_of(model)
     expected = model(tokens)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(tokens)
-    half = randomised().to(torch.bfloat16)(tokens)
-    double = randomised().double()(tokens)
+    half = randomised(**options).to(torch.bfloat16)(tokens)
+    double = randomised(**options).double()(tokens)
     assert (mixed.dtype, half.dtype, double.dtype) == (torch.bfloat16,) * 2 + (torch.float64,)
     # bfloat16 keeps 8 bits: an error of 2^-8 of the logits' scale, a few layers deep.
     scale = float(expected.detach().std())
@@ -277,10 +329,12 @@ def test_half_precision_stays_close_and_double_is_double():
     torch.testing.assert_close(double.float(), expected, atol=1e-4, rtol=0)
 
 
-def test_it_answers_as_transformers_does():
-    model, tokens = randomised(), canvas()
+@both
+def test_it_answers_as_transformers_does(options):
+    model = randomised(**options)
+    tokens = canvas_of(model)
     mask = torch.ones_like(tokens)
-    mask[0, 9:] = 0
+    mask[0, 8:] = 0
     labels = torch.full_like(tokens, -100)
     labels[:, 3:6] = 2
     output = model(input_ids=tokens, attention_mask=mask, labels=labels)
@@ -292,15 +346,17 @@ def test_it_answers_as_transformers_does():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_adapter_trains_and_merges():
+@both
+def test_an_adapter_trains_and_merges(options):
     from peft import LoraConfig, get_peft_model
 
-    base, tokens = randomised(), canvas()
+    base = randomised(**options)
+    tokens = canvas_of(base)
     before = base(tokens)
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["qkv", "into", "out"]))
     assert isinstance(adapted, Denoiser)
     assert adapted.uses_time is False
-    at = tokens == 11
+    at = tokens == base.config.mask_id
     torch.testing.assert_close(adapted(tokens, at=at), before[at], atol=TOLERANCE, rtol=0)
     optimiser = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=0.1)
     for _ in range(2):
@@ -309,7 +365,8 @@ def test_an_adapter_trains_and_merges():
     after = adapted(tokens, at=at)
     assert not torch.allclose(after, before[at], atol=1e-3)
     merged = adapted.merge_and_unload()
-    assert isinstance(merged, TransformerForMaskedLM)
+    expected = BitTransformerForMaskedLM if options else TransformerForMaskedLM
+    assert type(merged) is expected
     torch.testing.assert_close(merged(tokens, at=at), after, atol=1e-4, rtol=1e-4)
 
 
