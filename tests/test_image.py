@@ -16,6 +16,7 @@ from mdiff.modalities.image import image
 from mdiff.picture_rows import variants
 from mdiff.pictures import Pictures, PictureSource
 from mdiff.pipeline import Pipeline
+from mdiff.shard_writing import write_shards
 
 SIZE = (4, 6)
 NAMES = ["ant", "bee", "cat"]
@@ -269,3 +270,22 @@ def test_a_pil_image_is_as_good_as_an_array():
     made = joint()
     array = pictures().pixels[0, 0].numpy()
     assert made.canvas({"image": Image.fromarray(array)}) == made.canvas({"image": array})
+
+
+def test_training_reads_tokens_that_were_written_before(tmp_path):
+    data, codec = pictures(), levels(levels=4, step=60)
+    write_shards(data, tmp_path / "tokens", codec=codec, rows=5, workers=1)
+    source = {"source": str(tmp_path / "tokens"), "holdout": 0.25, "captions": "data"}
+    options = {"size": SIZE, "label": "part", "caption": {"length": 8, "vocab_size": 257}}
+    stored, plain = (image(codec=codec, **options) for _ in range(2))
+    for split in ("train", "holdout"):
+        rows = stored.examples(source, split=split)
+        shares = {"holdout": 0.25, "validation": 0.0}
+        plain.examples(data.split("train", **shares), split="all")
+        same = plain.examples(data.split(split, **shares), split="all")
+        assert torch.equal(rows.tokens, same.tokens)
+    other = image(codec=levels(levels=5, step=60), **options)
+    with pytest.raises(DataError, match="another codec"):
+        other.examples(source)
+    with pytest.raises(ConfigError, match="without flip and shift"):
+        stored.examples(source | {"flip": True})

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+
+import numpy as np
 import pytest
 import torch
 from toys import HashDenoiser
 
 from mdiff import sample
+from mdiff.backbones.transformer import transformer
+from mdiff.codec import load_codec, make_codec, save_codec
+from mdiff.codecs.levels import levels
+from mdiff.conditioning import drop_condition
 from mdiff.denoiser import from_logits, guided
+from mdiff.errors import ConfigError
 from mdiff.filling import reveal_counts, schedule_counts
 from mdiff.find import find, names
+from mdiff.modalities.image import image
 from mdiff.objective import masked_diffusion_loss, nll_bound
+from mdiff.pipeline import Pipeline
 from mdiff.schedule import Arccos, Cosine, Linear
 from mdiff.tokens import TokenSpace
 
@@ -178,3 +188,147 @@ def test_ties_go_to_the_first_place_and_the_count_is_kept(score, temperature):
         revealed = hidden & (hidden.cumsum(1) <= state.revealed.sum(1, keepdim=True))
         assert torch.equal(state.revealed, revealed)
         hidden = hidden & ~state.revealed
+
+
+def labelled(**options):
+    """A small model of labelled pictures with lively weights, untrained."""
+    torch.manual_seed(0)
+    made = image(codec=levels(levels=4, step=60), size=(4, 6), label="condition", labels=["a", "b"])
+    space = made.space
+    model = transformer(
+        vocab_size=space.vocab_size, mask_id=space.mask_id, layout=made.layout, width=24, depth=1,
+        heads=2, classes=2, init_std=0.5, **options,
+    )  # fmt: skip
+    with torch.no_grad():
+        for module in model.modules():
+            if getattr(module, "modulation", None) is not None:
+                module.modulation.weight.normal_(std=0.5)
+    return Pipeline(model.eval(), space, made, window=made.length)
+
+
+def test_a_variation_of_strength_one_makes_every_token_anew():
+    pipe = labelled()
+    picture = np.full((4, 6), 60, dtype=np.uint8)
+    edits = pipe.modality.edited(picture, None, given={}, strength=1.0, seeds=torch.arange(3))
+    assert all(canvas == [pipe.space.mask_id] * 24 for canvas in edits.canvases)
+    # And a little less than one is a little less: 23 of 24, not all or one.
+    edits = pipe.modality.edited(picture, None, given={}, strength=0.96, seeds=torch.arange(3))
+    assert {canvas.count(pipe.space.mask_id) for canvas in edits.canvases} == {23}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 3), (8, 8)])
+def test_a_labelled_model_takes_a_grid_of_any_sides(size):
+    made = image(codec=levels(levels=4, step=60), size=size, label="condition", labels=["a", "b"])
+    space = made.space
+    model = transformer(
+        vocab_size=space.vocab_size, mask_id=space.mask_id, layout=made.layout, width=24, depth=1,
+        heads=2, classes=2,
+    )  # fmt: skip
+    pipe = Pipeline(model.eval(), space, made, window=made.length)
+    for name in ("halton", "confidence"):
+        drawn = pipe.generate({"label": "b"}, n=2, sampler=name, steps=3)
+        assert all(one.output.size == (size[1], size[0]) for one in drawn)
+
+
+def test_a_label_is_left_out_with_the_probability_asked_for_and_kept_otherwise():
+    kept = drop_condition(
+        {"label": torch.zeros(20_000, dtype=torch.int64)}, without={"label": torch.tensor([1])},
+        share=0.1, seed=0, sample=torch.arange(20_000),
+    )["label"]  # fmt: skip
+    # Five standard deviations of a binomial are 0.0106: false alarm below 1e-6.
+    assert abs(float((kept == 0).double().mean()) - 0.9) < 0.0106
+
+
+def test_every_named_option_of_a_sampler_is_reached_and_makes_a_difference():
+    model, canvas = HashDenoiser(SPACE), torch.full((4, 24), 16)
+    for name, options in (
+        ("confidence", [{"score": s} for s in ("confidence", "entropy", "margin")]),
+        ("confidence", [{"counts": c} for c in ("schedule", "even")]),
+        ("confidence", [{"noise": n} for n in (0.0, 4.5)]),
+        ("any_order", [{"order": o} for o in ("left_to_right", "right_to_left", "random")]),
+        ("halton", [{"counts": c} for c in ("schedule", "even", "root", "square")]),
+        ("halton", [{"roll": r} for r in (False, True)]),
+    ):
+        found = {
+            tuple(sample(model, canvas, space=SPACE, sampler=name, steps=5, **each).tokens
+                  .flatten().tolist())
+            for each in options
+        }  # fmt: skip
+        assert len(found) == len(options), (name, options)
+
+
+def test_the_noise_of_confidence_falls_linearly_and_does_not_compound(monkeypatch):
+    seen = []
+
+    def spy(fill, asked, drawn, score, noise, step):
+        seen.append(float(noise[0]))
+        return torch.where(asked, 0.0, -torch.inf)
+
+    monkeypatch.setattr(importlib.import_module("mdiff.samplers.confidence"), "_scores", spy)
+    sample(HashDenoiser(SPACE), torch.full((1, 24), 16), space=SPACE, sampler="confidence", steps=5,
+           noise=10.0)  # fmt: skip
+    assert seen == pytest.approx([8.0, 6.0, 4.0, 2.0, 0.0])
+
+
+def test_a_model_is_told_the_same_time_in_sampling_as_in_training():
+    heard: list[tuple[float, float]] = []
+
+    class Listening:
+        uses_time = True
+
+        def __call__(self, tokens, *, at=None, t=None, **rest):
+            share = (tokens == 16).double().mean(1)
+            heard.extend(zip(t.tolist(), share.tolist()))
+            logits = torch.zeros(*tokens.shape, 16)
+            return logits if at is None else logits[at]
+
+    schedule = Cosine()
+    tokens = torch.zeros(64, 400, dtype=torch.int64)
+    masked_diffusion_loss(Listening(), tokens, space=SPACE, schedule=schedule, seed=0)
+    trained = list(heard)
+    heard.clear()
+    for name in ("first_hitting", "confidence"):
+        options = {"per_call": 40} if name == "first_hitting" else {"steps": 10}
+        sample(Listening(), torch.full((4, 400), 16), space=SPACE, sampler=name,
+               schedule=schedule, **options)  # fmt: skip
+    # Five standard deviations of 400 coins; a call of first hitting stands up to 40 places off.
+    for told, slack in ((trained, 0.125), (heard, 0.225)):
+        assert len(told) > 10
+        for t, share in told:
+            m = float(schedule.mask_prob(torch.tensor(t, dtype=torch.float64)))
+            assert abs(m - share) < slack
+
+
+def test_codes_decode_whatever_their_width_and_after_loading(tmp_path):
+    made = make_codec({"name": "vq", "channels": 1, "stride": 2, "codebook_size": 7,
+                       "code_width": 3, "splits": 2, "width": 4})  # fmt: skip
+    ids = torch.randint(0, 7, (3, 4, 5, 2), generator=torch.Generator().manual_seed(0))
+    pictures = made.decode(ids)
+    assert pictures.shape == (3, 1, 8, 10)
+    save_codec(made, tmp_path)
+    assert torch.equal(load_codec(tmp_path).decode(ids), pictures)
+
+
+def test_guidance_needs_no_second_condition_from_the_caller():
+    pipe = labelled()
+    drawn = pipe.generate({"label": "a"}, guidance_scale=3.0, sampler="halton", steps=4)
+    assert drawn[0].calls == 8
+    with pytest.raises(ConfigError, match="without a condition"):
+        pipe.generate(guidance_scale=3.0)
+
+
+def test_the_quantisers_losses_are_finite_and_their_codes_in_range():
+    pixels = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(1))  # fmt: skip
+    for described in (
+        {"name": "vq", "codebook_size": 16},
+        {"name": "bits", "quantizer": "lfq", "bits": 4},
+        {"name": "bits", "quantizer": "fsq", "levels": [4, 4]},
+    ):
+        said: list[str] = []
+        made = make_codec(described | {"channels": 1, "stride": 4, "width": 4, "steps": 6,
+                                       "batch_size": 8})  # fmt: skip
+        made.fit(pixels, report=said.append)
+        ids = made.encode(pixels)
+        assert 0 <= int(ids.min()) <= int(ids.max()) < made.codebook_size
+        assert "nan" not in said[-1]

@@ -16,7 +16,15 @@ from mdiff.editing import Edits, as_picture, hidden_share, pixel_mask, shown_pic
 from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
 from mdiff.files import read_json
 from mdiff.picture_rows import PictureRows, variants
-from mdiff.pictures import Pictures, PictureSource, as_array, digest_of, read_pictures
+from mdiff.pictures import (
+    Pictures,
+    PictureSource,
+    as_array,
+    digest_of,
+    read_pictures,
+    split_index,
+)
+from mdiff.shards import Shards, holds_shards, open_shards
 from mdiff.tokenizer import BytePairs
 from mdiff.tokens import TokenSpace
 
@@ -296,6 +304,8 @@ class Image:
             source, everything = PictureSource(source="given"), data
         else:
             source = PictureSource.of(data)
+            if any(holds_shards(path) for path in source.paths):
+                return self._from_shards(source, length=length, split=split)
             everything = read_pictures(source, channels=self.codec.channels, size=self.size)
         shares = {"holdout": source.holdout, "validation": source.validation}
         self._learn(everything, shares)
@@ -304,30 +314,49 @@ class Image:
         codes = torch.stack([self.codes(pixels) for pixels in seen], 1)
         return self._rows(codes, chosen.labels, chosen.captions, length, digest_of(chosen))
 
+    def _from_shards(self, source: PictureSource, *, length: int | None, split: str) -> PictureRows:
+        """Rows of pictures that were tokenised before, by this very codec."""
+        if len(source.paths) > 1 or source.flip or source.shift:
+            raise ConfigError("data.source of tokens is one folder, without flip and shift")
+        stored = open_shards(source.paths[0], codec=self.codec)
+        if stored.size != tuple(self.size):
+            raise DataError(
+                f"{source.source}: tokens of {stored.size[0]} x {stored.size[1]} pixels, this "
+                f"model's have {self.size[0]} x {self.size[1]}"
+            )
+        shares = (source.holdout, source.validation)
+        known = stored.groups or len(stored)
+        self._learn_names(stored.labels, stored.label_names)
+        if self.caption:
+            self._fit_captions(_chosen(stored, split_index(known, "train", *shares)))
+        index = split_index(known, split, *shares)
+        if not len(index):
+            raise DataError(f"the {split} split of {len(stored)} pictures is empty")
+        labels = None if stored.labels is None else stored.labels[index]
+        codes = stored.ids[index].flatten(1)[:, None].long()
+        return self._rows(codes, labels, _chosen(stored, index), length, stored.digest)
+
     def _learn(self, pictures: Pictures, shares: dict[str, float]) -> None:
         """Take labels and the captions' tokenizer from the data where they are not known."""
-        if self.label != "none":
-            if pictures.labels is None:
-                raise DataError("the pictures have no labels: modality.label must be none")
-            if self.labels is None:
-                self.labels = [name.lower() for name in pictures.label_names]
-            if int(pictures.labels.max()) >= len(self.labels):
-                raise DataError(
-                    f"label {int(pictures.labels.max())}: the modality names {len(self.labels)}"
-                )
-        if pictures.captions is not None:
-            train = pictures.split("train", **shares)
-            self._fit_captions(train.captions, None)
-        elif self.caption:
-            raise DataError("the pictures have no captions: set data.captions")
+        self._learn_names(pictures.labels, pictures.label_names)
+        if self.caption:
+            self._fit_captions(pictures.split("train", **shares).captions)
 
-    def _fit_captions(self, captions: list[str] | None, index: Tensor | None) -> None:
-        if not self.caption or self.words is not None:
+    def _learn_names(self, labels: Tensor | None, names: list[str]) -> None:
+        if self.label == "none":
             return
+        if labels is None:
+            raise DataError("the pictures have no labels: modality.label must be none")
+        if self.labels is None:
+            self.labels = [name.lower() for name in names]
+        if int(labels.max()) >= len(self.labels):
+            raise DataError(f"label {int(labels.max())}: the modality names {len(self.labels)}")
+
+    def _fit_captions(self, captions: list[str] | None) -> None:
         if captions is None:
             raise DataError("the pictures have no captions: set data.captions")
-        chosen = captions if index is None else [captions[i] for i in index.tolist()]
-        self.words = BytePairs.learn(chosen, size=self.caption["vocab_size"])
+        if self.caption and self.words is None:
+            self.words = BytePairs.learn(captions, size=self.caption["vocab_size"])
 
     def _rows(
         self, codes: Tensor, labels: Tensor | None, captions: list[str] | None,
@@ -435,6 +464,11 @@ def image(
     return Image(
         made, size=(sides[0], sides[1]), labels=labels, label=label, caption=caption, words=words
     )
+
+
+def _chosen(stored: Shards, index: Tensor) -> list[str] | None:
+    """The captions of the items numbered `index`, or None."""
+    return stored.captions and [stored.captions[i] for i in index.tolist()]
 
 
 def _codec(codec: Any, folder: str | Path | None) -> Any:
