@@ -68,7 +68,8 @@ def fit_networks(
     """Train the three on pictures (N, C, H, W) uint8; the quantiser as it is in the end.
 
     `quantizer()` gives a module (B, D, h, w) -> (quantised, ids, loss). The networks start
-    anew from the seed, and torch's own generator is left as it was. Matrices are bfloat16.
+    anew from the seed, and torch's own generator is left as it was. Their matrices are
+    bfloat16, the quantiser's float32.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -89,7 +90,9 @@ def fit_networks(
             batch = images[(picked * len(images)).long()].float() / 127.5 - 1
             with torch.autocast(batch.device.type, torch.bfloat16):
                 features = encoder(batch)
-                quantised, ids, loss = quantize(features.float())
+                # Codes are searched and averaged in float32: the networks alone are bfloat16.
+                with torch.autocast(batch.device.type, enabled=False):
+                    quantised, ids, loss = quantize(features.float())
                 back = decoder(quantised).float()
             error = back - batch
             value = error.abs().mean() + error.square().mean() + loss.sum()
