@@ -30,6 +30,7 @@ class Judge(nn.Module):
     def __init__(self, *, size: tuple[int, int], channels: int, labels: list[str]) -> None:
         super().__init__()
         self.size, self.channels, self.labels = size, channels, labels
+        self.name, self.width = "a small classifier", FEATURES
         widths = (channels, 32, 64, 64)
         self.convolutions = nn.Sequential(*[
             layer

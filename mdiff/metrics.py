@@ -6,16 +6,23 @@ distance between two pictures is Euclidean over all their values.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mdiff.errors import BackendError, DataError
+from mdiff.errors import BackendError, CheckpointError, DataError
+from mdiff.files import read_tensors
 
 WHITE = 255.0
 # Pictures whose distances to all others are held at a time.
 ROWS = 512
+# Pictures that Inception sees at a time.
+INCEPTION = 32
+INCEPTION_NEEDS = ("torchmetrics", "torch_fidelity", "torchvision")
 
 
 class Nearest(NamedTuple):
@@ -123,6 +130,43 @@ def pixel_features(pictures: Tensor, *, side: int = 8) -> Tensor:
         )
     size = (min(side, pictures.shape[2]), min(side, pictures.shape[3]))
     return nn.functional.adaptive_avg_pool2d(pictures.float() / WHITE, size).flatten(1)
+
+
+def inception_features(pictures: Tensor, *, weights: str) -> Tensor:
+    """The 2,048 features of the FID's Inception v3, (N, 2048) float32, by torch-fidelity.
+
+    `pictures` (N, C, H, W) uint8, grey ones in three equal channels; `weights` is the path of
+    the network's tensors, by torch-fidelity's names, as safetensors. Raises BackendError where
+    what is needed is not installed, CheckpointError for a file that does not hold them.
+    """
+    if pictures.dim() != 4 or pictures.dtype != torch.uint8 or pictures.shape[1] not in (1, 3):
+        raise DataError(
+            f"pictures {tuple(pictures.shape)} {pictures.dtype}: expected (N, 1 or 3, H, W) uint8"
+        )
+    missing = [name for name in INCEPTION_NEEDS if find_spec(name) is None]
+    if missing:
+        names = " ".join(missing).replace("_", "-")
+        raise BackendError(f"Inception needs what is not installed: pip install {names}")
+    network = _inception(read_tensors(Path(weights)), weights)
+    with torch.no_grad():
+        shown = [network(some.expand(-1, 3, -1, -1)) for some in torch.split(pictures, INCEPTION)]
+    return torch.cat(shown)
+
+
+def _inception(tensors: dict[str, Tensor], origin: str) -> nn.Module:
+    """The network with these weights; CheckpointError where they are not all of its."""
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    # torch-fidelity unpickles the file that it is given, so it gets one written here.
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "inception.pth"
+        torch.save(tensors, path)
+        try:
+            network: nn.Module = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            raise CheckpointError(f"{origin} does not hold Inception's weights: {first}") from error
+    return network
 
 
 def _to_nearest(pictures: Tensor, others: Tensor) -> float:
