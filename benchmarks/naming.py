@@ -40,7 +40,7 @@ def main() -> None:
     held = everything.split("holdout", holdout=0.1, validation=0.0)
     captions = held.captions or []
     room = modality.span("caption").stop - modality.span("caption").start
-    fits = [len(modality.tokenizer.encode(caption)) <= room for caption in captions]
+    fits = [len(modality.captions.words.encode(caption)) <= room for caption in captions]
     different = sorted({caption for caption, fit in zip(captions, fits) if fit})
     choose = random.Random(0)
     shown = choose.sample(

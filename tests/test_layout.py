@@ -26,13 +26,13 @@ FLOORS = [
     {"errors"},
     {"tokens", "schedule", "denoiser", "data"},
     {"ops", "objective", "filling", "layers", "conditioning"},
-    {"modalities", "codecs", "backbones", "samplers", "canvas", "codec",
+    {"modalities", "codecs", "backbones", "samplers", "canvas", "captions", "codec",
      "codec_networks", "codec_training", "editing", "emoji", "files", "find", "order",
      "packing", "picture_rows", "pictures", "safe_yaml", "shard_writing", "shards",
      "sources", "tokenizer"},
     {"config", "checkpoint", "locate", "loading", "journal", "optim", "training_state"},
     {"stepping", "run", "train", "generation", "sampling", "pipeline", "representation",
-     "metrics", "judge", "scoring", "evaluate", "selftest", "trace"},
+     "metrics", "judge", "scoring", "picture_figures", "evaluate", "selftest", "trace", "ranking"},
     {"cli", "__main__"},
 ]  # fmt: skip
 ROOMS = {"modalities", "codecs", "backbones", "samplers"}

@@ -11,6 +11,7 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
+from mdiff.captions import Captions
 from mdiff.codec import Codec, load_codec, make_codec, save_codec
 from mdiff.editing import Edits, as_picture, hidden_share, pixel_mask, shown_pictures, touched
 from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
@@ -25,13 +26,10 @@ from mdiff.pictures import (
     split_index,
 )
 from mdiff.shards import Shards, holds_shards, open_shards
-from mdiff.tokenizer import BytePairs
 from mdiff.tokens import TokenSpace
 
 SETTINGS = "modality.json"
-CAPTIONS = "captions"
 LABELS = ("none", "condition", "part")
-CAPTION_DEFAULTS = {"length": 16, "vocab_size": 512}
 
 
 class Image:
@@ -46,10 +44,10 @@ class Image:
 
     def __init__(
         self, codec: Codec, *, size: tuple[int, int], labels: list[str] | None, label: str,
-        caption: dict[str, int] | None, words: BytePairs | None,
+        captions: Captions | None,
     ) -> None:  # fmt: skip
         self.codec, self.size, self.labels = codec, size, labels
-        self.label, self.caption, self.words = label, caption, words
+        self.label, self.captions = label, captions
 
     @property
     def unit(self) -> str:
@@ -73,13 +71,13 @@ class Image:
         """The canvas as runs of (h, w, tokens a place), for a backbone's positions."""
         runs = [(*self.cells, self.codec.splits)]
         runs += [(1, 1, 1)] if self.label == "part" else []
-        return runs + ([(1, self.caption["length"], 1)] if self.caption else [])
+        return runs + ([(1, self.captions.length, 1)] if self.captions else [])
 
     @property
     def part_names(self) -> tuple[str, ...]:
         """The names of the canvas's parts, in order."""
         more = ["label"] if self.label == "part" else []
-        return ("image", *more, *(["caption"] if self.caption else []))
+        return ("image", *more, *(["caption"] if self.captions else []))
 
     @property
     def parts(self) -> tuple[tuple[int, int, int], ...]:
@@ -88,8 +86,8 @@ class Image:
         sizes = {"image": self.codec.codebook_size}
         if self.label == "part":
             sizes["label"] = len(self._known_labels())
-        if self.caption:
-            sizes["caption"] = self.tokenizer.size + 1
+        if self.captions:
+            sizes["caption"] = self.captions.size
         for name, (h, w, each) in zip(self.part_names, self.layout):
             found.append((h * w * each, first, first + sizes[name]))
             first += sizes[name]
@@ -116,13 +114,6 @@ class Image:
     def without(self) -> dict[str, Tensor]:
         """The condition that says nothing: the label after the last."""
         return {"label": torch.tensor([self.classes])} if self.classes else {}
-
-    @property
-    def tokenizer(self) -> BytePairs:
-        """The captions' tokenizer; ConfigError where it has not been trained."""
-        if self.words is None:
-            raise ConfigError("the captions' tokenizer is not trained yet: give it data first")
-        return self.words
 
     def _known_labels(self) -> list[str]:
         if not self.labels:
@@ -165,14 +156,11 @@ class Image:
         return known.index(name)
 
     def caption_ids(self, caption: str, *, cut: bool = False) -> list[int]:
-        """The caption's tokens, padded by the end id; DataError where too long, or it is cut."""
-        where = self.span("caption")
-        room = where.stop - where.start
-        _, first, stop = self.parts[-1]
-        ids = [first + i for i in self.tokenizer.encode(caption)]
-        if len(ids) > room and not cut:
-            raise DataError(f"the caption {caption!r} takes {len(ids)} tokens, at most {room} fit")
-        return ids[:room] + [stop - 1] * (room - len(ids))
+        """The caption's ids in the canvas; one that is too long is cut, or a DataError."""
+        self.span("caption")
+        first = self.parts[-1][1]
+        known = self.captions
+        return [] if known is None else [first + i for i in known.encode(caption, cut=cut)]
 
     def encode(self, given: Any) -> list[int]:
         """The canvas of an item in full: a picture, or a mapping with every part."""
@@ -266,26 +254,17 @@ class Image:
 
     def _said_caption(self, ids: Sequence[int]) -> str:
         _, first, stop = self.parts[-1]
-        spoken = []
-        for token in ids:
-            if token == stop - 1:
-                break
-            if first <= token < stop:
-                spoken.append(token - first)
-        return self.tokenizer.decode(spoken)
+        said = [token - first if first <= token < stop else None for token in ids]
+        return "" if self.captions is None else self.captions.decode(said)
 
     def pieces(self, ids: Sequence[int]) -> list[str | None]:
         """Each token as its number, None where it is hidden; captions as text."""
         mask = self.space.mask_id
         written = [None if token == mask else f"{token} " for token in ids]
         if "caption" in self.part_names:
-            where = self.span("caption")
-            _, first, stop = self.parts[-1]
-            for place in range(where.start, where.stop):
-                token = ids[place]
-                if first <= token < stop:
-                    spoken = [] if token == stop - 1 else [token - first]
-                    written[place] = self.tokenizer.decode(spoken)
+            for place in range(*self.span("caption").indices(len(ids))):
+                if ids[place] != mask:
+                    written[place] = self._said_caption([ids[place]])
         return written
 
     def examples(
@@ -327,8 +306,8 @@ class Image:
         shares = (source.holdout, source.validation)
         known = stored.groups or len(stored)
         self._learn_names(stored.labels, stored.label_names)
-        if self.caption:
-            self._fit_captions(_chosen(stored, split_index(known, "train", *shares)))
+        if self.captions:
+            self._learn_captions(_chosen(stored, split_index(known, "train", *shares)))
         index = split_index(known, split, *shares)
         if not len(index):
             raise DataError(f"the {split} split of {len(stored)} pictures is empty")
@@ -339,8 +318,8 @@ class Image:
     def _learn(self, pictures: Pictures, shares: dict[str, float]) -> None:
         """Take labels and the captions' tokenizer from the data where they are not known."""
         self._learn_names(pictures.labels, pictures.label_names)
-        if self.caption:
-            self._fit_captions(pictures.split("train", **shares).captions)
+        if self.captions:
+            self._learn_captions(pictures.split("train", **shares).captions)
 
     def _learn_names(self, labels: Tensor | None, names: list[str]) -> None:
         if self.label == "none":
@@ -352,11 +331,11 @@ class Image:
         if int(labels.max()) >= len(self.labels):
             raise DataError(f"label {int(labels.max())}: the modality names {len(self.labels)}")
 
-    def _fit_captions(self, captions: list[str] | None) -> None:
+    def _learn_captions(self, captions: list[str] | None) -> None:
         if captions is None:
             raise DataError("the pictures have no captions: set data.captions")
-        if self.caption and self.words is None:
-            self.words = BytePairs.learn(captions, size=self.caption["vocab_size"])
+        if self.captions:
+            self.captions.learn(captions)
 
     def _rows(
         self, codes: Tensor, labels: Tensor | None, captions: list[str] | None,
@@ -370,7 +349,7 @@ class Image:
                 raise DataError("the pictures have no labels: modality.label must not be part")
             _, first, _ = self.parts[self.part_names.index("label")]
             parts.append((first + labels)[:, None, None].expand(count, versions, 1))
-        if self.caption:
+        if self.captions:
             if captions is None:
                 raise DataError("the pictures have no captions: set data.captions")
             told = torch.tensor([self.caption_ids(caption, cut=True) for caption in captions])
@@ -401,16 +380,15 @@ class Image:
             "size": list(self.size),
             "labels": self.labels,
             "label": self.label,
-            "caption": self.caption,
+            "caption": self.captions.config() if self.captions else None,
         }
 
     def save(self, folder: str | Path) -> None:
         """Write the codec and the captions' tokenizer, with `config()` as modality.json."""
         folder = Path(folder)
         save_codec(self.codec, folder)
-        if self.words is not None:
-            (folder / CAPTIONS).mkdir()
-            self.words.save(folder / CAPTIONS)
+        if self.captions:
+            self.captions.save(folder)
         settings = json.dumps(self.config(), indent=1, ensure_ascii=False)
         (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
 
@@ -446,24 +424,11 @@ def image(
         labels = [str(name).lower() for name in labels]
         if not labels or len(set(labels)) != len(labels):
             raise ConfigError("modality.labels: expected different names, at least one")
-    if caption is not None:
-        caption = dict(CAPTION_DEFAULTS) | dict(caption)
-        for key, value in caption.items():
-            if key not in CAPTION_DEFAULTS:
-                raise ConfigError(
-                    f"unknown key modality.caption.{key}; {nearest(key, CAPTION_DEFAULTS)}"
-                )
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"modality.caption.{key}={value!r}: expected a whole number")
-    words = None
-    if folder is not None and caption is not None and (Path(folder) / CAPTIONS).is_dir():
-        words = BytePairs.read(Path(folder) / CAPTIONS)
+    captions = None if caption is None else Captions.of(caption, folder)
     made = _codec(codec, folder)
     if any(side % made.stride for side in sides):
         raise ConfigError(f"modality.size={sides}: the codec's places have {made.stride} pixels")
-    return Image(
-        made, size=(sides[0], sides[1]), labels=labels, label=label, caption=caption, words=words
-    )
+    return Image(made, size=(sides[0], sides[1]), labels=labels, label=label, captions=captions)
 
 
 def _chosen(stored: Shards, index: Tensor) -> list[str] | None:
