@@ -55,6 +55,20 @@ class BitTransformerConfig(TransformerConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layout is not None:
             self._take_layout()
+        each = self._settle_bits()
+        self._agree("vocab_size", 2**each)
+        self._agree("mask_id", 2**each)
+        self._agree("max_length", self.places * self.groups)
+        if self.embedding not in ("bits", "table"):
+            raise ConfigError(f"embedding={self.embedding!r}: expected 'bits' or 'table'")
+        if not isinstance(self.mask_vector, bool):
+            raise ConfigError(f"mask_vector={self.mask_vector!r}: expected true or false")
+        if self.causal or self.tie:
+            raise ConfigError("causal and tie: a place's groups are written at once, by own heads")
+        super().__post_init__(**kwargs)
+
+    def _settle_bits(self) -> int:
+        """Set bits and groups where they follow from the other options; the bits of a group."""
         # None is how a caller leaves these to follow from the others.
         groups: Any = self.groups
         bits: Any = self.bits
@@ -67,6 +81,12 @@ class BitTransformerConfig(TransformerConfig):
             )
         if bits is None and _is_whole(self.vocab_size):
             bits = groups * (self.vocab_size.bit_length() - 1)
+            below = 2 ** (bits // groups)
+            if below != self.vocab_size:
+                raise ConfigError(
+                    f"vocab_size={self.vocab_size}: bits make a power of two, {below} or "
+                    f"{2 * below}"
+                )
         each = bits // groups if _is_whole(bits) else 0
         if not 1 <= each <= MOST_BITS_A_GROUP or bits != groups * each:
             raise ConfigError(
@@ -74,16 +94,7 @@ class BitTransformerConfig(TransformerConfig):
                 f"{MOST_BITS_A_GROUP} bits each"
             )
         self.groups, self.bits = groups, bits
-        self._agree("vocab_size", 2**each)
-        self._agree("mask_id", 2**each)
-        self._agree("max_length", self.places * self.groups)
-        if self.embedding not in ("bits", "table"):
-            raise ConfigError(f"embedding={self.embedding!r}: expected 'bits' or 'table'")
-        if not isinstance(self.mask_vector, bool):
-            raise ConfigError(f"mask_vector={self.mask_vector!r}: expected true or false")
-        if self.causal or self.tie:
-            raise ConfigError("causal and tie: a place's groups are written at once, by own heads")
-        super().__post_init__(**kwargs)
+        return int(each)
 
     def _take_layout(self) -> None:
         """Read the one run of a layout as the grid and the groups."""
@@ -100,7 +111,7 @@ class BitTransformerConfig(TransformerConfig):
     def _agree(self, name: str, value: Any) -> None:
         """Set an option to what the others make it; ConfigError where it says otherwise."""
         given = getattr(self, name)
-        if given is not None and (list(given) if name == "grid" else given) != value:
+        if given is not None and (list(given) if isinstance(given, tuple) else given) != value:
             raise ConfigError(f"{name}={given!r}: the other options make it {value!r}")
         setattr(self, name, value)
 
