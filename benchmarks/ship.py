@@ -2,11 +2,11 @@
 
     python benchmarks/ship.py RUN NAME --recipe RECIPE.yaml --made "in 1 hour on two cores of ..."
 
-RUN is a training run or one of its checkpoints. One temperature is fitted on the recipe's
-validation slice (Guo et al. 2017) and folded into the head: a model that has seen a small text
-many times is surer than it should be. The card takes its figures from
-benchmarks/results/bound.json if they are of these very weights, so ship, run bound.py, and ship
-again. What it says of the data is in CARDS below.
+RUN is a training run or one of its checkpoints. For a model of text one temperature is fitted on
+the recipe's validation slice (Guo et al. 2017) and folded into the head: a model that has seen a
+small text many times is surer than it should be. The card takes its figures from
+benchmarks/results if they are of these very weights, so ship, run the benchmarks, and ship again:
+the same run gives the same weights. What it says of the data is in CARDS below.
 """
 
 from __future__ import annotations
@@ -41,6 +41,35 @@ CARDS = {
         "use": "Demonstrations, tests and experiments on two CPU cores. It writes verse that "
         "sounds right and means little; it knows nothing else.",
     },
+    "fashion": {
+        "title": "A small masked-diffusion model of clothes, by label",
+        "data": "Fashion-MNIST (Xiao et al. 2017; github.com/zalandoresearch/fashion-mnist), the "
+        "60,000 training pictures of 28 x 28 greys; the last 10,000 are held out, of the others "
+        "the last fiftieth was kept for choosing. The codec saw the first 50,000.",
+        "licence": "The weights are Apache-2.0 like the package; the data are MIT (Zalando SE).",
+        "use": "Demonstrations, tests and experiments with guidance and samplers on two cores.",
+    },
+    "emoji": {
+        "title": "A small masked-diffusion model of emoji and their names, either from the other",
+        "data": "Noto emoji (github.com/googlefonts/noto-emoji, png/32): 3,583 pictures of 32 x 32 "
+        "on white, with the Unicode names of their code points as captions; a tenth of the "
+        "bases, with all their variants, is held out, from the codec too.",
+        "licence": "The weights are Apache-2.0 like the package; so are the pictures (Google).",
+        "use": "Demonstrations, tests and experiments with several parts of one canvas. It draws "
+        "what looks like an emoji, often a variant of one that it has seen.",
+    },
+}
+# The results that a card shows, and their keys with what they are called there.
+SHOWN = {
+    "fashion": [
+        ("fashion_card", "class_agreement", "samples of the asked label by a classifier, 16 calls"),
+        ("fashion_card", "diversity", "distance within a label, as a share of real pictures'"),
+        ("fashion_card", "frechet_ratio", "Frechet distance at 16 steps over that at 64"),
+    ],
+    "emoji": [
+        ("naming", "top_5_of_20", "right name in the best 5 of 20, held-out pictures"),
+        ("naming", "top_1_of_20", "right name first of 20, held-out pictures"),
+    ],
 }
 
 
@@ -79,7 +108,7 @@ def temperature_of(pipeline: Any, rows: Any, *, draws: int = 48) -> float:
 
 def card(
     name: str, run: Path, *, recipe_path: Path, made: str, weights: str, slice_sha256: str,
-    temperature: float,
+    temperature: float | None,
 ) -> str:  # fmt: skip
     """The README of the model, in Markdown."""
     about = CARDS[name]
@@ -94,13 +123,18 @@ def card(
         f"* **Licence.** {about['licence']}",
         f"* **Made by** `mdiff train {recipe_path}` {made} (torch "
         f"{training['versions']['torch'].partition('+')[0]}, precision "
-        f"{recipe['train']['precision']}); the exponential average of the weights, the head "
-        f"divided by a temperature of {temperature:.2f} fitted on the validation slice by "
-        "benchmarks/ship.py, stored in bfloat16.",
+        f"{recipe['train']['precision']}); the exponential average of the weights, "
+        + (
+            ""
+            if temperature is None
+            else f"the head divided by a temperature of {temperature:.2f} fitted on the "
+            "validation slice by benchmarks/ship.py, "
+        )
+        + "stored in bfloat16.",
         f"* **For.** {about['use']}",
     ]
-    found = RESULTS / "bound.json"
-    figures = json.loads(found.read_text())["figures"] if found.exists() else {}
+    lines += figures_of_pictures(name, weights)
+    figures = figures_in("bound")
     if figures.get("weights_sha256") == weights:
         lines += [
             "",
@@ -117,6 +151,22 @@ def card(
     return "\n".join(lines) + "\n"
 
 
+def figures_in(name: str) -> dict[str, Any]:
+    """The figures of a result, or none."""
+    found = RESULTS / f"{name}.json"
+    return json.loads(found.read_text())["figures"] if found.exists() else {}
+
+
+def figures_of_pictures(name: str, weights: str) -> list[str]:
+    """A table of the results that are of these weights."""
+    rows = []
+    for result, key, said in SHOWN.get(name, []):
+        figures = figures_in(result)
+        if figures.get("weights_sha256") == weights and key in figures:
+            rows.append(f"| {said} | {figures[key]:.3f} |")
+    return ["", "| what | figure |", "|---|---|", *rows] if rows else []
+
+
 def main() -> None:
     """Write mdiff/builtin/NAME anew."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -131,12 +181,14 @@ def main() -> None:
     modality = find("modalities", recipe.modality.name)(**recipe.modality.options)
     slices = {
         split: modality.examples(recipe.data.options, length=recipe.data.length, split=split)
-        for split in ("train", "validation")
+        for split in (["train", "validation"] if modality.name == "text" else ["train"])
     }
     pipeline = load(str(run), dtype="float32", device="cpu")
-    temperature = temperature_of(pipeline, slices["validation"])
-    with torch.no_grad():
-        pipeline.denoiser.head.weight.div_(temperature)
+    temperature = None
+    if modality.name == "text":
+        temperature = temperature_of(pipeline, slices["validation"])
+        with torch.no_grad():
+            pipeline.denoiser.head.weight.div_(temperature)
     pipeline.denoiser.bfloat16()
     target = Path(next(iter(builtin.__path__))) / options.name
     made, complete = (target.with_name(f"{options.name}.{part}") for part in ("parts", "whole"))
@@ -146,7 +198,9 @@ def main() -> None:
     weights = sha256((made / "model.safetensors").read_bytes()).hexdigest()
     with staged(complete) as folder:
         for file in made.iterdir():
-            if file.name != "manifest.json":
+            if file.is_dir():
+                shutil.copytree(file, folder / file.name)
+            elif file.name != "manifest.json":
                 shutil.copy(file, folder)
         text = card(
             options.name, run, recipe_path=options.recipe, made=options.made, weights=weights,
@@ -156,8 +210,8 @@ def main() -> None:
     shutil.rmtree(made)
     shutil.rmtree(target, ignore_errors=True)
     complete.rename(target)
-    size = sum(file.stat().st_size for file in target.iterdir())
-    print(f"{target}: {size:,} bytes, temperature {temperature:.2f}")
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    print(f"{target}: {size:,} bytes, temperature {temperature}")
 
 
 if __name__ == "__main__":

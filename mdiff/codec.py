@@ -94,6 +94,8 @@ def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
     if isinstance(described, str | Path):
         if (Path(described) / SETTINGS).exists():
             return load_codec(described)
+        if len(Path(described).parts) != 1 or Path(described).exists():
+            raise CheckpointError(f"{described}: there is no codec: expected {SETTINGS} in it")
         described = {"name": str(described)}
     options = dict(described)
     name = options.pop("name", None)
@@ -112,7 +114,8 @@ def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
 
 
 def save_codec(codec: Codec, folder: Path | str) -> None:
-    """Write the codec's settings and tensors into a folder that exists."""
+    """Write the codec's settings and tensors into a folder, made where it is not there."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
     settings = json.dumps(codec.config(), indent=1)
     (Path(folder) / SETTINGS).write_text(settings + "\n", encoding="utf-8")
     state = {name: tensor.contiguous() for name, tensor in codec.state().items()}

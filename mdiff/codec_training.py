@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -47,6 +48,11 @@ class Training:
                 raise ConfigError(f"codec.{name}={value!r}: expected a positive number")
         return cls(**options)
 
+    def rate(self, step: int) -> float:
+        """The share of `lr` at step 0, 1, ...: up over a twentieth of the steps, then a cosine."""
+        rise = max(1.0, self.steps / 20)
+        return min(1.0, (step + 1) / rise) * (1 + math.cos(math.pi * step / self.steps)) / 2
+
     def changed(self) -> dict[str, Any]:
         """The numbers that are not the defaults."""
         return {name: value for name, value in asdict(self).items() if value != PLAIN[name]}
@@ -79,9 +85,7 @@ def fit_networks(
         quantize = quantizer().train()
         weights = [*encoder.parameters(), *decoder.parameters(), *quantize.parameters()]
         optimizer = torch.optim.AdamW(weights, lr=plan.lr, betas=(0.9, 0.98), weight_decay=1e-4)
-        rate = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, plan.lr, total_steps=plan.steps, pct_start=0.05, cycle_momentum=False
-        )
+        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.rate)
         begun = time.perf_counter()
         for step in range(1, plan.steps + 1):
             picked = philox.uniform(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mdiff.codec import SETTINGS, TENSORS, fidelity, load_codec, make_codec, save_codec
 from mdiff.codec_networks import Encoder, levels_of
+from mdiff.codec_training import Training
 from mdiff.codecs.bits import Quantizer, bits, bits_of, ids_of, other_bit_order
 from mdiff.codecs.kmeans import EXACT_IN_FLOAT32, kmeans, nearest_centre, patches, settle
 from mdiff.codecs.levels import levels
@@ -521,3 +522,20 @@ def test_commitment_pulls_the_features_and_never_the_codebook(
         assert float(features.grad.abs().sum()) > 0
         assert all(weight.grad is None for weight in made[-1].parameters())
     assert losses[1] == pytest.approx(2 * losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 40])
+def test_a_codec_may_be_trained_for_any_number_of_steps(steps: int) -> None:
+    plan = Training(steps=steps)
+    rates = [plan.rate(step) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[-1] <= rates[max(0, steps // 20 - 1)]
+
+
+def test_a_path_without_a_codec_is_named_as_such(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere", "a/b"):
+        with pytest.raises(CheckpointError, match="there is no codec"):
+            make_codec(str(path))
+    made = make_codec({"name": "levels", "levels": 4, "step": 60})
+    save_codec(made, tmp_path / "new" / "codec")
+    assert load_codec(tmp_path / "new" / "codec").codebook_size == 4
