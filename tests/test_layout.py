@@ -26,7 +26,7 @@ FLOORS = [
     {"errors"},
     {"tokens", "schedule", "denoiser", "data"},
     {"ops", "objective", "filling", "layers", "conditioning"},
-    {"modalities", "codecs", "backbones", "samplers", "canvas", "captions", "codec",
+    {"modalities", "codecs", "backbones", "samplers", "canvas", "canvas_parts", "captions", "codec",
      "codec_networks", "codec_training", "editing", "emoji", "files", "find", "order",
      "packing", "picture_rows", "pictures", "safe_yaml", "shard_writing", "shards",
      "sources", "tokenizer"},

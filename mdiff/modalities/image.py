@@ -11,6 +11,7 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
+from mdiff.canvas_parts import CanvasParts, Part
 from mdiff.captions import Captions
 from mdiff.codec import Codec, load_codec, make_codec, save_codec
 from mdiff.editing import Edits, as_picture, hidden_share, pixel_mask, shown_pictures, touched
@@ -67,11 +68,14 @@ class Image:
         return self.cells[0], self.cells[1] * self.codec.splits
 
     @property
-    def layout(self) -> list[tuple[int, int, int]]:
-        """The canvas as runs of (h, w, tokens a place), for a backbone's positions."""
-        runs = [(*self.cells, self.codec.splits)]
-        runs += [(1, 1, 1)] if self.label == "part" else []
-        return runs + ([(1, self.captions.length, 1)] if self.captions else [])
+    def parts(self) -> CanvasParts:
+        """What a canvas is made of."""
+        found = [Part("image", (*self.cells, self.codec.splits), self.codec.codebook_size)]
+        if self.label == "part":
+            found.append(Part("label", (1, 1, 1), len(self._known_labels())))
+        if self.captions:
+            found.append(Part("caption", (1, self.captions.length, 1), self.captions.size))
+        return CanvasParts(tuple(found))
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -80,30 +84,23 @@ class Image:
         return ("image", *more, *(["caption"] if self.captions else []))
 
     @property
-    def parts(self) -> tuple[tuple[int, int, int], ...]:
-        """(places, first id, stop id) of each part."""
-        found, first = [], 0
-        sizes = {"image": self.codec.codebook_size}
-        if self.label == "part":
-            sizes["label"] = len(self._known_labels())
-        if self.captions:
-            sizes["caption"] = self.captions.size
-        for name, (h, w, each) in zip(self.part_names, self.layout):
-            found.append((h * w * each, first, first + sizes[name]))
-            first += sizes[name]
-        return tuple(found)
+    def layout(self) -> list[tuple[int, int, int]]:
+        """The canvas as runs of (h, w, tokens a place), for a backbone's positions."""
+        return self.parts.layout
 
     @property
     def space(self) -> TokenSpace:
         """Ids of all parts, and the mask after them."""
-        parts = self.parts
-        stop = parts[-1][2]
-        return TokenSpace(stop, mask_id=stop, parts=parts if len(parts) > 1 else ())
+        return self.parts.space
 
     @property
     def length(self) -> int:
         """Tokens of a canvas."""
-        return sum(places for places, _, _ in self.parts)
+        return self.parts.length
+
+    def span(self, part: str) -> slice:
+        """The places of a part in the canvas."""
+        return self.parts.span(part)
 
     @property
     def classes(self) -> int:
@@ -119,14 +116,6 @@ class Image:
         if not self.labels:
             raise ConfigError("the labels are not known yet: give modality.labels or data first")
         return self.labels
-
-    def span(self, part: str) -> slice:
-        """The places of a part in the canvas."""
-        if part not in self.part_names:
-            raise ConfigError(f"this model has no {part}; {nearest(part, self.part_names)}")
-        sizes = [places for places, _, _ in self.parts]
-        index = self.part_names.index(part)
-        return slice(sum(sizes[:index]), sum(sizes[: index + 1]))
 
     def picture(self, given: Any) -> Tensor:
         """A PIL image, array or path as (C, H, W) uint8 of this size; DataError otherwise."""
@@ -157,10 +146,9 @@ class Image:
 
     def caption_ids(self, caption: str, *, cut: bool = False) -> list[int]:
         """The caption's ids in the canvas; one that is too long is cut, or a DataError."""
-        self.span("caption")
-        first = self.parts[-1][1]
+        ids = self.parts.ids("caption")
         known = self.captions
-        return [] if known is None else [first + i for i in known.encode(caption, cut=cut)]
+        return [] if known is None else [ids[i] for i in known.encode(caption, cut=cut)]
 
     def encode(self, given: Any) -> list[int]:
         """The canvas of an item in full: a picture, or a mapping with every part."""
@@ -183,8 +171,8 @@ class Image:
         if "image" in asked:
             canvas[self.span("image")] = self.codes(self.picture(asked["image"])[None])[0].tolist()
         if "label" in asked and self.label == "part":
-            _, first, _ = self.parts[self.part_names.index("label")]
-            canvas[self.span("label")] = [first + self.label_id(asked["label"])]
+            number = self.label_id(asked["label"])
+            canvas[self.span("label")] = [self.parts.ids("label")[number]]
         if "caption" in asked:
             canvas[self.span("caption")] = self.caption_ids(asked["caption"])
         return canvas
@@ -249,12 +237,12 @@ class Image:
         return shown_pictures(self.codec, places, mask_id=self.space.mask_id)
 
     def _said_label(self, token: int) -> str | None:
-        _, first, stop = self.parts[self.part_names.index("label")]
-        return self._known_labels()[token - first] if first <= token < stop else None
+        ids = self.parts.ids("label")
+        return self._known_labels()[ids.index(token)] if token in ids else None
 
     def _said_caption(self, ids: Sequence[int]) -> str:
-        _, first, stop = self.parts[-1]
-        said = [token - first if first <= token < stop else None for token in ids]
+        own = self.parts.ids("caption")
+        said = [own.index(token) if token in own else None for token in ids]
         return "" if self.captions is None else self.captions.decode(said)
 
     def pieces(self, ids: Sequence[int]) -> list[str | None]:
@@ -347,8 +335,8 @@ class Image:
         if self.label == "part":
             if labels is None:
                 raise DataError("the pictures have no labels: modality.label must not be part")
-            _, first, _ = self.parts[self.part_names.index("label")]
-            parts.append((first + labels)[:, None, None].expand(count, versions, 1))
+            own = labels + self.parts.ids("label").start
+            parts.append(own[:, None, None].expand(count, versions, 1))
         if self.captions:
             if captions is None:
                 raise DataError("the pictures have no captions: set data.captions")
