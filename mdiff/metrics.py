@@ -143,14 +143,19 @@ def inception_features(pictures: Tensor, *, weights: str) -> Tensor:
         raise DataError(
             f"pictures {tuple(pictures.shape)} {pictures.dtype}: expected (N, 1 or 3, H, W) uint8"
         )
-    missing = [name for name in INCEPTION_NEEDS if find_spec(name) is None]
-    if missing:
-        names = " ".join(missing).replace("_", "-")
-        raise BackendError(f"Inception needs what is not installed: pip install {names}")
+    require_inception()
     network = _inception(read_tensors(Path(weights)), weights)
     with torch.no_grad():
         shown = [network(some.expand(-1, 3, -1, -1)) for some in torch.split(pictures, INCEPTION)]
     return torch.cat(shown)
+
+
+def require_inception() -> None:
+    """Raise BackendError, naming the packages, where Inception cannot be run here."""
+    missing = [name for name in INCEPTION_NEEDS if find_spec(name) is None]
+    if missing:
+        names = " ".join(missing).replace("_", "-")
+        raise BackendError(f"Inception needs what is not installed: pip install {names}")
 
 
 def _inception(tensors: dict[str, Tensor], origin: str) -> nn.Module:
