@@ -30,6 +30,8 @@ MAX_PIXELS = 2**26
 # The largest array that is read from a file.
 MAX_BYTES = 2**34
 MODES = {1: "L", 3: "RGB"}
+# Pillow's modes that become these without a choice of what 16 bits or a float mean.
+EIGHT_BIT = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
 CAPTIONS = ("none", "data", "unicode")
 
 
@@ -274,7 +276,7 @@ def _numbered(
 def as_array(picture: Any, *, channels: int, name: str = "the picture") -> Any:
     """A PIL image or an array as uint8 (H, W, channels); DataError for anything else."""
     if isinstance(picture, Image.Image):
-        return _from_pil(picture, channels)
+        return _from_pil(picture, channels, name)
     array = picture.numpy() if isinstance(picture, Tensor) else np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
         raise DataError(
@@ -288,10 +290,12 @@ def as_array(picture: Any, *, channels: int, name: str = "the picture") -> Any:
     if array.shape[2] == channels:
         return array
     plain = array[..., 0] if array.shape[2] == 1 else array
-    return _from_pil(Image.fromarray(plain, modes[array.shape[2]]), channels)
+    return _from_pil(Image.fromarray(plain, modes[array.shape[2]]), channels, name)
 
 
-def _from_pil(picture: Image.Image, channels: int) -> Any:
+def _from_pil(picture: Image.Image, channels: int, name: str) -> Any:
+    if picture.mode not in EIGHT_BIT:
+        raise DataError(f"{name}: pixels of mode {picture.mode}: expected 8 bits a channel")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         clear = picture.convert("RGBA")
         white = Image.new("RGBA", clear.size, "white")
