@@ -26,6 +26,7 @@ def app() -> typer.Typer:
     """The command line with every command; heavy modules are imported when one runs."""
     from mdiff.cli.demo import demo
     from mdiff.cli.doctor import doctor
+    from mdiff.cli.edit import edit
     from mdiff.cli.eval import evaluate
     from mdiff.cli.generate import generate
     from mdiff.cli.inspect import inspect
@@ -43,6 +44,7 @@ def app() -> typer.Typer:
     for name, command in (
         ("demo", demo),
         ("generate", generate),
+        ("edit", edit),
         ("eval", evaluate),
         ("train", train),
         ("inspect", inspect),

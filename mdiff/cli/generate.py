@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mdiff.cli.console import message, result, result_json, writable
+from mdiff.cli import options as ask
+from mdiff.cli.console import message, result, result_json
 from mdiff.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -18,76 +19,125 @@ INPUT_KEYS = ("prompt", "infill", "length")
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="builtin:NAME, a directory or a Hub id.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from.")] = None,
+    model: ask.Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to go on from; of a picture, what it shows.")
+    ] = None,
     infill: Annotated[
         list[str] | None, typer.Option(help='Text with gaps: "The [MASK:8] of [MASK:3] night".')
     ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="What a picture shows, of the model's names.")
+    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to put into words.")] = None,
+    resize: ask.Resize = False,
     input_file: Annotated[
         Path | None,
-        typer.Option("--input", help="JSONL: a prompt (and length) or an infill a line."),
+        typer.Option(
+            "--input", help="JSONL: a prompt (and length), an infill, or a label and image a line."
+        ),
     ] = None,
     n: Annotated[int, typer.Option("--n", help="Samples for each.")] = 1,
     length: Annotated[
         int | None, typer.Option(help="Tokens of the canvas, prompt included.")
     ] = None,
-    sampler: Annotated[str, typer.Option(help="A name from samplers/.")] = "first_hitting",
-    steps: Annotated[int | None, typer.Option(help="Calls of the sampler.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from this mass.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Leave out below this share.")] = None,
+    out: ask.Out = None,
+    scale_up: ask.ScaleUp = None,
+    sampler: ask.SamplerName = "first_hitting",
+    steps: ask.Steps = None,
+    temperature: ask.Temperature = None,
+    top_k: ask.TopK = None,
+    top_p: ask.TopP = None,
+    min_p: ask.MinP = None,
     block_length: Annotated[int | None, typer.Option(help="Tokens of a block.")] = None,
     order: Annotated[str | None, typer.Option(help="Order of the reveals.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", help="Any option of the sampler, k=v.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="Push away from the model without the given tokens.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 32,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    option: ask.Pairs = None,
+    guidance_scale: ask.GuidanceScale = None,
+    guidance_schedule: ask.GuidanceSchedule = None,
+    guidance_interval: ask.GuidanceInterval = None,
+    seed: ask.Seed = 0,
+    batch_size: ask.BatchSize = 32,
+    device: ask.Device = None,
+    dtype: ask.Dtype = None,
     stream: Annotated[bool, typer.Option("--stream", help="Watch the canvas fill in.")] = False,
-    trace: Annotated[
-        Path | None, typer.Option(help="Write an HTML page to scrub through the reveals.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
+    trace: ask.Trace = None,
+    as_json: ask.AsJson = False,
 ) -> None:
-    """Generate samples; the text goes to stdout, figures to stderr."""
+    """Generate samples: text to stdout, pictures to files; figures go to stderr."""
+    from mdiff.cli import pictures as shown
+
     named = {
         "steps": steps, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         "min_p": min_p, "block_length": block_length, "order": order,
     }  # fmt: skip
     options = {key: value for key, value in named.items() if value is not None}
-    options |= parsed_options(option or [])
-    writable(trace)
-    asked = requests(prompt, infill, input_file)
-    if not -(2**63) <= seed < 2**64:
-        raise ConfigError(f"seed={seed}: expected a 64-bit number")
+    options |= ask.parsed_options(option or [])
+    options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval)
+    options |= {"sampler": sampler, "seed": seed, "batch_size": batch_size}
+    ask.check_seed(seed)
+    wanted = shown.Wanted(out, scale_up, trace, as_json, f"{model} · {sampler}")
+    refuse_both({"--prompt": prompt, "--infill": infill, "--input": input_file})
+    refuse_both({"--label": label or image, "--infill": infill, "--input": input_file})
 
     from mdiff.pipeline import load
 
     pipeline = load(model, device=device, dtype=dtype)
+    if shown.shows_pictures(pipeline):
+        refuse_given(
+            {"--infill": infill, "--length": length, "--stream": stream or None},
+            f"is for models of text; {model} is one of pictures",
+        )
+        asked = (
+            shown.combined(label, prompt, image)
+            if input_file is None
+            else shown.requests_of(input_file)
+        )
+        shown.generate_pictures(
+            pipeline, asked, model=model, n=n, wanted=wanted, resize=resize, **options
+        )
+        return
+    refuse_given(
+        {
+            "--label": label,
+            "--image": image,
+            "--resize": resize or None,
+            "--out": out,
+            "--scale-up": scale_up,
+        },
+        f"is for models of pictures; {model} is one of {pipeline.modality.name}",
+    )
+    if wanted.is_film:
+        raise ConfigError(f"--trace {trace}: a GIF shows pictures; name a page such as trace.html")
     canvases = [
         canvas
-        for kind, text, own in asked
+        for kind, words, own in requests(prompt, infill, input_file)
         for canvas in (
-            pipeline.templates(text, n=n)
+            pipeline.templates(words, n=n)
             if kind == "infill"
-            else pipeline.canvases(text, length=own or length, n=n)
+            else pipeline.canvases(words, length=own or length, n=n)
         )
     ]
     samples = fill_in(
-        pipeline, canvases, live=stream, trace=trace, title=f"{model} · {sampler}",
-        sampler=sampler, seed=seed, batch_size=batch_size, guidance_scale=guidance_scale,
-        **options,
+        pipeline, canvases, live=stream, trace=trace, title=wanted.title, **options
     )  # fmt: skip
     for number, sample in enumerate(samples):
         show(sample, as_json=as_json, first=number == 0)
     if trace is not None:
         message(f"wrote {trace}")
+
+
+def refuse_given(options: dict[str, Any], why: str) -> None:
+    """Raise ConfigError for the first option that was given."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{name} {why}")
+
+
+def refuse_both(options: dict[str, Any]) -> None:
+    """Raise ConfigError where more than one of the options was given."""
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: give one of them")
 
 
 def fill_in(
@@ -149,27 +199,10 @@ def figures(sample: Generated) -> str:
     )
 
 
-def parsed_options(pairs: list[str]) -> dict[str, Any]:
-    """Sampler options from "k=v" words; v is read as a YAML value."""
-    from mdiff.safe_yaml import parse_yaml
-
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip().isidentifier():
-            raise ConfigError(f"option {pair[:80]!r}: expected name=value")
-        found[key.strip()] = parse_yaml(value.encode(), origin=f"option {pair[:80]!r}")
-    return found
-
-
 def requests(
     prompts: list[str] | None, infills: list[str] | None, path: Path | None
 ) -> list[tuple[str, str, int | None]]:
     """What to fill in, as (kind, text, own length); an empty prompt where nothing is asked."""
-    kinds = [prompts is not None and "--prompt", infills is not None and "--infill"]
-    given = [kind for kind in (*kinds, path is not None and "--input") if kind]
-    if len(given) > 1:
-        raise ConfigError(f"{' and '.join(map(str, given))}: give one of them")
     if path is not None:
         return _from_file(path)
     if infills is not None:

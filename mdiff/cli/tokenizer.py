@@ -77,7 +77,7 @@ def train(
     writable(out)
     if kind in codecs:
         from mdiff.cli.codec import parsed_size, train_codec
-        from mdiff.cli.generate import parsed_options
+        from mdiff.cli.options import parsed_options
 
         given = {key.replace("-", "_"): n for key, n in numbers.items() if n is not None}
         train_codec(
