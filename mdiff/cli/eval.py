@@ -1,81 +1,199 @@
-"""`mdiff eval`: the bound in bits by token, character and byte, and figures of samples."""
+"""`mdiff eval`: the bound in bits by each unit, figures of samples, probes."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mdiff.cli.console import message, result, result_json
-from mdiff.errors import ConfigError
+from mdiff.cli.eval_pictures import Wanted, evaluate_pictures, samplers_own
+from mdiff.cli.eval_pictures import table as picture_table
+from mdiff.cli.options import (
+    Device,
+    Dtype,
+    GuidanceScale,
+    Pairs,
+    SamplerName,
+    Seed,
+    Steps,
+    Temperature,
+    check_seed,
+    parsed_options,
+)
+from mdiff.cli.pictures import shows_pictures
+from mdiff.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from mdiff.evaluate import Evaluation
+    from mdiff.pipeline import Pipeline
+    from mdiff.sources import Source
 
 CHARACTERS = 20_000
+PICTURES = 1_000
+TEXT_SAMPLES, PICTURE_SAMPLES = 4, 100
+METRICS = ("bound", "frechet", "classifier", "diversity", "nearest", "probe")
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="builtin:NAME, a directory or a Hub id.")],
-    data: Annotated[Path, typer.Option(help="Text (.txt, .jsonl, .parquet; .gz too).")],
-    split: Annotated[str, typer.Option(help="all, train, validation or holdout.")] = "all",
+    data: Annotated[
+        list[str],
+        typer.Option(help="Text (.txt, .jsonl, .parquet; .gz too), or pictures; may be repeated."),
+    ],
+    metrics: Annotated[
+        str,
+        typer.Option(help=f"Of {','.join(METRICS)}; all but the first for pictures alone."),
+    ] = "bound",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="all, train, validation or holdout.  [default: text all, pictures holdout]"
+        ),
+    ] = None,
     holdout: Annotated[float, typer.Option(help="Share held out at the end.")] = 0.1,
     validation: Annotated[float, typer.Option(help="Share of the rest for validation.")] = 0.0,
-    limit: Annotated[int, typer.Option(help="Characters to read; 0 reads all.")] = CHARACTERS,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Characters or pictures to look at; 0 takes all.  [default: "
+            f"{CHARACTERS:,}, {PICTURES:,}]"
+        ),
+    ] = None,
     field: Annotated[str, typer.Option(help="Column of JSONL or Parquet.")] = "text",
+    captions: Annotated[
+        str, typer.Option(help="Of pictures: none, data, or unicode (names of files).")
+    ] = "none",
     draws: Annotated[int, typer.Option(help="How often each window is hidden.")] = 64,
     estimator: Annotated[
         str | None, typer.Option(help="any_order, time, exact or left_to_right.")
     ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
-    samples: Annotated[int, typer.Option(help="Samples to look at; 0 for none.")] = 4,
-    sampler: Annotated[str, typer.Option(help="How the samples are drawn.")] = "first_hitting",
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Samples to look at; 0 for none.  [default: {TEXT_SAMPLES}, of "
+            f"pictures {PICTURE_SAMPLES}]"
+        ),
+    ] = None,
+    sampler: SamplerName = "first_hitting",
+    steps: Steps = None,
+    temperature: Temperature = None,
+    option: Pairs = None,
+    guidance_scale: GuidanceScale = None,
+    classifier: Annotated[
+        Path | None, typer.Option(help="Folder of a classifier that judges pictures.")
+    ] = None,
+    inception: Annotated[
+        Path | None, typer.Option(help="Inception's weights: Frechet distances are then FIDs.")
+    ] = None,
+    mask_ratio: Annotated[float, typer.Option(help="Share of tokens that a probe misses.")] = 0.0,
+    layer: Annotated[int | None, typer.Option(help="Layer that is probed; else the last.")] = None,
+    seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 32,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Evaluate a model on data: an upper bound on its bits, with the standard error."""
+    """Evaluate a model on data: an upper bound on its bits, with the standard error; and more."""
     for name, value, least in (
         ("limit", limit, 0), ("samples", samples, 0), ("batch-size", batch_size, 1),
-        ("draws", draws, 2), ("window", 1 if window is None else window, 1),
+        ("draws", draws, 2), ("window", window, 1),
     ):  # fmt: skip
-        if value < least:
+        if value is not None and value < least:
             raise ConfigError(f"--{name} {value}: need at least {least}")
-    from mdiff.evaluate import evaluate as bound
-    from mdiff.evaluate import sample_figures
-    from mdiff.pipeline import load
-    from mdiff.sampling import resolve
-    from mdiff.sources import Source, cut_documents
+    check_seed(seed)
+    asked = _metrics(metrics)
+    named = {"steps": steps, "temperature": temperature, "guidance_scale": guidance_scale}
+    sampling = {key: value for key, value in named.items() if value is not None}
+    sampling |= {"sampler": sampler} | parsed_options(option or [])
 
-    source = Source(source=str(data), field=field, holdout=holdout, validation=validation)
-    documents = source.documents()
-    if split != "all":
-        documents = cut_documents(documents, split, holdout=holdout, validation=validation)
-    if limit:
-        documents = first_characters(documents, limit)
+    from mdiff.pipeline import load
+
     pipeline = load(model, device=device, dtype=dtype)
-    if samples:
-        # Before the long part: it may be refused.
-        resolve(sampler, {})
     start = time.perf_counter()
-    found = bound(
-        pipeline, documents, estimator=estimator, draws=draws, seed=seed, window=window,
-        batch_size=batch_size, progress=lambda done, all_: message(f"{done} of {all_} windows"),
-    )  # fmt: skip
-    report: dict[str, Any] = {"model": model, "data": str(data), "split": split}
-    report |= found.as_dict() | {"seconds": time.perf_counter() - start}
-    if samples:
-        message(f"drawing {samples} samples")
-        drawn = pipeline.generate(
-            sampler=sampler, n=samples, seed=seed, batch_size=batch_size,
-            length=pipeline.window or window,
+    report: dict[str, Any] = {"model": model, "data": data[0] if len(data) == 1 else data}
+    if shows_pictures(pipeline):
+        if window is not None:
+            raise ConfigError("--window: a picture is one window")
+        from mdiff.pictures import PictureSource
+
+        wanted = Wanted(
+            metrics=asked, split=split or "holdout", limit=PICTURES if limit is None else limit,
+            draws=draws, estimator=estimator, seed=seed, batch_size=batch_size,
+            samples=PICTURE_SAMPLES if samples is None else samples, sampling=sampling,
+            classifier=None if classifier is None else str(classifier),
+            inception=None if inception is None else str(inception),
+            mask_ratio=mask_ratio, layer=layer,
         )  # fmt: skip
-        report["of_samples"] = sample_figures(drawn) | {"sampler": sampler}
+        source = PictureSource(
+            source=data, captions=captions, holdout=holdout, validation=validation
+        )
+        report |= {"split": wanted.split} | evaluate_pictures(pipeline, source, wanted)
+        report["seconds"] = time.perf_counter() - start
+        result_json(report) if as_json else picture_table(report)
+        return
+    if asked != ("bound",):
+        raise ConfigError(f"--metrics {metrics}: of text there is bound alone")
+    from mdiff.sources import Source
+
+    report["split"] = split or "all"
+    found, drawn = _of_text(
+        pipeline,
+        Source(source=data, field=field, holdout=holdout, validation=validation),
+        split=report["split"], limit=CHARACTERS if limit is None else limit, draws=draws,
+        estimator=estimator, window=window, seed=seed, batch_size=batch_size,
+        samples=TEXT_SAMPLES if samples is None else samples, sampling=sampling,
+    )  # fmt: skip
+    report |= found.as_dict() | {"seconds": time.perf_counter() - start} | drawn
     if as_json:
         result_json(report)
     else:
         _table(report, list(found.units))
+
+
+def _metrics(names: str) -> tuple[str, ...]:
+    """The metrics of "bound,probe", each once; ConfigError for one that there is not."""
+    found = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
+    for name in found:
+        if name not in METRICS:
+            raise ConfigError(f"unknown metric {name!r}; {nearest(name, METRICS)}")
+    return found
+
+
+def _of_text(
+    pipeline: Pipeline, source: Source, *, split: str, limit: int, window: int | None,
+    samples: int, seed: int, batch_size: int, sampling: dict[str, Any], **options: Any,
+) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
+    """The bound of documents, and {"of_samples": figures} where samples are asked for."""
+    from mdiff.evaluate import evaluate as bound
+    from mdiff.evaluate import sample_figures
+    from mdiff.sampling import resolve
+    from mdiff.sources import cut_documents
+
+    documents = source.documents()
+    if split != "all":
+        documents = cut_documents(
+            documents, split, holdout=source.holdout, validation=source.validation
+        )
+    if limit:
+        documents = first_characters(documents, limit)
+    if samples:
+        # Before the long part: it may be refused.
+        resolve(sampling["sampler"], samplers_own(sampling))
+    found = bound(
+        pipeline, documents, seed=seed, window=window, batch_size=batch_size,
+        progress=lambda done, all_: message(f"{done} of {all_} windows"), **options,
+    )  # fmt: skip
+    if not samples:
+        return found, {}
+    message(f"drawing {samples} samples")
+    drawn = pipeline.generate(
+        n=samples, seed=seed, batch_size=batch_size, length=pipeline.window or window, **sampling
+    )
+    return found, {"of_samples": sample_figures(drawn) | sampling}
 
 
 def first_characters(documents: list[str], limit: int) -> list[str]:
