@@ -120,19 +120,10 @@ def with_model_labels(pictures: Pictures, modality: Any) -> Pictures:
     Names are looked up among the model's; numbers are taken to be its own. A model without
     labels leaves them as they are. Raises DataError for a label that the model does not have.
     """
-    known = modality.labels
-    if pictures.labels is None or modality.label == "none" or not known:
+    if pictures.labels is None or modality.label == "none" or not modality.labels:
         return pictures
-    names = [name.lower() for name in pictures.label_names]
-    unknown = [name for name in names if name not in known]
-    if unknown and all(name.isdigit() for name in names):
-        if len(names) > len(known):
-            raise DataError(f"label {len(names) - 1}: the model has {len(known)} labels")
-        return replace(pictures, label_names=list(known))
-    if unknown:
-        raise DataError(f"unknown label {unknown[0]!r}; {nearest(unknown[0], known)}")
-    number = torch.tensor([known.index(name) for name in names])
-    return replace(pictures, labels=number[pictures.labels], label_names=list(known))
+    own = modality.own_labels(pictures.labels, pictures.label_names)
+    return replace(pictures, labels=own, label_names=list(modality.labels))
 
 
 def figures_of(

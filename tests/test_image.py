@@ -289,3 +289,21 @@ def test_training_reads_tokens_that_were_written_before(tmp_path):
         other.examples(source)
     with pytest.raises(ConfigError, match="without flip and shift"):
         stored.examples(source | {"flip": True})
+
+
+def test_labels_are_matched_by_name_however_the_data_number_them():
+    data = pictures(captions=False)
+    turned = image(
+        codec=levels(levels=4, step=60), size=SIZE, label="condition", labels=["cat", "bee", "ant"]
+    )
+    number = torch.arange(12)
+    rows = turned.examples(data, split="all").batch(number, torch.zeros_like(number))
+    assert torch.equal(rows.cond["label"], 2 - data.labels)
+    other = image(
+        codec=levels(levels=4, step=60), size=SIZE, label="condition", labels=["ant", "b"]
+    )
+    with pytest.raises(DataError, match="unknown label 'bee'"):
+        other.examples(data)
+    plain = Pictures(data.pixels, data.names, data.labels, ["0", "1", "2"])
+    named = turned.examples(plain, split="all").batch(number, torch.zeros_like(number))
+    assert torch.equal(named.cond["label"], data.labels)

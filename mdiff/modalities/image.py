@@ -279,7 +279,8 @@ class Image:
         chosen = everything.split(split, **shares)
         seen = variants(chosen, source) if split == "train" else [chosen.pixels]
         codes = torch.stack([self.codes(pixels) for pixels in seen], 1)
-        return self._rows(codes, chosen.labels, chosen.captions, length, digest_of(chosen))
+        labels = self.own_labels(chosen.labels, chosen.label_names)
+        return self._rows(codes, labels, chosen.captions, length, digest_of(chosen))
 
     def _from_shards(self, source: PictureSource, *, length: int | None, split: str) -> PictureRows:
         """Rows of pictures that were tokenised before, by this very codec."""
@@ -299,7 +300,8 @@ class Image:
         index = split_index(known, split, *shares)
         if not len(index):
             raise DataError(f"the {split} split of {len(stored)} pictures is empty")
-        labels = None if stored.labels is None else stored.labels[index]
+        own = self.own_labels(stored.labels, stored.label_names)
+        labels = None if own is None else own[index]
         codes = stored.ids[index].flatten(1)[:, None].long()
         return self._rows(codes, labels, _chosen(stored, index), length, stored.digest)
 
@@ -316,8 +318,23 @@ class Image:
             raise DataError("the pictures have no labels: modality.label must be none")
         if self.labels is None:
             self.labels = [name.lower() for name in names]
-        if int(labels.max()) >= len(self.labels):
-            raise DataError(f"label {int(labels.max())}: the modality names {len(self.labels)}")
+
+    def own_labels(self, labels: Tensor | None, names: Sequence[str]) -> Tensor | None:
+        """Labels (N,) int64 into `names` as this model's numbers: by name, where they have any.
+
+        Numbers are taken to be the model's own. Raises DataError for a label that it lacks.
+        """
+        if self.label == "none" or labels is None:
+            return labels
+        known, given = self._known_labels(), [name.lower() for name in names]
+        unknown = [name for name in given if name not in known]
+        if not unknown:
+            return torch.tensor([known.index(name) for name in given])[labels]
+        if not all(name.isdigit() for name in given):
+            raise DataError(f"unknown label {unknown[0]!r}; {nearest(unknown[0], known)}")
+        if len(given) > len(known):
+            raise DataError(f"label {len(given) - 1}: the model has {len(known)} labels")
+        return labels
 
     def _learn_captions(self, captions: list[str] | None) -> None:
         if captions is None:
