@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import product
 from typing import Any
 
@@ -30,6 +31,7 @@ from curves import Curve, write_curves
 from machine import RESULTS, record
 
 from mdiff.judge import Judge
+from mdiff.locate import locate
 from mdiff.metrics import classifier_agreement, diversity, frechet, nearest
 from mdiff.picture_figures import Drawn, draw_pictures, spread, with_model_labels
 from mdiff.pictures import Pictures
@@ -197,8 +199,10 @@ def main() -> None:
         curves, RESULTS / f"{options.name}.svg", x="calls of the model",
         y=f"Frechet distance, {options.n} samples (judge's features)", floor=real["frechet"],
     )  # fmt: skip
+    weights = (locate(options.model) / "model.safetensors").read_bytes()
     card = {
         "model": options.model,
+        "weights_sha256": sha256(weights).hexdigest(),
         "n": options.n,
         "seed": options.seed,
         "space": "the judge's 64 features",

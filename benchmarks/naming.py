@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from hashlib import sha256
 
 import torch
 from machine import record
 
+from mdiff.locate import locate
 from mdiff.pictures import read_pictures
 from mdiff.pipeline import load
 from mdiff.ranking import rank
@@ -65,7 +67,11 @@ def main() -> None:
     top5, top1 = (sum(place < best for place in places) / count for best in (BEST, 1))
     print(f"{count} held-out pictures: top 5 of {CANDIDATES} {top5:.3f}, top 1 {top1:.3f}")
     record("naming", {
-        "model": options.model, "pictures": count, "draws": options.draws,
+        "model": options.model,
+        "weights_sha256": sha256(
+            (locate(options.model) / "model.safetensors").read_bytes()
+        ).hexdigest(),
+        "pictures": count, "draws": options.draws,
         "against_prior": not options.plain, "top_5_of_20": top5, "top_1_of_20": top1,
         "chance_top_5": BEST / CANDIDATES, "stderr_top_5": (top5 * (1 - top5) / count) ** 0.5,
         "seconds": time.perf_counter() - begun,

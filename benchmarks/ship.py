@@ -61,15 +61,16 @@ CARDS = {
 }
 # The results that a card shows, and their keys with what they are called there.
 SHOWN = {
-    "fashion": [
-        ("fashion_card", "class_agreement", "samples of the asked label by a classifier, 16 calls"),
-        ("fashion_card", "diversity", "distance within a label, as a share of real pictures'"),
-        ("fashion_card", "frechet_ratio", "Frechet distance at 16 steps over that at 64"),
-    ],
-    "emoji": [
-        ("naming", "top_5_of_20", "right name in the best 5 of 20, held-out pictures"),
-        ("naming", "top_1_of_20", "right name first of 20, held-out pictures"),
-    ],
+    "fashion": {
+        "label": "samples that a classifier gives the asked label",
+        "diversity": "distance of two samples of a label, over that of two test pictures",
+        "nearest": "distance to the nearest training picture, over that of test pictures",
+        "frechet": "Frechet distance to the test set in the classifier's features",
+    },
+    "emoji": {
+        "top_5_of_20": "held-out pictures with the right name in the best 5 of 20 (chance 0.25)",
+        "top_1_of_20": "held-out pictures with the right name first of 20 (chance 0.05)",
+    },
 }
 
 
@@ -159,12 +160,25 @@ def figures_in(name: str) -> dict[str, Any]:
 
 def figures_of_pictures(name: str, weights: str) -> list[str]:
     """A table of the results that are of these weights."""
-    rows = []
-    for result, key, said in SHOWN.get(name, []):
-        figures = figures_in(result)
-        if figures.get("weights_sha256") == weights and key in figures:
-            rows.append(f"| {said} | {figures[key]:.3f} |")
-    return ["", "| what | figure |", "|---|---|", *rows] if rows else []
+    columns: list[tuple[str, dict[str, Any]]] = []
+    fashion, naming = figures_in("fashion_card"), figures_in("naming")
+    if name == "fashion" and fashion.get("weights_sha256") == weights:
+        columns = [
+            (f"{row['series']}, {row['calls']:.0f} steps", row) for row in fashion["rows"]
+        ] + [("real pictures", fashion["real"])]
+    if name == "emoji" and naming.get("weights_sha256") == weights:
+        columns = [(f"{naming['pictures']} pictures", naming)]
+    if not columns:
+        return []
+    return [
+        "",
+        "| what | " + " | ".join(title for title, _ in columns) + " |",
+        "|---|" + "---|" * len(columns),
+        *(
+            f"| {said} | " + " | ".join(f"{column[key]:.3f}" for _, column in columns) + " |"
+            for key, said in SHOWN[name].items()
+        ),
+    ]
 
 
 def main() -> None:
