@@ -23,7 +23,7 @@ check: $(READY)
 	$(BIN)/mypy -p mdiff
 	$(BIN)/python -m pytest -n 2
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt kernels/onepass.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -32,4 +32,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,6 +12,8 @@ from mdiff.kernels.reference import TILE, Draw, kept_columns
 CHUNK = 1 << 19
 # exp(-800) is 0 in float64 too; the clamp keeps 0 * -inf out of the entropy.
 LOWEST = -800.0
+# A temperature outside is taken as this: the draw is the same, and float32 holds T and 1 / T.
+COLDEST, HOTTEST = 1e-37, 1e37
 
 
 def draw_torch(
@@ -153,7 +155,8 @@ def _filtered(
     filters: tuple[int | None, float | None, float | None],
 ) -> Tensor:
     """The logits that are drawn from: after temperature (0 counts as 1) and the filters."""
-    scaled_NV = relative_NV / temperature if temperature > 0 else relative_NV.clone()
+    heat = min(max(temperature, COLDEST), HOTTEST) if temperature > 0 else 1.0
+    scaled_NV = relative_NV / heat
     return scaled_NV.masked_fill_(~kept_columns(scaled_NV, *filters), -torch.inf)
 
 

@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mdiff.errors import BackendError, ConfigError, nearest
+from mdiff.kernels.draw_c import LIBRARY, WHY_NOT, draw_c
 from mdiff.kernels.draw_torch import draw_torch
 from mdiff.kernels.reference import Draw as Draw
 from mdiff.kernels.reference import draw_reference
 
-BACKENDS = {"reference": draw_reference, "torch": draw_torch}
+# The backends that can run here; the others and why they cannot.
+BACKENDS: dict[str, Callable[..., Draw]] = {"reference": draw_reference, "torch": draw_torch}
+MISSING: dict[str, str] = {}
+if LIBRARY is None:
+    MISSING["c"] = WHY_NOT
+else:
+    BACKENDS["c"] = draw_c
 
 
-def backend_name(name: str | None = None) -> str:
-    """The backend that runs: the argument, else MDIFF_BACKEND, else torch.
+def backend_name(name: str | None = None, *, device: str = "cpu") -> str:
+    """The backend that runs: the argument, else MDIFF_BACKEND, else c on the CPU, else torch.
 
-    A backend that is asked for and missing is a BackendError, never a silent other one.
+    A backend that is asked for and missing, or that does not run on that type of device, is a
+    BackendError, never a silent other one. Unasked, torch takes the place of a missing c.
     """
-    chosen = name or os.environ.get("MDIFF_BACKEND") or "torch"
+    chosen = name or os.environ.get("MDIFF_BACKEND")
+    if not chosen:
+        return "c" if device == "cpu" and "c" in BACKENDS else "torch"
+    if chosen in MISSING:
+        raise BackendError(f"backend {chosen!r} is not here: {MISSING[chosen]}")
     if chosen not in BACKENDS:
         raise BackendError(f"backend {chosen!r} is not here; {nearest(chosen, BACKENDS)}")
+    if chosen == "c" and device != "cpu":
+        raise BackendError(f"backend 'c' runs on the CPU; the logits are on {device}")
     return chosen
 
 
@@ -56,6 +71,9 @@ def draw(
     both, temperature 0 counting as 1. In float32, or float64 for float64 logits. A row with
     NaN or +inf, or with no finite permitted logit, draws the lowest permitted id with NaN.
 
+    `backend` is one of BACKENDS (see `backend_name`); they differ at near-ties of rounding only.
+    c hands over to torch what `draw_c.by_torch` names: top_k, top_p and float64 logits.
+
     Raises ConfigError for options out of range, BackendError for a backend that is not here.
 
     >>> draw(torch.tensor([[0.0, 9.0]]), seed=1, temperature=0).tokens.tolist()
@@ -76,7 +94,7 @@ def draw(
     rows, device = logits.shape[0], logits.device
     if sample is None and position is None:
         position = torch.arange(rows, device=device)
-    return BACKENDS[backend_name(backend)](
+    return BACKENDS[backend_name(backend, device=device.type)](
         logits,
         seed=_per_row(seed, rows, device),
         sample=_per_row(0 if sample is None else sample, rows, device),
@@ -108,7 +126,8 @@ def check_filters(
 
 def _per_row(value: int | Tensor, rows: int, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return value.to(device=device, dtype=torch.int64).expand(rows)
+        ready = value.shape == (rows,) and value.dtype == torch.int64 and value.device == device
+        return value if ready else value.to(device=device, dtype=torch.int64).expand(rows)
     if type(value) is not int:
         raise ConfigError(f"{value!r} in a random stream: expected a whole number")
     signed = (value + 2**63) % 2**64 - 2**63

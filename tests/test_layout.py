@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -166,11 +167,14 @@ def test_the_wheel_has_one_top_level_name_and_both_rooms(tmp_path):
     assert {name.split("/")[0] for name in files if ".dist-info/" not in name} == {"mdiff"}
     for expected in (
         "mdiff/kernels/philox.py",
+        "mdiff/kernels/onepass.c",
         "mdiff/samplers/first_hitting.py",
         "mdiff/py.typed",
         "mdiff/trace.html",
     ):
         assert expected in files
+    built = [name for name in files if name.startswith("mdiff/kernels/_onepass")]
+    assert len(built) == (shutil.which("cc") is not None), built
     packed = {name for name in files if name.endswith(".py")}
     here = {f"mdiff/{path.relative_to(PACKAGE)}" for _, path in modules()} | {"mdiff/__init__.py"}
     assert packed == here

@@ -7,6 +7,8 @@ import platform
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +18,7 @@ from mdiff.cli.console import result, result_json
 QUALITY_GATE = 7
 PACKAGES = (
     "torch", "transformers", "tokenizers", "accelerate", "datasets", "safetensors", "triton",
-    "numpy", "peft", "scipy",
+    "numpy", "Pillow", "scikit-learn", "vector-quantize-pytorch", "peft", "scipy", "torchmetrics",
 )  # fmt: skip
 
 
@@ -33,7 +35,7 @@ def doctor(
         checks = [vars(check) for check in check_samplers()]
     except BackendError as error:
         checks = [{"name": f"samplers: {error}", "p_value": None, "passed": False}]
-    checks += backend_checks()
+    checks += backend_checks() + picture_checks()
     report["checks"] = checks
     report["passed"] = all(check["passed"] for check in checks)
     report["seconds"] = round(time.perf_counter() - start, 2)
@@ -62,21 +64,32 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "backends": backends(),
+        "models": builtins(),
     }
 
 
 def backends() -> dict[str, str]:
     """Each backend of `draw` with why it runs or does not."""
     from mdiff.errors import BackendError
-    from mdiff.ops import BACKENDS, backend_name
+    from mdiff.ops import BACKENDS, MISSING, backend_name
 
     found = dict.fromkeys(BACKENDS, "here, runs when asked for")
+    found |= {name: f"missing: {why}" for name, why in MISSING.items()}
     asked = os.environ.get("MDIFF_BACKEND")
     try:
-        why = "runs, as MDIFF_BACKEND says" if asked else "runs, as nothing else is asked for"
-        found[backend_name()] = why
+        chosen = backend_name()
     except BackendError as error:
         found[str(asked)] = f"asked for by MDIFF_BACKEND, but {error}"
+        return found
+    if asked:
+        found[chosen] = "runs, as MDIFF_BACKEND says"
+    elif chosen == "c":
+        found["torch"] = "runs on other devices than the CPU"
+        found["c"] = "runs on the CPU, as its library is built"
+    else:
+        found[chosen] = "runs, as c is missing"
+    if chosen == "c":
+        found["c"] += "; hands top_k, top_p and float64 logits over to torch"
     return found
 
 
@@ -100,6 +113,37 @@ def backend_checks() -> list[dict[str, Any]]:
     return checks
 
 
+def builtins() -> list[str]:
+    """The models that this installation holds."""
+    from mdiff.locate import BUILTIN, PIPELINE
+
+    room = Path(str(files("mdiff.builtin")))
+    return sorted(BUILTIN + entry.name for entry in room.iterdir() if (entry / PIPELINE).exists())
+
+
+def picture_checks() -> list[dict[str, Any]]:
+    """A lossless codec on every pixel value, an edit on what it must keep, an order on a grid."""
+    import torch
+
+    from mdiff.codecs.levels import levels
+    from mdiff.editing import box_mask, pasted
+    from mdiff.samplers.halton import halton_order
+
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    codec = levels(channels=1)
+    mask = box_mask("3:9,2:15", (16, 16))
+    made = pasted(every[0], 255 - every, mask)
+    places = halton_order((7, 9)).sort().values
+    found = {
+        "codec levels gives every value back": torch.equal(
+            codec.decode(codec.encode(every)), every
+        ),
+        "an edit keeps what is outside its mask": torch.equal(made == every, ~mask[None, None]),
+        "halton covers a grid once": torch.equal(places, torch.arange(7 * 9)),
+    }
+    return [{"name": name, "p_value": None, "passed": good} for name, good in found.items()]
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -119,6 +163,7 @@ def _table(report: dict[str, Any]) -> None:
     result(f"threads: {report['threads']} of {report['cpus']} CPUs")
     for name, why in report["backends"].items():
         result(f"backend {name}: {why}")
+    result(f"models: {', '.join(report['models'])}")
     for check in report["checks"]:
         word = "ok  " if check["passed"] else "FAIL"
         p_value = "" if check["p_value"] is None else f"  p = {check['p_value']:.3g}"

@@ -1,0 +1,137 @@
+"""The draw in C: one read of each row, by the library that the package's build made of onepass.c.
+
+The library is optional: an install without a compiler has none, and `WHY_NOT` says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import mdiff.kernels
+from mdiff.kernels.draw_torch import COLDEST, HOTTEST, draw_torch
+from mdiff.kernels.reference import TILE, Draw
+
+# The same number as in onepass.c: a library that was built from another file is refused.
+ABI = 1
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Request(ctypes.Structure):
+    """`struct request` of onepass.c, field for field."""
+
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row_stride", "rows", "columns", "tile")),
+        *((name, ctypes.c_void_p) for name in ("seed", "sample", "step", "position")),
+        *((f"{name}_stride", ctypes.c_int64) for name in ("seed", "sample", "step", "position")),
+        ("forbidden", ctypes.c_void_p),
+        ("forbidden_count", ctypes.c_int64),
+        ("span", ctypes.c_void_p),
+        ("span_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("tokens", "log_prob", "entropy", "margin")),
+        ("inverse", ctypes.c_float),
+        ("floor", ctypes.c_float),
+        *((name, ctypes.c_int32)
+          for name in ("format", "greedy", "filtered", "measure_drawn", "threads")),
+    )  # fmt: skip
+
+
+def load(folders: list[str]) -> tuple[ctypes.CDLL | None, str]:
+    """The library from the first of `folders` that holds one, or None and the reason."""
+    found = [path for folder in folders for path in sorted(Path(folder).glob("_onepass*.so"))]
+    if not found:
+        return None, "its library is not built (that takes a C compiler; pip hides a failure)"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        built = library.onepass_abi()
+    except (OSError, AttributeError) as error:
+        return None, f"{found[0].name} does not load: {error}"
+    if built != ABI:
+        return None, f"{found[0].name} is of version {built}, not {ABI}: install again"
+    library.onepass_draw.argtypes = [ctypes.POINTER(_Request)]
+    library.onepass_draw.restype = ctypes.c_int32
+    return library, ""
+
+
+LIBRARY, WHY_NOT = load(list(mdiff.kernels.__path__))
+
+
+def by_torch(logits_NV: Tensor, top_k: int | None, top_p: float | None) -> str | None:
+    """Why `draw_c` hands these logits and options over to `draw_torch`; None where it does not."""
+    if top_k is not None and top_k < logits_NV.shape[1]:
+        return "top_k"
+    if top_p is not None and top_p < 1:
+        return "top_p"
+    return None if logits_NV.dtype in FORMATS else f"{logits_NV.dtype} logits"
+
+
+def draw_c(
+    logits_NV: Tensor,
+    *,
+    seed: Tensor,
+    sample: Tensor,
+    step: Tensor,
+    position: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    forbidden: tuple[int, ...] = (),
+    span: Tensor | None = None,
+    measure: str = "model",
+    tile: int = TILE,
+) -> Draw:
+    """One id a row and its figures; arguments and law as `reference.draw_reference`.
+
+    float32, bfloat16 and float16 logits on the CPU, float32 inside and tile sums in float64;
+    rows run on up to torch.get_num_threads() threads. What `by_torch` names goes to
+    `draw_torch`. Raises RuntimeError without the library, MemoryError without memory for tiles.
+    """
+    if by_torch(logits_NV, top_k, top_p) is not None:
+        return draw_torch(
+            logits_NV, seed=seed, sample=sample, step=step, position=position,
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            forbidden=forbidden, span=span, measure=measure, tile=tile,
+        )  # fmt: skip
+    if LIBRARY is None or logits_NV.device.type != "cpu":
+        raise RuntimeError(WHY_NOT or f"draw_c takes CPU tensors, not {logits_NV.device}")
+    rows, vocab = logits_NV.shape
+    if vocab > 1 and logits_NV.stride(1) != 1:
+        logits_NV = logits_NV.contiguous()
+    if span is not None and span.stride(1) != 1:
+        span = span.contiguous()
+    columns = _columns(forbidden) if forbidden else None
+    tokens = torch.empty(rows, dtype=torch.int64)
+    figures = torch.empty(3, rows)
+    log_prob, entropy, margin = figures.unbind()
+    request = _Request(
+        logits=logits_NV.data_ptr(), row_stride=logits_NV.stride(0), rows=rows, columns=vocab,
+        tile=min(tile, vocab), format=FORMATS[logits_NV.dtype],
+        seed=seed.data_ptr(), seed_stride=seed.stride(0),
+        sample=sample.data_ptr(), sample_stride=sample.stride(0),
+        step=step.data_ptr(), step_stride=step.stride(0),
+        position=position.data_ptr(), position_stride=position.stride(0),
+        forbidden=None if columns is None else columns.data_ptr(),
+        forbidden_count=len(forbidden),
+        span=None if span is None else span.data_ptr(),
+        span_stride=0 if span is None else span.stride(0),
+        tokens=tokens.data_ptr(), log_prob=log_prob.data_ptr(), entropy=entropy.data_ptr(),
+        margin=margin.data_ptr(),
+        inverse=1 / min(max(temperature, COLDEST), HOTTEST) if temperature > 0 else 1.0,
+        greedy=temperature == 0, filtered=bool(min_p), floor=math.log(min_p) if min_p else 0.0,
+        measure_drawn=measure == "drawn", threads=torch.get_num_threads(),
+    )  # fmt: skip
+    if LIBRARY.onepass_draw(request) != 0:
+        raise MemoryError("no memory for a tile of logits a thread")
+    return Draw(tokens, log_prob, entropy, margin)
+
+
+@lru_cache(maxsize=16)
+def _columns(forbidden: tuple[int, ...]) -> Tensor:
+    return torch.tensor(forbidden, dtype=torch.int64)
