@@ -49,16 +49,34 @@ def first_hitting(
     most = int(fill.start.max())
     per_call = max(1, min(per_call, most))
     steps = -(-most // per_call)
-    for_time = fill.row_uniforms(philox.TIME, steps=steps, lanes=per_call)
-    for_place = fill.row_uniforms(philox.ORDER, steps=steps, lanes=per_call)
-    m = torch.ones(len(canvas), dtype=torch.float64, device=canvas.device)
-    for step in range(steps):
-        at = torch.zeros_like(fill.hidden)
-        for hit in range(per_call):
-            left = fill.hidden & ~at
-            n = left.sum(1)
-            m = torch.where(n > 0, m * for_time[:, step, hit] ** (1 / n.clamp(min=1)), m)
-            place = (for_place[:, step, hit] * n).long()
-            at |= left & (left.cumsum(1) - 1 == place[:, None])
-        t = schedule.time_at(m)
+    turn = _turns(fill.hidden, fill.row_uniforms(philox.ORDER, steps=steps, lanes=per_call))
+    m = _hitting_shares(fill.start, fill.row_uniforms(philox.TIME, steps=steps, lanes=per_call))
+    for step, t in enumerate(schedule.time_at(m).unbind(1)):
+        at = turn.div(per_call, rounding_mode="floor") == step if per_call > 1 else turn == step
         yield fill.reveal(at, fill.ask(at, step, t), at, t)
+
+
+def _turns(hidden: Tensor, uniforms: Tensor) -> Tensor:
+    """When each place is revealed, (B, L) int64 from 0, -1 where it is not hidden.
+
+    Each is uniform among the places of `hidden` (B, L) that are left; `uniforms` (B, steps,
+    per_call), one a reveal. No logit decides, so that the order is drawn before the first call.
+    """
+    turn = torch.full(hidden.shape, -1, dtype=torch.int64)
+    for row, (hides, draws) in enumerate(zip(hidden.tolist(), uniforms.flatten(1).tolist())):
+        left = [place for place, is_hidden in enumerate(hides) if is_hidden]
+        order = [left.pop(int(u * len(left))) for u in draws[: len(left)]]
+        turn[row, order] = torch.arange(len(order))
+    return turn.to(hidden.device)
+
+
+def _hitting_shares(count: Tensor, uniforms: Tensor) -> Tensor:
+    """The m at the last reveal of each step, (B, steps) float64.
+
+    A product of u^(1/n) over the reveals so far, n the places left before each. `count` (B,)
+    places are hidden at first; `uniforms` (B, steps, per_call), one a reveal.
+    """
+    reveal = torch.arange(uniforms[0].numel(), device=count.device).view(uniforms.shape[1:])
+    left = (count[:, None, None] - reveal).double()
+    share = torch.where(left > 0, uniforms ** (1 / left.clamp(min=1)), 1.0)
+    return share.prod(2).cumprod(1)
