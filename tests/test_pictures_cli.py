@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mdiff.backbones.transformer import transformer
-from mdiff.cli import run
+from mdiff.cli import demo, run
+from mdiff.cli.doctor import builtins, picture_checks
 from mdiff.cli.edit import region_of
 from mdiff.cli.film import FRAMES, Reel, write_gif
 from mdiff.cli.grid import fitting_scale, grid_of, write_pictures
 from mdiff.cli.options import guidance_options
-from mdiff.cli.pictures import combined
+from mdiff.cli.requests import combined
+from mdiff.codec import save_codec
 from mdiff.editing import GREY, box_mask
 from mdiff.errors import ConfigError, DataError, MdiffError
 from mdiff.modalities.image import image
@@ -140,6 +142,14 @@ def test_a_grid_is_written_row_by_row_and_enlarged_by_squares(
         own = array(here / "each" / f"00{number}.png")
         assert own.shape == (SIDE, SIDE)
         assert np.array_equal(plain[top : top + SIDE, left : left + SIDE], own)
+
+
+def test_several_requests_have_a_row_of_the_grid_each(grey: str, here: Path) -> None:
+    words = ["generate", grey, "--label", "t-shirt", "--label", "sneaker", "--n", "5", *QUICK]
+    assert run([*words, "--out", "grid.png", "--scale-up", "1", "--trace", "how.gif"]) == 0
+    assert array(here / "grid.png").shape == (2 * (SIDE + 2) + 2, 5 * (SIDE + 2) + 2)
+    with Image.open(here / "how.gif") as film:
+        assert film.size == (5 * (SIDE + 2) + 2, 2 * (SIDE + 2) + 2)
 
 
 def test_json_is_one_object_a_sample_that_its_seed_gives_again(
@@ -386,6 +396,59 @@ def test_words_about_a_picture_never_become_markup() -> None:
     assert records(written)[0]["pieces"] == [evil]
 
 
+# demo, inspect, doctor
+
+
+def test_the_demo_draws_pictures_and_makes_a_part_of_one_anew(
+    joint: str, here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "DRAWN", {"sampler": "halton", "steps": 3})
+    monkeypatch.setattr(demo, "SHOWN", "a cat")
+    made = demo.drawn(kept(joint), joint, 0, here / "demo.png")
+    assert [record.kind for record in made] == ["grid"] * (demo.COUNT + demo.VARIANTS)
+    assert capsys.readouterr().out.count("samples") == 2
+    cell = demo.SCALE * (SIDE + 2)
+    grid = array(here / "demo.png")
+    assert grid.shape == (3 * cell + 6, 10 * cell + 6, 3)
+    # The last row: one picture, the same with its lower half covered, and the variants of that.
+    plain = grid[:: demo.SCALE, :: demo.SCALE][2 + 2 * (SIDE + 2) :][:SIDE]
+    whole, covered, *rest = (plain[:, left : left + SIDE] for left in range(2, 100, SIDE + 2))
+    assert (covered[SIDE // 2 :] == GREY).all()
+    for each in (covered, *rest):
+        assert np.array_equal(each[: SIDE // 2], whole[: SIDE // 2])
+
+
+def test_the_demo_says_which_model_is_missing(
+    here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "PICTURES", "builtin:nothing")
+    monkeypatch.setattr(demo, "written", lambda *_: [])
+    assert run(["demo", "--pictures", "builtin:nothing", "--out", "x.html"]) == 0
+    captured = capsys.readouterr()
+    assert "builtin:nothing is not in this installation" in captured.err
+    assert captured.out == f"{here / 'x.html'}\n"
+
+
+def test_inspect_shows_the_codec_and_the_parts(joint: str, here: Path, capsys: Captured) -> None:
+    assert run(["inspect", joint]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"codec +vq, 16 ids, 2 a place of 2 x 2 pixels", shown)
+    assert re.search(r"part image +32 tokens, ids 0 to 15\n", shown)
+    assert re.search(r"labels +a part: t-shirt, sneaker, ankle boot", shown)
+    assert "codec.codebook" in shown
+    codec = load(joint).modality.codec
+    (here / "codec").mkdir()
+    save_codec(codec, here / "codec")
+    assert run(["inspect", "codec", "--json"]) == 0
+    (found,) = lines(capsys)
+    assert (found["tokenizer"], found["stride"]) == ("vq", 2)
+
+
+def test_doctor_checks_pictures_and_names_the_models() -> None:
+    assert all(check["passed"] for check in picture_checks())
+    assert "builtin:shakespeare" in builtins()
+
+
 # Bad input: one line, the exit code, no traceback.
 
 
@@ -581,7 +644,7 @@ def test_options_given_once_go_with_all_others() -> None:
         {"label": "a", "caption": "x"},
         {"label": "b", "caption": "x"},
     ]
-    assert combined(None, None, None) == [{}]
+    assert combined(None, None, None) == combined(None, [""], None) == [{}]
     with pytest.raises(ConfigError, match="equally often"):
         combined(["a", "b"], ["x", "y", "z"], None)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdiff.cli import options as ask
+from mdiff.cli.requests import Request, combined, read_picture, refuse_problems, refuse_unknown
 from mdiff.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -78,18 +79,20 @@ def edit(
     if not shown.shows_pictures(pipeline):
         raise ConfigError(f"{model} is a model of {pipeline.modality.name}, not of pictures")
     modality = pipeline.modality
-    told = {key: words for key, words in (("label", label), ("caption", prompt)) if words}
-    shown.refuse_unknown(modality, [told])
+    (told,) = combined(
+        None if label is None else [label], None if prompt is None else [prompt], None
+    )
+    refuse_unknown(modality, [told])
     region = region_of(mask, mask_file, keep, size=modality.size)
     read: list[tuple[Path, Any]] = []
     problems = []
     for path in pictures:
         try:
-            read.append((path, shown.read_picture(path, modality, resize=resize)))
+            read.append((path, read_picture(path, modality, resize=resize)))
         except DataError as error:
             problems.append(str(error))
     if not read:
-        shown.refuse_problems(problems, 0)
+        refuse_problems(problems, 0)
 
     def runs() -> Iterator[tuple[Generation, Finish]]:
         for number, (_, pixels) in enumerate(read):
@@ -101,11 +104,12 @@ def edit(
             for run in batches:
                 yield run, pasting(edits)
 
+    wanted = wanted.of(len(read), n)
     samples = shown.fill_in(modality, runs(), wanted)
     wanted = shown.placed(wanted, f"{read[0][0].stem}-edited")
-    requests = [shown.Request(told, path) for path, _ in read for _ in range(n)]
+    requests = [Request(told, path) for path, _ in read for _ in range(n)]
     shown.report(modality, samples, requests, wanted)
-    shown.refuse_problems(problems, len(read))
+    refuse_problems(problems, len(read))
 
 
 def pasting(edits: Edits) -> Finish:

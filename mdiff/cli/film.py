@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 # From a row's number and its picture to the picture that is shown.
 Finish = Callable[[int, "Image"], "Image"]
 
-FRAMES = 48
-FRAME_MS = 90
+FRAMES = 32
+FRAME_MS = 120
 LAST_MS = 2500
-# The colours of a GIF, and how many pictures of the film they are chosen from.
-COLOURS = 256
+# A film is enlarged less than a grid: its file grows with each frame.
+SIDE = 400
+# The colours of a GIF but for the one that stands for "as before", and how many pictures of the
+# film they are chosen from.
+COLOURS = 255
 SEEN = 4
 
 
@@ -63,10 +66,11 @@ class Film:
         self.reels.append(Reel(canvas, finish))
         return self.reels[-1]
 
-    def frames(self) -> list[Image]:
+    def frames(self, *, columns: int | None = None) -> list[Image]:
         """The grids from the first state to the last, hidden places grey."""
         count = min(FRAMES, max(len(reel.kept) for reel in self.reels) + 1)
-        return [grid_of(self._pictures(number / max(1, count - 1))) for number in range(count)]
+        shares = [number / max(1, count - 1) for number in range(count)]
+        return [grid_of(self._pictures(share), columns=columns) for share in shares]
 
     def _pictures(self, share: float) -> list[Image]:
         from mdiff.editing import as_picture
@@ -81,18 +85,19 @@ class Film:
 def write_gif(frames: Sequence[Image], path: Path, *, scale: int | None = None) -> None:
     """Write frames of one size as a GIF that repeats, its last frame held.
 
-    All frames share one table of 256 colours, so that what does not change does not flicker;
-    frames that are the same are shown as one. `scale` is as in `write_pictures`.
+    All frames share one table of colours, so that what does not change does not flicker;
+    frames that are the same are shown as one. The pixels become squares of `scale`; None is as
+    large as fits.
     """
     table = _table(frames)
-    factor = fitting_scale(frames[0]) if scale is None else scale
+    factor = fitting_scale(frames[0], side=SIDE) if scale is None else scale
     kept: list[Image] = []
     for frame in frames:
         drawn = enlarged(_in_colours(frame, table), factor)
         if not kept or drawn.tobytes() != kept[-1].tobytes():
             kept.append(drawn)
     kept[0].save(
-        path, save_all=True, append_images=kept[1:], loop=0, optimize=False,
+        path, save_all=True, append_images=kept[1:], loop=0, optimize=True,
         duration=[*[FRAME_MS] * (len(kept) - 1), LAST_MS],
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import typer
 
 from mdiff.cli import options as ask
 from mdiff.cli.console import message, result, result_json
+from mdiff.cli.requests import combined, requests_of
 from mdiff.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -87,11 +88,7 @@ def generate(
             {"--infill": infill, "--length": length, "--stream": stream or None},
             f"is for models of text; {model} is one of pictures",
         )
-        asked = (
-            shown.combined(label, prompt, image)
-            if input_file is None
-            else shown.requests_of(input_file)
-        )
+        asked = combined(label, prompt, image) if input_file is None else requests_of(input_file)
         shown.generate_pictures(
             pipeline, asked, model=model, n=n, wanted=wanted, resize=resize, **options
         )

@@ -36,15 +36,15 @@ def picture_target(out: Path) -> Path:
 
 
 def write_pictures(
-    pictures: Sequence[Image], out: Path, *, scale: int | None = 1
-) -> list[Path]:  # fmt: skip
+    pictures: Sequence[Image], out: Path, *, scale: int | None = 1, columns: int | None = None
+) -> list[Path]:
     """Write one grid, row by row, to a .png, or each picture to a folder; return where each is.
 
     A grid's pixels become squares of `scale`; None is what `fitting_scale` says. The pictures
     of a folder keep their own size.
     """
     if out.suffix.lower() == ".png":
-        grid = grid_of(pictures)
+        grid = grid_of(pictures, columns=columns)
         enlarged(grid, fitting_scale(grid) if scale is None else scale).save(out)
         return [out] * len(pictures)
     out.mkdir(parents=True, exist_ok=True)
@@ -55,9 +55,9 @@ def write_pictures(
     return paths
 
 
-def fitting_scale(grid: Image) -> int:
-    """By how much a grid is enlarged for people: the most that keeps it within SIDE pixels."""
-    return max(1, min(MOST_SCALE, SIDE // max(grid.size)))
+def fitting_scale(grid: Image, *, side: int = SIDE) -> int:
+    """By how much a grid is enlarged for people: the most that keeps it within `side` pixels."""
+    return max(1, min(MOST_SCALE, side // max(grid.size)))
 
 
 def enlarged(picture: Image, scale: int) -> Image:
