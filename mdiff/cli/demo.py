@@ -1,36 +1,71 @@
-"""`mdiff demo`: a page of text, a sentence filled in, and a page to watch it happen."""
+"""`mdiff demo`: text, pictures that do not exist, and a page to watch both fill in."""
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mdiff.cli.console import message, result, writable
 
+if TYPE_CHECKING:
+    from mdiff.pipeline import Pipeline
+    from mdiff.trace import Record
+
 QUALITY_GATE = 7
 MODEL = "builtin:shakespeare"
+PICTURES = "builtin:emoji"
 LEAST_WORDS = 60
 # A page that has not reached the words by then never will.
 MOST_PAGES = 8
 SENTENCE = "What say you,[MASK:24] and so farewell.\n"
 PAGE = Path("demo.html")
+# The pictures that do not exist, and how they are drawn.
+COUNT = 20
+DRAWN: dict[str, Any] = {"sampler": "halton", "steps": 16}
+# What the picture that is inpainted shows, where the model is told in words; the share of its
+# height, from below, that is made anew; and how often.
+SHOWN = "grinning face"
+ANEW = 0.5
+VARIANTS = 8
+COLUMNS = 10
+SCALE = 3
 
 
 def demo(
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    out: Annotated[Path, typer.Option(help="The page to write.")] = PAGE,
+    seed: Annotated[int, typer.Option(help="Same seed, same text and pictures.")] = 0,
+    out: Annotated[Path, typer.Option(help="The page to write; the grid is beside it.")] = PAGE,
     model: Annotated[str, typer.Option(help="Another model of text.")] = MODEL,
+    pictures: Annotated[str, typer.Option(help="Another model of pictures.")] = PICTURES,
 ) -> None:
-    """Generate a page of text and fill in a sentence; write a page to scrub through both."""
-    from mdiff.cli.generate import figures
-    from mdiff.kernels.philox import derive
+    """Generate text and pictures, and fill in one of each; write a page to scrub through."""
     from mdiff.pipeline import load
-    from mdiff.trace import Recorder, page
+    from mdiff.trace import page
 
     writable(out)
-    pipeline = load(model)
+    beside = writable(out.with_suffix(".png"))
+    titles = [model]
+    records = written(load(model), model, seed)
+    if pictures == PICTURES and not is_here(PICTURES):
+        message(f"{PICTURES} is not in this installation: the demo shows no pictures")
+        beside = None
+    else:
+        titles.append(pictures)
+        records += drawn(load(pictures), pictures, seed, beside)
+    out.write_text(page(records, title=f"mdiff · {' · '.join(titles)}"), encoding="utf-8")
+    if beside is not None:
+        result(str(beside.resolve()))
+    result(str(out.resolve()))
+
+
+def written(pipeline: Pipeline, model: str, seed: int) -> list[Record]:
+    """Print a page of text and a sentence filled in; typer.Exit where there are too few words."""
+    from mdiff.cli.generate import figures
+    from mdiff.kernels.philox import derive
+    from mdiff.trace import Recorder
+
     records = []
 
     def filled(canvas: list[int], seed: int) -> str:
@@ -55,5 +90,43 @@ def demo(
         raise typer.Exit(QUALITY_GATE)
     message(f"the same model fills in: {SENTENCE.strip()}")
     filled(pipeline.templates(SENTENCE)[0], seed)
-    out.write_text(page(records, title=f"mdiff · {model}"), encoding="utf-8")
-    result(str(out.resolve()))
+    return records
+
+
+def is_here(model: str) -> bool:
+    """Whether this installation holds the model "builtin:NAME"."""
+    from mdiff.locate import BUILTIN, PIPELINE
+
+    return Path(str(files("mdiff.builtin")), model.removeprefix(BUILTIN), PIPELINE).exists()
+
+
+def drawn(pipeline: Pipeline, model: str, seed: int, beside: Path | None) -> list[Record]:
+    """Draw pictures, then make a part of one anew; write all of them as one grid."""
+    from mdiff.cli.grid import enlarged, grid_of
+    from mdiff.cli.pictures import followed, shows_pictures, summary
+    from mdiff.errors import ConfigError
+
+    modality = pipeline.modality
+    if not shows_pictures(pipeline):
+        raise ConfigError(f"--pictures {model}: a model of {modality.name}, not of pictures")
+    message(f"{model}: {COUNT} pictures that do not exist")
+    runs = pipeline.runs(pipeline.canvases(n=COUNT), seed=seed, **DRAWN)
+    made, records = followed(modality, ((run, lambda row, each: each) for run in runs))
+    result(f"[{summary(made)}]")
+
+    told = {"caption": SHOWN} if "caption" in modality.part_names else {}
+    (whole,) = pipeline.generate(told, seed=seed, **DRAWN)
+    height, width = modality.size
+    top = height - max(1, round(height * ANEW))
+    message(f"{model}: one more, its lower part made anew {VARIANTS} times")
+    edits, runs = pipeline.edit_runs(
+        whole.output, f"{top}:{height},0:{width}", given=told, n=VARIANTS, seed=seed, **DRAWN
+    )
+    again, more = followed(modality, ((run, lambda row, each: edits.pasted(each)) for run in runs))
+    result(f"[{summary(again)}]")
+    if beside is not None:
+        covered = edits.pasted(modality.decode(edits.canvases[0]))
+        shown = [sample.output for sample in (*made, whole)]
+        shown += [covered, *(sample.output for sample in again)]
+        enlarged(grid_of(shown, columns=COLUMNS), SCALE).save(beside)
+    return records + more
