@@ -105,6 +105,7 @@ def drawn(pipeline: Pipeline, model: str, seed: int, beside: Path | None) -> lis
     from mdiff.cli.grid import enlarged, grid_of
     from mdiff.cli.pictures import followed, shows_pictures, summary
     from mdiff.errors import ConfigError
+    from mdiff.kernels.philox import derive
 
     modality = pipeline.modality
     if not shows_pictures(pipeline):
@@ -115,7 +116,7 @@ def drawn(pipeline: Pipeline, model: str, seed: int, beside: Path | None) -> lis
     result(f"[{summary(made)}]")
 
     told = {"caption": SHOWN} if "caption" in modality.part_names else {}
-    (whole,) = pipeline.generate(told, seed=seed, **DRAWN)
+    (whole,) = pipeline.generate(told, seed=int(derive(seed, COUNT)), **DRAWN)
     height, width = modality.size
     top = height - max(1, round(height * ANEW))
     message(f"{model}: one more, its lower part made anew {VARIANTS} times")
