@@ -3,7 +3,8 @@
     python benchmarks/overhead.py [--length 256] [--vocab 50257] [--samples 1]
 
 The backbone has the shape of builtin:shakespeare with a vocabulary of its own; its calls are
-timed from inside, everything else of a step is the toolkit's.
+timed from inside, everything else of a step is the toolkit's. Beside the clock, the processor
+time of the calling thread: on a busy machine the clock counts the waits of both.
 """
 
 from __future__ import annotations
@@ -18,25 +19,27 @@ from machine import record
 from torch import Tensor
 
 from mdiff.backbones.transformer import transformer
+from mdiff.ops import backend_name
 from mdiff.samplers.first_hitting import first_hitting
 from mdiff.tokens import TokenSpace, hidden_canvas
 
 SHAPE = {"width": 256, "depth": 8, "heads": 4, "mlp_width": 704}
+WARM = 5
 
 
 class Timed:
-    """A Denoiser that adds up the seconds spent in another."""
+    """A Denoiser that notes the seconds spent in another."""
 
     def __init__(self, denoiser: Any) -> None:
         self.denoiser = denoiser
         self.uses_time = denoiser.uses_time
-        self.seconds: list[float] = []
+        self.seconds: list[tuple[float, float]] = []
 
     def __call__(self, tokens: Tensor, **rest: Any) -> Tensor:
         """The other's logits."""
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.thread_time()
         logits = self.denoiser(tokens, **rest)
-        self.seconds.append(time.perf_counter() - begun)
+        self.seconds.append((time.perf_counter() - begun, time.thread_time() - worked))
         return logits
 
 
@@ -53,22 +56,24 @@ def main() -> None:
     canvas = hidden_canvas(options.samples, options.length, space=space)
     steps = []
     with torch.inference_mode():
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.thread_time()
         for _ in first_hitting(model, canvas, space=space, seed=0):
-            steps.append(time.perf_counter() - begun)
-            begun = time.perf_counter()
-    outside = [whole - inside for whole, inside in zip(steps[5:], model.seconds[5:])]
-    figures = {
-        "step_ms": 1e3 * statistics.median(steps[5:]),
-        "model_ms": 1e3 * statistics.median(model.seconds[5:]),
-        "outside_ms": 1e3 * statistics.median(outside),
-        "share_of_step": statistics.median(outside) / statistics.median(steps[5:]),
-        **vars(options),
-    }
-    print(
-        f"step {figures['step_ms']:.2f} ms, model {figures['model_ms']:.2f} ms, outside "
-        f"{figures['outside_ms']:.3f} ms: {100 * figures['share_of_step']:.1f} percent of a step"
-    )
+            steps.append((time.perf_counter() - begun, time.thread_time() - worked))
+            begun, worked = time.perf_counter(), time.thread_time()
+    figures: dict[str, Any] = {"backend": backend_name(), **vars(options)}
+    for clock, name in enumerate(("", "_processor")):
+        whole, inside = ([s[clock] for s in part[WARM:]] for part in (steps, model.seconds))
+        outside = statistics.median(w - i for w, i in zip(whole, inside))
+        figures[f"step{name}_ms"] = 1e3 * statistics.median(whole)
+        figures[f"model{name}_ms"] = 1e3 * statistics.median(inside)
+        figures[f"outside{name}_ms"] = 1e3 * outside
+        figures[f"share_of_step{name}"] = outside / statistics.median(whole)
+        print(
+            f"{'processor time' if name else 'clock'}: step {figures[f'step{name}_ms']:.2f} ms, "
+            f"model {figures[f'model{name}_ms']:.2f} ms, outside {1e3 * outside:.3f} ms: "
+            f"{100 * figures[f'share_of_step{name}']:.1f} percent of a step"
+        )
+    print(f"{torch.get_num_threads()} threads, backend {figures['backend']}")
     record("overhead", figures)
 
 

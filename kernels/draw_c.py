@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,24 +23,8 @@ ABI = 1
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class _Request(ctypes.Structure):
-    """`struct request` of onepass.c, field for field."""
-
-    _fields_ = (
-        ("logits", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("row_stride", "rows", "columns", "tile")),
-        *((name, ctypes.c_void_p) for name in ("seed", "sample", "step", "position")),
-        *((f"{name}_stride", ctypes.c_int64) for name in ("seed", "sample", "step", "position")),
-        ("forbidden", ctypes.c_void_p),
-        ("forbidden_count", ctypes.c_int64),
-        ("span", ctypes.c_void_p),
-        ("span_stride", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("tokens", "log_prob", "entropy", "margin")),
-        ("inverse", ctypes.c_float),
-        ("floor", ctypes.c_float),
-        *((name, ctypes.c_int32)
-          for name in ("format", "greedy", "filtered", "measure_drawn", "threads")),
-    )  # fmt: skip
+# `struct request` of onepass.c, in its order and with C's alignment; P is a pointer.
+REQUEST = struct.Struct("@ P4q 4P4q Pq Pq P3P 2f 5i")
 
 
 def load(folders: list[str]) -> tuple[ctypes.CDLL | None, str]:
@@ -54,7 +39,7 @@ def load(folders: list[str]) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{found[0].name} does not load: {error}"
     if built != ABI:
         return None, f"{found[0].name} is of version {built}, not {ABI}: install again"
-    library.onepass_draw.argtypes = [ctypes.POINTER(_Request)]
+    library.onepass_draw.argtypes = [ctypes.c_char_p]
     library.onepass_draw.restype = ctypes.c_int32
     return library, ""
 
@@ -110,22 +95,17 @@ def draw_c(
     tokens = torch.empty(rows, dtype=torch.int64)
     figures = torch.empty(3, rows)
     log_prob, entropy, margin = figures.unbind()
-    request = _Request(
-        logits=logits_NV.data_ptr(), row_stride=logits_NV.stride(0), rows=rows, columns=vocab,
-        tile=min(tile, vocab), format=FORMATS[logits_NV.dtype],
-        seed=seed.data_ptr(), seed_stride=seed.stride(0),
-        sample=sample.data_ptr(), sample_stride=sample.stride(0),
-        step=step.data_ptr(), step_stride=step.stride(0),
-        position=position.data_ptr(), position_stride=position.stride(0),
-        forbidden=None if columns is None else columns.data_ptr(),
-        forbidden_count=len(forbidden),
-        span=None if span is None else span.data_ptr(),
-        span_stride=0 if span is None else span.stride(0),
-        tokens=tokens.data_ptr(), log_prob=log_prob.data_ptr(), entropy=entropy.data_ptr(),
-        margin=margin.data_ptr(),
-        inverse=1 / min(max(temperature, COLDEST), HOTTEST) if temperature > 0 else 1.0,
-        greedy=temperature == 0, filtered=bool(min_p), floor=math.log(min_p) if min_p else 0.0,
-        measure_drawn=measure == "drawn", threads=torch.get_num_threads(),
+    counter = (seed, sample, step, position)
+    request = REQUEST.pack(
+        logits_NV.data_ptr(), logits_NV.stride(0), rows, vocab, min(tile, vocab),
+        *(part.data_ptr() for part in counter), *(part.stride(0) for part in counter),
+        0 if columns is None else columns.data_ptr(), len(forbidden),
+        *((0, 0) if span is None else (span.data_ptr(), span.stride(0))),
+        tokens.data_ptr(), log_prob.data_ptr(), entropy.data_ptr(), margin.data_ptr(),
+        1 / min(max(temperature, COLDEST), HOTTEST) if temperature > 0 else 1.0,
+        math.log(min_p) if min_p else 0.0,
+        FORMATS[logits_NV.dtype], temperature == 0, bool(min_p), measure == "drawn",
+        torch.get_num_threads(),
     )  # fmt: skip
     if LIBRARY.onepass_draw(request) != 0:
         raise MemoryError("no memory for a tile of logits a thread")

@@ -80,7 +80,7 @@ class Filling:
         self.start = self.hidden.sum(1)
         self.rank = ranks(canvas, valid)
         self.seed, self.sample = streams(seed, rows, device)
-        # What names the draw of a place, row-major: (3, B * L) int64.
+        # What names the draw of a place, (seed, sample, rank), row-major: (3, B * L) int64.
         self.counter = torch.stack(
             [
                 self.seed[:, None].expand_as(self.rank),
@@ -90,6 +90,7 @@ class Filling:
         ).flatten(1)
         self.spans = space.spans(canvas.shape[1], device)
         self.calls = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.blank = torch.zeros(canvas.shape, device=device)
         self.draw = partial(
             draw, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, measure=measure,
             never=space.forbidden,
@@ -121,19 +122,20 @@ class Filling:
         Only samples with such a place are evaluated and counted; `idle` evaluates every
         sample that still hides something, as samplers do that do not look first.
         """
-        rows = (self.hidden if idle else at).any(1).nonzero()[:, 0]
-        tokens, asked, valid, cond = self.tokens, at, self.valid, self.cond
-        every = len(rows) == len(tokens)
-        if not every:
-            tokens, asked, t = tokens[rows], at[rows], t[rows]
-            valid = None if valid is None else valid[rows]
-            cond = {name: value[rows] for name, value in cond.items()}
-        logits = self._logits(tokens, asked, valid, t, cond)
-        self.calls[slice(None) if every else rows] += evaluations(
-            self.denoiser, tokens, valid=valid, cond=cond or None
-        )
         place = at.flatten().nonzero()[:, 0]
         seed, sample, position = self.counter.index_select(1, place).unbind()
+        active = (self.hidden if idle else at).any(1)
+        tokens, asked, valid, cond = self.tokens, at, self.valid, self.cond
+        if not active.all():
+            tokens, asked, t = tokens[active], at[active], t[active]
+            valid = None if valid is None else valid[active]
+            cond = {name: value[active] for name, value in cond.items()}
+        logits = self._logits(tokens, asked, valid, t, cond)
+        spent = evaluations(self.denoiser, tokens, valid=valid, cond=cond or None)
+        if isinstance(spent, Tensor):
+            self.calls = self.calls.index_put((active,), spent, accumulate=True)
+        else:
+            self.calls = self.calls.add(active, alpha=spent)
         return self.draw(
             logits, seed=seed, sample=sample, step=step, position=position,
             span=None if self.spans is None else self.spans[place % at.shape[1]],
@@ -155,17 +157,18 @@ class Filling:
 
     def reveal(self, at: Tensor, drawn: Draw, asked: Tensor, t: Tensor) -> State:
         """Write the draws of the places `at`, a subset of `asked`, and return the new state."""
-        blank = torch.zeros(at.shape, dtype=drawn.log_prob.dtype, device=at.device)
+        blank = self.blank.to(drawn.log_prob.dtype)
         tokens = self.tokens.masked_scatter(asked, drawn.tokens)
         log_prob = blank.masked_scatter(asked, drawn.log_prob)
-        entropy = blank.masked_scatter_(asked, drawn.entropy)
+        entropy = blank.masked_scatter(asked, drawn.entropy)
         if asked is not at:
             tokens = torch.where(at, tokens, self.tokens)
             log_prob, entropy = torch.where(at, log_prob, 0), torch.where(at, entropy, 0)
         self.tokens = tokens
-        self.hidden = self.hidden & ~at
+        # Hidden and not written now.
+        self.hidden = self.hidden > at
         self.states += 1
-        return State(self.tokens, t, self.states, self.calls.clone(), at, log_prob, entropy)
+        return State(self.tokens, t, self.states, self.calls, at, log_prob, entropy)
 
 
 def streams(seed: int | Tensor, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,7 @@ def _per_row(value: int | Tensor, rows: int, device: torch.device) -> Tensor:
     if type(value) is not int:
         raise ConfigError(f"{value!r} in a random stream: expected a whole number")
     signed = (value + 2**63) % 2**64 - 2**63
-    return torch.full((1,), signed, dtype=torch.int64, device=device).expand(rows)
+    return torch.full((rows,), signed, dtype=torch.int64, device=device)
 
 
 def _span(span: tuple[int, int] | Tensor | None, rows: int, device: torch.device) -> Tensor | None:
