@@ -24,7 +24,7 @@ SENTENCE = "What say you,[MASK:24] and so farewell.\n"
 PAGE = Path("demo.html")
 # The pictures that do not exist, and how they are drawn.
 COUNT = 20
-DRAWN: dict[str, Any] = {"sampler": "halton", "steps": 16}
+DRAWN: dict[str, Any] = {"sampler": "confidence", "steps": 48, "noise": 10.0}
 # What the picture that is inpainted shows, where the model is told in words; the share of its
 # height, from below, that is made anew; and how often.
 SHOWN = "grinning face"
