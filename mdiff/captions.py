@@ -46,13 +46,18 @@ class Captions:
         return self._words
 
     @property
+    def learnt(self) -> bool:
+        """Whether the byte pairs are known."""
+        return self._words is not None
+
+    @property
     def size(self) -> int:
         """How many ids there are, the end included."""
         return self.words.size + 1
 
     def learn(self, captions: Sequence[str]) -> None:
         """Learn the byte pairs of these captions, unless that is done."""
-        if self._words is None:
+        if not self.learnt:
             self._words = BytePairs.learn(captions, size=self.vocab_size)
 
     def encode(self, caption: str, *, cut: bool = False) -> list[int]:

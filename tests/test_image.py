@@ -14,7 +14,7 @@ from mdiff.editing import box_mask, hidden_share, touched
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.modalities.image import image
 from mdiff.picture_rows import variants
-from mdiff.pictures import Pictures, PictureSource
+from mdiff.pictures import Pictures, PictureSource, split_index
 from mdiff.pipeline import Pipeline
 from mdiff.shard_writing import write_shards
 
@@ -307,3 +307,17 @@ def test_labels_are_matched_by_name_however_the_data_number_them():
     plain = Pictures(data.pixels, data.names, data.labels, ["0", "1", "2"])
     named = turned.examples(plain, split="all").batch(number, torch.zeros_like(number))
     assert torch.equal(named.cond["label"], data.labels)
+
+
+def test_a_trained_model_reads_held_out_pictures_alone():
+    made, data = joint(), pictures()
+    outside = next(
+        name for name in map(str, range(1000)) if not len(split_index([name], "train", 0.1, 0.0))
+    )
+    groups = [outside] * len(data)
+    held = Pictures(data.pixels, data.names, data.labels, data.label_names, data.captions, groups)
+    assert len(made.examples(held, split="all")) == len(data)
+    with pytest.raises(DataError, match="train split"):
+        image(codec=levels(levels=4, step=60), size=SIZE, caption={"vocab_size": 257}).examples(
+            held, split="all"
+        )

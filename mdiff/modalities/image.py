@@ -295,7 +295,7 @@ class Image:
         shares = (source.holdout, source.validation)
         known = stored.groups or len(stored)
         self._learn_names(stored.labels, stored.label_names)
-        if self.captions:
+        if self.captions and not self.captions.learnt:
             self._learn_captions(_chosen(stored, split_index(known, "train", *shares)))
         index = split_index(known, split, *shares)
         if not len(index):
@@ -308,7 +308,7 @@ class Image:
     def _learn(self, pictures: Pictures, shares: dict[str, float]) -> None:
         """Take labels and the captions' tokenizer from the data where they are not known."""
         self._learn_names(pictures.labels, pictures.label_names)
-        if self.captions:
+        if self.captions and not self.captions.learnt:
             self._learn_captions(pictures.split("train", **shares).captions)
 
     def _learn_names(self, labels: Tensor | None, names: list[str]) -> None:
