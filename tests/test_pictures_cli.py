@@ -654,3 +654,14 @@ def test_an_interval_of_guidance_needs_no_schedule_named() -> None:
         "guidance_scale": 2.0, "guidance_interval": (0.2, 0.8), "guidance_schedule": "interval",
     }  # fmt: skip
     assert guidance_options(None, None, None) == {}
+
+
+def test_a_long_job_says_how_far_it_is(
+    grey: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mdiff.cli.pictures.SAY_EVERY", 0.0)
+    words = ["generate", grey, "--label", "sneaker", "--n", "4", *QUICK]
+    assert run([*words, "--out", str(tmp_path / "grid.png")]) == 0
+    said = re.findall(r"(\d+) made, (\d+) more (\d+) percent filled in", capsys.readouterr().err)
+    assert [(made, more) for made, more, _ in said] == [("0", "4")] * 3
+    assert said[-1][2] == "100"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from mdiff.generation import Generated, Generation
     from mdiff.pipeline import Pipeline
     from mdiff.trace import Record
+
+# Seconds between two messages about how far a long job is.
+SAY_EVERY = 10.0
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,18 @@ def followed(
     from mdiff.cli.generate import figures
     from mdiff.trace import Recorder
 
-    samples, records = [], []
+    samples: list[Generated] = []
+    records: list[Record] = []
+    said = time.monotonic()
     for run, finish in runs:
         recorder = Recorder(run.canvas, run.valid, space=modality.space)
         reel = None if film is None else film.reel(run.canvas, finish)
         for state in run:
+            if time.monotonic() - said > SAY_EVERY:
+                said = time.monotonic()
+                hidden = (state.tokens == modality.space.mask_id).double().mean()
+                share = round(100 * (1 - float(hidden)))
+                message(f"{len(samples)} made, {len(state.tokens)} more {share} percent filled in")
             if recording:
                 recorder.add(state)
             if reel is not None:
