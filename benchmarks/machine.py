@@ -51,7 +51,9 @@ def record(name: str, figures: dict[str, Any]) -> Path:
     """Write benchmarks/results/NAME.json: the figures, the machine and the command."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    command = " ".join(["python", *sys.argv])
+    # Where somebody keeps the data is nobody's business.
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv]
+    command = " ".join(["python", *words])
     document = {"figures": figures, "machine": machine(), "command": command, "commit": commit()}
     path.write_text(json.dumps(document, indent=1) + "\n")
     print(
