@@ -6,14 +6,27 @@ token reads of the picture is bounded and known: `Encoder.reach`.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdiff.errors import ConfigError
 from mdiff.layers import RMSNorm
 
+# Pictures coded at a time: the finest level's features are what takes memory.
+CODED_AT_ONCE = 256
 # The widest level holds this many times the channels of the finest.
 MOST_WIDENING = 4
+
+
+def scaled(images: Tensor) -> Tensor:
+    """Pixels 0 to 255 uint8 as -1 to 1 float32."""
+    return images.float() / 127.5 - 1
+
+
+def pixels(pictures: Tensor) -> Tensor:
+    """-1 to 1 as pixels 0 to 255 uint8, rounded."""
+    return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def levels_of(stride: int) -> int:

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import struct
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from mdiff.emoji import base_of, caption_of
-from mdiff.errors import BackendError, ConfigError, DataError, nearest
-from mdiff.sources import HUB, SPLITS, json_lines, read_text
+from mdiff.errors import ConfigError, DataError, nearest
+from mdiff.picture_files import MODES, Item, as_array, items_of, open_picture, sized
+from mdiff.sources import SPLITS
 
-DIGITS = "sklearn.digits"
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-METADATA = "metadata.jsonl"
-# A picture of more pixels is taken for a decompression bomb.
-MAX_PIXELS = 2**26
-# The largest array that is read from a file.
-MAX_BYTES = 2**34
-MODES = {1: "L", 3: "RGB"}
-# Pillow's modes that become these without a choice of what 16 bits or a float mean.
-EIGHT_BIT = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
 CAPTIONS = ("none", "data", "unicode")
 
 
@@ -195,7 +181,7 @@ def read_pictures(
         raise ConfigError(f"channels={channels}: expected 1 or 3")
     taken = _Taken(channels, size, source.resize, strict)
     for path in source.paths:
-        for item in _items(path, source):
+        for item in items_of(path, source):
             taken.add(item)
     found = taken.pictures(source)
     if source.captions == "unicode":
@@ -206,17 +192,6 @@ def read_pictures(
     return found if source.captions == "data" else replace(found, captions=None)
 
 
-@dataclass
-class _Item:
-    """One picture as it was found; `array` uint8 (H, W[, C]), or a `path` to read."""
-
-    name: str
-    array: Any = None
-    path: Path | None = None
-    label: str | int | None = None
-    caption: str | None = None
-
-
 class _Taken:
     """Gathers items into one array, checking each."""
 
@@ -225,15 +200,15 @@ class _Taken:
     ) -> None:
         self.channels, self.size, self.resize, self.strict = channels, size, resize, strict
         self.arrays: list[Any] = []
-        self.items: list[_Item] = []
+        self.items: list[Item] = []
         self.problems: list[str] = []
 
-    def add(self, item: _Item) -> None:
+    def add(self, item: Item) -> None:
         try:
             array = item.array if item.path is None else open_picture(item.path)
             plain = as_array(array, channels=self.channels, name=item.name)
             self.size = self.size or (plain.shape[0], plain.shape[1])
-            self.arrays.append(_sized(plain, self.size, resize=self.resize, name=item.name))
+            self.arrays.append(sized(plain, self.size, resize=self.resize, name=item.name))
             self.items.append(replace(item, array=None))
         except DataError as error:
             if self.strict:
@@ -271,213 +246,6 @@ def _numbered(
     names = sorted({str(label) for label in labels})
     number = {name: i for i, name in enumerate(names)}
     return torch.tensor([number[str(label)] for label in labels], dtype=torch.int64), names
-
-
-def as_array(picture: Any, *, channels: int, name: str = "the picture") -> Any:
-    """A PIL image or an array as uint8 (H, W, channels); DataError for anything else."""
-    if isinstance(picture, Image.Image):
-        return _from_pil(picture, channels, name)
-    array = picture.numpy() if isinstance(picture, Tensor) else np.asarray(picture)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
-        raise DataError(
-            f"{name}: an array {array.shape} {array.dtype}: expected uint8 (H, W) or (H, W, C)"
-        )
-    modes = {1: "L", 3: "RGB", 4: "RGBA"}
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.shape[2] not in modes:
-        raise DataError(f"{name}: {array.shape[2]} channels: expected 1, 3 or 4")
-    if array.shape[2] == channels:
-        return array
-    plain = array[..., 0] if array.shape[2] == 1 else array
-    return _from_pil(Image.fromarray(plain, modes[array.shape[2]]), channels, name)
-
-
-def _from_pil(picture: Image.Image, channels: int, name: str) -> Any:
-    if picture.mode not in EIGHT_BIT:
-        raise DataError(f"{name}: pixels of mode {picture.mode}: expected 8 bits a channel")
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        clear = picture.convert("RGBA")
-        white = Image.new("RGBA", clear.size, "white")
-        picture = Image.alpha_composite(white, clear)
-    array = np.array(picture.convert(MODES[channels]))
-    return array if array.ndim == 3 else array[..., None]
-
-
-def open_picture(path: Path | str) -> Image.Image:
-    """The picture in a file; DataError where it is missing, unreadable, cut short or huge."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        # Opening reads the header alone: the size is known before anything is unpacked.
-        picture = Image.open(path)
-        width, height = picture.size
-        if width * height > MAX_PIXELS:
-            raise DataError(f"{path}: {width} x {height} pixels: more than {MAX_PIXELS:,}")
-        picture.load()
-        return picture
-    except UnidentifiedImageError:
-        raise DataError(f"{path} is not a picture that can be read") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path}: {error}") from None
-    except (OSError, SyntaxError, ValueError, zlib.error, struct.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-
-
-def _sized(array: Any, size: tuple[int, int], *, resize: bool, name: str) -> Any:
-    """The array in the size, cut in the middle and scaled where that is allowed."""
-    height, width = array.shape[:2]
-    if (height, width) == tuple(size):
-        return array
-    if not resize:
-        raise DataError(
-            f"{name} has {height} x {width} pixels, expected {size[0]} x {size[1]}; "
-            "resize: true would scale it"
-        )
-    share = min(height / size[0], width / size[1])
-    crop = (round(size[0] * share), round(size[1] * share))
-    top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
-    middle = array[top : top + crop[0], left : left + crop[1]]
-    plain = middle[..., 0] if middle.shape[2] == 1 else middle
-    scaled = np.array(Image.fromarray(plain).resize((size[1], size[0]), Image.Resampling.LANCZOS))
-    return scaled if scaled.ndim == 3 else scaled[..., None]
-
-
-def _items(path: str, source: PictureSource) -> Iterator[_Item]:
-    if path == DIGITS:
-        return _digits()
-    if path.startswith(HUB):
-        return _from_hub(path.removeprefix(HUB), source)
-    place = Path(path)
-    if place.is_dir():
-        return _from_folder(place)
-    if path.endswith(".npz"):
-        return _from_arrays(place)
-    if "-idx3-ubyte" in place.name:
-        return _from_idx(place)
-    return iter([_Item(name=str(place), path=place)])
-
-
-def _digits() -> Iterator[_Item]:
-    """The 1,797 digits of 8 x 8; their 17 greys 0 to 16 are 0 to 240."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    for number, (array, label) in enumerate(zip(found.images, found.target)):
-        yield _Item(name=f"{number}", array=(array * 15).astype(np.uint8), label=int(label))
-
-
-def _from_folder(folder: Path) -> Iterator[_Item]:
-    listed = folder / METADATA
-    if listed.exists():
-        for row in json_lines(read_text(listed), listed, "file_name"):
-            label = row.get("label")
-            if label is not None and not isinstance(label, str | int):
-                raise DataError(f"{listed}: label {label!r}: expected a name or a number")
-            path = folder / row["file_name"]
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise DataError(f"{listed}: {row['file_name']!r} leaves the folder")
-            caption = row.get("caption", row.get("text"))
-            yield _Item(row["file_name"], path=path, label=label, caption=caption)
-        return
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-    if not paths:
-        raise DataError(f"{folder}: no {', '.join(ENDINGS)} in it")
-    for path in paths:
-        inside = path.relative_to(folder)
-        label = inside.parts[0] if len(inside.parts) > 1 else None
-        yield _Item(name=str(inside), path=path, label=label)
-
-
-def _from_arrays(path: Path) -> Iterator[_Item]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(info.file_size for info in archive.infolist())
-        if unpacked > MAX_BYTES:
-            raise DataError(f"{path} unpacks to {unpacked:,} bytes: more than {MAX_BYTES:,}")
-        with np.load(path, allow_pickle=False) as arrays:
-            if "x" not in arrays:
-                raise DataError(f"{path} has no array x; {nearest('x', arrays.files)}")
-            x = arrays["x"]
-            y = arrays.get("y")
-            names = arrays.get("name")
-    except (zipfile.BadZipFile, ValueError, OSError, zlib.error, EOFError) as error:
-        raise DataError(f"{path} is not a readable .npz: {error}") from None
-    if x.ndim not in (3, 4) or x.dtype != np.uint8:
-        raise DataError(f"{path}: x {x.shape} {x.dtype}: expected uint8 (N, H, W[, C])")
-    for name, other in (("y", y), ("name", names)):
-        if other is not None and other.shape != x.shape[:1]:
-            raise DataError(f"{path}: {name} {other.shape}: expected ({len(x)},)")
-    if y is not None and not np.issubdtype(y.dtype, np.integer):
-        raise DataError(f"{path}: y of type {y.dtype}: expected whole numbers")
-    for i, array in enumerate(x):
-        yield _Item(
-            name=str(names[i]) if names is not None else f"{path.name}:{i}",
-            array=array,
-            label=None if y is None else int(y[i]),
-        )
-
-
-def _from_idx(path: Path) -> Iterator[_Item]:
-    """The format of MNIST: two zero bytes, the type, the number of axes, their sizes."""
-    images = _idx(path, axes=3)
-    beside = path.with_name(path.name.replace("-images-", "-labels-").replace("-idx3-", "-idx1-"))
-    labels = _idx(beside, axes=1) if beside != path and beside.exists() else None
-    if labels is not None and len(labels) != len(images):
-        raise DataError(f"{beside}: {len(labels)} labels for {len(images)} pictures")
-    for i, array in enumerate(images):
-        label = None if labels is None else int(labels[i])
-        yield _Item(name=f"{path.name}:{i}", array=array, label=label)
-
-
-def _idx(path: Path, *, axes: int) -> Any:
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            raw = file.read(MAX_BYTES)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be unpacked: {error}") from None
-    head = 4 + 4 * axes
-    if len(raw) < head or raw[:4] != bytes([0, 0, 8, axes]):
-        raise DataError(f"{path} is not an idx file of {axes} axes of bytes")
-    shape = struct.unpack(f">{axes}I", raw[4:head])
-    if len(raw) - head != int(np.prod(shape, dtype=np.int64)):
-        raise DataError(f"{path}: {len(raw) - head} bytes of data, the header says {shape}")
-    return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
-
-
-def _from_hub(name: str, source: PictureSource) -> Iterator[_Item]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, source.subset, split=source.hub_split)
-    except ValueError as error:
-        raise DataError(f"{HUB}{name}: {str(error).splitlines()[0]}") from error
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BackendError(f"{HUB}{name} cannot be fetched: {first}") from error
-    return from_dataset(rows, source, name=f"{HUB}{name}")
-
-
-def from_dataset(rows: Any, source: PictureSource, *, name: str) -> Iterator[_Item]:
-    """The items of a `datasets` data set with an image feature; labels by their names."""
-    if source.image_field not in rows.column_names:
-        near = nearest(source.image_field, rows.column_names)
-        raise DataError(f"{name} has no column {source.image_field!r}; {near}")
-    feature = rows.features.get(source.label_field)
-    named = getattr(feature, "int2str", None)
-    for i, row in enumerate(rows):
-        label = row.get(source.label_field)
-        yield _Item(
-            name=f"{name}:{i}",
-            array=row[source.image_field],
-            label=named(label) if named and label is not None else label,
-            caption=row.get(source.caption_field),
-        )
 
 
 def digest_of(pictures: Pictures) -> str:

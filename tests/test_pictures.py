@@ -16,7 +16,8 @@ from PIL import Image
 
 from mdiff.emoji import base_of, caption_of, code_points
 from mdiff.errors import ConfigError, DataError
-from mdiff.pictures import PictureSource, as_array, from_dataset, read_pictures, split_index
+from mdiff.picture_files import as_array, from_dataset
+from mdiff.pictures import PictureSource, read_pictures, split_index
 
 
 def noise(*shape, seed=0):

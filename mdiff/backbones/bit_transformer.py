@@ -7,7 +7,6 @@ bits, each a token of the canvas: hidden, scored and written on its own.
 
 from __future__ import annotations
 
-import os
 from typing import Any, ClassVar
 
 import torch
@@ -16,14 +15,16 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers import initialization as init
 
 from mdiff.backbones.transformer import (
-    BYTES_PER_WEIGHT,
     Head,
     TransformerConfig,
     TransformerForMaskedLM,
+    check_memory,
+    check_options,
     parameter_count,
 )
+from mdiff.bit_order import bits_of
 from mdiff.denoiser import Condition
-from mdiff.errors import ConfigError, nearest
+from mdiff.errors import ConfigError
 from mdiff.layers import Projection
 
 # A group's head has a column for each of its ids.
@@ -140,7 +141,7 @@ def signs(ids: Tensor, count: int) -> Tensor:
     >>> signs(torch.tensor([1, 6]), 3).tolist()
     [[-1, -1, 1], [1, 1, -1]]
     """
-    return 2 * (ids[..., None] >> torch.arange(count - 1, -1, -1, device=ids.device) & 1) - 1
+    return 2 * bits_of(ids, count) - 1
 
 
 class BitTable(nn.Embedding):
@@ -276,19 +277,9 @@ def bit_transformer(**options: Any) -> BitTransformerForMaskedLM:
     >>> model(torch.full((1, 12), 8)).shape
     torch.Size([1, 12, 8])
     """
-    known = set(BitTransformerConfig.__annotations__) | set(TransformerConfig.__annotations__)
-    for name in options:
-        if name not in known:
-            where = nearest(name, known)
-            raise ConfigError(f"unknown option {name!r} of the bit transformer; {where}")
+    check_options(options, BitTransformerConfig, "the bit transformer")
     config = BitTransformerConfig(**options)
-    need = bit_parameter_count(config) * BYTES_PER_WEIGHT
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > memory:
-        raise ConfigError(
-            f"a transformer of {need // BYTES_PER_WEIGHT:,} weights needs {need / 2**30:,.0f} GiB; "
-            f"this machine has {memory / 2**30:,.0f} GiB: reduce width or depth"
-        )
+    check_memory(bit_parameter_count(config))
     return BitTransformerForMaskedLM(config)
 
 

@@ -357,19 +357,30 @@ def transformer(**options: Any) -> TransformerForMaskedLM:
     >>> model(torch.zeros(2, 3, dtype=torch.int64)).shape
     torch.Size([2, 3, 5])
     """
-    known = set(TransformerConfig.__annotations__)
+    check_options(options, TransformerConfig, "the transformer")
+    config = TransformerConfig(**options)
+    check_memory(parameter_count(config))
+    return TransformerForMaskedLM(config)
+
+
+def check_options(options: dict[str, Any], kind: type, label: str) -> None:
+    """Raise ConfigError, with the nearest name, for an option that the config `kind` lacks."""
+    ours = [base for base in kind.__mro__ if issubclass(base, TransformerConfig)]
+    known = {name for base in ours for name in vars(base).get("__annotations__", {})}
     for name in options:
         if name not in known:
-            raise ConfigError(f"unknown option {name!r} of the transformer; {nearest(name, known)}")
-    config = TransformerConfig(**options)
-    need = parameter_count(config) * BYTES_PER_WEIGHT
+            raise ConfigError(f"unknown option {name!r} of {label}; {nearest(name, known)}")
+
+
+def check_memory(weights: int) -> None:
+    """Raise ConfigError where this machine cannot hold so many weights, before any is made."""
+    need = weights * BYTES_PER_WEIGHT
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > memory:
         raise ConfigError(
-            f"a transformer of {need // BYTES_PER_WEIGHT:,} weights needs {need / 2**30:,.0f} GiB; "
+            f"a transformer of {weights:,} weights needs {need / 2**30:,.0f} GiB; "
             f"this machine has {memory / 2**30:,.0f} GiB: reduce width or depth"
         )
-    return TransformerForMaskedLM(config)
 
 
 def _whole(name: str, value: Any, *, least: int) -> int:

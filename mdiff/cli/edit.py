@@ -126,7 +126,7 @@ def region_of(
     of another size, and one that leaves nothing to make anew.
     """
     from mdiff.editing import box_mask, pixel_mask
-    from mdiff.pictures import as_array, open_picture
+    from mdiff.picture_files import as_array, open_picture
 
     if mask is not None:
         return box_mask(mask, size)

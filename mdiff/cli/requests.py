@@ -96,7 +96,8 @@ def with_pictures(
 
 def read_picture(path: Path, modality: Any, *, resize: bool = False) -> Any:
     """The pixels (H, W, C) uint8 of a file, clear parts on white; DataError where it is unfit."""
-    from mdiff.pictures import PictureSource, as_array, open_picture, read_pictures
+    from mdiff.picture_files import as_array, open_picture
+    from mdiff.pictures import PictureSource, read_pictures
 
     channels, (height, width) = modality.codec.channels, modality.size
     opened = open_picture(path)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.codec import Report, check_ids, check_pictures
-from mdiff.codec_networks import Decoder, Encoder
+from mdiff.codec_networks import CODED_AT_ONCE, Decoder, Encoder, pixels, scaled
 from mdiff.codec_training import Training, fit_networks, take_state
-from mdiff.codecs.vq import CODED_AT_ONCE, pixels, scaled
 from mdiff.errors import ConfigError, nearest
 
 QUANTIZERS = ("lfq", "fsq")
@@ -144,33 +143,6 @@ class Quantizer(nn.Module):
         codes = codes.view(rows.shape).permute(0, 3, 1, 2)
         ids = ids[0].view(*rows.shape[:3], *ids.shape[2:])
         return codes, ids, loss[0] if loss else features.new_zeros(())
-
-
-def bits_of(ids: Tensor, count: int) -> Tensor:
-    """The bits (..., count), 0 or 1, of ids; the most significant first.
-
-    >>> bits_of(torch.tensor([1, 6]), 3).tolist()
-    [[0, 0, 1], [1, 1, 0]]
-    """
-    return ids[..., None] >> torch.arange(count - 1, -1, -1, device=ids.device) & 1
-
-
-def ids_of(bits: Tensor) -> Tensor:
-    """The ids (...) int64 of bits (..., count), 0 or 1, the most significant first."""
-    count = bits.shape[-1]
-    return (bits.long() << torch.arange(count - 1, -1, -1, device=bits.device)).sum(-1)
-
-
-def other_bit_order(ids: Tensor, count: int) -> Tensor:
-    """Ids whose most significant bit comes first as ids whose least does, and back.
-
-    This package and vector-quantize-pytorch read the first feature as the highest bit, MaskBit
-    (Weber et al. 2024) as the lowest.
-
-    >>> other_bit_order(torch.tensor([1, 512]), 10).tolist()
-    [512, 1]
-    """
-    return ids_of(bits_of(ids, count).flip(-1))
 
 
 def bits(

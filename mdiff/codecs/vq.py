@@ -10,12 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdiff.codec import Report, check_ids, check_pictures
-from mdiff.codec_networks import Decoder, Encoder
+from mdiff.codec_networks import CODED_AT_ONCE, Decoder, Encoder, pixels, scaled
 from mdiff.codec_training import Training, fit_networks, take_state
 from mdiff.errors import ConfigError
-
-# Pictures coded at a time: the finest level's features are what takes memory.
-CODED_AT_ONCE = 256
 
 
 class VQ(nn.Module):
@@ -122,16 +119,6 @@ class VQ(nn.Module):
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back `state()`; CheckpointError where a tensor is missing or of another shape."""
         take_state(self, tensors)
-
-
-def scaled(images: Tensor) -> Tensor:
-    """Pixels 0 to 255 uint8 as -1 to 1 float32."""
-    return images.float() / 127.5 - 1
-
-
-def pixels(pictures: Tensor) -> Tensor:
-    """-1 to 1 as pixels 0 to 255 uint8, rounded."""
-    return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def vq(

@@ -17,11 +17,11 @@ from mdiff.codec import Codec, load_codec, make_codec, save_codec
 from mdiff.editing import Edits, as_picture, hidden_share, pixel_mask, shown_pictures, touched
 from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
 from mdiff.files import read_json
+from mdiff.picture_files import as_array
 from mdiff.picture_rows import PictureRows, variants
 from mdiff.pictures import (
     Pictures,
     PictureSource,
-    as_array,
     digest_of,
     read_pictures,
     split_index,
@@ -267,23 +267,42 @@ class Image:
         Labels and the captions' tokenizer are learnt from the training split where they are
         not known. Only the training split has variants (`flip`, `shift`).
         """
+        items: Pictures | Shards
         if isinstance(data, Pictures):
-            source, everything = PictureSource(source="given"), data
+            source, items = PictureSource(source="given"), data
         else:
             source = PictureSource.of(data)
-            if any(holds_shards(path) for path in source.paths):
-                return self._from_shards(source, length=length, split=split)
-            everything = read_pictures(source, channels=self.codec.channels, size=self.size)
-        shares = {"holdout": source.holdout, "validation": source.validation}
-        self._learn(everything, shares)
-        chosen = everything.split(split, **shares)
-        seen = variants(chosen, source) if split == "train" else [chosen.pixels]
-        codes = torch.stack([self.codes(pixels) for pixels in seen], 1)
-        labels = self.own_labels(chosen.labels, chosen.label_names)
-        return self._rows(codes, labels, chosen.captions, length, digest_of(chosen))
+            items = self._opened(source)
 
-    def _from_shards(self, source: PictureSource, *, length: int | None, split: str) -> PictureRows:
-        """Rows of pictures that were tokenised before, by this very codec."""
+        def part(side: str) -> Tensor:
+            known = items.groups or len(items)
+            index = split_index(known, side, source.holdout, source.validation)
+            if len(index):
+                return index
+            raise DataError(
+                f"the {side} split of {len(items)} pictures is empty at "
+                f"holdout={source.holdout}, validation={source.validation}"
+            )
+
+        self._learn_names(items.labels, items.label_names)
+        if self.captions and not self.captions.learnt:
+            self._learn_captions(_captions(items, part("train")))
+        index = part(split)
+        own = self.own_labels(items.labels, items.label_names)
+        labels = None if own is None else own[index]
+        if isinstance(items, Shards):
+            codes, digest = items.ids[index].flatten(1)[:, None].long(), items.digest
+        else:
+            chosen = items.at(index)
+            seen = variants(chosen, source) if split == "train" else [chosen.pixels]
+            codes = torch.stack([self.codes(pixels) for pixels in seen], 1)
+            digest = digest_of(chosen)
+        return self._rows(codes, labels, _captions(items, index), length, digest)
+
+    def _opened(self, source: PictureSource) -> Pictures | Shards:
+        """The source's pictures, or the tokens that this very codec made of them before."""
+        if not any(holds_shards(path) for path in source.paths):
+            return read_pictures(source, channels=self.codec.channels, size=self.size)
         if len(source.paths) > 1 or source.flip or source.shift:
             raise ConfigError("data.source of tokens is one folder, without flip and shift")
         stored = open_shards(source.paths[0], codec=self.codec)
@@ -292,24 +311,7 @@ class Image:
                 f"{source.source}: tokens of {stored.size[0]} x {stored.size[1]} pixels, this "
                 f"model's have {self.size[0]} x {self.size[1]}"
             )
-        shares = (source.holdout, source.validation)
-        known = stored.groups or len(stored)
-        self._learn_names(stored.labels, stored.label_names)
-        if self.captions and not self.captions.learnt:
-            self._learn_captions(_chosen(stored, split_index(known, "train", *shares)))
-        index = split_index(known, split, *shares)
-        if not len(index):
-            raise DataError(f"the {split} split of {len(stored)} pictures is empty")
-        own = self.own_labels(stored.labels, stored.label_names)
-        labels = None if own is None else own[index]
-        codes = stored.ids[index].flatten(1)[:, None].long()
-        return self._rows(codes, labels, _chosen(stored, index), length, stored.digest)
-
-    def _learn(self, pictures: Pictures, shares: dict[str, float]) -> None:
-        """Take labels and the captions' tokenizer from the data where they are not known."""
-        self._learn_names(pictures.labels, pictures.label_names)
-        if self.captions and not self.captions.learnt:
-            self._learn_captions(pictures.split("train", **shares).captions)
+        return stored
 
     def _learn_names(self, labels: Tensor | None, names: list[str]) -> None:
         if self.label == "none":
@@ -436,9 +438,9 @@ def image(
     return Image(made, size=(sides[0], sides[1]), labels=labels, label=label, captions=captions)
 
 
-def _chosen(stored: Shards, index: Tensor) -> list[str] | None:
+def _captions(items: Pictures | Shards, index: Tensor) -> list[str] | None:
     """The captions of the items numbered `index`, or None."""
-    return stored.captions and [stored.captions[i] for i in index.tolist()]
+    return items.captions and [items.captions[i] for i in index.tolist()]
 
 
 def _codec(codec: Any, folder: str | Path | None) -> Any:
