@@ -19,12 +19,12 @@ from mdiff.kernels.draw_torch import COLDEST, HOTTEST, draw_torch
 from mdiff.kernels.reference import TILE, Draw
 
 # The same number as in onepass.c: a library that was built from another file is refused.
-ABI = 1
+ABI = 2
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 # `struct request` of onepass.c, in its order and with C's alignment; P is a pointer.
-REQUEST = struct.Struct("@ P4q 4P4q Pq Pq P3P 2f 5i")
+REQUEST = struct.Struct("@ 2P5q Pq 4P4q Pq Pq P3P dq 2f 4i")
 
 
 def load(folders: list[str]) -> tuple[ctypes.CDLL | None, str]:
@@ -47,12 +47,8 @@ def load(folders: list[str]) -> tuple[ctypes.CDLL | None, str]:
 LIBRARY, WHY_NOT = load(list(mdiff.kernels.__path__))
 
 
-def by_torch(logits_NV: Tensor, top_k: int | None, top_p: float | None) -> str | None:
-    """Why `draw_c` hands these logits and options over to `draw_torch`; None where it does not."""
-    if top_k is not None and top_k < logits_NV.shape[1]:
-        return "top_k"
-    if top_p is not None and top_p < 1:
-        return "top_p"
+def by_torch(logits_NV: Tensor) -> str | None:
+    """Why `draw_c` hands these logits over to `draw_torch`; None where it does not."""
     return None if logits_NV.dtype in FORMATS else f"{logits_NV.dtype} logits"
 
 
@@ -70,25 +66,28 @@ def draw_c(
     forbidden: tuple[int, ...] = (),
     span: Tensor | None = None,
     measure: str = "model",
+    unconditional: Tensor | None = None,
+    scale: Tensor | None = None,
     tile: int = TILE,
 ) -> Draw:
     """One id a row and its figures; arguments and law as `reference.draw_reference`.
 
-    float32, bfloat16 and float16 logits on the CPU, float32 inside and tile sums in float64;
+    float32, bfloat16 and float16 logits on the CPU, float32 inside, sums of tiles in float64;
     rows run on up to torch.get_num_threads() threads. What `by_torch` names goes to
     `draw_torch`. Raises RuntimeError without the library, MemoryError without memory for tiles.
     """
-    if by_torch(logits_NV, top_k, top_p) is not None:
+    if by_torch(logits_NV) is not None:
         return draw_torch(
             logits_NV, seed=seed, sample=sample, step=step, position=position,
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            forbidden=forbidden, span=span, measure=measure, tile=tile,
+            forbidden=forbidden, span=span, measure=measure, unconditional=unconditional,
+            scale=scale, tile=tile,
         )  # fmt: skip
     if LIBRARY is None or logits_NV.device.type != "cpu":
         raise RuntimeError(WHY_NOT or f"draw_c takes CPU tensors, not {logits_NV.device}")
     rows, vocab = logits_NV.shape
-    if vocab > 1 and logits_NV.stride(1) != 1:
-        logits_NV = logits_NV.contiguous()
+    logits_NV = _rows_whole(logits_NV)
+    unconditional = None if unconditional is None else _rows_whole(unconditional)
     if span is not None and span.stride(1) != 1:
         span = span.contiguous()
     columns = _columns(forbidden) if forbidden else None
@@ -97,19 +96,29 @@ def draw_c(
     log_prob, entropy, margin = figures.unbind()
     counter = (seed, sample, step, position)
     request = REQUEST.pack(
-        logits_NV.data_ptr(), logits_NV.stride(0), rows, vocab, min(tile, vocab),
+        logits_NV.data_ptr(), 0 if unconditional is None else unconditional.data_ptr(),
+        logits_NV.stride(0), 0 if unconditional is None else unconditional.stride(0),
+        rows, vocab, min(tile, vocab),
+        *((0, 0) if scale is None else (scale.data_ptr(), scale.stride(0))),
         *(part.data_ptr() for part in counter), *(part.stride(0) for part in counter),
         0 if columns is None else columns.data_ptr(), len(forbidden),
         *((0, 0) if span is None else (span.data_ptr(), span.stride(0))),
         tokens.data_ptr(), log_prob.data_ptr(), entropy.data_ptr(), margin.data_ptr(),
+        1.0 if top_p is None else top_p, 0 if top_k is None or top_k >= vocab else top_k,
         1 / min(max(temperature, COLDEST), HOTTEST) if temperature > 0 else 1.0,
-        math.log(min_p) if min_p else 0.0,
-        FORMATS[logits_NV.dtype], temperature == 0, bool(min_p), measure == "drawn",
-        torch.get_num_threads(),
+        math.log(min_p) if min_p else -math.inf,
+        FORMATS[logits_NV.dtype], temperature == 0, measure == "drawn", torch.get_num_threads(),
     )  # fmt: skip
     if LIBRARY.onepass_draw(request) != 0:
         raise MemoryError("no memory for a tile of logits a thread")
     return Draw(tokens, log_prob, entropy, margin)
+
+
+def _rows_whole(logits_NV: Tensor) -> Tensor:
+    """The logits with the columns of a row side by side."""
+    return (
+        logits_NV if logits_NV.shape[1] == 1 or logits_NV.stride(1) == 1 else logits_NV.contiguous()
+    )
 
 
 @lru_cache(maxsize=16)

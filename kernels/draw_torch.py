@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mdiff.kernels import philox
-from mdiff.kernels.reference import TILE, Draw, kept_columns
+from mdiff.kernels.reference import TILE, Draw, guided_logits, kept_columns
 
 # Rows are worked on in chunks of about this many logits, so that a chunk stays in cache.
 CHUNK = 1 << 19
@@ -30,6 +30,8 @@ def draw_torch(
     forbidden: tuple[int, ...] = (),
     span: Tensor | None = None,
     measure: str = "model",
+    unconditional: Tensor | None = None,
+    scale: Tensor | None = None,
     tile: int = TILE,
 ) -> Draw:
     """One id a row and its figures; arguments and law as `reference.draw_reference`.
@@ -49,6 +51,8 @@ def draw_torch(
             forbidden=forbidden,
             span=None if span is None else span[i : i + chunk],
             measure=measure,
+            guide=None if unconditional is None or scale is None
+            else (unconditional[i : i + chunk], scale[i : i + chunk]),
             tile=tile,
         )
         for i in range(0, max(rows, 1), chunk)
@@ -65,10 +69,13 @@ def _draw_chunk(
     forbidden: tuple[int, ...],
     span: Tensor | None,
     measure: str,
+    guide: tuple[Tensor, Tensor] | None,
     tile: int,
 ) -> Draw:
     vocab = logits_NV.shape[1]
     wide = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
+    if guide is not None:
+        logits_NV = guided_logits(logits_NV.to(wide), guide[0].to(wide), guide[1])
     padded = -(-vocab // tile) * tile
     if padded == vocab:
         model_NV = logits_NV.to(wide, copy=True)

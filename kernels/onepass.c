@@ -2,10 +2,12 @@
 
    Plain C11 with GNU attributes and pthreads behind a plain C ABI, called by draw_c.py; no
    header of Python or torch. The law is that of reference.py: the tile reservoir with the
-   Philox-4x32-10 stream of philox.py. A row is worked on tile by tile, each tile twice while
-   it lies in the first cache: its largest logit, then the sum of exp(logit - peak), where
-   `peak` is the largest logit so far and the sums so far are rescaled when it rises. Two
-   tiles are looked at once more at the end: the one that holds the maximum and the winner.
+   Philox-4x32-10 stream of philox.py. A row is read tile by tile: a tile's largest logit and
+   its sum of exp(logit - reference) in the same loop, where `reference` is a logit near the
+   largest so far and the sums are rescaled when the largest leaves it behind. Two tiles are
+   looked at once more at the end: the one that holds the maximum and the winner. top_k keeps
+   a heap in that pass; min_p, and top_p without top_k, look a second time at what their floor
+   lets through. What the filters keep is a list, ascending by id, and the same reservoir.
 
    Names end in nothing: all arrays here are one row or one tile. Built with -fopenmp-simd for
    the loops marked `simd`, and never with -ffast-math: NaN and infinities have a meaning. */
@@ -15,9 +17,12 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 /* The same number as in draw_c.py: raised when `request` or the meaning of a field changes. */
-#define ABI 1
+#define ABI 2
 
 /* One build for all machines: the loader takes the widest clone that the processor runs. */
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -34,19 +39,23 @@ enum format { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 /* Below this a weight is 0: exp(-87) is the last that float32 holds at full precision. */
 #define LOWEST (-87.0f)
+/* Nats below which an entropy is 0: what rounding and ids at -inf leave of none. */
+#define DUST 1e-30
 /* Logits for which a second thread is worth its start of some 30 microseconds. */
 #define WORK_PER_THREAD (1 << 20)
 /* Logits that a thread takes at a time, so that one that waits holds little back. */
 #define WORK_PER_TURN (1 << 16)
 #define MOST_THREADS 256
-/* Weights are added up in float32 over so many, and those sums in float64. */
-#define PART 256
+/* How far, in nats, a logit may lie above the reference before the sums are rescaled. */
+#define HEADROOM 16.0f
 /* The cumulative sum finds its block before it finds its id. */
 #define BLOCK 32
 
 struct request {
-    const void *logits;
-    int64_t row_stride, rows, columns, tile;
+    const void *logits, *unconditional; /* the second NULL without guidance */
+    int64_t row_stride, other_stride, rows, columns, tile;
+    const double *scale; /* of guidance, one a row */
+    int64_t scale_stride;
     const int64_t *seed, *sample, *step, *position;
     int64_t seed_stride, sample_stride, step_stride, position_stride;
     const int64_t *forbidden; /* ascending */
@@ -55,15 +64,23 @@ struct request {
     int64_t span_stride;
     int64_t *tokens;
     float *log_prob, *entropy, *margin;
+    double top_p;  /* 1 where it is off */
+    int64_t top_k; /* 0 where it is off */
     float inverse; /* 1 / temperature */
-    float floor;   /* ln(min_p) */
-    int32_t format, greedy, filtered, measure_drawn, threads;
+    float floor;   /* ln(min_p), -inf where it is off */
+    int32_t format, greedy, measure_drawn, threads;
 };
 
-/* A softmax over the row so far: weights exp((x - peak) * inverse), 0 below `lowest`. */
+/* A softmax over the row so far: weights exp((x - reference) * inverse). */
 struct law {
-    float inverse, lowest;
+    float inverse;
     double mass, moment; /* sum of the weights; sum of weight * exponent */
+};
+
+/* One id that a filter keeps, or may keep. */
+struct entry {
+    float logit;
+    int32_t column;
 };
 
 struct row {
@@ -72,6 +89,10 @@ struct row {
     double *sums;                /* one a block of a tile */
     float *copy, *weights;       /* one tile each */
     float *largest;              /* one a tile of the row */
+    struct entry *kept, *work;   /* a row of entries each, where a filter is on */
+    int64_t count;               /* of `kept` */
+    float scale;                 /* of guidance */
+    float reference;             /* what the weights are relative to */
     float peak, rest;            /* the largest logit, the largest in any other tile */
     int64_t best, winner;        /* tiles: of the largest logit, the last accepted one */
     uint32_t pick;               /* the word that picks inside the winner */
@@ -99,57 +120,150 @@ INLINE float float_of_half(uint16_t half)
     return float_of(bits_of(value) | special | (uint32_t)(half & 0x8000) << 16);
 }
 
-/* exp(z) for z in [-87, 0] within 1.5 units in the last place; NaN stays NaN.
-   z = n ln 2 + r, and exp(r) = 1 + r + r^2 q(r) with q of degree 4, relative error 3e-9. */
+/* exp(z) for z in [-87, 16] within 3e-7; exactly 1 at 0, and NaN stays NaN.
+   z = n ln 2 + r, and exp(r) is a polynomial of degree 5, relative error 9.2e-8 (minimax). */
 INLINE float exponential(float z)
 {
     const float round = 0x1.8p23f; /* its last bits then hold the nearest whole number */
     float shifted = z * 0x1.715476p0f + round;
     float n = shifted - round;
-    float r = z - n * 0x1.62ep-1f;
-    r = r - n * 0x1.0bfbe8p-15f;
-    float q = 0x1.6a244cp-10f;
-    q = q * r + 0x1.1239d4p-7f;
-    q = q * r + 0x1.5558f2p-5f;
-    q = q * r + 0x1.555492p-3f;
-    q = q * r + 0x1.fffffcp-2f;
-    float p = 1.0f + (r + r * r * q);
+    float r = z - n * 0x1.62e43p-1f;
+    float p = 0x1.0fa7d8p-7f;
+    p = p * r + 0x1.573adp-5f;
+    p = p * r + 0x1.555a6ep-3f;
+    p = p * r + 0x1.fffdc4p-2f;
+    p = p * r + 0x1.fffff6p-1f;
+    p = p * r + 1.0f;
     return float_of(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-/* The largest of n logits, NaN left out; -inf of none. */
-INLINE float largest_of(const float *x, int64_t n)
+/* What one look at a tile gives. */
+struct sums {
+    float largest; /* NaN left out */
+    double mass, moment;
+};
+
+/* Largest logit, mass and moment of n logits of `format`, FLOAT32 or BFLOAT16; the mass is NaN
+   where a logit is NaN. -inf weighs e^-87, which no sum beside a peak can hold. */
+typedef struct sums sums_function(const void *logits, int64_t n, float reference, float inverse,
+                                  int format);
+
+INLINE struct sums sums_by_loop(const void *logits, int64_t n, float reference, float inverse,
+                                int format)
 {
-    float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < n; j++)
-        largest = x[j] > largest ? x[j] : largest;
-    return largest;
+    const float *wide = logits;
+    const uint16_t *narrow = logits;
+    float largest = -INFINITY, mass = 0, moment = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : mass, moment)
+    for (int64_t j = 0; j < n; j++) {
+        float x = format == BFLOAT16 ? float_of((uint32_t)narrow[j] << 16) : wide[j];
+        float z = (x - reference) * inverse;
+        z = LOWEST > z ? LOWEST : z; /* in this order a NaN stays */
+        float weight = exponential(z);
+        largest = x > largest ? x : largest;
+        mass += weight;
+        moment += weight * z;
+    }
+    return (struct sums){largest, mass, moment};
 }
 
-/* Adds a tile to a law and returns the tile's mass; NaN where a logit is NaN. */
-INLINE double weigh(struct law *law, const float *x, int64_t n, float peak)
+CLONES
+static struct sums sums_anywhere(const void *logits, int64_t n, float reference, float inverse,
+                                 int format)
 {
-    const float inverse = law->inverse, lowest = law->lowest;
-    double tile_mass = 0;
-    for (int64_t first = 0; first < n; first += PART) {
-        int64_t stop = first + PART < n ? first + PART : n;
-        float mass = 0, moment = 0;
-#pragma omp simd reduction(+ : mass, moment)
-        for (int64_t j = first; j < stop; j++) {
-            float z = (x[j] - peak) * inverse;
-            float clamped = z < lowest ? lowest : z;
-            float weight = exponential(clamped);
-            weight = z < lowest ? 0.0f : weight;
-            mass += weight;
-            moment += weight * clamped;
-        }
-        tile_mass += mass;
-        law->moment += moment;
-    }
-    law->mass += tile_mass;
-    return tile_mass;
+    if (format == BFLOAT16)
+        return sums_by_loop(logits, n, reference, inverse, BFLOAT16);
+    return sums_by_loop(logits, n, reference, inverse, FLOAT32);
 }
+
+static sums_function *sums_of = sums_anywhere;
+
+#ifdef __x86_64__
+/* The same by hand for AVX-512, half as fast again: what the compiler does not do is to ask for
+   memory ahead of the loop, which is too long for the processor to look past. */
+#define LANES 16
+/* Bytes that the loop asks for ahead of itself: two pages. */
+#define AHEAD 8192
+#define AVX512 __attribute__((target("avx512f"), always_inline)) static inline
+
+struct lanes {
+    __m512 largest, mass, moment;
+};
+
+AVX512 void add_lanes(struct lanes *so_far, __m512 x, __m512 reference, __m512 inverse)
+{
+    __m512 z = _mm512_mul_ps(_mm512_sub_ps(x, reference), inverse);
+    z = _mm512_max_ps(_mm512_set1_ps(LOWEST), z); /* in this order a NaN stays */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(z, _mm512_set1_ps(0x1.715476p0f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e43p-1f), z);
+    __m512 p = _mm512_set1_ps(0x1.0fa7d8p-7f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.573adp-5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.555a6ep-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.fffdc4p-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.fffff6p-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    __m512 weight = _mm512_scalef_ps(p, n);
+    so_far->largest = _mm512_max_ps(x, so_far->largest);
+    so_far->mass = _mm512_add_ps(so_far->mass, weight);
+    so_far->moment = _mm512_fmadd_ps(weight, z, so_far->moment);
+}
+
+AVX512 struct sums sums_by_lanes(const void *logits, int64_t n, float reference, float inverse,
+                                 int format)
+{
+    const __m512 origin = _mm512_set1_ps(reference), slope = _mm512_set1_ps(inverse);
+    const int64_t size = format == BFLOAT16 ? 2 : 4;
+    struct lanes so_far[2];
+    int64_t j = 0;
+    for (int half = 0; half < 2; half++) {
+        so_far[half].largest = _mm512_set1_ps(-INFINITY);
+        so_far[half].mass = so_far[half].moment = _mm512_setzero_ps();
+    }
+    for (; j + 2 * LANES <= n; j += 2 * LANES) {
+        const char *next = (const char *)logits + j * size;
+        __builtin_prefetch(next + AHEAD);
+        if (format == FLOAT32)
+            __builtin_prefetch(next + AHEAD + 64);
+        for (int half = 0; half < 2; half++, next += LANES * size) {
+            __m512 x = format == BFLOAT16
+                           ? _mm512_castsi512_ps(_mm512_slli_epi32(
+                                 _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)next)),
+                                 16))
+                           : _mm512_loadu_ps(next);
+            add_lanes(&so_far[half], x, origin, slope);
+        }
+    }
+    for (; j < n; j += LANES) {
+        float rest[LANES];
+        for (int64_t i = 0; i < LANES; i++)
+            rest[i] = j + i >= n           ? -INFINITY
+                      : format == BFLOAT16 ? float_of((uint32_t)((const uint16_t *)logits)[j + i]
+                                                      << 16)
+                                           : ((const float *)logits)[j + i];
+        add_lanes(&so_far[0], _mm512_loadu_ps(rest), origin, slope);
+    }
+    return (struct sums){
+        _mm512_reduce_max_ps(_mm512_max_ps(so_far[1].largest, so_far[0].largest)),
+        _mm512_reduce_add_ps(_mm512_add_ps(so_far[0].mass, so_far[1].mass)),
+        _mm512_reduce_add_ps(_mm512_add_ps(so_far[0].moment, so_far[1].moment)),
+    };
+}
+
+__attribute__((target("avx512f"))) static struct sums
+sums_avx512(const void *logits, int64_t n, float reference, float inverse, int format)
+{
+    if (format == BFLOAT16)
+        return sums_by_lanes(logits, n, reference, inverse, BFLOAT16);
+    return sums_by_lanes(logits, n, reference, inverse, FLOAT32);
+}
+
+__attribute__((constructor)) static void choose_sums(void)
+{
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f"))
+        sums_of = sums_avx512;
+}
+#endif
 
 /* The same sums relative to a higher peak. */
 INLINE void rescale(struct law *law, float old, float peak)
@@ -161,45 +275,83 @@ INLINE void rescale(struct law *law, float old, float peak)
     }
 }
 
-/* The logits of one tile, (start, count) in columns; never ids are -inf in a copy. */
-INLINE const float *logits_of(const struct row *row, int64_t tile, int64_t *start, int64_t *count)
+/* n numbers of a format as float32. */
+INLINE void converted(const void *numbers, int64_t offset, int64_t n, int format, float *out)
 {
-    const struct request *asked = row->asked;
-    int64_t first = tile * asked->tile, stop = first + asked->tile;
-    first = first < row->first ? row->first : first;
-    stop = stop > row->stop ? row->stop : stop;
-    int64_t n = stop - first, low = 0, high = asked->forbidden_count;
-    *start = first;
-    *count = n;
+    if (format == FLOAT32) {
+        memcpy(out, (const float *)numbers + offset, n * sizeof *out);
+    } else if (format == BFLOAT16) {
+        const uint16_t *x = (const uint16_t *)numbers + offset;
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++)
+            out[j] = float_of((uint32_t)x[j] << 16);
+    } else {
+        const uint16_t *x = (const uint16_t *)numbers + offset;
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++)
+            out[j] = float_of_half(x[j]);
+    }
+}
+
+/* The first of the forbidden columns that is not below `column`, by its number. */
+INLINE int64_t forbidden_from(const struct request *asked, int64_t column)
+{
+    int64_t low = 0, high = asked->forbidden_count;
     while (low < high) {
         int64_t middle = (low + high) / 2;
-        if (asked->forbidden[middle] < first)
+        if (asked->forbidden[middle] < column)
             low = middle + 1;
         else
             high = middle;
     }
+    return low;
+}
+
+/* Columns of a tile and its logits: where they lie, or a copy with the branches mixed and
+   forbidden ids at -inf. */
+struct tile {
+    int64_t start, count;
+    const void *logits;
+    int format; /* of `logits`: FLOAT32 or BFLOAT16 */
+};
+
+INLINE struct tile tile_of(const struct row *row, int64_t number, int as_floats)
+{
+    const struct request *asked = row->asked;
+    int64_t first = number * asked->tile, stop = first + asked->tile;
+    first = first < row->first ? row->first : first;
+    stop = stop > row->stop ? row->stop : stop;
+    struct tile tile = {.start = first, .count = stop - first};
+    int64_t low = forbidden_from(asked, first);
     int forbids = low < asked->forbidden_count && asked->forbidden[low] < stop;
+    int guided = asked->unconditional && row->scale != 1;
     int64_t offset = row->number * asked->row_stride + first;
-    float *copy = row->copy;
-    if (asked->format == FLOAT32) {
-        const float *x = (const float *)asked->logits + offset;
-        if (!forbids)
-            return x;
-        memcpy(copy, x, n * sizeof *x);
-    } else if (asked->format == BFLOAT16) {
-        const uint16_t *x = (const uint16_t *)asked->logits + offset;
+    if (!forbids && !guided && asked->format == FLOAT32) {
+        tile.logits = (const float *)asked->logits + offset;
+        return tile;
+    }
+    if (!forbids && !guided && !as_floats && asked->format == BFLOAT16) {
+        tile.logits = (const uint16_t *)asked->logits + offset;
+        tile.format = BFLOAT16;
+        return tile;
+    }
+    float *copy = row->copy, *other = row->weights;
+    tile.logits = copy;
+    converted(asked->logits, offset, tile.count, asked->format, copy);
+    if (guided) {
+        const float scale = row->scale;
+        offset = row->number * asked->other_stride + first;
+        converted(asked->unconditional, offset, tile.count, asked->format, other);
 #pragma omp simd
-        for (int64_t j = 0; j < n; j++)
-            copy[j] = float_of((uint32_t)x[j] << 16);
-    } else {
-        const uint16_t *x = (const uint16_t *)asked->logits + offset;
-#pragma omp simd
-        for (int64_t j = 0; j < n; j++)
-            copy[j] = float_of_half(x[j]);
+        for (int64_t j = 0; j < tile.count; j++) {
+            float mixed = other[j] + scale * (copy[j] - other[j]);
+            int excluded = (copy[j] == -INFINITY) & (other[j] == -INFINITY);
+            copy[j] = excluded ? -INFINITY : mixed;
+        }
     }
     for (; low < asked->forbidden_count && asked->forbidden[low] < stop; low++)
         copy[asked->forbidden[low] - first] = -INFINITY;
-    return copy;
+    return tile;
 }
 
 /* (x + 0.5) 2^-32, exact, never 0 and never 1. */
@@ -244,90 +396,309 @@ INLINE void offer(struct row *row, int64_t tile, double mass, double with_it)
     }
 }
 
-/* Reads the row once: peak, both laws (which may be one) and, unless greedy, the reservoir.
+/* Whether a is kept rather than b: the larger logit, of equals the lower id. */
+INLINE int ahead(struct entry a, struct entry b)
+{
+    return a.logit > b.logit || (a.logit == b.logit && a.column < b.column);
+}
+
+/* Puts an entry where the heap's last one stands, its first one being the hindmost. */
+INLINE void sink(struct entry *heap, int64_t count, struct entry entry)
+{
+    int64_t at = 0;
+    for (int64_t child = 1; child < count; child = 2 * at + 1) {
+        if (child + 1 < count && ahead(heap[child], heap[child + 1]))
+            child++;
+        if (!ahead(entry, heap[child]))
+            break;
+        heap[at] = heap[child];
+        at = child;
+    }
+    heap[at] = entry;
+}
+
+INLINE void rise(struct entry *heap, int64_t at, struct entry entry)
+{
+    while (at > 0 && ahead(heap[(at - 1) / 2], entry)) {
+        heap[at] = heap[(at - 1) / 2];
+        at = (at - 1) / 2;
+    }
+    heap[at] = entry;
+}
+
+/* The largest of at most BLOCK logits from x on. */
+INLINE float largest_of_block(const float *x, int64_t n)
+{
+    float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < n; j++)
+        largest = x[j] > largest ? x[j] : largest;
+    return largest;
+}
+
+/* Takes what of a tile belongs to the top_k so far, a heap in `kept`. */
+INLINE void take_top(struct row *row, int64_t tile, float largest)
+{
+    const int64_t most = row->asked->top_k;
+    if (row->count == most && largest <= row->kept[0].logit)
+        return;
+    const struct tile part = tile_of(row, tile, 1);
+    const float *x = part.logits;
+    for (int64_t first = 0; first < part.count; first += BLOCK) {
+        int64_t stop = first + BLOCK < part.count ? first + BLOCK : part.count;
+        if (row->count == most && largest_of_block(x + first, stop - first) <= row->kept[0].logit)
+            continue;
+        for (int64_t j = first; j < stop; j++) {
+            struct entry entry = {x[j], (int32_t)(part.start + j)};
+            if (row->count < most && x[j] > -INFINITY)
+                rise(row->kept, row->count++, entry);
+            else if (row->count == most && x[j] > row->kept[0].logit)
+                sink(row->kept, most, entry);
+        }
+    }
+}
+
+/* Reads the row once: both laws (which may be one), the top_k and, where asked, the reservoir.
    Returns 0 for a row without a law: NaN, +inf, or nothing finite. */
 INLINE int read_row(struct row *row, struct law *measured, struct law *drawn, int reservoir)
 {
     const int64_t width = row->asked->tile;
-    int64_t start, n;
-    for (int64_t tile = row->first / width; tile * width < row->stop; tile++) {
-        const float *x = logits_of(row, tile, &start, &n);
-        float largest = largest_of(x, n);
-        row->largest[tile] = largest;
-        if (largest == INFINITY)
-            return 0;
-        if (largest == -INFINITY) {
-            for (int64_t j = 0; j < n; j++)
-                if (x[j] != x[j])
-                    return 0;
-            continue;
-        }
-        if (largest > row->peak) {
-            rescale(measured, row->peak, largest);
+    const float steepest = drawn->inverse > measured->inverse ? drawn->inverse : measured->inverse;
+    for (int64_t number = row->first / width; number * width < row->stop; number++) {
+        const struct tile tile = tile_of(row, number, 0);
+        struct sums sums = {.largest = INFINITY};
+        if (row->peak > -INFINITY)
+            sums = sums_of(tile.logits, tile.count, row->reference, measured->inverse, tile.format);
+        if (!((sums.largest - row->reference) * steepest <= HEADROOM)) {
+            /* The first tile, or one far above all before it: known first, then weighed. */
+            float largest = sums.largest;
+            if (row->peak == -INFINITY)
+                largest = sums_of(tile.logits, tile.count, 0, 0, tile.format).largest;
+            if (largest == INFINITY)
+                return 0;
+            float reference = largest > -INFINITY ? largest : 0;
+            rescale(measured, row->reference, reference);
             if (drawn != measured)
-                rescale(drawn, row->peak, largest);
-            row->rest = row->peak;
-            row->peak = largest;
-            row->best = tile;
-        } else if (largest > row->rest) {
-            row->rest = largest;
+                rescale(drawn, row->reference, reference);
+            row->reference = reference;
+            sums = sums_of(tile.logits, tile.count, reference, measured->inverse, tile.format);
         }
-        double mass = weigh(measured, x, n, row->peak);
-        if (mass != mass)
+        if (sums.mass != sums.mass)
             return 0;
-        if (drawn != measured)
-            mass = weigh(drawn, x, n, row->peak);
+        row->largest[number] = sums.largest;
+        if (sums.largest == -INFINITY)
+            continue;
+        if (sums.largest > row->peak) {
+            row->rest = row->peak;
+            row->peak = sums.largest;
+            row->best = number;
+        } else if (sums.largest > row->rest) {
+            row->rest = sums.largest;
+        }
+        measured->mass += sums.mass;
+        measured->moment += sums.moment;
+        if (drawn != measured) {
+            sums = sums_of(tile.logits, tile.count, row->reference, drawn->inverse, tile.format);
+            drawn->mass += sums.mass;
+            drawn->moment += sums.moment;
+        }
+        if (row->asked->top_k)
+            take_top(row, number, sums.largest);
         if (reservoir)
-            offer(row, tile, mass, drawn->mass);
+            offer(row, number, sums.mass, drawn->mass);
     }
     return row->peak > -INFINITY;
 }
 
-/* The draw after min_p: only tiles that hold an id of at least min_p are looked at again. */
-INLINE void read_kept(struct row *row, struct law *drawn, int reservoir)
+/* Fills `kept` with the ids at or above `floor`; only tiles that hold one are looked at again. */
+INLINE void collect(struct row *row, float floor)
 {
     const int64_t width = row->asked->tile;
-    int64_t start, n;
-    for (int64_t tile = row->first / width; tile * width < row->stop; tile++) {
-        if ((row->largest[tile] - row->peak) * drawn->inverse < drawn->lowest)
+    row->count = 0;
+    for (int64_t number = row->first / width; number * width < row->stop; number++) {
+        if (row->largest[number] < floor)
             continue;
-        const float *x = logits_of(row, tile, &start, &n);
-        double mass = weigh(drawn, x, n, row->peak);
+        const struct tile tile = tile_of(row, number, 1);
+        const float *x = tile.logits;
+        for (int64_t first = 0; first < tile.count; first += BLOCK) {
+            int64_t stop = first + BLOCK < tile.count ? first + BLOCK : tile.count;
+            if (largest_of_block(x + first, stop - first) < floor)
+                continue;
+            for (int64_t j = first; j < stop; j++) {
+                row->kept[row->count] = (struct entry){x[j], (int32_t)(tile.start + j)};
+                row->count += x[j] >= floor && x[j] > -INFINITY;
+            }
+        }
+    }
+}
+
+/* exp((logit - peak) / temperature), 0 where float32 has no such number. */
+INLINE float weight_of(const struct row *row, float logit)
+{
+    float z = (logit - row->peak) * row->asked->inverse;
+    return z < LOWEST ? 0.0f : exponential(z);
+}
+
+static int by_column(const void *a, const void *b)
+{
+    int32_t left = ((const struct entry *)a)->column, right = ((const struct entry *)b)->column;
+    return (left > right) - (left < right);
+}
+
+/* The hindmost of the fewest kept entries whose weights reach `target`, taken from the foremost
+   on: a selection by weight (Hoare's), in a copy that it puts out of order. */
+INLINE struct entry edge_of(const struct row *row, double target)
+{
+    struct entry *a = row->work;
+    int64_t low = 0, high = row->count;
+    double before = 0;
+    memcpy(a, row->kept, high * sizeof *a);
+    while (high - low > 1) {
+        struct entry x = a[low], y = a[low + (high - low) / 2], z = a[high - 1], pivot;
+        pivot = ahead(x, y) ? (ahead(y, z) ? y : ahead(x, z) ? z : x)
+                            : (ahead(x, z) ? x : ahead(y, z) ? z : y);
+        /* No two are equal: first what is ahead of the pivot, then the pivot, then the others. */
+        int64_t middle = low, place;
+        double mass = 0;
+        for (int64_t i = low; i < high; i++) {
+            struct entry entry = a[i];
+            if (ahead(entry, pivot)) {
+                mass += weight_of(row, entry.logit);
+                a[i] = a[middle];
+                a[middle++] = entry;
+            }
+        }
+        if (before + mass >= target) {
+            high = middle;
+            continue;
+        }
+        before += mass + weight_of(row, pivot.logit);
+        if (before >= target)
+            return pivot;
+        for (place = middle; a[place].column != pivot.column; place++)
+            continue;
+        a[place] = a[middle];
+        a[middle] = pivot;
+        low = middle + 1;
+    }
+    return low < high ? a[low] : (struct entry){-INFINITY, INT32_MAX};
+}
+
+/* Leaves in `kept`, ascending by id, what top_k, top_p and min_p leave, in that order. `whole`
+   is the mass that top_p renormalises where there is no top_k, relative to the peak. */
+INLINE void filter(struct row *row, double whole)
+{
+    const struct request *asked = row->asked;
+    const int nucleus = asked->top_p < 1;
+    if (asked->top_k) {
+        qsort(row->kept, row->count, sizeof *row->kept, by_column);
+        whole = 0;
+        for (int64_t i = 0; i < row->count; i++)
+            whole += weight_of(row, row->kept[i].logit);
+    } else {
+        /* An id of less than (1 - p) / V is never needed: all such miss 1 - p together. */
+        double floor = nucleus ? log((1 - asked->top_p) * whole / (row->stop - row->first)) - 0.01
+                               : asked->floor - 1e-5;
+        floor = floor < LOWEST ? LOWEST : floor;
+        collect(row, nextafterf((float)(row->peak + floor / asked->inverse), -INFINITY));
+    }
+    struct entry edge = {-INFINITY, INT32_MAX};
+    if (nucleus)
+        edge = edge_of(row, asked->top_p * whole);
+    int64_t count = 0;
+    for (int64_t i = 0; i < row->count; i++) {
+        struct entry entry = row->kept[i];
+        row->kept[count] = entry;
+        count += !ahead(edge, entry) && (entry.logit - row->peak) * asked->inverse >= asked->floor;
+    }
+    row->count = count;
+}
+
+/* The law of the kept ids, relative to the peak, and the reservoir over their tiles. */
+INLINE void weigh_kept(struct row *row, struct law *drawn, int reservoir)
+{
+    const int64_t width = row->asked->tile;
+    for (int64_t i = 0; i < row->count;) {
+        const int64_t tile = row->kept[i].column / width;
+        double mass = 0;
+        for (; i < row->count && row->kept[i].column / width == tile; i++) {
+            float weight = weight_of(row, row->kept[i].logit);
+            mass += weight;
+            drawn->moment += weight * (row->kept[i].logit - row->peak) * drawn->inverse;
+        }
+        drawn->mass += mass;
         if (reservoir)
             offer(row, tile, mass, drawn->mass);
     }
 }
 
-/* Writes the weights of n logits and returns their sum. */
-INLINE double weights_of(const float *x, int64_t n, float peak, const struct law *law,
-                         float *weights)
+/* The kept id inside the winner by inverse CDF, and its logit. */
+INLINE int64_t inside_kept(const struct row *row, float *logit)
 {
-    const float inverse = law->inverse, lowest = law->lowest;
+    const int64_t width = row->asked->tile;
+    int64_t first = 0, stop, found;
+    double total = 0, before = 0;
+    while (row->kept[first].column / width != row->winner)
+        first++;
+    for (stop = first; stop < row->count && row->kept[stop].column / width == row->winner; stop++)
+        total += weight_of(row, row->kept[stop].logit);
+    const double target = uniform_of(row->pick) * total;
+    found = first;
+    for (int64_t i = first; i < stop && before <= target; i++) {
+        float weight = weight_of(row, row->kept[i].logit);
+        found = weight > 0 ? i : found;
+        before += weight;
+    }
+    *logit = row->kept[found].logit;
+    return row->kept[found].column;
+}
+
+/* The second largest kept logit, -inf where there is one alone. */
+INLINE float second_kept(const struct row *row)
+{
+    float second = -INFINITY;
+    int met = 0;
+    for (int64_t i = 0; i < row->count; i++) {
+        float logit = row->kept[i].logit;
+        if (logit == row->peak && !met)
+            met = 1;
+        else
+            second = logit > second ? logit : second;
+    }
+    return second;
+}
+
+/* Writes the weights of n logits and returns their sum. */
+INLINE double weights_of(const float *x, int64_t n, float peak, float inverse, float *weights)
+{
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; j++) {
         float z = (x[j] - peak) * inverse;
-        float weight = exponential(z < lowest ? lowest : z);
-        weights[j] = z < lowest ? 0.0f : weight;
+        float weight = exponential(z < LOWEST ? LOWEST : z);
+        weights[j] = z < LOWEST ? 0.0f : weight;
         sum += weights[j];
     }
     return sum;
 }
 
 /* The id inside the winner by inverse CDF in float64, and its logit. */
-INLINE int64_t inside(const struct row *row, const struct law *drawn, float *logit)
+INLINE int64_t inside(const struct row *row, float *logit)
 {
-    int64_t start, n, block = 0, whole;
-    const float *x = logits_of(row, row->winner, &start, &n);
-    /* Without a filter the tile's own peak serves, so that no winner underflows. */
-    const float peak = row->asked->filtered ? row->peak : largest_of(x, n);
+    const struct tile tile = tile_of(row, row->winner, 1);
+    const float *x = tile.logits;
+    const float inverse = row->asked->inverse;
+    const int64_t n = tile.count;
+    /* The tile's own peak serves, so that no winner underflows. */
+    const float peak = sums_of(x, n, 0, 0, FLOAT32).largest;
     double total = 0, before = 0;
+    int64_t block = 0, whole;
     for (whole = 0; whole + BLOCK <= n; whole += BLOCK)
         total += row->sums[whole / BLOCK]
-            = weights_of(x + whole, BLOCK, peak, drawn, row->weights + whole);
+            = weights_of(x + whole, BLOCK, peak, inverse, row->weights + whole);
     if (whole < n)
         total += row->sums[whole / BLOCK]
-            = weights_of(x + whole, n - whole, peak, drawn, row->weights + whole);
+            = weights_of(x + whole, n - whole, peak, inverse, row->weights + whole);
     const double target = uniform_of(row->pick) * total;
     while ((block + 1) * BLOCK < n && before + row->sums[block] <= target)
         before += row->sums[block++];
@@ -337,17 +708,18 @@ INLINE int64_t inside(const struct row *row, const struct law *drawn, float *log
         before += row->weights[j];
     }
     *logit = x[found];
-    return start + found;
+    return tile.start + found;
 }
 
 /* The lowest id of the maximum, and the second largest logit of the row. */
 INLINE int64_t at_peak(const struct row *row, float *second)
 {
-    int64_t start, n, token = 0, ties = 0;
-    const float *x = logits_of(row, row->best, &start, &n);
+    const struct tile tile = tile_of(row, row->best, 1);
+    const float *x = tile.logits;
     float peak = row->peak, below = row->rest;
+    int64_t token = 0, ties = 0;
 #pragma omp simd reduction(max : below) reduction(+ : ties)
-    for (int64_t j = 0; j < n; j++) {
+    for (int64_t j = 0; j < tile.count; j++) {
         ties += x[j] == peak;
         float other = x[j] < peak ? x[j] : -INFINITY;
         below = other > below ? other : below;
@@ -355,7 +727,7 @@ INLINE int64_t at_peak(const struct row *row, float *second)
     while (x[token] != peak)
         token++;
     *second = ties > 1 ? peak : below;
-    return start + token;
+    return tile.start + token;
 }
 
 /* The lowest id that the row may draw. */
@@ -367,55 +739,74 @@ INLINE int64_t lowest_permitted(const struct row *row)
     return lowest;
 }
 
-CLONES
-void onepass_draw_row(const struct request *asked, int64_t number, double *scratch)
+/* Log-probability of a logit, entropy and margin under a law relative to `origin`. */
+INLINE void write_figures(const struct row *row, const struct law *law, float origin, float logit,
+                          float second)
 {
+    const struct request *asked = row->asked;
+    const double log_mass = log(law->mass), inverse = law->inverse;
+    const double foremost = exp(((double)row->peak - origin) * inverse);
+    const double gap = ((double)second - row->peak) * inverse;
+    asked->log_prob[row->number] = (float)(((double)logit - origin) * inverse - log_mass);
+    const double entropy = log_mass - law->moment / law->mass;
+    asked->entropy[row->number] = entropy > DUST ? (float)entropy : 0;
+    asked->margin[row->number] = (float)(foremost * -expm1(gap) / law->mass);
+}
+
+CLONES
+void onepass_draw_row(const struct request *asked, int64_t number, void *scratch)
+{
+    const int64_t tiles = (asked->columns + asked->tile - 1) / asked->tile;
+    const int filtered = asked->top_k || asked->top_p < 1 || asked->floor > -INFINITY;
+    const int reservoir = !asked->greedy;
     struct row row = {.asked = asked, .number = number, .stop = asked->columns};
     row.sums = scratch;
-    row.copy = (float *)(scratch + (asked->tile + BLOCK - 1) / BLOCK);
+    row.copy = (float *)(row.sums + (asked->tile + BLOCK - 1) / BLOCK);
     row.weights = row.copy + asked->tile;
     row.largest = row.weights + asked->tile;
+    row.kept = (struct entry *)(row.largest + tiles);
+    row.work = row.kept + asked->columns;
     row.peak = row.rest = -INFINITY;
+    row.scale = asked->unconditional ? (float)asked->scale[number * asked->scale_stride] : 1;
     if (asked->span) {
         const int64_t *span = asked->span + number * asked->span_stride;
         row.first = span[0] > 0 ? span[0] : 0;
         row.stop = span[1] < asked->columns ? span[1] : asked->columns;
     }
-    struct law model = {.inverse = 1, .lowest = LOWEST};
-    struct law drawn = {.inverse = asked->inverse, .lowest = LOWEST};
+    struct law model = {.inverse = 1}, drawn = {.inverse = asked->inverse};
     struct law *measured = asked->measure_drawn || asked->inverse == 1 ? &drawn : &model;
-    int sound = row.first < row.stop, reservoir = !asked->greedy;
-    if (asked->filtered) {
-        sound = sound && read_row(&row, &model, &model, 0);
-        drawn.lowest = asked->floor > LOWEST ? asked->floor : LOWEST;
-        if (sound)
-            read_kept(&row, &drawn, reservoir);
-        measured = asked->measure_drawn ? &drawn : &model;
-    } else {
-        sound = sound && read_row(&row, measured, &drawn, reservoir);
-    }
-    if (!sound) {
+    /* A filter needs the whole law at the draw's temperature where top_p stands alone. */
+    struct law *read = filtered && (asked->top_k || asked->top_p == 1) ? measured : &drawn;
+    if (row.first >= row.stop || !read_row(&row, measured, read, reservoir && !filtered)) {
         asked->tokens[number] = lowest_permitted(&row);
         asked->log_prob[number] = asked->entropy[number] = asked->margin[number] = NAN;
         return;
     }
-    float second, logit = row.peak;
+    float second, logit = row.peak, origin = row.reference;
     int64_t token = at_peak(&row, &second);
-    if (reservoir)
-        token = inside(&row, &drawn, &logit);
-    double log_mass = log(measured->mass), inverse = measured->inverse;
-    double gap = ((double)second - row.peak) * inverse;
+    if (filtered) {
+        struct law left = {.inverse = asked->inverse};
+        filter(&row, read->mass * exp(((double)row.reference - row.peak) * read->inverse));
+        weigh_kept(&row, &left, reservoir);
+        if (reservoir)
+            token = inside_kept(&row, &logit);
+        if (asked->measure_drawn) {
+            second = second_kept(&row);
+            write_figures(&row, &left, row.peak, logit, second);
+        }
+    } else if (reservoir) {
+        token = inside(&row, &logit);
+    }
     asked->tokens[number] = token;
-    asked->log_prob[number] = (float)(((double)logit - row.peak) * inverse - log_mass);
-    asked->entropy[number] = (float)(log_mass - measured->moment / measured->mass);
-    asked->margin[number] = (float)((gap < measured->lowest ? 1 : -expm1(gap)) / measured->mass);
+    if (!filtered || !asked->measure_drawn)
+        write_figures(&row, measured, origin, logit, second);
 }
 
 /* The rows are taken in turns, so that a thread that waits for a core holds little back. */
 struct work {
     const struct request *asked;
     int64_t *next, turn;
-    double *scratch;
+    char *scratch;
 };
 
 static void *take_rows(void *argument)
@@ -441,7 +832,11 @@ EXPORT int32_t onepass_abi(void)
 EXPORT int32_t onepass_draw(const struct request *asked)
 {
     int64_t tiles = (asked->columns + asked->tile - 1) / asked->tile;
-    int64_t each = (asked->tile + BLOCK - 1) / BLOCK + (2 * asked->tile + tiles + 1) / 2;
+    int64_t each = (asked->tile + BLOCK - 1) / BLOCK * sizeof(double);
+    each += (2 * asked->tile + tiles) * sizeof(float);
+    if (asked->top_k || asked->top_p < 1 || asked->floor > -INFINITY)
+        each += 2 * asked->columns * sizeof(struct entry);
+    each = (each + 63) / 64 * 64;
     int64_t next = 0, turn = WORK_PER_TURN / asked->columns;
     int64_t threads = asked->rows * asked->columns / WORK_PER_THREAD;
     turn = turn < 1 ? 1 : turn;
@@ -449,7 +844,7 @@ EXPORT int32_t onepass_draw(const struct request *asked)
     threads = threads > asked->rows ? asked->rows : threads;
     threads = threads > MOST_THREADS ? MOST_THREADS : threads;
     threads = threads < 1 ? 1 : threads;
-    double *scratch = malloc(threads * each * sizeof *scratch);
+    char *scratch = malloc(threads * each);
     if (!scratch)
         return -1;
     struct work work[MOST_THREADS];

@@ -46,13 +46,18 @@ def draw_reference(
     forbidden: tuple[int, ...] = (),
     span: Tensor | None = None,
     measure: str = "model",
+    unconditional: Tensor | None = None,
+    scale: Tensor | None = None,
     tile: int = TILE,
 ) -> Draw:
     """One id a row and its figures, in float64; arguments as `mdiff.ops.draw`, resolved.
 
-    `seed`, `sample`, `step`, `position` (N,) int64; `span` (N, 2) int64 or None.
+    `seed`, `sample`, `step`, `position` (N,) int64; `span` (N, 2) int64 or None;
+    `unconditional` (N, V) and `scale` (N,) float64 both or neither.
     """
     model_NV = logits_NV.double().clone()
+    if unconditional is not None and scale is not None:
+        model_NV = guided_logits(model_NV, unconditional.double(), scale)
     model_NV[~permitted_columns(model_NV, forbidden, span)] = -torch.inf
     drawn_NV = model_NV.clone()
     if temperature > 0:
@@ -115,6 +120,18 @@ def _figures(logits_V: Tensor, token: int) -> tuple[float, float, float]:
     best = p.topk(min(2, len(p))).values
     margin = best[0] - (best[1] if len(best) > 1 else 0.0)
     return float(log_p[token]), float(entropy), float(margin)
+
+
+def guided_logits(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
+    """Guided logits u + s (c - u), of logits (N, ..., V) and scales (N,), in the logits' type.
+
+    A row whose scale is 1 is c, whatever u holds. An id that both exclude, -inf - -inf, is
+    excluded; one that only u excludes has no value: NaN.
+    """
+    s = scale.to(conditional.dtype).view(-1, *[1] * (conditional.dim() - 1))
+    mixed = unconditional + s * (conditional - unconditional)
+    excluded = (conditional == -torch.inf) & (unconditional == -torch.inf)
+    return torch.where(s == 1, conditional, mixed.masked_fill(excluded, -torch.inf))
 
 
 def permitted_columns(logits_NV: Tensor, forbidden: tuple[int, ...], span: Tensor | None) -> Tensor:

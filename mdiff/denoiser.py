@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from mdiff.errors import ConfigError, nearest
+from mdiff.kernels.reference import guided_logits
 from mdiff.tokens import TokenSpace
 
 Condition = Mapping[str, Tensor]
@@ -29,6 +30,8 @@ class Denoiser(Protocol):
     of which the call is made; `evaluations`, the number of model evaluations that one call
     costs each row (1 where absent, 2 where guided); and where that depends on the canvas,
     `row_evaluations(tokens, *, valid, cond)` -> the same as (B,) int64, which then counts.
+    What is made of another denoiser may give `asked_rows(tokens, *, at, valid, t, cond)` -> Rows,
+    so that `rows_of` need not see its logits.
     """
 
     uses_time: bool
@@ -44,6 +47,43 @@ class Denoiser(Protocol):
         cond: Condition | None = None,
         cache: Any = None,
     ) -> Tensor: ...
+
+
+class Rows(NamedTuple):
+    """The rows that a sampler asked for, before the head and before guidance.
+
+    `conditional` is (N, D), what `head` makes logits (N, V) of, or those logits where `head`
+    is None. With `unconditional`, the same of the other branch, row n is to be
+    u + s (c - u), s = `scale` (N,) float64; where s is 1 its unconditional row has no meaning.
+    """
+
+    conditional: Tensor
+    unconditional: Tensor | None = None
+    scale: Tensor | None = None
+    head: Callable[[Tensor], Tensor] | None = None
+
+
+def rows_of(
+    denoiser: Denoiser,
+    tokens: Tensor,
+    *,
+    at: Tensor,
+    valid: Tensor | None = None,
+    t: Tensor | None = None,
+    cond: Condition | None = None,
+) -> Rows:
+    """What the denoiser says of the places `at` (B, L) bool, row-major, as late as it can.
+
+    Without the head where it has one of its own, so that logits need not exist all at once.
+    """
+    own = getattr(denoiser, "asked_rows", None)
+    if own is not None:
+        rows: Rows = own(tokens, at=at, valid=valid, t=t, cond=cond)
+        return rows
+    features, head = getattr(denoiser, "features", None), getattr(denoiser, "head", None)
+    if features is None or head is None:
+        return Rows(denoiser(tokens, at=at, valid=valid, t=t, cond=cond))
+    return Rows(features(tokens, at=at, valid=valid, t=t, cond=cond), head=head)
 
 
 def evaluations(
@@ -156,14 +196,7 @@ class Guided:
         cache: Any = None,
     ) -> Tensor:
         """l_u + s (l_c - l_u), both branches in one batched call, in float32 at least."""
-        given = dict(cond or {})
-        for name in self.without:
-            if name not in given:
-                raise ConfigError(f"guidance without {name!r}: {nearest(name, given)}")
-        hidden = given.pop(self.hide, None) if self.hide is not None else None
-        scale = self.row_scale(tokens, valid)
-        # The rows that need the other branch too.
-        rows = (scale != 1).nonzero()[:, 0]
+        given, scale, rows = self._split(tokens, valid, cond)
         if len(rows) == 0:
             return self.denoiser(
                 tokens, at=at, valid=valid, documents=documents, t=t, cond=given or None,
@@ -171,8 +204,68 @@ class Guided:
             )  # fmt: skip
         if cache is not None:
             raise ConfigError("guidance with a cache: each branch would need its own")
+        twice, condition = self._both(tokens, rows, given, cond)
+        both = self.denoiser(
+            twice, at=_and_again(at, rows), valid=_and_again(valid, rows),
+            documents=_and_again(documents, rows), t=_and_again(t, rows), cond=condition,
+        )  # fmt: skip
+        both = both if both.dtype == torch.float64 else both.float()
+        where = rows
+        if at is not None:
+            scale, where = _of_asked(at, scale)
+        alone, unconditional = both[: len(scale)], both[len(scale) :]
+        mixed = guided_logits(alone[where], unconditional, scale[where])
+        return alone.index_copy(0, where, mixed)
+
+    def asked_rows(
+        self, tokens: Tensor, *, at: Tensor, valid: Tensor | None = None,
+        t: Tensor | None = None, cond: Condition | None = None,
+    ) -> Rows:  # fmt: skip
+        """Both branches of the places `at` (B, L), not yet mixed; see `rows_of`."""
+        given, scale, rows = self._split(tokens, valid, cond)
+        if len(rows) == 0:
+            return rows_of(self.denoiser, tokens, at=at, valid=valid, t=t, cond=given or None)
+        twice, condition = self._both(tokens, rows, given, cond)
+        both = rows_of(
+            self.denoiser, twice, at=torch.cat([at, at[rows]]), valid=_and_again(valid, rows),
+            t=_and_again(t, rows), cond=condition,
+        )  # fmt: skip
+        if both.unconditional is not None:
+            # The branches have branches of their own: mix the inner ones first.
+            return Rows(self(tokens, at=at, valid=valid, t=t, cond=cond))
+        if len(rows) == len(tokens):
+            alone, unconditional = both.conditional.chunk(2)
+            scale = scale.repeat_interleave(at.sum(1), output_size=len(alone))
+        else:
+            scale, where = _of_asked(at, scale)
+            alone = both.conditional[: len(scale)]
+            unconditional = alone.index_copy(0, where, both.conditional[len(scale) :])
+        return Rows(alone, unconditional, scale, both.head)
+
+    def _split(
+        self, tokens: Tensor, valid: Tensor | None, cond: Condition | None
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The condition of the first branch, the rows' scales (B,) and which need the other."""
+        given = dict(cond or {})
+        for name in self.without:
+            if name not in given:
+                raise ConfigError(f"guidance without {name!r}: {nearest(name, given)}")
+        if self.hide is not None:
+            given.pop(self.hide, None)
+        scale = self.row_scale(tokens, valid)
+        if self.ramp is None:
+            # One scale for all: known without a look at the device.
+            needed = len(tokens) if self.scale != 1 else 0
+            return given, scale, torch.arange(needed, device=tokens.device)
+        return given, scale, (scale != 1).nonzero()[:, 0]
+
+    def _both(
+        self, tokens: Tensor, rows: Tensor, given: dict[str, Tensor], cond: Condition | None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """All rows and then `rows` as the other branch sees them: tokens and condition."""
         blank = tokens[rows]
         if self.hide is not None and self.space is not None:
+            hidden = (cond or {}).get(self.hide)
             if hidden is None or hidden.shape != tokens.shape:
                 raise ConfigError(
                     f"guidance needs cond[{self.hide!r}] of shape {tuple(tokens.shape)}, got "
@@ -183,30 +276,14 @@ class Guided:
             name: (self.without[name].expand_as(value) if name in self.without else value)[rows]
             for name, value in given.items()
         }
-        both = self.denoiser(
-            torch.cat([tokens, blank]),
-            at=_and_again(at, rows),
-            valid=_and_again(valid, rows),
-            documents=_and_again(documents, rows),
-            t=_and_again(t, rows),
-            cond={name: torch.cat([given[name], free[name]]) for name in given} or None,
-        )
-        both = both if both.dtype == torch.float64 else both.float()
-        return self._mixed(both, rows, scale, at)
+        condition = {name: torch.cat([given[name], free[name]]) for name in given}
+        return torch.cat([tokens, blank]), condition or None
 
-    def _mixed(self, both: Tensor, rows: Tensor, scale: Tensor, at: Tensor | None) -> Tensor:
-        """The guided logits, from those of all rows and, behind them, of `rows` once more."""
-        where = rows
-        if at is not None:
-            row = at.nonzero()[:, 0]
-            scale, where = scale[row], torch.isin(row, rows).nonzero()[:, 0]
-        alone, unconditional = both[: len(scale)], both[len(scale) :]
-        conditional = alone[where]
-        s = scale[where].to(both.dtype).view(-1, *[1] * (both.dim() - 1))
-        mixed = unconditional + s * (conditional - unconditional)
-        # -inf - -inf has no value, but an id that both branches exclude is excluded.
-        excluded = (conditional == -torch.inf) & (unconditional == -torch.inf)
-        return alone.index_copy(0, where, mixed.masked_fill(excluded, -torch.inf))
+
+def _of_asked(at: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale of each asked place (N,), and which of them need the other branch."""
+    asked = scale[at.nonzero()[:, 0]]
+    return asked, (asked != 1).nonzero()[:, 0]
 
 
 def _and_again(tensor: Tensor | None, rows: Tensor) -> Tensor | None:

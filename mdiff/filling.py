@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Condition, Denoiser, evaluations
+from mdiff.denoiser import Condition, Denoiser, Rows, evaluations, rows_of
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
-from mdiff.ops import Draw, check_filters, draw
+from mdiff.kernels.reveal_torch import written
+from mdiff.ops import Draw, Revealed, check_filters, draw, head_and_draw, reveal
 from mdiff.schedule import Schedule
 from mdiff.tokens import TokenSpace, ranks
 
@@ -78,6 +79,8 @@ class Filling:
         if valid is not None:
             self.hidden &= valid
         self.start = self.hidden.sum(1)
+        # How many places each sample still hides, known here without asking the device again.
+        self.left: list[int] = self.start.tolist()
         self.rank = ranks(canvas, valid)
         self.seed, self.sample = streams(seed, rows, device)
         # What names the draw of a place, (seed, sample, rank), row-major: (3, B * L) int64.
@@ -90,11 +93,14 @@ class Filling:
         ).flatten(1)
         self.spans = space.spans(canvas.shape[1], device)
         self.calls = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.blank = torch.zeros(canvas.shape, device=device)
-        self.draw = partial(
-            draw, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, measure=measure,
-            never=space.forbidden,
-        )  # fmt: skip
+        self.options: dict[str, Any] = {
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "measure": measure, "never": space.forbidden,
+        }  # fmt: skip
+        # The places of the last call, in the order of its draws: (N,) of B * L.
+        self.place = torch.empty(0, dtype=torch.int64, device=device)
+        self.active: tuple[int, ...] = ()
+        self.active_rows = torch.empty(0, dtype=torch.int64, device=device)
         self.states = 0
 
     def uniform(self, purpose: int, step: int = 0) -> Tensor:
@@ -116,59 +122,93 @@ class Filling:
         """The time (B,) at which the share of places now hidden would be expected."""
         return schedule.time_at(self.hidden.sum(1).double() / self.start.clamp(min=1))
 
-    def ask(self, at: Tensor, step: int, t: Tensor, *, idle: bool = False) -> Draw:
+    def ask(
+        self, at: Tensor, step: int, t: Tensor, *, number: Sequence[int], idle: bool = False
+    ) -> Draw:
         """Call the denoiser once and draw a token for each place `at` (B, L), row-major.
 
-        Only samples with such a place are evaluated and counted; `idle` evaluates every
-        sample that still hides something, as samplers do that do not look first.
+        `number` are the places of each sample, so that nothing waits for the device. Only
+        samples with such a place are evaluated and counted; `idle` evaluates every sample
+        that still hides something, as samplers do that do not look first.
         """
-        place = at.flatten().nonzero()[:, 0]
-        seed, sample, position = self.counter.index_select(1, place).unbind()
-        active = (self.hidden if idle else at).any(1)
+        self.place = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
+        seed, sample, position = self.counter.index_select(1, self.place).unbind()
         tokens, asked, valid, cond = self.tokens, at, self.valid, self.cond
-        if not active.all():
-            tokens, asked, t = tokens[active], at[active], t[active]
-            valid = None if valid is None else valid[active]
-            cond = {name: value[active] for name, value in cond.items()}
-        logits = self._logits(tokens, asked, valid, t, cond)
+        active = [row for row, n in enumerate(self.left if idle else number) if n]
+        everyone = len(active) == len(tokens)
+        if not everyone:
+            chosen = self._on_device(tuple(active))
+            tokens, asked, t = tokens[chosen], at[chosen], t[chosen]
+            valid = None if valid is None else valid[chosen]
+            cond = {name: value[chosen] for name, value in cond.items()}
+        rows = rows_of(
+            self.denoiser, tokens, at=asked, valid=valid,
+            t=t.float() if self.denoiser.uses_time else None, cond=cond or None,
+        )  # fmt: skip
         spent = evaluations(self.denoiser, tokens, valid=valid, cond=cond or None)
-        if isinstance(spent, Tensor):
-            self.calls = self.calls.index_put((active,), spent, accumulate=True)
+        if everyone:
+            self.calls = self.calls + spent
         else:
-            self.calls = self.calls.add(active, alpha=spent)
-        return self.draw(
-            logits, seed=seed, sample=sample, step=step, position=position,
-            span=None if self.spans is None else self.spans[place % at.shape[1]],
+            more = torch.as_tensor(spent, device=self.calls.device).expand(len(active))
+            self.calls = self.calls.index_add(0, chosen, more)
+        return self._draw(
+            rows, seed=seed, sample=sample, step=step, position=position,
+            span=None if self.spans is None else self.spans[self.place % at.shape[1]],
         )  # fmt: skip
 
-    def _logits(
-        self, tokens: Tensor, at: Tensor, valid: Tensor | None, t: Tensor, cond: Condition
-    ) -> Tensor:
-        logits = self.denoiser(
-            tokens, at=at, valid=valid, t=t.float() if self.denoiser.uses_time else None,
-            cond=cond or None,
-        )  # fmt: skip
+    def _on_device(self, active: tuple[int, ...]) -> Tensor:
+        """The numbers of the rows as a tensor, kept until they change."""
+        if active != self.active:
+            numbers = torch.tensor(active, dtype=torch.int64)
+            if self.tokens.device.type == "cuda":
+                numbers = numbers.pin_memory().to(self.tokens.device, non_blocking=True)
+            self.active, self.active_rows = active, numbers.to(self.tokens.device)
+        return self.active_rows
+
+    def _draw(self, rows: Rows, **counter: Any) -> Draw:
+        options = counter | self.options
+        if rows.unconditional is not None:
+            options |= {"unconditional": rows.unconditional, "guidance_scale": rows.scale}
+        if rows.head is not None:
+            return head_and_draw(
+                rows.conditional, rows.head, vocab_size=self.space.vocab_size, **options
+            )
+        logits = rows.conditional
         if logits.dim() != 2 or logits.shape[1] != self.space.vocab_size:
             raise ConfigError(
                 f"the denoiser gave logits {tuple(logits.shape)}; "
                 f"the space has {self.space.vocab_size} ids"
             )
-        return logits
+        return draw(logits, **options)
 
-    def reveal(self, at: Tensor, drawn: Draw, asked: Tensor, t: Tensor) -> State:
-        """Write the draws of the places `at`, a subset of `asked`, and return the new state."""
-        blank = self.blank.to(drawn.log_prob.dtype)
-        tokens = self.tokens.masked_scatter(asked, drawn.tokens)
-        log_prob = blank.masked_scatter(asked, drawn.log_prob)
-        entropy = blank.masked_scatter(asked, drawn.entropy)
-        if asked is not at:
-            tokens = torch.where(at, tokens, self.tokens)
-            log_prob, entropy = torch.where(at, log_prob, 0), torch.where(at, entropy, 0)
-        self.tokens = tokens
+    def reveal(self, at: Tensor, drawn: Draw, t: Tensor, *, number: Sequence[int]) -> State:
+        """Write the draws of the places `at`, `number` in each sample; the new state."""
+        return self._state(written(self.tokens, at, drawn, at), t, number)
+
+    def reveal_surest(
+        self, asked: Tensor, drawn: Draw, score: Tensor, t: Tensor, *, count: Tensor,
+        number: Sequence[int], threshold: float | None = None,
+    ) -> State:  # fmt: skip
+        """Write, of the draws at `asked`, `count` (B,) of each sample with the highest score.
+
+        `number` is the same count on this side of the device, at most what is hidden. With a
+        threshold the places that reach it are written too: how many is then asked back.
+        """
+        revealed = reveal(self.tokens, asked, drawn, score, count=count, threshold=threshold)
+        if threshold is not None:
+            number = revealed.at.sum(1).tolist()
+        return self._state(revealed, t, number)
+
+    def _state(self, revealed: Revealed, t: Tensor, number: Sequence[int]) -> State:
+        self.tokens = revealed.tokens
         # Hidden and not written now.
-        self.hidden = self.hidden > at
+        self.hidden = self.hidden > revealed.at
+        self.left = [left - n for left, n in zip(self.left, number)]
         self.states += 1
-        return State(self.tokens, t, self.states, self.calls, at, log_prob, entropy)
+        return State(
+            self.tokens, t, self.states, self.calls, revealed.at, revealed.log_prob,
+            revealed.entropy,
+        )  # fmt: skip
 
 
 def streams(seed: int | Tensor, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -194,15 +234,30 @@ def reveal_in_turn(
     `counts` (B, steps) int64 are the places revealed a step; None is one a call.
     """
     done = torch.zeros_like(fill.start)
+    table = None if counts is None else counts.tolist()
     step = 0
-    while bool(fill.hidden.any()):
-        count = counts[:, step] if counts is not None else torch.ones_like(done)
+    while any(fill.left):
+        count = torch.ones_like(done) if counts is None else counts[:, step]
+        number = places_of_step(fill.left, table, step)
         at = fill.hidden & (turn >= done[:, None]) & (turn < (done + count)[:, None])
         done = done + count
-        if bool(at.any()):
-            drawn = fill.ask(at, step, fill.time_left(schedule))
-            yield fill.reveal(at, drawn, at, fill.time_left(schedule))
+        if any(number):
+            t = fill.time_left(schedule)
+            yield fill.reveal(at, fill.ask(at, step, t, number=number), t, number=number)
         step += 1
+
+
+def places_of_step(left: Sequence[int], table: list[list[int]] | None, step: int) -> list[int]:
+    """How many places each sample reveals at a step, of those that are left.
+
+    `table` is a list of counts (B, steps); None is one a call.
+
+    >>> places_of_step([3, 1], [[2, 1], [0, 5]], 1)
+    [1, 1]
+    """
+    if table is None:
+        return [min(1, n) for n in left]
+    return [min(row[step], n) for row, n in zip(table, left)]
 
 
 def turns(order: Tensor, hidden: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from mdiff.kernels.draw_c import LIBRARY, WHY_NOT, draw_c
 from mdiff.kernels.draw_torch import draw_torch
 from mdiff.kernels.reference import Draw as Draw
 from mdiff.kernels.reference import draw_reference
+from mdiff.kernels.reveal_torch import Revealed as Revealed
+from mdiff.kernels.reveal_torch import reveal_torch
 
 # The backends that can run here; the others and why they cannot.
 BACKENDS: dict[str, Callable[..., Draw]] = {"reference": draw_reference, "torch": draw_torch}
@@ -22,6 +25,9 @@ if LIBRARY is None:
     MISSING["c"] = WHY_NOT
 else:
     BACKENDS["c"] = draw_c
+REVEALS: dict[str, Callable[..., Revealed]] = {"torch": reveal_torch}
+# Logits that exist at once in `head_and_draw`: 16 MB of float32 on a CPU, 512 MB elsewhere.
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
 def backend_name(name: str | None = None, *, device: str = "cpu") -> str:
@@ -56,6 +62,8 @@ def draw(
     never: tuple[int, ...] = (),
     span: tuple[int, int] | Tensor | None = None,
     measure: str = "model",
+    unconditional: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
     backend: str | None = None,
 ) -> Draw:
     """One id for each row of `logits` (N, V), with its figures from the same pass.
@@ -70,6 +78,10 @@ def draw(
     forbidden ids, at temperature 1 and before the filters; measure="drawn" takes them after
     both, temperature 0 counting as 1. In float32, or float64 for float64 logits. A row with
     NaN or +inf, or with no finite permitted logit, draws the lowest permitted id with NaN.
+
+    With `unconditional` (N, V), of the same type, the logits of a row are u + s (c - u), `logits`
+    being c and s `guidance_scale`, a number or (N,): classifier-free guidance (Ho & Salimans
+    2022) without a third array. Where s is 1 they are c.
 
     `backend` is one of BACKENDS (see `backend_name`); they differ at near-ties of rounding only.
     c hands over to torch what `draw_c.by_torch` names: top_k, top_p and float64 logits.
@@ -92,6 +104,14 @@ def draw(
     if measure not in ("model", "drawn"):
         raise ConfigError(f"measure={measure!r}: expected 'model' or 'drawn'")
     rows, device = logits.shape[0], logits.device
+    scale = None
+    if unconditional is not None:
+        if unconditional.shape != logits.shape or unconditional.dtype != logits.dtype:
+            raise ConfigError(
+                f"unconditional {tuple(unconditional.shape)} {unconditional.dtype}: expected "
+                f"{tuple(logits.shape)} {logits.dtype}, as the logits"
+            )
+        scale = torch.as_tensor(guidance_scale, dtype=torch.float64, device=device).expand(rows)
     if sample is None and position is None:
         position = torch.arange(rows, device=device)
     return BACKENDS[backend_name(backend, device=device.type)](
@@ -107,7 +127,71 @@ def draw(
         forbidden=forbidden,
         span=_span(span, rows, device),
         measure=measure,
+        unconditional=unconditional,
+        scale=scale,
     )
+
+
+def head_and_draw(
+    features: Tensor,
+    head: Callable[[Tensor], Tensor],
+    *,
+    vocab_size: int,
+    unconditional: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    seed: Tensor,
+    sample: Tensor,
+    position: Tensor,
+    span: Tensor | None = None,
+    **options: Any,
+) -> Draw:
+    """`draw` of the logits that `head` makes of `features` (N, D), without all of them at once.
+
+    The head runs on as many rows at a time as have CHUNK[device] logits of `vocab_size`: on a
+    CPU they are drawn from while they lie in its last cache. `unconditional` (N, D) are the
+    features of the other branch; `seed`, `sample`, `position` are (N,), `span` (N, 2), and the
+    other options are those of `draw`. Raises ConfigError where the head has other columns.
+    """
+    most = CHUNK.get(features.device.type, CHUNK["cuda"])
+    size = max(1, most // vocab_size)
+    scale = guidance_scale
+    drawn = []
+    for first in range(0, max(len(features), 1), size):
+        part = slice(first, first + size)
+        logits = head(features[part])
+        if logits.shape[1:] != (vocab_size,):
+            raise ConfigError(
+                f"the head gave logits {tuple(logits.shape)}; the space has {vocab_size} ids"
+            )
+        drawn.append(
+            draw(
+                logits, seed=seed[part], sample=sample[part], position=position[part],
+                span=None if span is None else span[part],
+                unconditional=None if unconditional is None else head(unconditional[part]),
+                guidance_scale=scale[part] if isinstance(scale, Tensor) else scale,
+                **options,
+            )
+        )  # fmt: skip
+    return drawn[0] if len(drawn) == 1 else Draw(*(torch.cat(field) for field in zip(*drawn)))
+
+
+def reveal(
+    tokens: Tensor,
+    asked: Tensor,
+    drawn: Draw,
+    score: Tensor,
+    *,
+    count: Tensor,
+    threshold: float | None = None,
+    backend: str | None = None,
+) -> Revealed:
+    """The canvas `tokens` (B, L) with the surest of the draws at `asked` (B, L) bool written.
+
+    See `kernels.reveal_torch.reveal_torch`: `count` (B,) int64 places a sample, those of the
+    highest `score` (N,), and all at or above `threshold`. Nothing waits for the device.
+    """
+    chosen = "triton" if backend == "triton" else "torch"
+    return REVEALS[chosen](tokens, asked, drawn, score, count_B=count, threshold=threshold)
 
 
 def check_filters(

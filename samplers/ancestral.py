@@ -52,11 +52,15 @@ def ancestral(
     ascending = schedule.mask_prob(times).flip(0)
     later = torch.searchsorted(ascending, fill.uniform(philox.REVEAL), right=True)
     due = steps + 1 - later.clamp(min=1)
-    busy = range(1, steps + 1) if idle_calls else sorted(set(due[fill.hidden].tolist()))
     rows = len(canvas)
-    for step in busy:
-        at = fill.hidden & (due == step)
-        if not bool(fill.hidden.any()):
+    # What each step reveals is known before the first call, and asked of the device once.
+    numbers = torch.zeros(rows, steps + 1, dtype=torch.int64, device=canvas.device)
+    table = numbers.scatter_add(1, due, fill.hidden.long()).T.tolist()
+    for step in range(1, steps + 1):
+        number = table[step]
+        if not any(fill.left):
             return
-        drawn = fill.ask(at, step, times[step - 1].expand(rows), idle=idle_calls)
-        yield fill.reveal(at, drawn, at, times[step].expand(rows))
+        if any(number) or idle_calls:
+            at = fill.hidden & (due == step)
+            drawn = fill.ask(at, step, times[step - 1].expand(rows), number=number, idle=idle_calls)
+            yield fill.reveal(at, drawn, times[step].expand(rows), number=number)

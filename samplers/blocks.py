@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Condition, Denoiser, evaluations
+from mdiff.denoiser import Condition, Denoiser, Rows, evaluations, rows_of
 from mdiff.errors import ConfigError
 from mdiff.filling import State, streams
 from mdiff.kernels import philox
@@ -146,6 +146,23 @@ class _Window:
         cache: Any = None,
     ) -> Tensor:
         """Logits (N, V) of the places `at` of the block."""
+        whole, seen, t, rest = self._around(tokens, t, cond)
+        asked = None if at is None else self._asked(at, seen, cond)
+        return self.denoiser(whole, at=asked, valid=seen, t=t, cond=rest, cache=cache)
+
+    def asked_rows(
+        self, tokens: Tensor, *, at: Tensor, valid: Tensor | None = None,
+        t: Tensor | None = None, cond: Condition | None = None,
+    ) -> Rows:  # fmt: skip
+        """What the denoiser says of the places `at` of the block; see `denoiser.rows_of`."""
+        whole, seen, t, rest = self._around(tokens, t, cond)
+        asked = self._asked(at, seen, cond)
+        return rows_of(self.denoiser, whole, at=asked, valid=seen, t=t, cond=rest)
+
+    def _around(
+        self, tokens: Tensor, t: Tensor | None, cond: Condition | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Condition | None]:
+        """The whole canvas, what of it is seen, its own time and the condition that is left."""
         rest = dict(cond or {})
         canvas, columns, seen = (rest.pop(name) for name in (CANVAS, COLUMNS, SEEN))
         writable = rest.pop(WRITABLE) & seen
@@ -154,8 +171,12 @@ class _Window:
             # The time is that of all the model sees: the share of it that is still hidden.
             left = (writable & (whole == self.mask_id)).sum(1).double()
             t = self.schedule.time_at(left / writable.sum(1).clamp(min=1)).to(t.dtype)
-        asked = None if at is None else torch.zeros_like(seen).scatter(1, columns, at)
-        return self.denoiser(whole, at=asked, valid=seen, t=t, cond=rest or None, cache=cache)
+        return whole, seen, t, rest or None
+
+    @staticmethod
+    def _asked(at: Tensor, seen: Tensor, cond: Condition | None) -> Tensor:
+        """The places `at` of the block as places of the canvas, (B, L) bool."""
+        return torch.zeros_like(seen).scatter(1, (cond or {})[COLUMNS], at)
 
 
 def _blocks(canvas: Tensor, seen: Tensor, rank: Tensor, length: int, mask_id: int) -> Tensor:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError, nearest
-from mdiff.filling import Counts, Filling, State, reveal_counts
+from mdiff.filling import Counts, Filling, State, places_of_step, reveal_counts
 from mdiff.kernels import philox
-from mdiff.ops import Draw
 from mdiff.schedule import Cosine, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -41,6 +40,7 @@ def confidence(
     score: str = "confidence",
     noise: float | Tensor = 0.0,
     measure: str = "model",
+    threshold: float | None = None,
 ) -> Iterator[State]:
     """States of `steps` calls on `canvas` (B, L), the places with the highest score first.
 
@@ -55,11 +55,17 @@ def confidence(
     With temperature=0, counts="even" and no noise it is LLaDA's low-confidence remasking
     (Nie et al. 2025, algorithm 5).
 
+    With a `threshold` a call also writes every place that is at least that sure, so that there
+    are fewer calls where the model is: the drawn token's probability or the margin at least
+    that, or the entropy at most that many nats. Fast-dLLM's parallel decoding (Wu et al. 2025)
+    is threshold=0.9 at temperature 0 with one place a call at least, `steps=None`. Then the
+    places of a step depend on the logits, and so does their number.
+
     At one reveal a call, score="entropy" or "margin" without noise gives the exact law of an
     ideal denoiser; "confidence" does not, since the place depends on the drawn token.
 
     Raises ConfigError for an unknown score, a noise that is negative or not one number a step,
-    or counts that do not fit.
+    a threshold out of range or beside noise, or counts that do not fit.
     """
     if score not in SCORES:
         raise ConfigError(f"unknown score {score!r}; {nearest(score, SCORES)}")
@@ -69,16 +75,25 @@ def confidence(
     )  # fmt: skip
     table = reveal_counts(counts, fill.start, steps=steps, schedule=schedule)
     factors = _noise_factors(noise, fill.start, None if table is None else table.shape[1])
+    per_step = None if table is None else table.tolist()
+    noisy = isinstance(noise, Tensor) or noise > 0
+    least = _least(threshold, score, noisy)
     step = 0
-    while bool(fill.hidden.any()):
-        count = (fill.start > step).long() if table is None else table[:, step]
-        asked = fill.hidden & (count > 0)[:, None]
-        if bool(asked.any()):
-            drawn = fill.ask(asked, step, fill.time_left(schedule))
-            value = _scores(fill, asked, drawn, score, factors[:, step], step)
-            place = value.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            at = asked & (place < count[:, None])
-            yield fill.reveal(at, drawn, asked, fill.time_left(schedule))
+    while any(fill.left):
+        number = places_of_step(fill.left, per_step, step)
+        if any(number):
+            count = (fill.start > step).long() if table is None else table[:, step]
+            asked = fill.hidden & (count > 0)[:, None]
+            t = fill.time_left(schedule)
+            drawn = fill.ask(
+                asked, step, t, number=[left * (n > 0) for left, n in zip(fill.left, number)]
+            )
+            value = SCORES[score](drawn)
+            if noisy:
+                value = value.double() + _gumbel(fill, factors[:, step], step)
+            yield fill.reveal_surest(
+                asked, drawn, value, t, count=count, number=number, threshold=least
+            )
         step += 1
 
 
@@ -103,13 +118,22 @@ def _noise_factors(noise: float | Tensor, start: Tensor, steps: int | None) -> T
     return noise * (1 - step / total[:, None]).clamp(min=0)
 
 
-def _scores(
-    fill: Filling, asked: Tensor, drawn: Draw, score: str, noise: Tensor, step: int
-) -> Tensor:
-    """The score of each place, (B, L) float64, -inf where nothing was drawn."""
-    value = torch.full(asked.shape, -torch.inf, dtype=torch.float64, device=asked.device)
-    value = value.masked_scatter(asked, SCORES[score](drawn).double())
-    if bool((noise > 0).any()):
-        gumbel = -torch.log(-torch.log(fill.uniform(philox.NOISE, step)))
-        value = value + noise[:, None] * gumbel
-    return value
+def _gumbel(fill: Filling, factor: Tensor, step: int) -> Tensor:
+    """`factor` (B,) times Gumbel noise at each place of the last call, (N,) float64."""
+    noise = -torch.log(-torch.log(fill.uniform(philox.NOISE, step)))
+    return (factor[:, None] * noise).flatten().index_select(0, fill.place)
+
+
+def _least(threshold: float | None, score: str, noisy: bool) -> float | None:
+    """The score from which on a place is written at once; None without a threshold."""
+    if threshold is None:
+        return None
+    if noisy:
+        raise ConfigError("threshold and noise: a threshold is on the score itself, give one")
+    if score == "entropy":
+        if not 0 <= threshold < math.inf:
+            raise ConfigError(f"threshold={threshold}: expected nats, at least 0")
+        return -threshold
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"threshold={threshold}: expected more than 0 and at most 1")
+    return math.log(threshold) if score == "confidence" else threshold

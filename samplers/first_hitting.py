@@ -53,7 +53,8 @@ def first_hitting(
     m = _hitting_shares(fill.start, fill.row_uniforms(philox.TIME, steps=steps, lanes=per_call))
     for step, t in enumerate(schedule.time_at(m).unbind(1)):
         at = turn.div(per_call, rounding_mode="floor") == step if per_call > 1 else turn == step
-        yield fill.reveal(at, fill.ask(at, step, t), at, t)
+        number = [min(per_call, left) for left in fill.left]
+        yield fill.reveal(at, fill.ask(at, step, t, number=number), t, number=number)
 
 
 def _turns(hidden: Tensor, uniforms: Tensor) -> Tensor:

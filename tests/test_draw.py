@@ -289,3 +289,59 @@ def test_a_high_temperature_does_not_bring_back_excluded_ids(backend):
     for kind in (torch.float32, torch.float64):
         out = draw(logits.to(kind), seed=1, temperature=1e6, never=(0,), backend=backend)
         assert (out.tokens == 1).all()
+
+
+GUIDED = [
+    {}, {"temperature": 0.6}, {"top_k": 4}, {"top_p": 0.8, "min_p": 0.01}, {"never": (3, 2999)},
+    {"span": (900, 2100), "measure": "drawn", "temperature": 1.5},
+]  # fmt: skip
+
+
+@faster
+@pytest.mark.parametrize("options", GUIDED, ids=str)
+def test_guidance_in_the_pass_draws_from_the_mixed_logits(backend, options):
+    conditional, unconditional = logits_like("normal"), logits_like("normal", seed=1)
+    scale = torch.linspace(-0.5, 3, 24)
+    mixed = unconditional + scale[:, None] * (conditional - unconditional)
+    fast = draw(
+        conditional, seed=5, backend=backend, unconditional=unconditional, guidance_scale=scale,
+        **options,
+    )  # fmt: skip
+    true = draw(mixed.double(), seed=5, backend="reference", **options)
+    assert torch.equal(fast.tokens, true.tokens)
+    assert torch.allclose(fast.log_prob.double(), true.log_prob, atol=5e-5)
+    assert torch.allclose(fast.entropy.double(), true.entropy, atol=5e-5)
+    assert torch.allclose(fast.margin.double(), true.margin, atol=5e-5)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_row_of_scale_1_does_not_look_at_the_other_branch(backend, kind):
+    conditional = logits_like("normal", rows=6, vocab=1500).to(kind)
+    nothing = torch.full_like(conditional, torch.nan)
+    alone = draw(conditional, seed=3, backend=backend)
+    both = draw(
+        conditional, seed=3, backend=backend, unconditional=nothing, guidance_scale=1.0
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(alone, both))
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_what_both_branches_exclude_is_excluded_and_what_one_alone_does_has_its_value(backend):
+    conditional = torch.zeros(3, 4)
+    unconditional = torch.zeros(3, 4)
+    conditional[0, 1] = unconditional[0, 1] = -torch.inf
+    conditional[1, 1] = -torch.inf
+    unconditional[2, 1] = -torch.inf
+    out = draw(
+        conditional, seed=3, backend=backend, unconditional=unconditional, guidance_scale=2.0
+    )  # fmt: skip
+    assert out.entropy[:2].double().sub(math.log(3)).abs().max() < 1e-6
+    assert out.entropy[2].isnan()
+    assert out.tokens[2] == 0
+
+
+def test_guidance_of_another_shape_or_type_is_refused():
+    for other in (torch.zeros(2, 5), torch.zeros(2, 4, dtype=torch.float64)):
+        with pytest.raises(ConfigError, match="unconditional"):
+            draw(torch.zeros(2, 4), seed=0, unconditional=other, guidance_scale=2.0)

@@ -101,7 +101,7 @@ def test_doctor_says_that_c_runs_and_what_it_hands_over(monkeypatch):
     monkeypatch.delenv("MDIFF_BACKEND", raising=False)
     found = doctor.backends()
     assert found["c"].startswith("runs on the CPU")
-    assert "top_k, top_p and float64 logits over to torch" in found["c"]
+    assert "float64 logits over to torch" in found["c"]
     assert "draw by c" in {check["name"] for check in doctor.backend_checks() if check["passed"]}
 
 
@@ -114,8 +114,9 @@ def test_doctor_says_that_c_runs_and_what_it_hands_over(monkeypatch):
         (torch.float16, {"min_p": 0.1, "never": (1,), "span": (0, 20)}, "c"),
         (torch.float32, {"temperature": 0.0, "measure": "drawn"}, "c"),
         (torch.float32, {"top_k": 30, "top_p": 1.0}, "c"),
-        (torch.float32, {"top_k": 3}, "torch"),
-        (torch.float32, {"top_p": 0.5}, "torch"),
+        (torch.float32, {"top_k": 3}, "c"),
+        (torch.bfloat16, {"top_k": 3, "top_p": 0.5, "min_p": 0.1}, "c"),
+        (torch.float32, {"top_p": 0.5}, "c"),
         (torch.float64, {}, "torch"),
     ],
     ids=str,
@@ -139,7 +140,7 @@ def test_c_runs_unless_it_says_that_it_hands_over(kind, options, path, monkeypat
     logits = normal(4, 30).to(kind)
     draw(logits, seed=1, **options)
     assert ran == [path]
-    reason = module.by_torch(logits, options.get("top_k"), options.get("top_p"))
+    reason = module.by_torch(logits)
     assert (reason is None) == (path == "c")
 
 
@@ -226,7 +227,9 @@ def test_two_threads_give_what_one_gives_bit_for_bit():
 
 
 @needs_the_library
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.0}, {"min_p": 0.1}, {"top_k": 2}, {"top_p": 0.1}], ids=str
+)
 def test_every_output_is_written(options, monkeypatch):
     empty = torch.empty
 
@@ -240,7 +243,9 @@ def test_every_output_is_written(options, monkeypatch):
 
 
 @needs_the_library
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.5}, {"min_p": 0.1}, {"top_k": 7}, {"top_p": 0.9}], ids=str
+)
 def test_nan_anywhere_that_is_read_leaves_a_row_without_a_law(options):
     logits = normal(8, 3000)
     logits[0, 2999] = torch.nan
@@ -284,3 +289,47 @@ def test_logits_of_any_layout_are_read_in_place():
     span = torch.tensor([[3] * 40, [30] * 40]).T
     one = draw(wide, seed=2, span=span, backend="c")
     assert torch.equal(one.tokens, draw(wide, seed=2, span=(3, 30), backend="c").tokens)
+
+
+@needs_the_library
+@pytest.mark.parametrize("top_k", [None, 1, 3, 40, 64, 150, 699])
+@pytest.mark.parametrize("top_p", [None, 0.02, 0.6, 0.97])
+def test_filters_keep_the_same_ids_where_many_logits_are_equal(top_k, top_p):
+    """Steps of 1/2 make ties at every edge; each id that is kept is drawn from some row."""
+    row = (2 * normal(1, 700, seed=5)).round() / 2
+    row[0, ::9] = -torch.inf
+    options = {"top_k": top_k, "top_p": top_p, "temperature": 2.0, "measure": "drawn"}
+    logits = row.expand(3000, -1)
+    one = draw(logits, seed=1, backend="c", **options)
+    two = draw(logits, seed=1, backend="torch", **options)
+    assert torch.equal(one.tokens.unique(), two.tokens.unique())
+    assert (one.tokens == two.tokens).double().mean() > 0.998
+    for a, b in zip(one[1:], two[1:]):
+        assert torch.allclose(a[one.tokens == two.tokens], b[one.tokens == two.tokens], atol=2e-5)
+
+
+@needs_the_library
+def test_a_filter_of_all_equal_logits_keeps_the_lowest_ids():
+    for options, kept in (({"top_k": 70}, 70), ({"top_p": 0.25}, 500), ({"min_p": 1.0}, 2000)):
+        drawn = draw(torch.zeros(9000, 2000), seed=2, backend="c", **options)
+        assert drawn.tokens.max() < kept
+        assert drawn.tokens.unique().numel() > 0.9 * kept
+
+
+@needs_the_library
+@pytest.mark.parametrize("order", ["ascending", "descending", "spike"])
+def test_a_peak_that_rises_all_along_a_row_or_at_once_loses_nothing(order):
+    """The sums are relative to a reference that the peak leaves behind again and again."""
+    row = torch.linspace(-300, 300, 9000)
+    if order == "descending":
+        row = row.flip(0)
+    if order == "spike":
+        row = torch.cat([torch.zeros(8000), torch.full((1000,), 12.0)])
+    logits = row.expand(200, -1)
+    for options in ({}, {"temperature": 3.0}, {"temperature": 0.2}, {"top_p": 0.5}):
+        one = draw(logits, seed=1, backend="c", **options)
+        true = draw(logits, seed=1, backend="reference", **options)
+        assert (one.tokens == true.tokens).double().mean() > 0.98
+        same = one.tokens == true.tokens
+        for a, b in zip(one[1:], true[1:]):
+            assert torch.allclose(a[same].double(), b[same], atol=2e-5)

@@ -260,11 +260,11 @@ def test_every_named_option_of_a_sampler_is_reached_and_makes_a_difference():
 def test_the_noise_of_confidence_falls_linearly_and_does_not_compound(monkeypatch):
     seen = []
 
-    def spy(fill, asked, drawn, score, noise, step):
-        seen.append(float(noise[0]))
-        return torch.where(asked, 0.0, -torch.inf)
+    def spy(fill, factor, step):
+        seen.append(float(factor[0]))
+        return torch.zeros(len(fill.place), dtype=torch.float64)
 
-    monkeypatch.setattr(importlib.import_module("mdiff.samplers.confidence"), "_scores", spy)
+    monkeypatch.setattr(importlib.import_module("mdiff.samplers.confidence"), "_gumbel", spy)
     sample(HashDenoiser(SPACE), torch.full((1, 24), 16), space=SPACE, sampler="confidence", steps=5,
            noise=10.0)  # fmt: skip
     assert seen == pytest.approx([8.0, 6.0, 4.0, 2.0, 0.0])

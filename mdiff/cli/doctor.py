@@ -89,7 +89,7 @@ def backends() -> dict[str, str]:
     else:
         found[chosen] = "runs, as c is missing"
     if chosen == "c":
-        found["c"] += "; hands top_k, top_p and float64 logits over to torch"
+        found["c"] += "; hands float64 logits over to torch"
     return found
 
 

@@ -50,6 +50,7 @@ def generate(
     top_k: ask.TopK = None,
     top_p: ask.TopP = None,
     min_p: ask.MinP = None,
+    threshold: ask.Threshold = None,
     block_length: Annotated[int | None, typer.Option(help="Tokens of a block.")] = None,
     order: Annotated[str | None, typer.Option(help="Order of the reveals.")] = None,
     option: ask.Pairs = None,
@@ -69,7 +70,7 @@ def generate(
 
     named = {
         "steps": steps, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "min_p": min_p, "block_length": block_length, "order": order,
+        "min_p": min_p, "threshold": threshold, "block_length": block_length, "order": order,
     }  # fmt: skip
     options = {key: value for key, value in named.items() if value is not None}
     options |= ask.parsed_options(option or [])

@@ -16,6 +16,9 @@ Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest."
 TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest.")]
 TopP = Annotated[float | None, typer.Option(help="Draw from this mass.")]
 MinP = Annotated[float | None, typer.Option(help="Leave out below this share.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="Confidence also writes what is at least this sure.")
+]
 Pairs = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Any option of the sampler, k=v.")
 ]

@@ -1,0 +1,61 @@
+"""Which of the drawn tokens stay, and their writing, in vectorised torch without a wait."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mdiff.kernels.reference import Draw
+
+
+class Revealed(NamedTuple):
+    """A canvas after one reveal; each field is (B, L).
+
+    `tokens` int64; `at` bool, the places written; `log_prob` and `entropy` of their draws, 0
+    elsewhere.
+    """
+
+    tokens: Tensor
+    at: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+
+
+def reveal_torch(
+    tokens_BL: Tensor,
+    asked_BL: Tensor,
+    drawn: Draw,
+    score_N: Tensor,
+    *,
+    count_B: Tensor,
+    threshold: float | None = None,
+) -> Revealed:
+    """Write the surest of the tokens drawn at `asked_BL` (B, L) bool into `tokens_BL` int64.
+
+    `drawn` and `score_N` are of the N asked places, row-major. Of each sample the `count_B`
+    (B,) int64 places of the highest score are chosen, ties to the first place, NaN last; with
+    a threshold also every place whose score is at least that. The canvas given is not changed,
+    and nothing here waits for the device.
+    """
+    lowest = torch.finfo(score_N.dtype).min
+    known_N = score_N.nan_to_num(nan=lowest, neginf=lowest, posinf=torch.inf)
+    score_BL = score_N.new_full(asked_BL.shape, -torch.inf).masked_scatter(asked_BL, known_N)
+    place_BL = score_BL.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    at_BL = asked_BL & (place_BL < count_B[:, None])
+    if threshold is not None:
+        at_BL |= asked_BL & (score_BL >= threshold)
+    return written(tokens_BL, asked_BL, drawn, at_BL)
+
+
+def written(tokens_BL: Tensor, asked_BL: Tensor, drawn: Draw, at_BL: Tensor) -> Revealed:
+    """The draws of `asked_BL` written at `at_BL`, all of them or some."""
+    blank_BL = drawn.log_prob.new_zeros(asked_BL.shape)
+    tokens = tokens_BL.masked_scatter(asked_BL, drawn.tokens)
+    log_prob = blank_BL.masked_scatter(asked_BL, drawn.log_prob)
+    entropy = blank_BL.masked_scatter(asked_BL, drawn.entropy)
+    if asked_BL is not at_BL:
+        tokens = torch.where(at_BL, tokens, tokens_BL)
+        log_prob, entropy = torch.where(at_BL, log_prob, 0), torch.where(at_BL, entropy, 0)
+    return Revealed(tokens, at_BL, log_prob, entropy)
