@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mdiff import layers
 from mdiff.backbones.bit_transformer import (
     BitTransformerForMaskedLM,
     bit_parameter_count,
@@ -456,3 +457,23 @@ def test_the_config_survives_json(tmp_path):
     loaded = TransformerConfig.from_pretrained(tmp_path)
     assert (loaded.grid, loaded.mask_id, loaded.mlp_width) == ([3, 5], 2, 96)
     assert loaded.hidden_size == 32
+
+
+def test_the_product_of_onednn_is_the_product(monkeypatch):
+    """Large float32 products without gradients take it; all others take torch's own."""
+    ran = []
+    product = layers.ONEDNN
+    monkeypatch.setattr(layers, "ONEDNN", lambda *args: ran.append(1) or product(*args))
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in ((2, 70, 96), (500, 96)))
+    true = (x.double() @ weight.double().T).float()
+    with torch.no_grad():
+        assert torch.allclose(layers.linear(x, weight), true, atol=1e-4)
+        assert torch.allclose(layers.linear(x[:, ::2], weight[:490]), true[:, ::2, :490], atol=1e-4)
+        assert len(ran) == 2
+        layers.linear(x.double(), weight.double())
+        layers.linear(x[:, :1], weight[:20])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layers.linear(x, weight).dtype == torch.bfloat16
+    assert torch.allclose(layers.linear(x, weight.requires_grad_()), true, atol=1e-4)
+    assert len(ran) == 2

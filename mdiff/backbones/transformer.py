@@ -25,6 +25,7 @@ from mdiff.layers import (
     RMSNorm,
     attention_layout,
     layout_axes,
+    linear,
     modulated,
     of_rows,
     rotary_tables,
@@ -172,7 +173,7 @@ class Head(Projection):
 
     def forward(self, x: Tensor) -> Tensor:
         """The `columns` logits of each row of `x`."""
-        return F.linear(x, self.weight[: self.columns])
+        return linear(x, self.weight[: self.columns])
 
 
 class TransformerForMaskedLM(PreTrainedModel):  # type: ignore[misc]
