@@ -9,7 +9,7 @@ from mdiff.kernels import philox
 from mdiff.kernels.reference import TILE, Draw, guided_logits, kept_columns
 
 # Rows are worked on in chunks of about this many logits, so that a chunk stays in cache.
-CHUNK = 1 << 19
+CHUNK = 1 << 20
 # exp(-800) is 0 in float64 too; the clamp keeps 0 * -inf out of the entropy.
 LOWEST = -800.0
 # A temperature outside is taken as this: the draw is the same, and float32 holds T and 1 / T.
@@ -41,6 +41,10 @@ def draw_torch(
     rows, vocab = logits_NV.shape
     tile = min(tile, vocab)
     chunk = max(1, CHUNK // max(vocab, 1))
+    wide = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
+    # The same memory for every chunk: new pages would cost as much as the arithmetic.
+    shape = (2, min(chunk, rows), -(-vocab // tile) * tile)
+    memory = torch.empty(shape, dtype=wide, device=logits_NV.device)
     parts = [
         _draw_chunk(
             logits_NV[i : i + chunk],
@@ -54,6 +58,7 @@ def draw_torch(
             guide=None if unconditional is None or scale is None
             else (unconditional[i : i + chunk], scale[i : i + chunk]),
             tile=tile,
+            memory=memory,
         )
         for i in range(0, max(rows, 1), chunk)
     ]  # fmt: skip
@@ -71,17 +76,16 @@ def _draw_chunk(
     measure: str,
     guide: tuple[Tensor, Tensor] | None,
     tile: int,
+    memory: Tensor,
 ) -> Draw:
     vocab = logits_NV.shape[1]
-    wide = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
+    model_NV, weight_NV = memory[:, : len(logits_NV)]
+    padded = model_NV.shape[1]
     if guide is not None:
+        wide = model_NV.dtype
         logits_NV = guided_logits(logits_NV.to(wide), guide[0].to(wide), guide[1])
-    padded = -(-vocab // tile) * tile
-    if padded == vocab:
-        model_NV = logits_NV.to(wide, copy=True)
-    else:
-        model_NV = logits_NV.new_full((len(logits_NV), padded), -torch.inf, dtype=wide)
-        model_NV[:, :vocab] = logits_NV
+    model_NV[:, :vocab] = logits_NV
+    model_NV[:, vocab:] = -torch.inf
     for column in forbidden:
         model_NV[:, column] = -torch.inf
     if span is not None:
@@ -91,9 +95,10 @@ def _draw_chunk(
     peak_N = model_NV.amax(1)
     sound_N = torch.isfinite(peak_N)
     model_NV -= torch.where(sound_N, peak_N, 0.0)[:, None]
-    weights = _Weights(model_NV, tile)
     plain = temperature in (0, 1) and filters == (None, None, None)
-    drawn = weights if plain else _Weights(_filtered(model_NV, temperature, filters), tile)
+    drawn_NV = model_NV if plain else _filtered(model_NV, temperature, filters)
+    weights = _Weights(model_NV, tile, into=weight_NV)
+    drawn = weights if plain else _Weights(drawn_NV, tile, into=torch.empty_like(drawn_NV))
     token_N = drawn.relative_NV.argmax(1) if temperature == 0 else drawn.reservoir(counter)
     measured = drawn if measure == "drawn" else weights
     log_prob_N, entropy_N, margin_N = measured.figures(token_N)
@@ -107,13 +112,16 @@ def _draw_chunk(
 
 
 class _Weights:
-    """exp of one chunk of logits relative to the rows' maxima, with the mass of each tile."""
+    """exp of one chunk of logits relative to the rows' maxima, with the mass of each tile.
 
-    def __init__(self, relative_NV: Tensor, tile: int) -> None:
+    `relative_NV` is written over, and the weights are written `into` another such tensor.
+    """
+
+    def __init__(self, relative_NV: Tensor, tile: int, *, into: Tensor) -> None:
         self.tile = tile
-        self.relative_NV = relative_NV.clamp(min=LOWEST)
+        self.relative_NV = relative_NV.clamp_(min=LOWEST)
         rows, columns = relative_NV.shape
-        self.weight_NTK = self.relative_NV.exp().view(rows, columns // tile, tile)
+        self.weight_NTK = torch.exp(self.relative_NV, out=into).view(rows, columns // tile, tile)
         self.mass_NT = self.weight_NTK.sum(2).double()
         self.total_N = self.mass_NT.sum(1)
 
@@ -143,11 +151,11 @@ class _Weights:
         # The logits are not read again: their memory takes the products.
         product_NTK = self.relative_NV.mul_(self.weight_NTK.view_as(self.relative_NV))
         moment_N = product_NTK.view_as(self.weight_NTK).sum(2).double().sum(1)
-        best_NT, where_NT = self.weight_NTK.max(2)
+        best_NT = self.weight_NTK.amax(2)
         first_N, tile_N = best_NT.max(1)
         rest_NT = best_NT.scatter(1, tile_N[:, None], 0)
         within_NK = self.weight_NTK.gather(1, tile_N[:, None, None].expand(-1, 1, self.tile))[:, 0]
-        second_N = within_NK.scatter(1, where_NT.gather(1, tile_N[:, None]), 0).amax(1)
+        second_N = within_NK.scatter(1, within_NK.argmax(1, keepdim=True), 0).amax(1)
         second_N = torch.maximum(second_N, rest_NT.amax(1))
         return (
             (relative_N.double() - log_total_N).to(kind),
