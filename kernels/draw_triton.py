@@ -1,0 +1,219 @@
+"""The draw in Triton: one read of each row of logits on a GPU, or in Triton's interpreter.
+
+Triton is imported on the first draw, so that a machine that draws otherwise does not wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from mdiff.kernels.draw_torch import COLDEST, HOTTEST, draw_torch
+from mdiff.kernels.reference import TILE, Draw
+
+FORMATS = (torch.float32, torch.bfloat16, torch.float16)
+# The most ids that top_k keeps here.
+MOST_KEPT = 64
+# A tile has this many pieces, whose largest logits say which of them the filters look at again.
+PIECES = 8
+# Tiles of one iteration, loads in flight, and warps of a program without and with filters.
+GROUP, STAGES, WARPS, FILTER_WARPS = 4, 3, 4, 8
+# Pieces that the filters look at together, at a tile of 1,024: 4,096 logits.
+QUEUE = 32
+# Programs that keep a multiprocessor busy: rows are split until there are so many of each.
+PROGRAMS = 8
+LOWEST = -3e38
+
+
+def why_not(device_type: str) -> str:
+    """Why `draw_triton` cannot run on a type of device; "" where it can.
+
+    It runs on "cuda", and on "cpu" in Triton's interpreter, for which TRITON_INTERPRET=1 must
+    be set before Triton is imported.
+    """
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cuda":
+        return "" if not _interprets() else "TRITON_INTERPRET=1 is set, for tensors on the CPU"
+    if device_type != "cpu":
+        return f"it runs on cuda, not on {device_type}"
+    if _interprets():
+        return ""
+    return "it runs on the CPU only with TRITON_INTERPRET=1 set before triton is imported"
+
+
+def _interprets() -> bool:
+    """Whether kernels run in the interpreter, without importing Triton to find out."""
+    if "triton" not in sys.modules:
+        return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on", "yes", "y")
+    import triton
+
+    return not isinstance(triton.language.sum, triton.JITFunction)
+
+
+def by_torch(logits_NV: Tensor, top_k: int | None = None) -> str | None:
+    """Why `draw_triton` hands these logits and options over to `draw_torch`; None if not."""
+    if top_k is not None and MOST_KEPT < top_k < logits_NV.shape[1]:
+        return f"top_k above {MOST_KEPT}"
+    return None if logits_NV.dtype in FORMATS else f"{logits_NV.dtype} logits"
+
+
+def draw_triton(
+    logits_NV: Tensor,
+    *,
+    seed: Tensor,
+    sample: Tensor,
+    step: Tensor,
+    position: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    forbidden: tuple[int, ...] = (),
+    span: Tensor | None = None,
+    measure: str = "model",
+    unconditional: Tensor | None = None,
+    scale: Tensor | None = None,
+    tile: int = TILE,
+) -> Draw:
+    """One id a row and its figures; arguments and law as `reference.draw_reference`.
+
+    float32, bfloat16 and float16 logits, float32 inside, masses of tiles added in float64; what
+    `by_torch` names goes to `draw_torch`. Every logit is read once, and again: the tile of the
+    maximum and the one that wins; with a filter the pieces of a row that reach its bound, once
+    and a tile's weight of times (min_p), or some ten times each (top_k, top_p), from cache where
+    they are few. `tile` is a power of two. Nothing waits for the device.
+
+    Raises RuntimeError where `why_not` has a reason, ValueError for another tile.
+    """
+    if by_torch(logits_NV, top_k) is not None:
+        return draw_torch(
+            logits_NV, seed=seed, sample=sample, step=step, position=position,
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, forbidden=forbidden,
+            span=span, measure=measure, unconditional=unconditional, scale=scale, tile=tile,
+        )  # fmt: skip
+    reason = why_not(logits_NV.device.type)
+    if reason:
+        raise RuntimeError(reason)
+    if tile < 1 or tile & (tile - 1):
+        raise ValueError(f"tile={tile}: need a power of two")
+    rows, vocab = logits_NV.shape
+    device = logits_NV.device
+    tokens = torch.empty(rows, dtype=torch.int64, device=device)
+    figures = torch.empty((3, rows), dtype=torch.float32, device=device)
+    if rows:
+        with torch.cuda.device_of(logits_NV):
+            _launch(
+                _unit_stride(logits_NV), tokens, figures, tile,
+                (seed, position, sample, step), (temperature, top_k, top_p, min_p), forbidden,
+                None if span is None else _unit_stride(span), measure == "drawn",
+                None if unconditional is None else _unit_stride(unconditional), scale,
+            )  # fmt: skip
+    return Draw(tokens, *figures.unbind())
+
+
+def _launch(
+    logits_NV: Tensor,
+    tokens: Tensor,
+    figures: Tensor,
+    tile: int,
+    counter: tuple[Tensor, Tensor, Tensor, Tensor],
+    options: tuple[float, int | None, float | None, float | None],
+    forbidden: tuple[int, ...],
+    span: Tensor | None,
+    drawn: bool,
+    unconditional: Tensor | None,
+    scale: Tensor | None,
+) -> None:
+    """Start the kernel, once where every row is one program, else once for each of its parts."""
+    from mdiff.kernels.onepass_triton import draw_kernel
+
+    rows, vocab = logits_NV.shape
+    device = logits_NV.device
+    temperature, top_k, top_p, min_p = options
+    heat = min(max(temperature, COLDEST), HOTTEST) if temperature > 0 else 1.0
+    use = {
+        "TOP_K": top_k is not None and top_k < vocab,
+        "TOP_P": top_p is not None and top_p < 1,
+        "MIN_P": min_p is not None and min_p > 0,
+    }
+    two_laws = heat != 1 and not drawn
+    tiles = -(-vocab // tile)
+    pieces = min(PIECES, tile)
+    scratch = torch.empty((5 if two_laws else 3, rows, tiles), dtype=torch.float32, device=device)
+    filters = any(use.values())
+    shape = (rows, tiles * pieces)
+    maxima = torch.empty(shape, dtype=torch.float32, device=device) if filters else None
+    listed = torch.empty(shape, dtype=torch.int32, device=device) if filters else None
+    next_id, holds = _forbidden_map(forbidden, vocab, tile, device)
+    run, runs = _runs(rows, tiles, device)
+    arguments = (
+        logits_NV, logits_NV.stride(0),
+        unconditional, 0 if unconditional is None else unconditional.stride(0),
+        scale, 0 if scale is None else scale.stride(0), span, 0 if span is None else span.stride(0),
+        next_id, holds, *(part for c in counter for part in (c, c.stride(0))),
+        tokens, figures, scratch, maxima, listed, rows, vocab, tiles, run,
+        math.log2(math.e) / heat, heat, top_k or 0, top_p or 1.0,
+        max(heat * math.log((1 - top_p) / vocab), LOWEST) if use["TOP_P"] and top_p else 0.0,
+        max(heat * math.log(min_p), LOWEST) if min_p else 0.0,
+    )  # fmt: skip
+    settings = {
+        **use, "GREEDY": temperature == 0, "DRAWN": drawn, "TWO_LAWS": two_laws,
+        "TILES": _power_of_two(tiles), "PIECES": pieces, "TILE": tile, "GROUP": GROUP,
+        "QUEUE": QUEUE, "STAGES": STAGES, "num_warps": FILTER_WARPS if filters else WARPS,
+    }  # fmt: skip
+    if runs == 1:
+        draw_kernel[(rows, 1)](*arguments, READ=True, FINISH=True, **settings)
+    else:
+        draw_kernel[(rows, runs)](*arguments, READ=True, FINISH=False, **settings)
+        draw_kernel[(rows, 1)](*arguments, READ=False, FINISH=True, **settings)
+
+
+def _runs(rows: int, tiles: int, device: torch.device) -> tuple[int, int]:
+    """Tiles that one program reads, whole groups, and programs a row."""
+    wanted = PROGRAMS * _multiprocessors(device)
+    groups = -(-tiles // GROUP)
+    run = GROUP * -(-groups // min(groups, max(1, wanted // rows)))
+    return run, -(-tiles // run)
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the interpreter."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=16)
+def _forbidden_map(
+    forbidden: tuple[int, ...], vocab: int, tile: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The lowest permitted id from each id on, (V + 1,) int32, and which tiles hold forbidden ones.
+
+    Made on the device, so that nothing waits for it; None and None where nothing is forbidden.
+    """
+    if not forbidden:
+        return None, None
+    next_id = torch.arange(vocab + 1, dtype=torch.int32, device=device)
+    holds = torch.zeros(-(-vocab // tile), dtype=torch.int32, device=device)
+    for column in sorted(forbidden, reverse=True):
+        next_id[column] = next_id[column + 1]
+        holds[column // tile] = 1
+    return next_id, holds
+
+
+def _unit_stride(table: Tensor) -> Tensor:
+    """The table with its columns side by side, rows anywhere."""
+    return table if table.shape[1] == 1 or table.stride(1) == 1 else table.contiguous()
+
+
+def _power_of_two(number: int) -> int:
+    """The least power of two that is not below the number."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,258 @@
+"""The draw's kernel in Triton: the tiles of a row, then from their figures an id and its own.
+
+One kernel in two parts. READ: a program reads a run of the tiles of one row. FINISH: one program
+a row takes the tiles' figures as vectors. With enough rows both are one launch, a program a row;
+with few the rows are split and FINISH is a second launch.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from mdiff.kernels.kept_triton import (
+    LARGEST,
+    NO_ID,
+    bound_of,
+    cut,
+    float_of,
+    is_kept,
+    kept_masses,
+    kept_sum,
+    key_of,
+    list_pieces,
+)
+from mdiff.kernels.tiles_triton import (
+    LOG2E,
+    MASS,
+    MODEL_MASS,
+    MODEL_MOMENT,
+    MOMENT,
+    PEAK,
+    bounds,
+    logits_at,
+    permitted_at,
+    philox,
+    read_tiles,
+    to_uniform,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def relative_to(peak: Any, peak_K: Any, mass_K: Any, moment_K: Any, slope: Any) -> Any:
+    """Masses of the tiles relative to the row's peak, float64, and the row's mass and moment."""
+    full = mass_K > 0.0
+    shift_K = tl.where(full, (peak_K - peak).to(tl.float64) * slope, 0.0)
+    factor_K = tl.exp(shift_K * LN2)
+    mass_K = tl.where(full, mass_K.to(tl.float64) * factor_K, 0.0)
+    moment_K = tl.where(full, moment_K.to(tl.float64) * factor_K + shift_K * mass_K, 0.0)
+    return mass_K, tl.sum(mass_K, 0), tl.sum(moment_K, 0)
+
+
+@triton.jit
+def filtered(source: Any, next_id: Any, row: Any, range_: Any, law: Any, total: Any, queues: Any,
+             options: Any, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+             TILES: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
+             QUEUE: tl.constexpr) -> Any:  # fmt: skip
+    """Edge and last id of what the filters keep; masses of the tiles, moment and count of it."""
+    maxima, listed = queues
+    top_k, top_p, tail, floor, heat = options
+    peak, slope = law
+    begin, end, first, stop = range_
+    piece = tl.arange(0, TILES * PIECES)
+    here = (piece >= begin * PIECES) & (piece < end * PIECES)
+    maximum = tl.load(maxima + piece, mask=here, other=-float("inf"))
+    lowest = peak * 0.0 - LARGEST
+    if TOP_K:
+        bound = bound_of(maximum, lowest, law, top_k, True)
+    elif TOP_P:
+        alone = (peak + (heat * tl.log(total) + tail)).to(tl.float32)
+        bound = bound_of(maximum, tl.maximum(alone, lowest), law, top_p * total, False)
+    else:
+        bound = tl.maximum(peak + floor, lowest)
+    # All have their maxima before any is overwritten.
+    tl.debug_barrier()
+    length = list_pieces(maximum, piece, bound, maxima, listed, here)
+    tl.debug_barrier()
+    reach = (listed, length, first, stop)
+    edge, last = bound, row * 0 + NO_ID
+    if TOP_K:
+        edge, last = cut(
+            source, next_id, row, reach, law, edge, last, top_k, True, QUEUE, PIECE
+        )
+    if TOP_P:
+        mass = total
+        if TOP_K:
+            mass = kept_sum(
+                source, next_id, row, reach, law, edge, last, False, QUEUE, PIECE
+            )
+        edge, last = cut(
+            source, next_id, row, reach, law, edge, last, top_p * mass, False, QUEUE, PIECE
+        )
+    if MIN_P:
+        last = tl.where(peak + floor > edge, NO_ID, last)
+        edge = tl.maximum(peak + floor, edge)
+    moment, count = kept_masses(
+        source, next_id, row, reach, law, edge, last, maxima, QUEUE, PIECE
+    )
+    tl.debug_barrier()
+    slot = tl.arange(0, TILES)[:, None] * PIECES + tl.arange(0, PIECES)[None, :]
+    there = (slot >= begin * PIECES) & (slot < end * PIECES)
+    mass_K = tl.sum(tl.load(maxima + slot, mask=there, other=0.0).to(tl.float64), 1)
+    return edge, last, mass_K, moment, count
+
+
+@triton.jit
+def reservoir(mass_K: Any, seed: Any, position: Any, sample: Any, step: Any, TILES: tl.constexpr) -> Any:
+    """The last accepted tile and the word that picks inside it."""
+    tile_K = tl.arange(0, TILES)
+    accept_K, pick_K = philox(seed, position, sample, step, tile_K.to(tl.uint32))
+    accepted_K = (mass_K > 0.0) & (to_uniform(accept_K) * tl.cumsum(mass_K, 0) < mass_K)
+    winner = tl.maximum(tl.max(tl.where(accepted_K, tile_K, 0), 0), 0)
+    return winner, tl.sum(tl.where(tile_K == winner, pick_K, 0), 0)
+
+
+@triton.jit
+def tile_at(source: Any, next_id: Any, row: Any, tile: Any, first: Any, stop: Any, TILE: tl.constexpr) -> Any:
+    """Logits and columns of one tile, looked at once more."""
+    column = tile * TILE + tl.arange(0, TILE)
+    ok = (column >= first) & (column < stop)
+    return permitted_at(logits_at(source, row, column, ok), next_id, column, ok), column
+
+
+@triton.jit
+def inside(x: Any, column: Any, slope: Any, edge: Any, last: Any, pick: Any, FILTERED: tl.constexpr,
+           TILE: tl.constexpr) -> Any:  # fmt: skip
+    """The lane of the id in the winner: the inverse of the cumulative weight, in float64."""
+    # The tile's own largest logit serves, so that no winner underflows.
+    weight = tl.exp2((x - tl.max(x, 0)) * slope)
+    if FILTERED:
+        weight = tl.where(is_kept(x, column, edge, last), weight, 0.0)
+    cumulative = tl.cumsum(weight.to(tl.float64), 0)
+    target = to_uniform(pick) * tl.max(cumulative, 0)
+    return tl.minimum(tl.sum((cumulative <= target).to(tl.int32), 0), TILE - 1)
+
+
+@triton.jit
+def peak_and_second(x: Any, tile: Any, peak: Any, peak_K: Any, TILES: tl.constexpr, TILE: tl.constexpr) -> Any:
+    """The lane of the first maximum in its tile, and the row's second largest logit."""
+    lane = tl.arange(0, TILE)
+    at = tl.min(tl.where(x == peak, lane, TILE - 1), 0)
+    here = tl.max(tl.where(lane == at, -float("inf"), x), 0)
+    elsewhere = tl.max(tl.where(tl.arange(0, TILES) == tile, -float("inf"), peak_K), 0)
+    return at, tl.maximum(here, elsewhere)
+
+
+@triton.jit
+def finish_row(source: Any, next_id: Any, row: Any, range_: Any, figures: Any, plane: Any,
+               queues: Any, stream: Any, slope: Any, options: Any,
+               GREEDY: tl.constexpr, DRAWN: tl.constexpr, TWO_LAWS: tl.constexpr,
+               TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+               TILES: tl.constexpr, PIECES: tl.constexpr, TILE: tl.constexpr,
+               QUEUE: tl.constexpr) -> Any:  # fmt: skip
+    """Id, log-probability, entropy and margin of one row; whether the row has a law."""
+    FILTERED: tl.constexpr = TOP_K or TOP_P or MIN_P
+    begin, end, first, stop = range_
+    tile_K = tl.arange(0, TILES)
+    here_K = (tile_K >= begin) & (tile_K < end)
+    peak_K = tl.load(figures + PEAK * plane + tile_K, mask=here_K, other=-float("inf"))
+    mass_K = tl.load(figures + MASS * plane + tile_K, mask=here_K, other=0.0)
+    moment_K = tl.load(figures + MOMENT * plane + tile_K, mask=here_K, other=0.0)
+    broken = tl.max((mass_K != mass_K).to(tl.int32), 0)
+    peak = tl.max(peak_K, 0)
+    sound = (broken == 0) & (peak > -float("inf")) & (peak < float("inf"))
+    mass_K, total, moment = relative_to(peak, peak_K, mass_K, moment_K, slope)
+    edge, last, count = peak, row * 0 + NO_ID, row * 0 + 2
+    if FILTERED:
+        edge, last, mass_K, kept_moment, count = filtered(
+            source, next_id, row, range_, (peak, slope), total, queues, options,
+            TOP_K, TOP_P, MIN_P, TILES, PIECES, TILE // PIECES, QUEUE,
+        )  # fmt: skip
+        if DRAWN:
+            total, moment = tl.sum(mass_K, 0), kept_moment
+        else:
+            count = row * 0 + 2
+    measured = slope
+    if TWO_LAWS:
+        model_K = tl.load(figures + MODEL_MASS * plane + tile_K, mask=here_K, other=0.0)
+        moment_K = tl.load(figures + MODEL_MOMENT * plane + tile_K, mask=here_K, other=0.0)
+        measured = slope * 0.0 + LOG2E
+        _, total, moment = relative_to(peak, peak_K, model_K, moment_K, measured)
+    best = tl.min(tl.where(peak_K == peak, tile_K, TILES - 1), 0)
+    x, column = tile_at(source, next_id, row, best, first, stop, TILE)
+    lane, second = peak_and_second(x, best, peak, peak_K, TILES, TILE)
+    token, logit = best * TILE + lane, peak
+    if not GREEDY:
+        seed, position, sample, step = stream
+        winner, pick = reservoir(mass_K, seed, position, sample, step, TILES)
+        x, column = tile_at(source, next_id, row, winner, first, stop, TILE)
+        lane = inside(x, column, slope, edge, last, pick, FILTERED, TILE)
+        token = winner * TILE + lane
+        logit = tl.sum(tl.where(tl.arange(0, TILE) == lane, x, 0.0), 0)
+    nats = measured.to(tl.float64) * LN2
+    log_total = tl.log(total)
+    other = tl.where(count > 1, tl.exp((second - peak).to(tl.float64) * nats), 0.0)
+    log_prob = (logit - peak).to(tl.float64) * nats - log_total
+    return sound, token, log_prob, log_total - moment * LN2 / total, (1.0 - other) / total
+
+
+@triton.jit(do_not_specialize=["rows", "vocab", "tiles", "run", "top_k", "span_stride", "scale_stride"])
+def draw_kernel(
+    logits: Any, stride: Any, unconditional: Any, other_stride: Any, scale: Any,
+    scale_stride: Any, span: Any, span_stride: Any, next_id: Any, holds_forbidden: Any,
+    seed: Any, seed_stride: Any, position: Any, position_stride: Any, sample: Any,
+    sample_stride: Any, step: Any, step_stride: Any, tokens: Any, figures: Any, scratch: Any,
+    maxima: Any, listed: Any, rows: Any, vocab: Any, tiles: Any, run: Any, slope: Any,
+    heat: Any, top_k: Any, top_p: Any, tail: Any, floor: Any,
+    READ: tl.constexpr, FINISH: tl.constexpr, GREEDY: tl.constexpr, DRAWN: tl.constexpr,
+    TWO_LAWS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+    TILES: tl.constexpr, PIECES: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    QUEUE: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """Read the tiles of row program_id(0) in run program_id(1), finish the row, or both.
+
+    `tokens` (N,) int64; `figures` (3, N) float32: log-probability, entropy and margin, nats.
+    `scratch` (planes, N, tiles) float32; `maxima` float32 and `listed` int32 (N, tiles * PIECES),
+    None without filters. All addresses of a row are 64-bit.
+    """
+    row = tl.program_id(0)
+    far = row.to(tl.int64)
+    source = (logits, stride, unconditional, other_stride, scale, scale_stride)
+    first, stop = bounds(span, span_stride, row, vocab)
+    begin, end = first // TILE, (stop + TILE - 1) // TILE
+    scratch += far * tiles
+    plane = far * 0 + rows
+    plane *= tiles
+    if maxima is not None:
+        maxima += far * tiles * PIECES
+        listed += far * tiles * PIECES
+    if READ:
+        mine = tl.program_id(1) * run
+        range_ = (tl.maximum(begin, mine), tl.minimum(end, mine + run), first, stop)
+        read_tiles(
+            source, (next_id, holds_forbidden), row, range_, scratch, plane, maxima, slope,
+            TWO_LAWS, PIECES, TILE, GROUP, STAGES,
+        )  # fmt: skip
+    if READ and FINISH:
+        # What other threads of this program wrote is read now.
+        tl.debug_barrier()
+    if FINISH:
+        stream = (
+            tl.load(seed + far * seed_stride), tl.load(position + far * position_stride),
+            tl.load(sample + far * sample_stride), tl.load(step + far * step_stride),
+        )  # fmt: skip
+        sound, token, log_prob, entropy, margin = finish_row(
+            source, next_id, row, (begin, end, first, stop), scratch, plane, (maxima, listed),
+            stream, slope, (top_k, top_p, tail, floor, heat),
+            GREEDY, DRAWN, TWO_LAWS, TOP_K, TOP_P, MIN_P, TILES, PIECES, TILE, QUEUE,
+        )  # fmt: skip
+        lowest = first
+        if next_id is not None:
+            lowest = tl.load(next_id + first)
+        tl.store(tokens + row, tl.where(sound, token, lowest).to(tl.int64))
+        nan = float("nan")
+        tl.store(figures + far, tl.where(sound, log_prob, nan).to(tl.float32))
+        tl.store(figures + rows + far, tl.where(sound, entropy, nan).to(tl.float32))
+        tl.store(figures + 2 * rows + far, tl.where(sound, margin, nan).to(tl.float32))

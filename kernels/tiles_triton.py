@@ -1,0 +1,146 @@
+"""The first look at the logits in Triton: what each tile of a row holds, and the random words.
+
+Only imported where Triton is; `draw_triton` says when. Annotations are evaluated, as Triton's
+interpreter wants them.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+# Planes of the tiles' figures, each (N, tiles) float32: the largest logit, then sums of weights
+# 2^((x - largest) * slope) and of weight times exponent, of the law drawn from and, where the
+# temperature is not 1, of the model's.
+PEAK = tl.constexpr(0)
+MASS = tl.constexpr(1)
+MOMENT = tl.constexpr(2)
+MODEL_MASS = tl.constexpr(3)
+MODEL_MOMENT = tl.constexpr(4)
+LOG2E = tl.constexpr(1.4426950408889634)
+# 2^-150 is 0 in float32; the floor keeps 0 * -inf out of the moments.
+LOWEST = tl.constexpr(-150.0)
+
+
+@triton.jit
+def logits_at(source: Any, row: Any, column: Any, ok: Any) -> Any:
+    """The logits of a row at some columns after guidance, float32; -inf where not `ok`.
+
+    u + s (c - u), -inf where both are; where s is 1 the other branch is not read.
+    """
+    logits, stride, unconditional, other_stride, scale, scale_stride = source
+    far = row.to(tl.int64)
+    x = tl.load(logits + far * stride + column, mask=ok, other=-float("inf")).to(tl.float32)
+    if unconditional is not None:
+        s = tl.load(scale + far * scale_stride).to(tl.float32)
+        mixes = ok & (s != 1.0)
+        u = tl.load(unconditional + far * other_stride + column, mask=mixes, other=0.0)
+        u = u.to(tl.float32)
+        gone = (x == -float("inf")) & (u == -float("inf"))
+        mixed = tl.where(gone, x, u + s * (x - u))
+        x = tl.where(mixes, mixed, x)
+    return x
+
+
+@triton.jit
+def permitted_at(x: Any, next_id: Any, column: Any, ok: Any) -> Any:
+    """The logits with -inf at forbidden ids: those whose next permitted id is another."""
+    if next_id is not None:
+        x = tl.where(tl.load(next_id + column, mask=ok, other=0) == column, x, -float("inf"))
+    return x
+
+
+@triton.jit
+def bounds(span: Any, span_stride: Any, row: Any, vocab: Any) -> Any:
+    """First and stop of the columns that a row may draw, int32."""
+    first = row * 0
+    stop = first + vocab
+    if span is not None:
+        at = span + row.to(tl.int64) * span_stride
+        first = tl.minimum(tl.maximum(tl.load(at), 0), vocab).to(tl.int32)
+        stop = tl.maximum(tl.minimum(tl.load(at + 1), vocab), 0).to(tl.int32)
+    return first, stop
+
+
+@triton.jit
+def weigh(x: Any, peak_G: Any, slope: Any) -> Any:
+    """Mass and moment of the tiles of a group, relative to their largest logits; NaN stays."""
+    z = tl.maximum((x - peak_G[:, None]) * slope, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    weight = tl.exp2(z)
+    return tl.sum(weight, 1), tl.sum(weight * z, 1)
+
+
+@triton.jit
+def read_tiles(
+    source: Any,
+    forbidden: Any,
+    row: Any,
+    range_: Any,
+    figures: Any,
+    plane: Any,
+    maxima: Any,
+    slope: Any,
+    TWO_LAWS: tl.constexpr,
+    PIECES: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """Write the figures of the tiles from `begin` up to `end` of one row, GROUP at a time.
+
+    With `maxima` also the largest logit of each of the PIECES pieces of a tile, for the filters.
+    """
+    next_id, holds_forbidden = forbidden
+    begin, end, first, stop = range_
+    for tile in tl.range(begin, end, GROUP, num_stages=STAGES):
+        tile_G = tile + tl.arange(0, GROUP)
+        here_G = tile_G < end
+        column = tile_G[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        ok = (column >= first) & (column < stop) & here_G[:, None]
+        x = logits_at(source, row, column, ok)
+        if next_id is not None:
+            if tl.max(tl.load(holds_forbidden + tile_G, mask=here_G, other=0), 0) > 0:
+                x = permitted_at(x, next_id, column, ok)
+        if maxima is not None:
+            piece_GP = tl.max(tl.reshape(x, [GROUP, PIECES, TILE // PIECES]), 2)
+            piece = tile_G[:, None] * PIECES + tl.arange(0, PIECES)[None, :]
+            tl.store(maxima + piece, piece_GP, mask=here_G[:, None])
+            peak_G = tl.max(piece_GP, 1)
+        else:
+            peak_G = tl.max(x, 1)
+        origin_G = tl.where(peak_G == -float("inf"), 0.0, peak_G)
+        mass_G, moment_G = weigh(x, origin_G, slope)
+        tl.store(figures + PEAK * plane + tile_G, peak_G, mask=here_G)
+        tl.store(figures + MASS * plane + tile_G, mass_G, mask=here_G)
+        tl.store(figures + MOMENT * plane + tile_G, moment_G, mask=here_G)
+        if TWO_LAWS:
+            mass_G, moment_G = weigh(x, origin_G, LOG2E)
+            tl.store(figures + MODEL_MASS * plane + tile_G, mass_G, mask=here_G)
+            tl.store(figures + MODEL_MOMENT * plane + tile_G, moment_G, mask=here_G)
+
+
+@triton.jit
+def philox(seed: Any, position: Any, sample: Any, step: Any, lane: Any) -> Any:
+    """The first two words of the counter (position, sample, step, lane), see `philox.words`."""
+    a = lane * 0 + position.to(tl.uint32)
+    b = lane * 0 + sample.to(tl.uint32)
+    c = lane * 0 + step.to(tl.uint32)
+    d = lane
+    low = seed.to(tl.uint32)
+    high = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        left_high, left = tl.umulhi(a, a * 0 + 0xD2511F53), a * 0xD2511F53
+        right_high, right = tl.umulhi(c, c * 0 + 0xCD9E8D57), c * 0xCD9E8D57
+        a = right_high ^ b ^ low
+        b = right
+        c = left_high ^ d ^ high
+        d = left
+        low = low + 0x9E3779B9
+        high = high + 0xBB67AE85
+    return a, b
+
+
+@triton.jit
+def to_uniform(word: Any) -> Any:
+    """(x + 0.5) 2^-32 in float64: exact, never 0 and never 1."""
+    return (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
