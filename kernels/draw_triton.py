@@ -22,8 +22,12 @@ FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 MOST_KEPT = 64
 # A tile has this many pieces, whose largest logits say which of them the filters look at again.
 PIECES = 8
-# Tiles of one iteration, loads in flight, and warps of a program without and with filters.
-GROUP, STAGES, WARPS, FILTER_WARPS = 4, 3, 4, 8
+# Tiles of one iteration; half of it where each is weighed twice or comes from two branches.
+GROUP = 4
+# Iterations that are loaded ahead, and warps of a program without and with filters.
+STAGES, WARPS, FILTER_WARPS = 3, 4, 8
+# Registers of a thread without filters: eight programs of 128 threads fill a multiprocessor.
+REGISTERS = 64
 # Pieces that the filters look at together, at a tile of 1,024: 4,096 logits.
 QUEUE = 32
 # Programs that keep a multiprocessor busy: rows are split until there are so many of each.
@@ -103,12 +107,11 @@ def draw_triton(
         raise RuntimeError(reason)
     if tile < 1 or tile & (tile - 1):
         raise ValueError(f"tile={tile}: need a power of two")
-    rows, vocab = logits_NV.shape
-    device = logits_NV.device
+    rows, device = len(logits_NV), logits_NV.device
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     figures = torch.empty((3, rows), dtype=torch.float32, device=device)
     if rows:
-        with torch.cuda.device_of(logits_NV):
+        with torch.cuda.device_of(logits_NV):  # type: ignore[no-untyped-call]
             _launch(
                 _unit_stride(logits_NV), tokens, figures, tile,
                 (seed, position, sample, step), (temperature, top_k, top_p, min_p), forbidden,
@@ -152,7 +155,8 @@ def _launch(
     maxima = torch.empty(shape, dtype=torch.float32, device=device) if filters else None
     listed = torch.empty(shape, dtype=torch.int32, device=device) if filters else None
     next_id, holds = _forbidden_map(forbidden, vocab, tile, device)
-    run, runs = _runs(rows, tiles, device)
+    group = GROUP // 2 if two_laws or scale is not None else GROUP
+    run, runs = _runs(rows, tiles, group, device)
     arguments = (
         logits_NV, logits_NV.stride(0),
         unconditional, 0 if unconditional is None else unconditional.stride(0),
@@ -165,8 +169,9 @@ def _launch(
     )  # fmt: skip
     settings = {
         **use, "GREEDY": temperature == 0, "DRAWN": drawn, "TWO_LAWS": two_laws,
-        "TILES": _power_of_two(tiles), "PIECES": pieces, "TILE": tile, "GROUP": GROUP,
+        "TILES": _power_of_two(tiles), "PIECES": pieces, "TILE": tile, "GROUP": group,
         "QUEUE": QUEUE, "STAGES": STAGES, "num_warps": FILTER_WARPS if filters else WARPS,
+        "maxnreg": None if filters else REGISTERS,
     }  # fmt: skip
     if runs == 1:
         draw_kernel[(rows, 1)](*arguments, READ=True, FINISH=True, **settings)
@@ -175,11 +180,11 @@ def _launch(
         draw_kernel[(rows, 1)](*arguments, READ=False, FINISH=True, **settings)
 
 
-def _runs(rows: int, tiles: int, device: torch.device) -> tuple[int, int]:
+def _runs(rows: int, tiles: int, group: int, device: torch.device) -> tuple[int, int]:
     """Tiles that one program reads, whole groups, and programs a row."""
     wanted = PROGRAMS * _multiprocessors(device)
-    groups = -(-tiles // GROUP)
-    run = GROUP * -(-groups // min(groups, max(1, wanted // rows)))
+    groups = -(-tiles // group)
+    run = group * -(-groups // min(groups, max(1, wanted // rows)))
     return run, -(-tiles // run)
 
 

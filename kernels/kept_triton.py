@@ -10,7 +10,8 @@ from the pieces' maxima alone: the k-th largest of them; p of the mass in maxima
 of it for a single id; the floor of min_p.
 """
 
-from typing import Any
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# Arguments of a Triton kernel have no Python types: Triton reads annotations as its own.
 
 import triton
 import triton.language as tl
@@ -24,28 +25,28 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def key_of(x: Any) -> Any:
-    """The place of a float32 among all of them, int64: x < y where key_of(x) < key_of(y)."""
+def key_of(x):
+    """The place of a float32 among all of them in rising order, int64."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
 
 @triton.jit
-def float_of(key: Any) -> Any:
+def float_of(key):
     """The float32 of a key."""
     bits = key.to(tl.int32)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def thresholds(low: Any, high: Any) -> Any:
+def thresholds(low, high):
     """WAYS keys from `low` on, evenly up to `high`, and the distance between them."""
     apart = (high - low + WAYS - 1) // WAYS
     return tl.minimum(low + apart * tl.arange(0, WAYS), high), apart
 
 
 @triton.jit
-def narrowed(low: Any, high: Any, apart: Any, reached_W: Any, target: Any) -> Any:
+def narrowed(low, high, apart, reached_W, target):
     """The part of the interval that holds the last threshold at which the target is reached."""
     passed = tl.sum((reached_W >= target).to(tl.int64), 0)
     low = low + tl.maximum(passed - 1, 0) * apart
@@ -53,15 +54,13 @@ def narrowed(low: Any, high: Any, apart: Any, reached_W: Any, target: Any) -> An
 
 
 @triton.jit
-def weights(x: Any, peak: Any, slope: Any, COUNT: tl.constexpr) -> Any:
+def weights(x, peak, slope, COUNT: tl.constexpr):
     """What an id adds to the target: 1 in a count, else its weight relative to the peak."""
-    if COUNT:
-        return tl.where(x == x, 1.0, 0.0)
-    return tl.exp2((x - peak) * slope)
+    return tl.where(x == x, 1.0, 0.0) if COUNT else tl.exp2((x - peak) * slope)
 
 
 @triton.jit
-def bound_of(maximum: Any, low: Any, law: Any, target: Any, COUNT: tl.constexpr) -> Any:
+def bound_of(maximum, low, law, target, COUNT: tl.constexpr):
     """The largest float, or `low`, at which maxima of pieces alone reach the target."""
     peak, slope = law
     key, stop = key_of(low), key_of(peak) + 1
@@ -75,8 +74,8 @@ def bound_of(maximum: Any, low: Any, law: Any, target: Any, COUNT: tl.constexpr)
 
 
 @triton.jit
-def candidates(source: Any, next_id: Any, row: Any, reach: Any, start: Any, QUEUE: tl.constexpr,
-               PIECE: tl.constexpr) -> Any:  # fmt: skip
+def candidates(source, next_id, row, reach, start, QUEUE: tl.constexpr,
+               PIECE: tl.constexpr):  # fmt: skip
     """Logits and columns of QUEUE listed pieces from `start` on, by rising column."""
     listed, length, first, stop = reach
     lane = tl.arange(0, QUEUE * PIECE)
@@ -88,14 +87,14 @@ def candidates(source: Any, next_id: Any, row: Any, reach: Any, start: Any, QUEU
 
 
 @triton.jit
-def is_kept(x: Any, column: Any, edge: Any, last: Any) -> Any:
+def is_kept(x, column, edge, last):
     """Which ids lie above the edge, or on it and not after `last`."""
     return (x > edge) | ((x == edge) & (column <= last))
 
 
 @triton.jit
-def kept_sum(source: Any, next_id: Any, row: Any, reach: Any, law: Any, edge: Any, last: Any,
-             COUNT: tl.constexpr, QUEUE: tl.constexpr, PIECE: tl.constexpr) -> Any:  # fmt: skip
+def kept_sum(source, next_id, row, reach, law, edge, last,
+             COUNT: tl.constexpr, QUEUE: tl.constexpr, PIECE: tl.constexpr):  # fmt: skip
     """Count or mass of the ids that (edge, last) keeps, float64."""
     peak, slope = law
     total = (peak * 0.0).to(tl.float64)
@@ -107,8 +106,8 @@ def kept_sum(source: Any, next_id: Any, row: Any, reach: Any, law: Any, edge: An
 
 
 @triton.jit
-def tied_id(source: Any, next_id: Any, row: Any, reach: Any, edge: Any, number: Any,
-            QUEUE: tl.constexpr, PIECE: tl.constexpr) -> Any:  # fmt: skip
+def tied_id(source, next_id, row, reach, edge, number,
+            QUEUE: tl.constexpr, PIECE: tl.constexpr):  # fmt: skip
     """The id of the `number`-th of those on the edge, from 1; NO_ID where there are fewer."""
     found = row * 0 + NO_ID
     seen = row * 0
@@ -122,8 +121,8 @@ def tied_id(source: Any, next_id: Any, row: Any, reach: Any, edge: Any, number: 
 
 
 @triton.jit
-def cut(source: Any, next_id: Any, row: Any, reach: Any, law: Any, edge: Any, last: Any,
-        target: Any, COUNT: tl.constexpr, QUEUE: tl.constexpr, PIECE: tl.constexpr) -> Any:  # fmt: skip
+def cut(source, next_id, row, reach, law, edge, last,
+        target, COUNT: tl.constexpr, QUEUE: tl.constexpr, PIECE: tl.constexpr):  # fmt: skip
     """The (edge, last) that keeps the fewest of the kept ids whose count or mass is `target`."""
     peak, slope = law
     key, stop = key_of(edge), key_of(peak) + 1
@@ -147,7 +146,7 @@ def cut(source: Any, next_id: Any, row: Any, reach: Any, law: Any, edge: Any, la
 
 
 @triton.jit
-def list_pieces(maximum: Any, piece: Any, bound: Any, maxima: Any, listed: Any, here: Any) -> Any:
+def list_pieces(maximum, piece, bound, maxima, listed, here):
     """Write the pieces that reach the bound, rising, and 0 for the mass of all; their number."""
     reaches = (maximum >= bound).to(tl.int32)
     tl.store(listed + tl.cumsum(reaches, 0) - 1, piece, mask=reaches > 0)
@@ -156,11 +155,11 @@ def list_pieces(maximum: Any, piece: Any, bound: Any, maxima: Any, listed: Any, 
 
 
 @triton.jit
-def kept_masses(source: Any, next_id: Any, row: Any, reach: Any, law: Any, edge: Any, last: Any,
-                maxima: Any, QUEUE: tl.constexpr, PIECE: tl.constexpr) -> Any:  # fmt: skip
+def kept_masses(source, next_id, row, reach, law, edge, last,
+                maxima, QUEUE: tl.constexpr, PIECE: tl.constexpr):  # fmt: skip
     """Write the kept mass of each listed piece; the moment and the count of all, float64."""
     peak, slope = law
-    listed, length, first, stop = reach
+    listed, length = reach[0], reach[1]
     moment = (peak * 0.0).to(tl.float64)
     count = row * 0
     for start in range(0, length, QUEUE):

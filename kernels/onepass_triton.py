@@ -5,7 +5,8 @@ a row takes the tiles' figures as vectors. With enough rows both are one launch,
 with few the rows are split and FINISH is a second launch.
 """
 
-from typing import Any
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# Arguments of a Triton kernel have no Python types: Triton reads annotations as its own.
 
 import triton
 import triton.language as tl
@@ -15,11 +16,9 @@ from mdiff.kernels.kept_triton import (
     NO_ID,
     bound_of,
     cut,
-    float_of,
     is_kept,
     kept_masses,
     kept_sum,
-    key_of,
     list_pieces,
 )
 from mdiff.kernels.tiles_triton import (
@@ -41,7 +40,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def relative_to(peak: Any, peak_K: Any, mass_K: Any, moment_K: Any, slope: Any) -> Any:
+def relative_to(peak, peak_K, mass_K, moment_K, slope):
     """Masses of the tiles relative to the row's peak, float64, and the row's mass and moment."""
     full = mass_K > 0.0
     shift_K = tl.where(full, (peak_K - peak).to(tl.float64) * slope, 0.0)
@@ -52,14 +51,14 @@ def relative_to(peak: Any, peak_K: Any, mass_K: Any, moment_K: Any, slope: Any) 
 
 
 @triton.jit
-def filtered(source: Any, next_id: Any, row: Any, range_: Any, law: Any, total: Any, queues: Any,
-             options: Any, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+def filtered(source, next_id, row, range_, law, total, queues,
+             options, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
              TILES: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
-             QUEUE: tl.constexpr) -> Any:  # fmt: skip
+             QUEUE: tl.constexpr):  # fmt: skip
     """Edge and last id of what the filters keep; masses of the tiles, moment and count of it."""
     maxima, listed = queues
     top_k, top_p, tail, floor, heat = options
-    peak, slope = law
+    peak = law[0]
     begin, end, first, stop = range_
     piece = tl.arange(0, TILES * PIECES)
     here = (piece >= begin * PIECES) & (piece < end * PIECES)
@@ -79,24 +78,18 @@ def filtered(source: Any, next_id: Any, row: Any, range_: Any, law: Any, total: 
     reach = (listed, length, first, stop)
     edge, last = bound, row * 0 + NO_ID
     if TOP_K:
-        edge, last = cut(
-            source, next_id, row, reach, law, edge, last, top_k, True, QUEUE, PIECE
-        )
+        edge, last = cut(source, next_id, row, reach, law, edge, last, top_k, True, QUEUE, PIECE)
     if TOP_P:
         mass = total
         if TOP_K:
-            mass = kept_sum(
-                source, next_id, row, reach, law, edge, last, False, QUEUE, PIECE
-            )
+            mass = kept_sum(source, next_id, row, reach, law, edge, last, False, QUEUE, PIECE)
         edge, last = cut(
             source, next_id, row, reach, law, edge, last, top_p * mass, False, QUEUE, PIECE
         )
     if MIN_P:
         last = tl.where(peak + floor > edge, NO_ID, last)
         edge = tl.maximum(peak + floor, edge)
-    moment, count = kept_masses(
-        source, next_id, row, reach, law, edge, last, maxima, QUEUE, PIECE
-    )
+    moment, count = kept_masses(source, next_id, row, reach, law, edge, last, maxima, QUEUE, PIECE)
     tl.debug_barrier()
     slot = tl.arange(0, TILES)[:, None] * PIECES + tl.arange(0, PIECES)[None, :]
     there = (slot >= begin * PIECES) & (slot < end * PIECES)
@@ -105,7 +98,7 @@ def filtered(source: Any, next_id: Any, row: Any, range_: Any, law: Any, total: 
 
 
 @triton.jit
-def reservoir(mass_K: Any, seed: Any, position: Any, sample: Any, step: Any, TILES: tl.constexpr) -> Any:
+def reservoir(mass_K, seed, position, sample, step, TILES: tl.constexpr):
     """The last accepted tile and the word that picks inside it."""
     tile_K = tl.arange(0, TILES)
     accept_K, pick_K = philox(seed, position, sample, step, tile_K.to(tl.uint32))
@@ -115,7 +108,7 @@ def reservoir(mass_K: Any, seed: Any, position: Any, sample: Any, step: Any, TIL
 
 
 @triton.jit
-def tile_at(source: Any, next_id: Any, row: Any, tile: Any, first: Any, stop: Any, TILE: tl.constexpr) -> Any:
+def tile_at(source, next_id, row, tile, first, stop, TILE: tl.constexpr):
     """Logits and columns of one tile, looked at once more."""
     column = tile * TILE + tl.arange(0, TILE)
     ok = (column >= first) & (column < stop)
@@ -123,8 +116,8 @@ def tile_at(source: Any, next_id: Any, row: Any, tile: Any, first: Any, stop: An
 
 
 @triton.jit
-def inside(x: Any, column: Any, slope: Any, edge: Any, last: Any, pick: Any, FILTERED: tl.constexpr,
-           TILE: tl.constexpr) -> Any:  # fmt: skip
+def inside(x, column, slope, edge, last, pick, FILTERED: tl.constexpr,
+           TILE: tl.constexpr):  # fmt: skip
     """The lane of the id in the winner: the inverse of the cumulative weight, in float64."""
     # The tile's own largest logit serves, so that no winner underflows.
     weight = tl.exp2((x - tl.max(x, 0)) * slope)
@@ -136,7 +129,7 @@ def inside(x: Any, column: Any, slope: Any, edge: Any, last: Any, pick: Any, FIL
 
 
 @triton.jit
-def peak_and_second(x: Any, tile: Any, peak: Any, peak_K: Any, TILES: tl.constexpr, TILE: tl.constexpr) -> Any:
+def peak_and_second(x, tile, peak, peak_K, TILES: tl.constexpr, TILE: tl.constexpr):
     """The lane of the first maximum in its tile, and the row's second largest logit."""
     lane = tl.arange(0, TILE)
     at = tl.min(tl.where(x == peak, lane, TILE - 1), 0)
@@ -146,12 +139,12 @@ def peak_and_second(x: Any, tile: Any, peak: Any, peak_K: Any, TILES: tl.constex
 
 
 @triton.jit
-def finish_row(source: Any, next_id: Any, row: Any, range_: Any, figures: Any, plane: Any,
-               queues: Any, stream: Any, slope: Any, options: Any,
+def finish_row(source, next_id, row, range_, figures, plane,
+               queues, stream, slope, options,
                GREEDY: tl.constexpr, DRAWN: tl.constexpr, TWO_LAWS: tl.constexpr,
                TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
                TILES: tl.constexpr, PIECES: tl.constexpr, TILE: tl.constexpr,
-               QUEUE: tl.constexpr) -> Any:  # fmt: skip
+               QUEUE: tl.constexpr):  # fmt: skip
     """Id, log-probability, entropy and margin of one row; whether the row has a law."""
     FILTERED: tl.constexpr = TOP_K or TOP_P or MIN_P
     begin, end, first, stop = range_
@@ -198,19 +191,21 @@ def finish_row(source: Any, next_id: Any, row: Any, range_: Any, figures: Any, p
     return sound, token, log_prob, log_total - moment * LN2 / total, (1.0 - other) / total
 
 
-@triton.jit(do_not_specialize=["rows", "vocab", "tiles", "run", "top_k", "span_stride", "scale_stride"])
+@triton.jit(
+    do_not_specialize=["rows", "vocab", "tiles", "run", "top_k", "span_stride", "scale_stride"]
+)
 def draw_kernel(
-    logits: Any, stride: Any, unconditional: Any, other_stride: Any, scale: Any,
-    scale_stride: Any, span: Any, span_stride: Any, next_id: Any, holds_forbidden: Any,
-    seed: Any, seed_stride: Any, position: Any, position_stride: Any, sample: Any,
-    sample_stride: Any, step: Any, step_stride: Any, tokens: Any, figures: Any, scratch: Any,
-    maxima: Any, listed: Any, rows: Any, vocab: Any, tiles: Any, run: Any, slope: Any,
-    heat: Any, top_k: Any, top_p: Any, tail: Any, floor: Any,
+    logits, stride, unconditional, other_stride, scale,
+    scale_stride, span, span_stride, next_id, holds_forbidden,
+    seed, seed_stride, position, position_stride, sample,
+    sample_stride, step, step_stride, tokens, figures, scratch,
+    maxima, listed, rows, vocab, tiles, run, slope,
+    heat, top_k, top_p, tail, floor,
     READ: tl.constexpr, FINISH: tl.constexpr, GREEDY: tl.constexpr, DRAWN: tl.constexpr,
     TWO_LAWS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     TILES: tl.constexpr, PIECES: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     QUEUE: tl.constexpr, STAGES: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Read the tiles of row program_id(0) in run program_id(1), finish the row, or both.
 
     `tokens` (N,) int64; `figures` (3, N) float32: log-probability, entropy and margin, nats.

@@ -1,10 +1,10 @@
 """The first look at the logits in Triton: what each tile of a row holds, and the random words.
 
-Only imported where Triton is; `draw_triton` says when. Annotations are evaluated, as Triton's
-interpreter wants them.
+Only imported where Triton is; `draw_triton` says when.
 """
 
-from typing import Any
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# Arguments of a Triton kernel have no Python types: Triton reads annotations as its own.
 
 import triton
 import triton.language as tl
@@ -23,35 +23,42 @@ LOWEST = tl.constexpr(-150.0)
 
 
 @triton.jit
-def logits_at(source: Any, row: Any, column: Any, ok: Any) -> Any:
+def load_where(pointer, ok, other):
+    """What lies there, float32, and `other` where not `ok`; None is everywhere."""
+    x = tl.load(pointer) if ok is None else tl.load(pointer, mask=ok, other=other)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def logits_at(source, row, column, ok):
     """The logits of a row at some columns after guidance, float32; -inf where not `ok`.
 
     u + s (c - u), -inf where both are; where s is 1 the other branch is not read.
     """
     logits, stride, unconditional, other_stride, scale, scale_stride = source
     far = row.to(tl.int64)
-    x = tl.load(logits + far * stride + column, mask=ok, other=-float("inf")).to(tl.float32)
+    x = load_where(logits + far * stride + column, ok, -float("inf"))
     if unconditional is not None:
         s = tl.load(scale + far * scale_stride).to(tl.float32)
-        mixes = ok & (s != 1.0)
-        u = tl.load(unconditional + far * other_stride + column, mask=mixes, other=0.0)
-        u = u.to(tl.float32)
+        mixes = s != 1.0
+        if ok is not None:
+            mixes = mixes & ok
+        u = load_where(unconditional + far * other_stride + column, mixes, 0.0)
         gone = (x == -float("inf")) & (u == -float("inf"))
-        mixed = tl.where(gone, x, u + s * (x - u))
-        x = tl.where(mixes, mixed, x)
+        x = tl.where(mixes, tl.where(gone, x, u + s * (x - u)), x)
     return x
 
 
 @triton.jit
-def permitted_at(x: Any, next_id: Any, column: Any, ok: Any) -> Any:
+def permitted_at(x, next_id, column, ok):
     """The logits with -inf at forbidden ids: those whose next permitted id is another."""
     if next_id is not None:
-        x = tl.where(tl.load(next_id + column, mask=ok, other=0) == column, x, -float("inf"))
+        x = tl.where(tl.load(next_id + column, mask=ok) == column, x, -float("inf"))
     return x
 
 
 @triton.jit
-def bounds(span: Any, span_stride: Any, row: Any, vocab: Any) -> Any:
+def bounds(span, span_stride, row, vocab):
     """First and stop of the columns that a row may draw, int32."""
     first = row * 0
     stop = first + vocab
@@ -63,7 +70,7 @@ def bounds(span: Any, span_stride: Any, row: Any, vocab: Any) -> Any:
 
 
 @triton.jit
-def weigh(x: Any, peak_G: Any, slope: Any) -> Any:
+def weigh(x, peak_G, slope):
     """Mass and moment of the tiles of a group, relative to their largest logits; NaN stays."""
     z = tl.maximum((x - peak_G[:, None]) * slope, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     weight = tl.exp2(z)
@@ -71,56 +78,79 @@ def weigh(x: Any, peak_G: Any, slope: Any) -> Any:
 
 
 @triton.jit
-def read_tiles(
-    source: Any,
-    forbidden: Any,
-    row: Any,
-    range_: Any,
-    figures: Any,
-    plane: Any,
-    maxima: Any,
-    slope: Any,
-    TWO_LAWS: tl.constexpr,
-    PIECES: tl.constexpr,
-    TILE: tl.constexpr,
-    GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
-) -> None:
-    """Write the figures of the tiles from `begin` up to `end` of one row, GROUP at a time.
-
-    With `maxima` also the largest logit of each of the PIECES pieces of a tile, for the filters.
-    """
-    next_id, holds_forbidden = forbidden
+def inner_groups(range_, GROUP: tl.constexpr, TILE: tl.constexpr):
+    """Where the groups start and stop, and between them those of which all columns count."""
     begin, end, first, stop = range_
-    for tile in tl.range(begin, end, GROUP, num_stages=STAGES):
-        tile_G = tile + tl.arange(0, GROUP)
-        here_G = tile_G < end
-        column = tile_G[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        ok = (column >= first) & (column < stop) & here_G[:, None]
-        x = logits_at(source, row, column, ok)
-        if next_id is not None:
-            if tl.max(tl.load(holds_forbidden + tile_G, mask=here_G, other=0), 0) > 0:
-                x = permitted_at(x, next_id, column, ok)
-        if maxima is not None:
-            piece_GP = tl.max(tl.reshape(x, [GROUP, PIECES, TILE // PIECES]), 2)
-            piece = tile_G[:, None] * PIECES + tl.arange(0, PIECES)[None, :]
-            tl.store(maxima + piece, piece_GP, mask=here_G[:, None])
-            peak_G = tl.max(piece_GP, 1)
-        else:
-            peak_G = tl.max(x, 1)
-        origin_G = tl.where(peak_G == -float("inf"), 0.0, peak_G)
-        mass_G, moment_G = weigh(x, origin_G, slope)
-        tl.store(figures + PEAK * plane + tile_G, peak_G, mask=here_G)
-        tl.store(figures + MASS * plane + tile_G, mass_G, mask=here_G)
-        tl.store(figures + MOMENT * plane + tile_G, moment_G, mask=here_G)
-        if TWO_LAWS:
-            mass_G, moment_G = weigh(x, origin_G, LOG2E)
-            tl.store(figures + MODEL_MASS * plane + tile_G, mass_G, mask=here_G)
-            tl.store(figures + MODEL_MOMENT * plane + tile_G, moment_G, mask=here_G)
+    start = begin // GROUP * GROUP
+    inner = (tl.maximum(first, begin * TILE) + GROUP * TILE - 1) // (GROUP * TILE) * GROUP
+    outer = tl.minimum(stop, end * TILE) // (GROUP * TILE) * GROUP
+    # Without such a group all of them are looked at one by one.
+    nowhere = inner >= outer
+    beyond = start + (end - start + GROUP - 1) // GROUP * GROUP
+    return start, tl.where(nowhere, beyond, inner), tl.where(nowhere, beyond, outer), beyond
 
 
 @triton.jit
-def philox(seed: Any, position: Any, sample: Any, step: Any, lane: Any) -> Any:
+def read_group(source, forbidden, row, tile, range_, figures, plane, maxima, slope,
+               WHOLE: tl.constexpr, TWO_LAWS: tl.constexpr, PIECES: tl.constexpr,
+               TILE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """Write the figures of GROUP tiles; WHOLE where all their columns are read."""
+    next_id, holds_forbidden = forbidden
+    begin, end, first, stop = range_
+    tile_G = tile + tl.arange(0, GROUP)
+    here_G = (tile_G >= begin) & (tile_G < end)
+    column = tile_G[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    ok = None
+    if not WHOLE:
+        ok = (column >= first) & (column < stop) & here_G[:, None]
+    x = logits_at(source, row, column, ok)
+    if next_id is not None:
+        holds = tl.max(tl.load(holds_forbidden + tile_G, mask=here_G, other=0), 0)
+        if holds > 0:
+            x = permitted_at(x, next_id, column, ok)
+    if maxima is not None:
+        piece_GP = tl.max(tl.reshape(x, [GROUP, PIECES, TILE // PIECES]), 2)
+        piece = tile_G[:, None] * PIECES + tl.arange(0, PIECES)[None, :]
+        tl.store(maxima + piece, piece_GP, mask=here_G[:, None])
+        peak_G = tl.max(piece_GP, 1)
+    else:
+        peak_G = tl.max(x, 1)
+    origin_G = tl.where(peak_G == -float("inf"), 0.0, peak_G)
+    mass_G, moment_G = weigh(x, origin_G, slope)
+    tl.store(figures + PEAK * plane + tile_G, peak_G, mask=here_G)
+    tl.store(figures + MASS * plane + tile_G, mass_G, mask=here_G)
+    tl.store(figures + MOMENT * plane + tile_G, moment_G, mask=here_G)
+    if TWO_LAWS:
+        mass_G, moment_G = weigh(x, origin_G, LOG2E)
+        tl.store(figures + MODEL_MASS * plane + tile_G, mass_G, mask=here_G)
+        tl.store(figures + MODEL_MOMENT * plane + tile_G, moment_G, mask=here_G)
+
+
+@triton.jit
+def read_tiles(source, forbidden, row, range_, figures, plane, maxima, slope,
+               TWO_LAWS: tl.constexpr, PIECES: tl.constexpr, TILE: tl.constexpr,
+               GROUP: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Write the figures of the tiles from `begin` up to `end` of one row, GROUP at a time.
+
+    With `maxima` also the largest logit of each of the PIECES pieces of a tile, for the filters.
+    Groups of which every column is read take no mask, so that their loads are wide and early.
+    """
+    start, inner, outer, beyond = inner_groups(range_, GROUP, TILE)
+    for tile in tl.range(inner, outer, GROUP, num_stages=STAGES):
+        read_group(
+            source, forbidden, row, tile, range_, figures, plane, maxima, slope,
+            True, TWO_LAWS, PIECES, TILE, GROUP,
+        )  # fmt: skip
+    for other in range(start, beyond - (outer - inner), GROUP):
+        tile = tl.where(other < inner, other, other + (outer - inner))
+        read_group(
+            source, forbidden, row, tile, range_, figures, plane, maxima, slope,
+            False, TWO_LAWS, PIECES, TILE, GROUP,
+        )  # fmt: skip
+
+
+@triton.jit
+def philox(seed, position, sample, step, lane):
     """The first two words of the counter (position, sample, step, lane), see `philox.words`."""
     a = lane * 0 + position.to(tl.uint32)
     b = lane * 0 + sample.to(tl.uint32)
@@ -141,6 +171,6 @@ def philox(seed: Any, position: Any, sample: Any, step: Any, lane: Any) -> Any:
 
 
 @triton.jit
-def to_uniform(word: Any) -> Any:
+def to_uniform(word):
     """(x + 0.5) 2^-32 in float64: exact, never 0 and never 1."""
     return (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10

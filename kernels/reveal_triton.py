@@ -1,0 +1,58 @@
+"""Which of the drawn tokens stay, and their writing, in Triton: one program a sample.
+
+The kernel is made on the first call, so that importing this file does not import Triton.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from mdiff.kernels.draw_triton import why_not
+from mdiff.kernels.reference import Draw
+from mdiff.kernels.reveal_torch import Revealed
+
+WARPS = 8
+
+
+def reveal_triton(
+    tokens_BL: Tensor,
+    asked_BL: Tensor,
+    drawn: Draw,
+    score_N: Tensor,
+    *,
+    count_B: Tensor,
+    threshold: float | None = None,
+) -> Revealed:
+    """Write the surest of the tokens drawn at `asked_BL` (B, L) bool into `tokens_BL` int64.
+
+    Arguments and result as `reveal_torch.reveal_torch`, in one kernel and without a wait; scores
+    are float16, bfloat16, float32 or float64, and a row of the canvas has at most 2^20 places.
+    Raises RuntimeError where `why_not` has a reason.
+    """
+    reason = why_not(tokens_BL.device.type)
+    if reason:
+        raise RuntimeError(reason)
+    from mdiff.kernels.select_triton import reveal_kernel
+
+    samples, length = tokens_BL.shape
+    if score_N.dtype != torch.float64:
+        score_N = score_N.float()
+    bits = struct.unpack("q", struct.pack("d", threshold or 0.0))[0]
+    device, kind = tokens_BL.device, drawn.log_prob.dtype
+    tokens = torch.empty((samples, length), dtype=torch.int64, device=device)
+    at = torch.empty((samples, length), dtype=torch.bool, device=device)
+    log_prob = torch.empty((samples, length), dtype=kind, device=device)
+    entropy = torch.empty((samples, length), dtype=kind, device=device)
+    if samples and length:
+        with torch.cuda.device_of(tokens_BL):  # type: ignore[no-untyped-call]
+            reveal_kernel[(samples,)](
+                tokens_BL.contiguous(), asked_BL.contiguous(), drawn.tokens.contiguous(),
+                drawn.log_prob.contiguous(), drawn.entropy.contiguous(), score_N.contiguous(),
+                count_B.contiguous(), tokens, at, log_prob, entropy, length, bits,
+                PLACES=1 << (length - 1).bit_length(), BY_THRESHOLD=threshold is not None,
+                num_warps=WARPS,
+            )  # fmt: skip
+    return Revealed(tokens, at, log_prob, entropy)
