@@ -214,7 +214,11 @@ def draw_kernel(
     """
     row = tl.program_id(0)
     far = row.to(tl.int64)
-    source = (logits, stride, unconditional, other_stride, scale, scale_stride)
+    source = (logits, stride, unconditional, other_stride, scale)
+    if scale is not None:
+        # One element instead of a scalar, whose comparison the interpreter does not widen.
+        s = tl.load(scale + far * scale_stride + tl.arange(0, 1)).to(tl.float32)
+        source = (logits, stride, unconditional, other_stride, s)
     first, stop = bounds(span, span_stride, row, vocab)
     begin, end = first // TILE, (stop + TILE - 1) // TILE
     scratch += far * tiles

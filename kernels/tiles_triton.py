@@ -33,16 +33,14 @@ def load_where(pointer, ok, other):
 def logits_at(source, row, column, ok):
     """The logits of a row at some columns after guidance, float32; -inf where not `ok`.
 
-    u + s (c - u), -inf where both are; where s is 1 the other branch is not read.
+    u + s (c - u), -inf where both are; where s, of one element, is 1 the other branch is not
+    read.
     """
-    logits, stride, unconditional, other_stride, scale, scale_stride = source
+    logits, stride, unconditional, other_stride, s = source
     far = row.to(tl.int64)
     x = load_where(logits + far * stride + column, ok, -float("inf"))
     if unconditional is not None:
-        s = tl.load(scale + far * scale_stride).to(tl.float32)
-        mixes = s != 1.0
-        if ok is not None:
-            mixes = mixes & ok
+        mixes = (s != 1.0) & (column >= 0 if ok is None else ok)
         u = load_where(unconditional + far * other_stride + column, mixes, 0.0)
         gone = (x == -float("inf")) & (u == -float("inf"))
         x = tl.where(mixes, tl.where(gone, x, u + s * (x - u)), x)

@@ -43,7 +43,7 @@ def ptx(kernel, kind, constants, warps):
     }
     aligned = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-        for name in ("logits", "stride")
+        for name in ("logits", "stride", "unconditional", "other_stride")
         if name in kernel.arg_names
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
