@@ -214,7 +214,7 @@ def sweep(rows: int, vocab: int) -> None:
     counter = counters(rows, "cuda")
     names = ("GROUP", "STAGES", "WARPS", "REGISTERS", "PROGRAMS")
     found = []
-    for shape in itertools.product((2, 4, 8), (2, 3, 4), (2, 4, 8), (64, 128), (4, 8, 32)):
+    for shape in itertools.product((2, 4, 8), (2, 3, 4), (4, 8), (64, 128), (8, 32)):
         for name, value in zip(names, shape):
             setattr(backend, name, value)
         found.append((micros(lambda x: draw_triton(x, **counter), tables), shape))

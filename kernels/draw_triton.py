@@ -89,9 +89,9 @@ def draw_triton(
     """One id a row and its figures; arguments and law as `reference.draw_reference`.
 
     float32, bfloat16 and float16 logits, float32 inside, masses of tiles added in float64; what
-    `by_torch` names goes to `draw_torch`. Every logit is read once, and again: the tile of the
-    maximum and the one that wins; with a filter the pieces of a row that reach its bound, once
-    and a tile's weight of times (min_p), or some ten times each (top_k, top_p), from cache where
+    `by_torch` names goes to `draw_torch`. Every logit is read once; looked at again are the tile
+    of the maximum, the tile that wins and, with a filter, the pieces of the row that reach its
+    bound: once for min_p, some sixteen times for each of top_k and top_p, out of a cache where
     they are few. `tile` is a power of two. Nothing waits for the device.
 
     Raises RuntimeError where `why_not` has a reason, ValueError for another tile.
@@ -149,11 +149,8 @@ def _launch(
     two_laws = heat != 1 and not drawn
     tiles = -(-vocab // tile)
     pieces = min(PIECES, tile)
-    scratch = torch.empty((5 if two_laws else 3, rows, tiles), dtype=torch.float32, device=device)
     filters = any(use.values())
-    shape = (rows, tiles * pieces)
-    maxima = torch.empty(shape, dtype=torch.float32, device=device) if filters else None
-    listed = torch.empty(shape, dtype=torch.int32, device=device) if filters else None
+    memory = _memory(rows, tiles, 5 if two_laws else 3, pieces if filters else 0, device)
     next_id, holds = _forbidden_map(forbidden, vocab, tile, device)
     group = GROUP // 2 if two_laws or scale is not None else GROUP
     run, runs = _runs(rows, tiles, group, device)
@@ -162,7 +159,7 @@ def _launch(
         unconditional, 0 if unconditional is None else unconditional.stride(0),
         scale, 0 if scale is None else scale.stride(0), span, 0 if span is None else span.stride(0),
         next_id, holds, *(part for c in counter for part in (c, c.stride(0))),
-        tokens, figures, scratch, maxima, listed, rows, vocab, tiles, run,
+        tokens, figures, *memory, rows, vocab, tiles, run,
         math.log2(math.e) / heat, heat, top_k or 0, top_p or 1.0,
         max(heat * math.log((1 - top_p) / vocab), LOWEST) if use["TOP_P"] and top_p else 0.0,
         max(heat * math.log(min_p), LOWEST) if min_p else 0.0,
@@ -178,6 +175,18 @@ def _launch(
     else:
         draw_kernel[(rows, runs)](*arguments, READ=True, FINISH=False, **settings)
         draw_kernel[(rows, 1)](*arguments, READ=False, FINISH=True, **settings)
+
+
+def _memory(
+    rows: int, tiles: int, planes: int, pieces: int, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the kernel notes: figures of the tiles, maxima of their pieces, a list of pieces."""
+    scratch = torch.empty((planes, rows, tiles), dtype=torch.float32, device=device)
+    if not pieces:
+        return scratch, None, None
+    shape = (rows, tiles * pieces)
+    maxima = torch.empty(shape, dtype=torch.float32, device=device)
+    return scratch, maxima, torch.empty(shape, dtype=torch.int32, device=device)
 
 
 def _runs(rows: int, tiles: int, group: int, device: torch.device) -> tuple[int, int]:

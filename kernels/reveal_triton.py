@@ -14,7 +14,8 @@ from mdiff.kernels.draw_triton import why_not
 from mdiff.kernels.reference import Draw
 from mdiff.kernels.reveal_torch import Revealed
 
-WARPS = 8
+# Places of one warp, and the most warps of a program.
+PLACES_PER_WARP, MOST_WARPS = 128, 8
 
 
 def reveal_triton(
@@ -38,6 +39,7 @@ def reveal_triton(
     from mdiff.kernels.select_triton import reveal_kernel
 
     samples, length = tokens_BL.shape
+    places = 1 << max(length - 1, 0).bit_length()
     if score_N.dtype != torch.float64:
         score_N = score_N.float()
     bits = struct.unpack("q", struct.pack("d", threshold or 0.0))[0]
@@ -52,7 +54,7 @@ def reveal_triton(
                 tokens_BL.contiguous(), asked_BL.contiguous(), drawn.tokens.contiguous(),
                 drawn.log_prob.contiguous(), drawn.entropy.contiguous(), score_N.contiguous(),
                 count_B.contiguous(), tokens, at, log_prob, entropy, length, bits,
-                PLACES=1 << (length - 1).bit_length(), BY_THRESHOLD=threshold is not None,
-                num_warps=WARPS,
+                PLACES=places, BY_THRESHOLD=threshold is not None,
+                num_warps=min(max(places // PLACES_PER_WARP, 1), MOST_WARPS),
             )  # fmt: skip
     return Revealed(tokens, at, log_prob, entropy)
