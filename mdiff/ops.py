@@ -13,39 +13,54 @@ from torch import Tensor
 from mdiff.errors import BackendError, ConfigError, nearest
 from mdiff.kernels.draw_c import LIBRARY, WHY_NOT, draw_c
 from mdiff.kernels.draw_torch import draw_torch
+from mdiff.kernels.draw_triton import draw_triton
+from mdiff.kernels.draw_triton import why_not as triton_why_not
 from mdiff.kernels.reference import Draw as Draw
 from mdiff.kernels.reference import draw_reference
 from mdiff.kernels.reveal_torch import Revealed as Revealed
 from mdiff.kernels.reveal_torch import reveal_torch
+from mdiff.kernels.reveal_triton import reveal_triton
 
-# The backends that can run here; the others and why they cannot.
+# The backends that run on the CPU here, and the others with why they do not. triton runs on
+# CUDA; on the CPU only in its interpreter, when it is asked for.
 BACKENDS: dict[str, Callable[..., Draw]] = {"reference": draw_reference, "torch": draw_torch}
 MISSING: dict[str, str] = {}
 if LIBRARY is None:
     MISSING["c"] = WHY_NOT
 else:
     BACKENDS["c"] = draw_c
-REVEALS: dict[str, Callable[..., Revealed]] = {"torch": reveal_torch}
+REVEALS: dict[str, Callable[..., Revealed]] = {"torch": reveal_torch, "triton": reveal_triton}
 # Logits that exist at once in `head_and_draw`: 16 MB of float32 on a CPU, 512 MB elsewhere.
 CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
 def backend_name(name: str | None = None, *, device: str = "cpu") -> str:
-    """The backend that runs: the argument, else MDIFF_BACKEND, else c on the CPU, else torch.
+    """The backend that runs on that type of device: the argument, else MDIFF_BACKEND, else its own.
 
-    A backend that is asked for and missing, or that does not run on that type of device, is a
-    BackendError, never a silent other one. Unasked, torch takes the place of a missing c.
+    Its own is c on the CPU and triton on CUDA, where they are here, else torch. One that is
+    asked for and missing, or that does not run there, is a BackendError, never a silent other.
     """
     chosen = name or os.environ.get("MDIFF_BACKEND")
     if not chosen:
+        if device == "cuda":
+            return "torch" if triton_why_not(device) else "triton"
         return "c" if device == "cpu" and "c" in BACKENDS else "torch"
+    if chosen == "triton":
+        why = triton_why_not(device)
+        if why:
+            raise BackendError(f"backend 'triton' is not here: {why}")
+        return chosen
     if chosen in MISSING:
         raise BackendError(f"backend {chosen!r} is not here: {MISSING[chosen]}")
     if chosen not in BACKENDS:
-        raise BackendError(f"backend {chosen!r} is not here; {nearest(chosen, BACKENDS)}")
+        raise BackendError(f"backend {chosen!r} is not here; {nearest(chosen, [*BACKENDS, 'triton'])}")
     if chosen == "c" and device != "cpu":
         raise BackendError(f"backend 'c' runs on the CPU; the logits are on {device}")
     return chosen
+
+
+def _drawing(name: str) -> Callable[..., Draw]:
+    return draw_triton if name == "triton" else BACKENDS[name]
 
 
 def draw(
@@ -84,7 +99,8 @@ def draw(
     2022) without a third array. Where s is 1 they are c.
 
     `backend` is one of BACKENDS (see `backend_name`); they differ at near-ties of rounding only.
-    c hands over to torch what `draw_c.by_torch` names: top_k, top_p and float64 logits.
+    c and triton hand over to torch what their `by_torch` names: float64 logits, and triton a
+    top_k above 64.
 
     Raises ConfigError for options out of range, BackendError for a backend that is not here.
 
@@ -114,7 +130,7 @@ def draw(
         scale = torch.as_tensor(guidance_scale, dtype=torch.float64, device=device).expand(rows)
     if sample is None and position is None:
         position = torch.arange(rows, device=device)
-    return BACKENDS[backend_name(backend, device=device.type)](
+    return _drawing(backend_name(backend, device=device.type))(
         logits,
         seed=_per_row(seed, rows, device),
         sample=_per_row(0 if sample is None else sample, rows, device),
@@ -188,10 +204,13 @@ def reveal(
     """The canvas `tokens` (B, L) with the surest of the draws at `asked` (B, L) bool written.
 
     See `kernels.reveal_torch.reveal_torch`: `count` (B,) int64 places a sample, those of the
-    highest `score` (N,), and all at or above `threshold`. Nothing waits for the device.
+    highest `score` (N,), and all at or above `threshold`. Nothing waits for the device. The
+    backends are torch and triton, which runs where it is the backend of the draw.
     """
-    chosen = "triton" if backend == "triton" else "torch"
-    return REVEALS[chosen](tokens, asked, drawn, score, count_B=count, threshold=threshold)
+    chosen = backend_name(backend, device=tokens.device.type)
+    return REVEALS["triton" if chosen == "triton" else "torch"](
+        tokens, asked, drawn, score, count_B=count, threshold=threshold
+    )
 
 
 def check_filters(

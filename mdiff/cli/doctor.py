@@ -70,11 +70,18 @@ def environment() -> dict[str, Any]:
 
 def backends() -> dict[str, str]:
     """Each backend of `draw` with why it runs or does not."""
+    import torch
+
     from mdiff.errors import BackendError
+    from mdiff.kernels.draw_triton import why_not as triton_why_not
     from mdiff.ops import BACKENDS, MISSING, backend_name
 
     found = dict.fromkeys(BACKENDS, "here, runs when asked for")
     found |= {name: f"missing: {why}" for name, why in MISSING.items()}
+    why = triton_why_not("cuda" if torch.cuda.is_available() else "cpu")
+    found["triton"] = f"missing: {why}" if why else "here, runs when asked for"
+    if torch.cuda.is_available() and not why:
+        found["triton"] = "runs on CUDA"
     asked = os.environ.get("MDIFF_BACKEND")
     try:
         chosen = backend_name()
@@ -84,7 +91,7 @@ def backends() -> dict[str, str]:
     if asked:
         found[chosen] = "runs, as MDIFF_BACKEND says"
     elif chosen == "c":
-        found["torch"] = "runs on other devices than the CPU"
+        found["torch"] = "runs where neither c nor triton does"
         found["c"] = "runs on the CPU, as its library is built"
     else:
         found[chosen] = "runs, as c is missing"
