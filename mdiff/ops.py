@@ -8,13 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdiff.errors import BackendError, ConfigError, nearest
 from mdiff.kernels.draw_c import LIBRARY, WHY_NOT, draw_c
 from mdiff.kernels.draw_torch import draw_torch
 from mdiff.kernels.draw_triton import draw_triton
 from mdiff.kernels.draw_triton import why_not as triton_why_not
+from mdiff.kernels.loss import CrossEntropy, chunked_cross_entropy
+from mdiff.kernels.loss_heads import wide_of
 from mdiff.kernels.reference import Draw as Draw
 from mdiff.kernels.reference import draw_reference
 from mdiff.kernels.reveal_torch import Revealed as Revealed
@@ -53,7 +55,8 @@ def backend_name(name: str | None = None, *, device: str = "cpu") -> str:
     if chosen in MISSING:
         raise BackendError(f"backend {chosen!r} is not here: {MISSING[chosen]}")
     if chosen not in BACKENDS:
-        raise BackendError(f"backend {chosen!r} is not here; {nearest(chosen, [*BACKENDS, 'triton'])}")
+        known = [*BACKENDS, "triton"]
+        raise BackendError(f"backend {chosen!r} is not here; {nearest(chosen, known)}")
     if chosen == "c" and device != "cpu":
         raise BackendError(f"backend 'c' runs on the CPU; the logits are on {device}")
     return chosen
@@ -241,3 +244,77 @@ def _span(span: tuple[int, int] | Tensor | None, rows: int, device: torch.device
     if span is None:
         return None
     return torch.as_tensor(span, dtype=torch.int64, device=device).expand(rows, 2)
+
+
+def masked_cross_entropy(
+    features: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    *,
+    rows: Tensor | None = None,
+    weights: Tensor | None = None,
+    never: tuple[int, ...] = (),
+    span: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    chunk: int | None = None,
+) -> CrossEntropy:
+    """The cross-entropy of head(features) at the chosen rows, without holding their logits.
+
+    `value` is the sum of weight times smoothed -log p(target), `nll` (N,) nats without
+    smoothing, weight or graph. `features` (B, L, D) or (N, D); `rows`, bool of their leading
+    shape, are the rows that anything is computed for, None all of them. `targets` int64 and
+    `weights` (None is 1) have the features' leading shape, or are (N,) already. `never` ids
+    and ids outside of a row's `span` (N, 2) (first, stop) have probability 0; smoothing
+    spreads over the others.
+
+    The value is differentiable once in the features, the weights and the head's parameters;
+    gradients are computed in the forward, `chunk` rows of logits at a time (None: about 16 MB
+    of them on a CPU, 64 MB elsewhere). In float32, or float64 for float64 features; under
+    autocast the logits are those that the head gives there.
+
+    Raises ConfigError for shapes, ids or a smoothing that do not fit.
+
+    >>> masked_cross_entropy(torch.zeros(2, 3), nn.Linear(3, 1), torch.tensor([0, 0])).nll.tolist()
+    [0.0, 0.0]
+    """
+    if not isinstance(head, nn.Module):
+        raise ConfigError(f"head is a {type(head).__name__}: expected a module, for its parameters")
+    if not 0 <= label_smoothing < 1:
+        raise ConfigError(f"label_smoothing={label_smoothing}: expected 0 up to less than 1")
+    if chunk is not None and (type(chunk) is not int or chunk < 1):
+        raise ConfigError(f"chunk={chunk!r}: expected a whole number of rows, at least 1")
+    forbidden = tuple(sorted(set(never)))
+    leading = features.shape[:-1]
+    if rows is not None and (rows.shape != leading or rows.dtype != torch.bool):
+        raise ConfigError(
+            f"rows {tuple(rows.shape)} {rows.dtype}: expected {tuple(leading)} bool, as features"
+        )
+    where = None if rows is None else rows.flatten().nonzero()[:, 0]
+    chosen = _chosen(features.flatten(0, -2), where)
+    count = len(chosen)
+    if weights is None:
+        weights = chosen.new_ones(count)
+    per_row = {"targets": targets, "weights": weights}
+    for name, tensor in per_row.items():
+        if tensor.shape == leading:
+            per_row[name] = _chosen(tensor.flatten(), where)
+        elif tensor.shape != (count,):
+            raise ConfigError(
+                f"{name} {tuple(tensor.shape)}: expected {tuple(leading)} or ({count},)"
+            )
+    if span is not None and span.shape != (count, 2):
+        raise ConfigError(f"span {tuple(span.shape)}: expected ({count}, 2)")
+    return chunked_cross_entropy(
+        chosen,
+        head,
+        per_row["targets"],
+        weight_N=per_row["weights"].to(wide_of(chosen.dtype)),
+        forbidden=forbidden,
+        span=span,
+        smoothing=label_smoothing,
+        chunk=chunk,
+    )
+
+
+def _chosen(tensor: Tensor, where: Tensor | None) -> Tensor:
+    return tensor if where is None else tensor.index_select(0, where)

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from mdiff.denoiser import Condition
 from mdiff.errors import ConfigError, nearest
+from mdiff.kernels.loss_heads import LinearMap
 from mdiff.layers import (
     Block,
     Projection,
@@ -174,6 +175,10 @@ class Head(Projection):
     def forward(self, x: Tensor) -> Tensor:
         """The `columns` logits of each row of `x`."""
         return linear(x, self.weight[: self.columns])
+
+    def linear_map(self) -> LinearMap:
+        """What `forward` multiplies by, for the loss that does so in chunks."""
+        return LinearMap(self.weight, None, self.columns)
 
 
 class TransformerForMaskedLM(PreTrainedModel):  # type: ignore[misc]

@@ -1,0 +1,182 @@
+"""A head for the chunked loss: logits of some rows, and their gradient taken on from there.
+
+N rows, V columns of logits, D features, C rows of a chunk, R rows of a matrix, V or more.
+"Wide" is float64 for float64 logits and else float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class LinearMap(NamedTuple):
+    """A head's matrix: logits are features times weight[:columns] transposed, plus the bias.
+
+    `weight` (R, D), R at least `columns`; `bias` (columns,) or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    columns: int
+
+
+def linear_map(head: nn.Module) -> LinearMap | None:
+    """The matrix that `head` is, or None where it is, or may be, anything more.
+
+    A head is its matrix where the class whose `forward` runs is nn.Linear, or says so by a
+    method `linear_map() -> LinearMap` that stands beside that `forward`; and where no hook, no
+    replaced `forward` and no special type of tensor comes between.
+    """
+    if hooked(head):
+        return None
+    owner = next(kind for kind in type(head).__mro__ if "forward" in vars(kind))
+    if owner is nn.Linear and isinstance(head, nn.Linear):
+        found = LinearMap(head.weight, head.bias, len(head.weight))
+    elif "linear_map" in vars(owner):
+        found = head.linear_map()  # type: ignore[operator]
+    else:
+        return None
+    return found if type(found.weight) in (Tensor, nn.Parameter) else None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than the `forward` of its class."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return "forward" in vars(module) or any(hooks)
+
+
+def wide_of(kind: torch.dtype) -> torch.dtype:
+    """The type that losses and sums of logits of type `kind` are in."""
+    return torch.float64 if kind == torch.float64 else torch.float32
+
+
+class Head(Protocol):
+    """The logits of the rows of a chunk, and the sums of gradients over chunks.
+
+    `logits(part)` are wide, (C, V), the caller's to overwrite; `take(gradient, scale, part)`
+    adds scale (C, 1) times gradient (C, V), by the rows of the same part, to `sums`.
+    """
+
+    columns: int
+    sums: dict[str, Tensor]
+
+    def logits(self, part: slice) -> Tensor: ...
+
+    def take(self, gradient_CV: Tensor, scale_C1: Tensor, part: slice) -> None: ...
+
+
+class MatrixHead:
+    """A `Head` that is a matrix, with the memory of one chunk for all of them."""
+
+    def __init__(
+        self, features_ND: Tensor, linear: LinearMap, *, chunk: int, autocast: torch.dtype | None,
+        sums: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        kind = features_ND.dtype
+        if autocast is not None and torch.float64 not in (kind, linear.weight.dtype):
+            kind = autocast
+            linear = LinearMap(
+                linear.weight.to(kind), None if linear.bias is None else linear.bias.to(kind),
+                linear.columns,
+            )  # fmt: skip
+        self.columns, self.sums = linear.columns, sums
+        self.x_ND = features_ND.to(kind)
+        self.weight_VD, self.bias_V = linear.weight[: linear.columns], linear.bias
+        shape, wide = (min(chunk, len(self.x_ND)), linear.columns), wide_of(kind)
+        self.raw_CV = self.x_ND.new_empty(shape)
+        # Logits of fewer bits are what the head would give; sums over them need more.
+        self.wide_CV = self.raw_CV if wide == kind else self.raw_CV.new_empty(shape, dtype=wide)
+
+    def logits(self, part: slice) -> Tensor:
+        x_CD = self.x_ND[part]
+        raw_CV, wide_CV = self.raw_CV[: len(x_CD)], self.wide_CV[: len(x_CD)]
+        if self.bias_V is None:
+            torch.mm(x_CD, self.weight_VD.T, out=raw_CV)
+        else:
+            torch.addmm(self.bias_V, x_CD, self.weight_VD.T, out=raw_CV)
+        return wide_CV if wide_CV.dtype == raw_CV.dtype else wide_CV.copy_(raw_CV)
+
+    def take(self, gradient_CV: Tensor, scale_C1: Tensor, part: slice) -> None:
+        x_CD, raw_CV = self.x_ND[part], self.raw_CV[: len(gradient_CV)]
+        features, weight, bias = (self.sums.get(name) for name in ("features", "weight", "bias"))
+        if raw_CV.dtype == gradient_CV.dtype:
+            # Scaling the rows of features spares a pass over those of logits.
+            if features is not None:
+                torch.mm(gradient_CV, self.weight_VD, out=features[part]).mul_(scale_C1)
+            if weight is not None:
+                weight[: self.columns].addmm_(gradient_CV.T, x_CD * scale_C1)
+            if bias is not None:
+                bias.addmv_(gradient_CV.T, scale_C1[:, 0])
+            return
+        raw_CV.copy_(gradient_CV.mul_(scale_C1))
+        if features is not None:
+            features[part] = raw_CV @ self.weight_VD
+        if weight is not None:
+            weight[: self.columns] += raw_CV.T @ x_CD
+        if bias is not None:
+            bias += gradient_CV.sum(0)
+
+
+class ModuleHead:
+    """A `Head` that is any other module: called on each chunk, and differentiated there."""
+
+    def __init__(
+        self, features_ND: Tensor, head: nn.Module, *, autocast: torch.dtype | None,
+        sums: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        self.features_ND, self.head, self.autocast, self.sums = features_ND, head, autocast, sums
+        # Aliases, so that the hooks of the parameters run once, in the backward.
+        self.own = {
+            name: parameter.detach().requires_grad_(name in sums)
+            for name, parameter in head.named_parameters()
+        }
+        self.x_CD, self.raw_CV = features_ND, features_ND
+
+    def logits(self, part: slice) -> Tensor:
+        device = self.features_ND.device.type
+        self.x_CD = self.features_ND[part].detach().requires_grad_("features" in self.sums)
+        with (
+            torch.set_grad_enabled(bool(self.sums)),
+            torch.autocast(device, self.autocast, enabled=self.autocast is not None),
+        ):
+            self.raw_CV = functional_call(self.head, self.own, (self.x_CD,))
+        self._check()
+        return self.raw_CV.detach().to(wide_of(self.raw_CV.dtype), copy=True)
+
+    def take(self, gradient_CV: Tensor, scale_C1: Tensor, part: slice) -> None:
+        if not self.raw_CV.requires_grad:
+            return
+        names = [name for name in self.sums]
+        inputs = [self.x_CD if name == "features" else self.own[name] for name in names]
+        upstream = gradient_CV.mul_(scale_C1).to(self.raw_CV.dtype)
+        found = torch.autograd.grad(self.raw_CV, inputs, upstream, allow_unused=True)
+        for name, gradient in zip(names, found):
+            if gradient is not None:
+                total = self.sums[name][part] if name == "features" else self.sums[name]
+                total += gradient
+
+    def _check(self) -> None:
+        """Refuse a head whose logits depend on a tensor of which nobody would see the gradient."""
+        known = {id(self.x_CD), *(id(parameter) for parameter in self.own.values())}
+        waiting, seen = [self.raw_CV.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                raise RuntimeError(
+                    f"{type(self.head).__name__}: its logits depend on a tensor of shape "
+                    f"{tuple(leaf.shape)} that needs a gradient and is not its parameter"
+                )
+            waiting += [before for before, _ in node.next_functions]
