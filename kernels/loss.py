@@ -20,10 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from mdiff.kernels.loss_heads import Head, LinearMap, MatrixHead, ModuleHead, linear_map, wide_of
 
-# What the logits of a chunk take, in bytes: on a CPU few enough to stay near its caches, on
-# other devices enough rows to keep the matrix products wide.
-CHUNK_BYTES = {"cpu": 1 << 24}
-CHUNK_BYTES_ELSEWHERE = 1 << 26
+# The most that the logits of a chunk take, in bytes. Each chunk reads the head's matrix three
+# times and rewrites its gradient, so that more rows cost less, up to where memory counts.
+CHUNK_BYTES = {"cpu": 24 << 20}
+CHUNK_BYTES_ELSEWHERE = 64 << 20
 
 
 class CrossEntropy(NamedTuple):
@@ -170,15 +170,13 @@ class _Chunks:
             for name, given, needed in inputs
             if needed and name
         }
-        chunk = self.chunk or self._rows_of_a_chunk(features_ND)
+        chunk = self.chunk or self._even_chunk(features_ND)
         head: Head
         if self.linear is None:
             head = ModuleHead(features_ND, self.head, autocast=self.autocast, sums=sums)
         else:
             linear = LinearMap(*parameters, *[None] * (2 - len(parameters)), self.linear.columns)
-            head = MatrixHead(
-                features_ND, linear, chunk=chunk, autocast=self.autocast, sums=sums
-            )  # fmt: skip
+            head = MatrixHead(features_ND, linear, chunk=chunk, autocast=self.autocast, sums=sums)
         nll_N = torch.empty_like(weight_N)
         smooth_N = torch.empty_like(weight_N)
         for start in range(0, len(features_ND), chunk):
@@ -191,22 +189,25 @@ class _Chunks:
                 head.take(logits_CV, weight_N[part, None] / total_C1, part)
         return nll_N, smooth_N, sums
 
-    def _rows_of_a_chunk(self, features_ND: Tensor) -> int:
+    def _even_chunk(self, features_ND: Tensor) -> int:
+        """The rows of a chunk where all are about as large, and none above the limit."""
         if self.linear is not None:
             columns = self.linear.columns
         else:
             # A module does not say how many logits it gives; its largest parameter does.
             columns = max((p.shape[0] for p in self.head.parameters() if p.dim()), default=1)
         room = CHUNK_BYTES.get(features_ND.device.type, CHUNK_BYTES_ELSEWHERE)
-        return max(1, room // (columns * wide_of(features_ND.dtype).itemsize))
+        most = max(1, room // (columns * wide_of(features_ND.dtype).itemsize))
+        chunks = max(1, -(-len(features_ND) // most))
+        return max(1, -(-len(features_ND) // chunks))
 
 
 @dataclass(frozen=True)
 class _Rows:
     """The rows' targets (N,), the forbidden ids (K,), spans (N, 2) and the smoothing."""
 
-    target_N: Tensor
-    forbidden_K: Tensor | None
+    targets: Tensor
+    forbidden: Tensor | None
     span: Tensor | None
     smoothing: float
 
@@ -219,7 +220,7 @@ class _Rows:
         S = sum of exp(x - peak), returned third, (C, 1): S (p - (1 - a) target - a / K) over K
         permitted ids. Who multiplies by weight / S elsewhere spares a pass over the chunk.
         """
-        target_C1, columns = self.target_N[part, None], logits_CV.shape[1]
+        target_C1, columns = self.targets[part, None], logits_CV.shape[1]
         span = None if self.span is None else self.span[part]
         outside = None if span is None else _outside(span, columns)
         self._fill_(logits_CV, outside, -torch.inf)
@@ -247,14 +248,14 @@ class _Rows:
 
     def _fill_(self, values_CV: Tensor, outside: Tensor | None, value: float) -> None:
         """Write one value at the ids that are not permitted."""
-        if self.forbidden_K is not None:
-            values_CV.index_fill_(1, self.forbidden_K, value)
+        if self.forbidden is not None:
+            values_CV.index_fill_(1, self.forbidden, value)
         if outside is not None:
             values_CV.masked_fill_(outside, value)
 
     def _permitted(self, span: Tensor | None, columns: int) -> int | Tensor:
         """How many ids each row permits: one number, or (C, 1)."""
-        forbidden_K = self.forbidden_K
+        forbidden_K = self.forbidden
         if span is None:
             return columns - (0 if forbidden_K is None else len(forbidden_K))
         first, stop = span.clamp(0, columns).split(1, dim=1)

@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
+from mdiff.kernels.loss import CrossEntropy, row_nll
+from mdiff.kernels.loss_heads import hooked
+from mdiff.ops import masked_cross_entropy
 from mdiff.schedule import MIN_TIME, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -28,7 +31,10 @@ Weight = str | Callable[[Tensor], Tensor]
 
 
 class Loss(NamedTuple):
-    """`value` scalar; `nll` (B, L) unweighted nats, 0 where not hidden; `hidden` (B, L) bool."""
+    """`value` scalar; `nll` (B, L) unweighted nats, 0 where not hidden; `hidden` (B, L) bool.
+
+    Only the value has a graph.
+    """
 
     value: Tensor
     nll: Tensor
@@ -88,7 +94,9 @@ def token_nll(logits: Tensor, tokens: Tensor, noisy: Tensor, *, space: TokenSpac
     `logits` (B, L, V). At least float32 inside; float64 stays float64.
     """
     hidden = noisy == space.mask_id
-    nll, _ = _row_nll(logits[hidden], tokens[hidden], _spans_at(space, hidden), space=space)
+    nll, _ = row_nll(
+        logits[hidden], tokens[hidden], forbidden=space.forbidden, span=_spans_at(space, hidden)
+    )
     return torch.zeros(tokens.shape, dtype=nll.dtype, device=nll.device).masked_scatter(hidden, nll)
 
 
@@ -126,7 +134,8 @@ def masked_diffusion_loss(
     strata permuted by the seed, so that each row's own time is uniform. `total` is the
     denominator of the global batch, by default the maskable tokens of this call. With
     `rows`, `sample` and `total` of the global batch, values of parts add up to the whole's.
-    Label smoothing spreads over permitted ids only; `nll` is without it.
+    Label smoothing spreads over permitted ids only; `nll` is without it. Of a denoiser that is
+    its `features` and a `head` the logits are never held whole (`ops.masked_cross_entropy`).
 
     Raises ConfigError for an unknown weight or smoothing outside [0, 1).
     """
@@ -142,19 +151,15 @@ def masked_diffusion_loss(
         tokens, t, space=space, schedule=schedule, may_hide=maskable, seed=seed, sample=sample
     )
     hidden = (noisy == space.mask_id) & maskable
-    logits = denoiser(
-        noisy, at=hidden, valid=valid, documents=documents,
-        t=t.float() if denoiser.uses_time else None, cond=cond,
-    )  # fmt: skip
-    nll, smooth = _row_nll(
-        logits, tokens[hidden], _spans_at(space, hidden), space=space,
-        smoothing=label_smoothing,
-    )  # fmt: skip
-    w = weigh(t.double()).to(nll.dtype)[:, None].expand(tokens.shape)[hidden]
     if total is None:
         total = maskable.sum().clamp(min=1)
+    w = (weigh(t.double()) / total)[:, None].expand(tokens.shape)[hidden]
+    value, nll = _hidden_loss(
+        denoiser, noisy, tokens, hidden, space=space, weights=w, smoothing=label_smoothing,
+        valid=valid, documents=documents, t=t.float() if denoiser.uses_time else None, cond=cond,
+    )  # fmt: skip
     spread = torch.zeros(tokens.shape, dtype=nll.dtype, device=nll.device)
-    return Loss((w * smooth).sum() / total, spread.masked_scatter(hidden, nll), hidden)
+    return Loss(value, spread.masked_scatter(hidden, nll), hidden)
 
 
 def maskable_places(
@@ -278,12 +283,10 @@ class _Scorer:
         noisy = torch.where(hidden, self.space.mask_id, self.tokens)
         nats = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
         if bool(hidden.any()):
-            logits = self.denoiser(
-                noisy, at=hidden, valid=self.valid, t=t if self.denoiser.uses_time else None,
-                cond=self.cond,
+            _, nll = _hidden_loss(
+                self.denoiser, noisy, self.tokens, hidden, space=self.space, valid=self.valid,
+                t=t if self.denoiser.uses_time else None, cond=self.cond,
             )  # fmt: skip
-            spans = _spans_at(self.space, hidden)
-            nll, _ = _row_nll(logits, self.tokens[hidden], spans, space=self.space)
             nats[hidden] = nll.double()
         return nats
 
@@ -347,32 +350,56 @@ def _left_to_right(maskable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield (rank == place).double(), rank >= place
 
 
-def _row_nll(
-    logits: Tensor,
-    targets: Tensor,
-    spans: Tensor | None,
+def _hidden_loss(
+    denoiser: Denoiser,
+    noisy: Tensor,
+    tokens: Tensor,
+    hidden: Tensor,
     *,
     space: TokenSpace,
+    weights: Tensor | None = None,
     smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """-log p(target) and its smoothed form, both (N,), of logits (N, V) over permitted ids."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    forbidden = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    if space.forbidden:
-        forbidden[list(space.forbidden)] = True
-    blocked = forbidden[None]
-    if spans is not None:
-        columns = torch.arange(logits.shape[1], device=logits.device)
-        blocked = blocked | (columns < spans[:, :1]) | (columns >= spans[:, 1:])
-    if spans is not None or space.forbidden:
-        logits = logits.masked_fill(blocked, -torch.inf)
-    log_p = logits.log_softmax(1)
-    nll = -log_p.gather(1, targets[:, None])[:, 0]
-    if smoothing == 0:
-        return nll, nll
-    allowed = ~blocked.expand(logits.shape)
-    mean = torch.where(allowed, log_p, 0.0).sum(1) / allowed.sum(1)
-    return nll, (1 - smoothing) * nll - smoothing * mean
+    **told: Any,
+) -> CrossEntropy:
+    """The weighted sum over hidden places (N) of smoothed -log p, and -log p of each, (N,).
+
+    The denoiser is called with `noisy` (B, L) and what it is `told`; `weights` (N,). Where it
+    is its features and a head, the logits are never whole.
+    """
+    head, spans, targets = _own_head(denoiser), _spans_at(space, hidden), tokens[hidden]
+    if head is not None:
+        features = denoiser.features(noisy, at=hidden, **told)  # type: ignore[attr-defined]
+        return masked_cross_entropy(
+            features, head, targets, weights=weights, never=space.forbidden, span=spans,
+            label_smoothing=smoothing,
+        )  # fmt: skip
+    logits = denoiser(noisy, at=hidden, **told)
+    nll, smooth = row_nll(
+        logits, targets, forbidden=space.forbidden, span=spans, smoothing=smoothing
+    )
+    weighted = smooth if weights is None else weights.to(nll.dtype) * smooth
+    return CrossEntropy(weighted.sum(), nll.detach())
+
+
+def _own_head(denoiser: Denoiser) -> nn.Module | None:
+    """The head where a call of the denoiser is that of `features` and then of it, else None.
+
+    Only what its own class says counts: a wrapper (an adapter's, a compiled or distributed
+    module, guidance) that passes `features` through changes what a call does, and so do hooks
+    and a class that replaces the call of one that has `features`.
+    """
+    head = getattr(denoiser, "head", None)
+    called = "forward" if isinstance(denoiser, nn.Module) else "__call__"
+    if not isinstance(head, nn.Module) or hooked(head):
+        return None
+    if isinstance(denoiser, nn.Module) and hooked(denoiser):
+        return None
+    for kind in type(denoiser).__mro__:
+        if "features" in vars(kind):
+            return head
+        if called in vars(kind):
+            return None
+    return None
 
 
 def _spans_at(space: TokenSpace, hidden: Tensor) -> Tensor | None:

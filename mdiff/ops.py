@@ -268,53 +268,50 @@ def masked_cross_entropy(
     spreads over the others.
 
     The value is differentiable once in the features, the weights and the head's parameters;
-    gradients are computed in the forward, `chunk` rows of logits at a time (None: about 16 MB
-    of them on a CPU, 64 MB elsewhere). In float32, or float64 for float64 features; under
+    gradients are computed in the forward, `chunk` rows of logits at a time (None: at most 24
+    MiB of them on a CPU, 64 MiB elsewhere). In float32, or float64 for float64 features; under
     autocast the logits are those that the head gives there.
 
-    Raises ConfigError for shapes, ids or a smoothing that do not fit.
+    Raises ConfigError for shapes, ids or options that do not fit.
 
     >>> masked_cross_entropy(torch.zeros(2, 3), nn.Linear(3, 1), torch.tensor([0, 0])).nll.tolist()
     [0.0, 0.0]
     """
     if not isinstance(head, nn.Module):
         raise ConfigError(f"head is a {type(head).__name__}: expected a module, for its parameters")
+    if features.dim() < 2 or not features.is_floating_point():
+        raise ConfigError(f"features {tuple(features.shape)} {features.dtype}: expected (N, D)")
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing={label_smoothing}: expected 0 up to less than 1")
     if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise ConfigError(f"chunk={chunk!r}: expected a whole number of rows, at least 1")
-    forbidden = tuple(sorted(set(never)))
     leading = features.shape[:-1]
     if rows is not None and (rows.shape != leading or rows.dtype != torch.bool):
-        raise ConfigError(
-            f"rows {tuple(rows.shape)} {rows.dtype}: expected {tuple(leading)} bool, as features"
-        )
+        raise ConfigError(f"rows {tuple(rows.shape)} {rows.dtype}: expected {tuple(leading)} bool")
     where = None if rows is None else rows.flatten().nonzero()[:, 0]
-    chosen = _chosen(features.flatten(0, -2), where)
-    count = len(chosen)
+    features = _chosen("features", features, leading, where)
     if weights is None:
-        weights = chosen.new_ones(count)
-    per_row = {"targets": targets, "weights": weights}
-    for name, tensor in per_row.items():
-        if tensor.shape == leading:
-            per_row[name] = _chosen(tensor.flatten(), where)
-        elif tensor.shape != (count,):
-            raise ConfigError(
-                f"{name} {tuple(tensor.shape)}: expected {tuple(leading)} or ({count},)"
-            )
-    if span is not None and span.shape != (count, 2):
-        raise ConfigError(f"span {tuple(span.shape)}: expected ({count}, 2)")
+        weights = features.new_ones(len(features))
+    if span is not None and span.shape != (len(features), 2):
+        raise ConfigError(f"span {tuple(span.shape)}: expected ({len(features)}, 2)")
     return chunked_cross_entropy(
-        chosen,
+        features,
         head,
-        per_row["targets"],
-        weight_N=per_row["weights"].to(wide_of(chosen.dtype)),
-        forbidden=forbidden,
+        _chosen("targets", targets, leading, where),
+        weight_N=_chosen("weights", weights, leading, where).to(wide_of(features.dtype)),
+        forbidden=tuple(sorted(set(never))),
         span=span,
         smoothing=label_smoothing,
         chunk=chunk,
     )
 
 
-def _chosen(tensor: Tensor, where: Tensor | None) -> Tensor:
-    return tensor if where is None else tensor.index_select(0, where)
+def _chosen(name: str, tensor: Tensor, leading: torch.Size, where: Tensor | None) -> Tensor:
+    """The rows `where` of a tensor of that leading shape; one that has no more stays as it is."""
+    count = leading.numel() if where is None else len(where)
+    if tensor.shape[: len(leading)] == leading:
+        tensor = tensor.flatten(0, len(leading) - 1)
+        return tensor if where is None else tensor.index_select(0, where)
+    if tensor.shape != (count,):
+        raise ConfigError(f"{name} {tuple(tensor.shape)}: expected {tuple(leading)} or ({count},)")
+    return tensor
