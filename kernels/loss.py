@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mdiff.kernels.loss_heads import Head, LinearMap, MatrixHead, ModuleHead, linear_map, wide_of
 
@@ -82,7 +81,8 @@ def chunked_cross_entropy(
     multiplied here; any other module is called on each chunk. A graph that is kept for a
     second backward has its gradients computed anew then (a head that draws noise draws again).
 
-    Raises RuntimeError where the head's logits depend on tensors that are not its parameters.
+    Raises RuntimeError where the head's logits depend on tensors that are not its parameters,
+    and in a backward that is asked for a second derivative.
     """
     linear = linear_map(head)
     if linear is None:
@@ -126,8 +126,12 @@ class _Fused(torch.autograd.Function):
         return (weight_N * smooth_N).sum(), nll_N
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the chunked cross-entropy has no second derivative: expected a backward "
+                "without create_graph; for one, take the loss of head(features)"
+            )
         smooth_N, *inputs = ctx.saved_tensors
         # They are handed over, not copied: the gradient of a large matrix is not held twice.
         gradients, ctx.gradients = ctx.gradients, None

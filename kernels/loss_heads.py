@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-
 # torch multiplies float32 matrices by MKL, which on AMD's processors keeps to half the width of
 # their registers; the oneDNN of the same build does not. It is asked for tiles of columns (a
 # thread), so that what it gives is added while it lies in the cache; for fewer rows than these
 # its preparations would cost more than they save.
-HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 TILE, ONEDNN_ROWS = 1024, 32
 
 
@@ -102,7 +101,7 @@ class MatrixHead:
         self.wide_CV = self.raw_CV if wide == kind else self.raw_CV.new_empty(shape, dtype=wide)
         self.tiles: list[slice] = []
         on_cpu = features_ND.device.type == "cpu" and kind == torch.float32
-        if HAS_ONEDNN and on_cpu and shape[0] >= ONEDNN_ROWS and self.weight_VD.is_contiguous():
+        if ONEDNN and on_cpu and shape[0] >= ONEDNN_ROWS and self.weight_VD.is_contiguous():
             step = TILE * torch.get_num_threads()
             ends = range(0, self.columns, step)
             self.tiles = [slice(i, min(i + step, self.columns)) for i in ends]

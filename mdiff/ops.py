@@ -285,11 +285,15 @@ def masked_cross_entropy(
         raise ConfigError(f"label_smoothing={label_smoothing}: expected 0 up to less than 1")
     if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise ConfigError(f"chunk={chunk!r}: expected a whole number of rows, at least 1")
-    leading = features.shape[:-1]
+    forbidden, leading = tuple(sorted(set(never))), features.shape[:-1]
+    if forbidden and forbidden[0] < 0:
+        raise ConfigError(f"never={forbidden}: expected ids from 0")
     if rows is not None and (rows.shape != leading or rows.dtype != torch.bool):
         raise ConfigError(f"rows {tuple(rows.shape)} {rows.dtype}: expected {tuple(leading)} bool")
     where = None if rows is None else rows.flatten().nonzero()[:, 0]
-    features = _chosen("features", features, leading, where)
+    features = features.flatten(0, -2)
+    if where is not None:
+        features = features.index_select(0, where)
     if weights is None:
         weights = features.new_ones(len(features))
     if span is not None and span.shape != (len(features), 2):
@@ -299,7 +303,7 @@ def masked_cross_entropy(
         head,
         _chosen("targets", targets, leading, where),
         weight_N=_chosen("weights", weights, leading, where).to(wide_of(features.dtype)),
-        forbidden=tuple(sorted(set(never))),
+        forbidden=forbidden,
         span=span,
         smoothing=label_smoothing,
         chunk=chunk,
@@ -307,10 +311,10 @@ def masked_cross_entropy(
 
 
 def _chosen(name: str, tensor: Tensor, leading: torch.Size, where: Tensor | None) -> Tensor:
-    """The rows `where` of a tensor of that leading shape; one that has no more stays as it is."""
+    """The rows `where` of a tensor of that shape; one that has only those stays as it is."""
     count = leading.numel() if where is None else len(where)
-    if tensor.shape[: len(leading)] == leading:
-        tensor = tensor.flatten(0, len(leading) - 1)
+    if tensor.shape == leading:
+        tensor = tensor.flatten()
         return tensor if where is None else tensor.index_select(0, where)
     if tensor.shape != (count,):
         raise ConfigError(f"{name} {tuple(tensor.shape)}: expected {tuple(leading)} or ({count},)")
