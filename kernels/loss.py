@@ -85,6 +85,7 @@ def chunked_cross_entropy(
     and in a backward that is asked for a second derivative.
     """
     linear = linear_map(head)
+    parameters: dict[str, Tensor]
     if linear is None:
         parameters = {name: p for name, p in head.named_parameters() if p.requires_grad}
     else:
@@ -179,7 +180,8 @@ class _Chunks:
         if self.linear is None:
             head = ModuleHead(features_ND, self.head, autocast=self.autocast, sums=sums)
         else:
-            linear = LinearMap(*parameters, *[None] * (2 - len(parameters)), self.linear.columns)
+            bias = parameters[1] if len(parameters) == 2 else None
+            linear = LinearMap(parameters[0], bias, self.linear.columns)
             head = MatrixHead(features_ND, linear, chunk=chunk, autocast=self.autocast, sums=sums)
         nll_N = torch.empty_like(weight_N)
         smooth_N = torch.empty_like(weight_N)
@@ -262,11 +264,13 @@ class _Rows:
         forbidden_K = self.forbidden
         if span is None:
             return columns - (0 if forbidden_K is None else len(forbidden_K))
-        first, stop = span.clamp(0, columns).split(1, dim=1)
-        inside = (stop - first).clamp(min=0)
-        if forbidden_K is None:
-            return inside
-        return inside - ((forbidden_K >= first) & (forbidden_K < stop)).sum(1, keepdim=True)
+        span = span.clamp(0, columns)
+        first, stop = span[:, :1], span[:, 1:]
+        inside: Tensor = (stop - first).clamp(min=0)
+        if forbidden_K is not None:
+            barred = (forbidden_K >= first) & (forbidden_K < stop)
+            inside = inside - barred.sum(1, keepdim=True)
+        return inside
 
 
 def _outside(span: Tensor, columns: int) -> Tensor:

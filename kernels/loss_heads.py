@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# torch multiplies float32 matrices by MKL, which on AMD's processors keeps to half the width of
-# their registers; the oneDNN of the same build does not. It is asked for tiles of columns (a
-# thread), so that what it gives is added while it lies in the cache; for fewer rows than these
-# its preparations would cost more than they save.
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# torch multiplies float32 matrices by MKL, at about half the speed of the oneDNN in the same
+# build where it was measured (AMD Zen 5). oneDNN is asked for tiles of columns (a thread), so
+# that what it gives is added while it lies in the cache; for fewer rows than these its
+# preparations would cost more than they save.
+ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 TILE, ONEDNN_ROWS = 1024, 32
 
 
@@ -70,11 +70,9 @@ class Head(Protocol):
     """The logits of the rows of a chunk, and the sums of gradients over chunks.
 
     `logits(part)` are wide, (C, V), the caller's to overwrite; `take(gradient, scale, part)`
-    adds scale (C, 1) times gradient (C, V), by the rows of the same part, to `sums`.
+    adds what scale (C, 1) times gradient (C, V) gives, by the rows of the same part, to the
+    sums by name that the head was made with.
     """
-
-    columns: int
-    sums: dict[str, Tensor]
 
     def logits(self, part: slice) -> Tensor: ...
 
@@ -138,10 +136,12 @@ class MatrixHead:
         # Scaling the rows of features spares a pass over those of logits.
         scaled_CD = self.x_ND[part] * scale_C1
         for tile in self.tiles:
+            # Both products would copy it otherwise.
+            gradient = gradient_CV[:, tile].contiguous()
             if pulled_CD is not None:
-                pulled_CD += _by_onednn(gradient_CV[:, tile], self.weight_VD[tile].T)
+                pulled_CD += _by_onednn(gradient, self.weight_VD[tile].T)
             if pushed_VD is not None:
-                pushed_VD[tile] += _by_onednn(gradient_CV[:, tile].T, scaled_CD.T)
+                pushed_VD[tile] += _by_onednn(gradient.T, scaled_CD.T)
         if not self.tiles and pulled_CD is not None:
             torch.mm(gradient_CV, self.weight_VD, out=pulled_CD)
         if not self.tiles and pushed_VD is not None:
