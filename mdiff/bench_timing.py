@@ -1,0 +1,145 @@
+"""Two sides of a comparison, timed in turns in one process, and what comes of it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the measured cases are; the defaults are those that the targets are stated for.
+
+    `rows` N of the draw and of the loss, half of them hidden; `vocab` V throughout and `small`
+    the other one of the draw; `repeats` of the draw, `loss_repeats`. The generation has `length`
+    L, `depth` layers and `steps` steps in the baselines, of which `timed` are run unless `full`.
+    """
+
+    rows: int = 1024
+    vocab: int = 50_257
+    small: int = 4096
+    repeats: int = 3
+    loss_repeats: int = 3
+    length: int = 256
+    width: int = 256
+    depth: int = 12
+    steps: int = 1000
+    timed: int = 20
+    full: bool = False
+
+
+DEFAULT = Size()
+FULL = Size(full=True)
+QUICK = Size(rows=64, repeats=2, loss_repeats=1, length=32, timed=4)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each repeat."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def minimum(self) -> float:
+        """The least disturbed repeat."""
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        """The repeat in the middle."""
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    `figure` is of the minima over the repeats and `median` of their medians, in `unit`: "x" is
+    the other's time (or memory) over ours, "%" a share, "" a plain number. `figure` None says
+    that nothing was measured, and `note` why. `target` None is a figure without one. `detail`
+    holds both sides: seconds of each repeat, rows, law.
+    """
+
+    section: str
+    what: str
+    figure: float | None = None
+    median: float | None = None
+    unit: str = "x"
+    target: float | None = None
+    at_least: bool = True
+    per_row: float | None = None
+    note: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool | None:
+        """Whether `figure` reaches its target; None where one of them is missing."""
+        if self.figure is None or self.target is None:
+            return None
+        return self.figure >= self.target if self.at_least else self.figure <= self.target
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, and `met`."""
+        return {**asdict(self), "met": self.met}
+
+
+def cpu_seconds(run: Callable[[], object]) -> float:
+    """Processor time of this process that a call took: waits for other processes do not count."""
+    begun = time.process_time()
+    run()
+    return time.process_time() - begun
+
+
+def cuda_seconds(run: Callable[[], object]) -> float:
+    """Time of a call on the current CUDA device, between two events."""
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun.record()
+    run()
+    ended.record()
+    ended.synchronize()
+    return float(begun.elapsed_time(ended)) / 1e3
+
+
+def interleaved(
+    tasks: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    seconds: Callable[[Callable[[], object]], float] = cpu_seconds,
+) -> dict[str, Timing]:
+    """The timing of each task: all once to warm up, then `repeats` rounds of all in turn."""
+    for task in tasks.values():
+        task()
+    rounds = [{name: seconds(task) for name, task in tasks.items()} for _ in range(repeats)]
+    return {name: Timing(tuple(each[name] for each in rounds)) for name in tasks}
+
+
+def times_faster(
+    section: str,
+    what: str,
+    ours: Timing,
+    other: Timing,
+    *,
+    rows: tuple[int, int] | None = None,
+    target: float | None = None,
+    note: str = "",
+    **detail: Any,
+) -> Row:
+    """The row of how many times faster `ours` is; `rows` are the rows that each side worked on."""
+    sides: dict[str, dict[str, Any]] = {
+        "mdiff": {"seconds": ours.seconds},
+        "other": {"seconds": other.seconds},
+    }
+    figure = other.minimum / ours.minimum
+    per_row = None
+    if rows is not None:
+        sides["mdiff"]["rows"], sides["other"]["rows"] = rows
+        per_row = figure * rows[0] / rows[1]
+    return Row(
+        section, what, figure, other.median / ours.median, target=target, per_row=per_row,
+        note=note, detail={**sides, **detail},
+    )  # fmt: skip
