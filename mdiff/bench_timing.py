@@ -15,14 +15,15 @@ import torch
 class Size:
     """How large the measured cases are; the defaults are those that the targets are stated for.
 
-    `rows` N of the draw and of the loss, half of them hidden; `vocab` V throughout and `small`
-    the other one of the draw; `repeats` of the draw, `loss_repeats`. The generation has `length`
+    `rows` N of the draw and of the loss, half of them hidden; `vocab` V throughout, and `small`
+    the other one of the draw, with `small_rows`; `repeats` of the draw, `loss_repeats`. The generation has `length`
     L, `depth` layers and `steps` steps in the baselines, of which `timed` are run unless `full`.
     """
 
     rows: int = 1024
     vocab: int = 50_257
     small: int = 4096
+    small_rows: int = 1024
     repeats: int = 3
     loss_repeats: int = 3
     length: int = 256
@@ -33,9 +34,15 @@ class Size:
     full: bool = False
 
 
+# What is measured by: processor time, and the clock on the wall.
+CLOCKS: Mapping[str, Callable[[], float]] = {
+    "process": time.process_time,
+    "clock": time.perf_counter,
+}
+
 DEFAULT = Size()
 FULL = Size(full=True)
-QUICK = Size(rows=64, repeats=2, loss_repeats=1, length=32, timed=4)
+QUICK = Size(rows=64, small_rows=512, repeats=2, loss_repeats=1, length=32, timed=4)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from importlib.util import find_spec
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -90,7 +92,7 @@ def mdlm_sampler(
     but the categorical over all places is drawn at every step.
     """
     tokens, p_NV = canvas, None
-    for t, s in zip(times, times[1:]):
+    for t, s in pairwise(times):
         called = p_NV is None
         if p_NV is None:
             p_NV = mdlm_probabilities(denoiser(tokens)[0], tokens[0], mask_id=mask_id, dtype=dtype)
@@ -149,6 +151,7 @@ def amused_step(
     return torch.where(sure_N < cut, mask_id, drawn_N), drawn_N
 
 
+@lru_cache(maxsize=4)
 def diffusers_amused_step(mask_id: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """`amused_step` by the installed diffusers: logits (N, V), tokens (N,) -> both tokens (N,).
 

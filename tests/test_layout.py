@@ -33,7 +33,9 @@ FLOORS = [
      "safe_yaml", "shard_writing", "shards", "sources", "tokenizer"},
     {"config", "checkpoint", "locate", "loading", "journal", "optim", "training_state"},
     {"stepping", "run", "train", "generation", "sampling", "pipeline", "representation",
-     "metrics", "judge", "scoring", "picture_figures", "evaluate", "selftest", "trace", "ranking"},
+     "metrics", "judge", "scoring", "picture_figures", "evaluate", "selftest", "trace", "ranking",
+     "machine", "peers", "bench", "bench_draw", "bench_generation", "bench_loss", "bench_sides",
+     "bench_timing"},
     {"cli", "__main__"},
 ]  # fmt: skip
 ROOMS = {"modalities", "codecs", "backbones", "samplers"}

@@ -24,6 +24,7 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 
 def app() -> typer.Typer:
     """The command line with every command; heavy modules are imported when one runs."""
+    from mdiff.cli.bench import bench
     from mdiff.cli.demo import demo
     from mdiff.cli.doctor import doctor
     from mdiff.cli.edit import edit
@@ -49,6 +50,7 @@ def app() -> typer.Typer:
         ("train", train),
         ("inspect", inspect),
         ("doctor", doctor),
+        ("bench", bench),
     ):
         line.command(name)(command)
     line.add_typer(tokenizer, name="tokenizer")

@@ -1,0 +1,137 @@
+"""`mdiff bench`: how fast this machine draws, learns and generates, against what others run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mdiff.cli.console import message, result, result_json, writable
+from mdiff.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from mdiff.bench_sides import Law
+    from mdiff.bench_timing import Row, Size
+
+NAMES = ("draw", "loss", "generation", "overhead")
+WIDTH = 86
+
+
+def bench(
+    only: Annotated[
+        str | None, typer.Option(help=f"Of {','.join(NAMES)}; several with commas.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Under 20 s, on cases too small for the targets.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Every step of the generations: the better part of 1 h.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A JSON file to write as well.")] = None,
+) -> None:
+    """Time the hot loops against public samplers and losses, on one thread."""
+    sections = chosen(only)
+    size = sized(quick=quick, full=full)
+    writable(out)
+    report: dict[str, Any] = {"quick": quick, "full": full, "sections": sections}
+    try:
+        measure(report, sections, size, show=not as_json)
+    finally:
+        # Also of a run that was interrupted: what was measured so far.
+        if as_json:
+            result_json(report)
+        if out is not None:
+            out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            message(f"wrote {out}")
+
+
+def chosen(only: str | None) -> list[str]:
+    """The sections to run; ConfigError for a name that is not one."""
+    if only is None:
+        return list(NAMES)
+    asked = [name.strip() for name in only.split(",")]
+    for name in asked:
+        if name not in NAMES:
+            raise ConfigError(f"--only {name!r}: {nearest(name, NAMES)}")
+    return [name for name in NAMES if name in asked]
+
+
+def sized(*, quick: bool, full: bool) -> Size:
+    """The sizes to run at; ConfigError for both options."""
+    if quick and full:
+        raise ConfigError("--quick and --full: give one of them")
+    from mdiff.bench_timing import DEFAULT, FULL, QUICK
+
+    return QUICK if quick else FULL if full else DEFAULT
+
+
+def measure(report: dict[str, Any], sections: list[str], size: Size, *, show: bool) -> None:
+    """Fill the report, and print what is known as soon as it is, where it is to be shown."""
+    from mdiff.bench import Bench
+
+    begun = time.perf_counter()
+    run = Bench(size, say=message)
+    report.update(run.environment(), interrupted=True, laws=[], rows=[])
+    if show:
+        heading(report)
+    if "draw" in sections or "generation" in sections:
+        for law in run.check():
+            passed = {"name": law.name, "p_value": law.p_value, "given_kept": law.given_kept}
+            report["laws"].append({**passed, "passed": law.passed})
+            if show:
+                result(law_line(law))
+    if show:
+        result(f"{'':<{WIDTH}} {'minimum':>9} {'median':>9} {'a row':>8} {'target':>11}")
+    for row in run.rows(sections):
+        report["rows"].append(row.as_json())
+        if show:
+            result(line(row))
+    report["interrupted"] = False
+    report["seconds"] = round(time.perf_counter() - begun, 1)
+    if show:
+        result(f"{report['seconds']} s")
+
+
+def heading(report: dict[str, Any]) -> None:
+    """The machine and how it is measured."""
+    on = report["machine"]
+    shown = (f"{name} {on[name] or 'missing'}" for name in ("torch", "python", "diffusers"))
+    result(f"mdiff {on['mdiff']}, {', '.join(shown)}; {on['cpu']}, {on['threads']} thread")
+    if report["quick"]:
+        result("quick: cases too small for the targets; run without --quick to judge by them")
+    result(report["method"])
+
+
+def law_line(law: Law) -> str:
+    """One side's law, and what failed."""
+    word = "ok  " if law.passed else "FAIL"
+    kept = "" if law.given_kept else ", changes given tokens"
+    return f"{word} law of {law.name}: chi-square p = {law.p_value:.3g}{kept}"
+
+
+def line(row: Row) -> str:
+    """One row: the figure, of the medians, a row, the target and whether it was met."""
+    if row.figure is None:
+        return f"{row.what}: {row.note}"
+    sign = ">=" if row.at_least else "<="
+    target = "" if row.target is None else f"{sign} {shown(row.target, row.unit)}"
+    met = {True: "met", False: "MISSED", None: ""}[row.met]
+    per_row = "" if row.per_row is None else f"{row.per_row:.1f}x"
+    median = "" if row.median is None else shown(row.median, row.unit)
+    figures = f"{shown(row.figure, row.unit):>9} {median:>9} {per_row:>8} {target:>11} {met}"
+    return f"{row.what:<{WIDTH}} {figures}{'; ' + row.note if row.note else ''}".rstrip()
+
+
+def shown(value: float, unit: str) -> str:
+    """A figure in its unit.
+
+    >>> shown(12.34, "x"), shown(0.5, "%"), shown(2e-7, "")
+    ('12.3x', '0.50 %', '2.0e-07')
+    """
+    if unit == "x":
+        return f"{value:,.1f}x"
+    return f"{value:.2f} %" if unit == "%" else f"{value:.1e}"
