@@ -12,7 +12,6 @@ from mdiff.bench_sides import (
     DIFFUSERS,
     LLADA,
     MDLM,
-    MDLM_FLOAT32,
     OURS,
     Case,
     Law,
@@ -43,22 +42,25 @@ def draw_rows(
     size: Size, found: Mapping[str, Side], checked: Mapping[str, Law], say: Callable[[str], None]
 ) -> Iterator[Row]:
     """The draw of each backend against each baseline, then the pass against reading alone."""
-    others = [name for name in found if name not in (*OURS, MDLM_FLOAT32)]
+    others = [name for name in (MDLM, LLADA, AMUSED, DIFFUSERS) if name in found]
+    backends = [name for name in OURS if name in found]
     for vocab, rows in ((size.vocab, size.rows), (size.small, size.small_rows)):
         case = make_case(rows, vocab, dtype=torch.float32)
         say(f"draw, V = {vocab:,}, {rows} rows")
-        tasks = {name: _task(found[name], case) for name in found if name != MDLM_FLOAT32}
+        tasks = {name: _task(found[name], case) for name in backends + others}
         timings = interleaved(tasks, repeats=size.repeats)
-        for ours in (name for name in OURS if name in found):
+        for ours in backends:
             for other in others:
                 yield times_faster(
-                    "draw", f"draw by {ours}, V = {vocab:,}, against {other}",
+                    "draw",
+                    f"draw by {ours}, V = {vocab:,}, {len(case.asked)} rows, against {other}, "
+                    f"{rows:,} rows",
                     timings[ours], timings[other], rows=(len(case.asked), rows),
                     target=TARGETS.get((ours, vocab), {}).get(other),
                     note=failures(checked, ours, other),
                 )  # fmt: skip
     say("draw, one pass against reading alone")
-    yield from (pass_row(name, size) for name in OURS[:1] if name in found)
+    yield from (pass_row(name, size) for name in backends[:1])
 
 
 def pass_row(backend: str, size: Size) -> Row:
@@ -82,7 +84,7 @@ def pass_row(backend: str, size: Size) -> Row:
     reader = min(readers, key=lambda name: timings[name].minimum)
     ours, read = timings["draw"], timings[reader]
     return Row(
-        "draw", f"one pass by {backend}, V = {size.vocab:,}: share of the read bandwidth",
+        "draw", f"draw by {backend}, V = {size.vocab:,}: share of the read bandwidth",
         100 * read.minimum / ours.minimum, 100 * read.median / ours.median, unit="%",
         target=READ_SHARE,
         detail={

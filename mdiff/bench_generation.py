@@ -66,7 +66,7 @@ def overhead_row(size: Size, say: Callable[[str], None]) -> Row:
     """The share of a step of first hitting that is not spent in the model, one sample."""
     say(f"overhead, V = {size.vocab:,}, L = {size.length}")
     torch.manual_seed(0)
-    whole, inside = step_seconds(vocab=size.vocab, length=size.length)["process"]
+    whole, inside = step_seconds(vocab=size.vocab, length=size.length)["thread"]
     outside = [w - i for w, i in zip(whole, inside)]
     step, rest = Timing(tuple(whole)), Timing(tuple(outside))
     return Row(
@@ -163,7 +163,7 @@ def expected_calls(steps: int, length: int) -> float:
     >>> expected_calls(1000, 1)
     1.0
     """
-    return steps * -torch.expm1(length * torch.log1p(torch.tensor(-1.0 / steps).double())).item()
+    return steps * (1 - (1 - 1 / steps) ** length)
 
 
 def generation_rows(
@@ -182,7 +182,7 @@ def generation_rows(
             seconds[MDLM_FLOAT32].append(baseline(number, cached=True))
     expected = round(expected_calls(size.steps, size.length))
     for name, label, calls, target in (
-        (MDLM, "ancestral steps with a float64 draw", size.steps, ANCESTRAL_TARGET),
+        (MDLM, "ancestral float64 steps", size.steps, ANCESTRAL_TARGET),
         (MDLM_FLOAT32, "cached float32 steps", expected, CACHED_TARGET),
     ):
         yield _generation_row(
@@ -209,8 +209,7 @@ def _generation_row(
     ]
     return times_faster(
         "generation",
-        f"{size.depth} layers, L = {size.length}, V = {size.vocab:,}, against {size.steps:,} "
-        f"{label}{how}",
+        f"generation, V = {size.vocab:,}, L = {size.length}, against {size.steps:,} {label}{how}",
         Timing(tuple(size.length * each for each in ours)),
         Timing(tuple(size.steps * each for each in other)),
         target=target, note=note, backend=backend_name(), extrapolated=not size.full,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from mdiff.bench_timing import Row, Size
 
 NAMES = ("draw", "loss", "generation", "overhead")
-WIDTH = 86
+# Columns of what is measured, and of running text.
+WIDTH, LINE = 86, 100
 
 
 def bench(
@@ -103,7 +105,7 @@ def heading(report: dict[str, Any]) -> None:
     result(f"mdiff {on['mdiff']}, {', '.join(shown)}; {on['cpu']}, {on['threads']} thread")
     if report["quick"]:
         result("quick: cases too small for the targets; run without --quick to judge by them")
-    result(report["method"])
+    result(fill(report["method"], LINE))
 
 
 def law_line(law: Law) -> str:
