@@ -22,10 +22,11 @@ from mdiff.ops import backend_name
 SECTIONS = ("draw", "loss", "generation", "overhead")
 
 METHOD = (
-    "both sides get the same logits, are warmed up and run in turns in one process on one thread; "
-    "seconds are processor time of the process; a figure is the other's least repeat over ours, "
-    "and beside it of the medians; ours works on the hidden rows, which it asked the model for, "
-    "the others on all rows, as published; a row is the figure divided by that"
+    "Both sides get the same logits, are warmed up and run in turns, in one process, on one "
+    "thread; seconds are processor time. minimum: the other's least repeat over ours (of a "
+    "generation, all of its steps over ours); median: the same of medians. mdiff works on the "
+    "hidden rows, which it asks the model for, the others on all rows, as published; a row: the "
+    "time of one row over that of one of ours."
 )
 
 

@@ -67,10 +67,10 @@ class Timing:
 class Row:
     """A line of the table.
 
-    `figure` is of the minima over the repeats and `median` of their medians, in `unit`: "x" is
-    the other's time (or memory) over ours, "%" a share, "" a plain number. `figure` None says
-    that nothing was measured, and `note` why. `target` None is a figure without one. `detail`
-    holds both sides: seconds of each repeat, rows, law.
+    `figure` is of the minima over the repeats (of a generation, of the whole) and `median` of
+    the medians, in `unit`: "x" is the other's time (or memory) over ours, "%" a share, "" a
+    plain number. `figure` None says that nothing was measured, and `note` why. `target` None is
+    a figure without one. `detail` holds both sides: seconds of each repeat, rows.
     """
 
     section: str

@@ -14,7 +14,6 @@ from mdiff.denoiser import from_logits
 from mdiff.ops import BACKENDS
 from mdiff.peers import amused_step, mdlm_sampler, mdlm_step
 
-
 # the law of the sides
 
 

@@ -30,7 +30,7 @@ def bench(
         bool, typer.Option("--quick", help="Under 20 s, on cases too small for the targets.")
     ] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="Every step of the generations: the better part of 1 h.")
+        bool, typer.Option("--full", help="Every step of the generations: half an hour.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     out: Annotated[Path | None, typer.Option(help="A JSON file to write as well.")] = None,
