@@ -81,7 +81,8 @@ class Bench:
         for why in self.missing:
             yield Row("draw", "draw", note=f"not measured: {why}")
         yield from draw_rows(self.size, self.found, self.laws, self.say)
-        yield from gpu_rows(self.size, self.say)
+        if torch.cuda.is_available():
+            yield from gpu_rows(self.size, self.say)
 
 
 @contextmanager

@@ -160,8 +160,8 @@ class Generation:
 def expected_calls(steps: int, length: int) -> float:
     """How many steps of m(t) = t change something, on average: each place picks one of them.
 
-    >>> expected_calls(1000, 1)
-    1.0
+    >>> round(expected_calls(1000, 256), 1)
+    226.0
     """
     return steps * (1 - (1 - 1 / steps) ** length)
 

@@ -41,6 +41,9 @@ CLOCKS: Mapping[str, Callable[[], float]] = {
     "clock": time.perf_counter,
 }
 
+# About 5 ms of a GPU, longer than Python takes to launch what is timed there.
+BUSY_CYCLES = 10_000_000
+
 DEFAULT = Size()
 FULL = Size(full=True)
 QUICK = Size(rows=64, small_rows=512, repeats=2, loss_repeats=1, length=32, timed=4)
@@ -104,9 +107,14 @@ def cpu_seconds(run: Callable[[], object]) -> float:
 
 
 def cuda_seconds(run: Callable[[], object]) -> float:
-    """Time of a call on the current CUDA device, between two events."""
+    """Time of a call on the current CUDA device, between two events.
+
+    The device is busy until the call is queued, so that this is the time of the kernels and not
+    of Python, which launches them, unless the call itself waits for the device.
+    """
     begun = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
     begun.record()
     run()
     ended.record()

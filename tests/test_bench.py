@@ -14,10 +14,11 @@ from torch import Tensor
 
 from mdiff import bench_timing
 from mdiff.bench import SECTIONS, Bench, one_thread
+from mdiff.bench_draw import gpu_rows
 from mdiff.bench_generation import Generation, expected_calls, generation_rows, overhead_row
 from mdiff.bench_loss import PeakBytes, Problem, loss_rows
 from mdiff.bench_sides import MDLM_FLOAT32, laws, sides
-from mdiff.bench_timing import Row, Size, Timing, interleaved, times_faster
+from mdiff.bench_timing import Row, Size, Timing, cpu_seconds, interleaved, times_faster
 from mdiff.cli import run
 from mdiff.cli.bench import NAMES
 from mdiff.machine import last_cache_bytes
@@ -69,6 +70,22 @@ def test_the_share_outside_the_model_is_a_share() -> None:
     assert 0 < row.figure < 100
     assert row.unit == "%"
     assert not row.at_least
+
+
+def test_the_rows_of_a_gpu_compare_equal_numbers_of_rows() -> None:
+    """On the CPU, by its clock: the laws, the sides and the rows, not the times."""
+    rows = list(
+        gpu_rows(TINY, quiet, device="cpu", ours="torch", vocab=67, seconds=cpu_seconds)
+    )  # fmt: skip
+    assert [row.target for row in rows] == [45, 40]
+    assert [row.note for row in rows] == ["", ""]
+    assert all(row.per_row == row.figure for row in rows)
+
+
+def test_a_backend_that_is_missing_is_said_to_be() -> None:
+    (row,) = gpu_rows(TINY, quiet, device="cpu", ours="tritan", vocab=67, seconds=cpu_seconds)
+    assert row.figure is None
+    assert "'tritan' is not here" in row.note
 
 
 # the loss
