@@ -11,9 +11,11 @@ import torch
 from mdiff.checkpoint import staged, write_json
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
+from mdiff.families import load_published, recognised, supported
 from mdiff.files import read_json
 from mdiff.find import find, names
 from mdiff.locate import CONFIG, PIPELINE, locate
+from mdiff.published import Published
 from mdiff.schedule import SCHEDULES, Linear, Schedule, named_schedule
 from mdiff.tokens import TokenSpace
 
@@ -54,8 +56,10 @@ def load_parts(
     kind = _dtype(dtype)
     place = _device(device)
     folder = locate(name)
-    ours = (folder / PIPELINE).exists()
-    parts = _own(folder, kind, mask_id) if ours else _foreign(folder, kind, mask_id)
+    if (folder / PIPELINE).exists():
+        parts = _own(folder, kind, mask_id)
+    else:
+        parts = _foreign(folder, kind, mask_id, place)
     if block_length is not None:
         if not hasattr(parts.denoiser, "block_length"):
             raise ConfigError(f"block_length={block_length}: {name} is not a block model")
@@ -121,29 +125,53 @@ def _check_part(folder: Path, name: Any) -> None:
         raise CheckpointError(f"{folder / PIPELINE}: {name!r} is not a part of mdiff")
 
 
-def _foreign(folder: Path, dtype: torch.dtype | None, mask_id: int | None) -> Parts:
-    """A Hugging Face masked language model, with its tokenizer or without one."""
+def _foreign(
+    folder: Path, dtype: torch.dtype | None, mask_id: int | None, place: torch.device
+) -> Parts:
+    """A model of another project or a Hugging Face masked language model, with its tokenizer or
+    without one.
+    """
     described = read_json(folder / CONFIG)
-    has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
-    text: Any = None
-    if has_tokenizer:
-        text = find("modalities", "text")(tokenizer=str(folder), mask_id=mask_id, folder=folder)
-        if mask_id is None:
-            mask_id = text.tokenizer.mask_id
+    room = recognised(folder)
+    module: Any = None
+    if room is not None:
+        module = load_published(folder, room, dtype=dtype, device=place)
+        mask_id = module.mask_id if mask_id is None else mask_id
+    text = _text_of(folder, mask_id)
     if mask_id is None:
-        mask_id = described.get("mask_id")
+        mask_id = described.get("mask_id") if text is None else text.tokenizer.mask_id
     if type(mask_id) is not int:
         raise ConfigError(f"{folder} does not say which id is the mask: give mask_id=")
-    denoiser = _denoiser(folder, dtype, mask_id=mask_id)
+    denoiser = module or _masked_lm(folder, described, dtype, mask_id)
     space = TokenSpace(_columns(denoiser), mask_id=mask_id)
     if text is not None and text.tokenizer.size > max(space.vocab_size, mask_id + 1):
         raise DataError(
             f"{folder}: the tokenizer has {text.tokenizer.size} ids, the model {space.vocab_size}"
         )
     modality = text or find("modalities", "ids")(vocab_size=space.vocab_size, mask_id=mask_id)
-    own = getattr(denoiser, "max_length", None)
+    own = getattr(denoiser, "window", None) or getattr(denoiser, "max_length", None)
     window = own or described.get("max_position_embeddings", described.get("max_length"))
     return Parts(denoiser, space, modality, Linear(), window if type(window) is int else None)
+
+
+def _text_of(folder: Path, mask_id: int | None) -> Any:
+    """The modality of the folder's tokenizer; None without one."""
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    return find("modalities", "text")(tokenizer=str(folder), mask_id=mask_id, folder=folder)
+
+
+def _masked_lm(
+    folder: Path, described: dict[str, Any], dtype: torch.dtype | None, mask_id: int
+) -> Denoiser:
+    """A masked language model of transformers; CheckpointError for another architecture."""
+    for name in described.get("architectures") or []:
+        if not name.endswith("ForMaskedLM"):
+            raise CheckpointError(
+                f"{folder} is a {name[:80]}, which is not supported; "
+                f"{nearest(name, [*supported(), 'any ...ForMaskedLM'])}"
+            )
+    return _denoiser(folder, dtype, mask_id=mask_id)
 
 
 def _denoiser(folder: Path, dtype: torch.dtype | None, *, mask_id: int) -> Denoiser:
@@ -175,6 +203,8 @@ def _denoiser(folder: Path, dtype: torch.dtype | None, *, mask_id: int) -> Denoi
 
 
 def _columns(denoiser: Any) -> int:
+    if isinstance(denoiser, Published):
+        return denoiser.vocab_size
     config = getattr(denoiser, "config", None) or denoiser.model.config
     return int(config.vocab_size)
 
