@@ -1,4 +1,4 @@
-"""Triton in its interpreter: a test module imports this before anything that imports Triton.
+"""Triton in its interpreter: conftest.py imports this before anything that imports Triton.
 
 The variable counts while Triton is imported and while a kernel runs, so that it is set there and
 nowhere else: other tests and the programs that they start do not see it.
@@ -14,7 +14,7 @@ NAME = "TRITON_INTERPRET"
 
 
 def kernels_in_the_interpreter():
-    """Import the kernels as functions of the interpreter, unless Triton is there already."""
+    """Import the kernels as functions of the interpreter."""
     before = os.environ.get(NAME)
     os.environ[NAME] = "1"
     try:

@@ -1,0 +1,3 @@
+"""What has to come before every test module: Triton, imported for its interpreter."""
+
+import interpreted  # noqa: F401
