@@ -11,7 +11,6 @@ from torch import Tensor
 from mdiff.backbones.transformer import transformer
 from mdiff.bench_sides import MDLM, MDLM_FLOAT32, Law, failures
 from mdiff.bench_timing import CLOCKS, Row, Size, Timing, cpu_seconds
-from mdiff.denoiser import Denoiser
 from mdiff.ops import backend_name
 from mdiff.peers import mdlm_draw, mdlm_probabilities, mdlm_sampler
 from mdiff.samplers.first_hitting import first_hitting
@@ -25,19 +24,36 @@ WARM = 5
 
 
 class Timed:
-    """A Denoiser that notes the seconds spent in another, by each of `CLOCKS`."""
+    """A Denoiser that adds up the seconds spent in another and its head, by each of `CLOCKS`."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: Any) -> None:
         self.denoiser = denoiser
         self.uses_time = denoiser.uses_time
-        self.seconds: list[tuple[float, ...]] = []
+        self.seconds = [0.0] * len(CLOCKS)
 
     def __call__(self, tokens: Tensor, **rest: Any) -> Tensor:
         """The other's logits."""
+        return self._timed(lambda: self.denoiser(tokens, **rest))
+
+    def features(self, tokens: Tensor, **rest: Any) -> Tensor:
+        """What the other's head reads."""
+        return self._timed(lambda: self.denoiser.features(tokens, **rest))
+
+    def head(self, x: Tensor) -> Tensor:
+        """The logits of features."""
+        return self._timed(lambda: self.denoiser.head(x))
+
+    def taken(self) -> tuple[float, ...]:
+        """The seconds since this was last asked."""
+        seconds, self.seconds = self.seconds, [0.0] * len(CLOCKS)
+        return tuple(seconds)
+
+    def _timed(self, run: Callable[[], Tensor]) -> Tensor:
         begun = [clock() for clock in CLOCKS.values()]
-        logits = self.denoiser(tokens, **rest)
-        self.seconds.append(tuple(c() - b for c, b in zip(CLOCKS.values(), begun)))
-        return logits
+        result = run()
+        for i, clock in enumerate(CLOCKS.values()):
+            self.seconds[i] += clock() - begun[i]
+        return result
 
 
 def step_seconds(
@@ -50,14 +66,15 @@ def step_seconds(
     """
     space = TokenSpace(vocab, mask_id=vocab)
     model = Timed(transformer(vocab_size=vocab, max_length=length, **OVERHEAD_SHAPE).eval())
-    steps = []
+    steps, inside = [], []
     with torch.inference_mode():
         begun = [clock() for clock in CLOCKS.values()]
         for _ in first_hitting(model, hidden_canvas(samples, length, space=space), space=space):
             steps.append(tuple(c() - b for c, b in zip(CLOCKS.values(), begun)))
+            inside.append(model.taken())
             begun = [clock() for clock in CLOCKS.values()]
     return {
-        name: ([s[i] for s in steps[WARM:]], [s[i] for s in model.seconds[WARM:]])
+        name: ([s[i] for s in steps[WARM:]], [s[i] for s in inside[WARM:]])
         for i, name in enumerate(CLOCKS)
     }
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Condition, Denoiser, Rows, evaluations, rows_of
+from mdiff.denoiser import Condition, Denoiser, evaluations, rows_of
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.kernels.reveal_torch import written
-from mdiff.ops import Draw, Revealed, check_filters, draw, head_and_draw, reveal
+from mdiff.ops import Draw, Revealed, drawing, reveal
 from mdiff.schedule import Schedule
 from mdiff.tokens import TokenSpace, ranks
 
@@ -66,7 +65,6 @@ class Filling:
     ) -> None:
         """Check the border and copy the canvas (B, L); raises ConfigError or DataError."""
         space.check(canvas, valid)
-        check_filters(temperature, top_k, top_p, min_p)
         rows, device = canvas.shape[0], canvas.device
         self.denoiser, self.space, self.valid = denoiser, space, valid
         self.cond = dict(cond or {})
@@ -93,10 +91,13 @@ class Filling:
         ).flatten(1)
         self.spans = space.spans(canvas.shape[1], device)
         self.calls = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.options: dict[str, Any] = {
-            "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-            "measure": measure, "never": space.forbidden,
-        }  # fmt: skip
+        self.draw = drawing(
+            space.vocab_size, device=device.type, temperature=temperature, top_k=top_k,
+            top_p=top_p, min_p=min_p, measure=measure, never=space.forbidden,
+        )  # fmt: skip
+        # What every call costs a row; None where that depends on the canvas.
+        varies = getattr(denoiser, "row_evaluations", None) is not None
+        self.cost = None if varies else int(getattr(denoiser, "evaluations", 1))
         # The places of the last call, in the order of its draws: (N,) of B * L.
         self.place = torch.empty(0, dtype=torch.int64, device=device)
         self.active: tuple[int, ...] = ()
@@ -145,16 +146,23 @@ class Filling:
             self.denoiser, tokens, at=asked, valid=valid,
             t=t.float() if self.denoiser.uses_time else None, cond=cond or None,
         )  # fmt: skip
-        spent = evaluations(self.denoiser, tokens, valid=valid, cond=cond or None)
+        spent: int | Tensor | None = self.cost
+        if spent is None:
+            spent = evaluations(self.denoiser, tokens, valid=valid, cond=cond or None)
         if everyone:
             self.calls = self.calls + spent
         else:
             more = torch.as_tensor(spent, device=self.calls.device).expand(len(active))
             self.calls = self.calls.index_add(0, chosen, more)
-        return self._draw(
-            rows, seed=seed, sample=sample, step=step, position=position,
-            span=None if self.spans is None else self.spans[self.place % at.shape[1]],
-        )  # fmt: skip
+        row = {
+            "seed": seed, "sample": sample, "position": position,
+            "step": torch.full_like(seed, step),
+            "span": None if self.spans is None else self.spans[self.place % at.shape[1]],
+            "unconditional": rows.unconditional, "scale": rows.scale,
+        }  # fmt: skip
+        if rows.head is None:
+            return self.draw(rows.conditional, **row)
+        return self.draw.of_features(rows.conditional, rows.head, **row)
 
     def _on_device(self, active: tuple[int, ...]) -> Tensor:
         """The numbers of the rows as a tensor, kept until they change."""
@@ -164,22 +172,6 @@ class Filling:
                 numbers = numbers.pin_memory().to(self.tokens.device, non_blocking=True)
             self.active, self.active_rows = active, numbers.to(self.tokens.device)
         return self.active_rows
-
-    def _draw(self, rows: Rows, **counter: Any) -> Draw:
-        options = counter | self.options
-        if rows.unconditional is not None:
-            options |= {"unconditional": rows.unconditional, "guidance_scale": rows.scale}
-        if rows.head is not None:
-            return head_and_draw(
-                rows.conditional, rows.head, vocab_size=self.space.vocab_size, **options
-            )
-        logits = rows.conditional
-        if logits.dim() != 2 or logits.shape[1] != self.space.vocab_size:
-            raise ConfigError(
-                f"the denoiser gave logits {tuple(logits.shape)}; "
-                f"the space has {self.space.vocab_size} ids"
-            )
-        return draw(logits, **options)
 
     def reveal(self, at: Tensor, drawn: Draw, t: Tensor, *, number: Sequence[int]) -> State:
         """Write the draws of the places `at`, `number` in each sample; the new state."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ if LIBRARY is None:
 else:
     BACKENDS["c"] = draw_c
 REVEALS: dict[str, Callable[..., Revealed]] = {"torch": reveal_torch, "triton": reveal_triton}
-# Logits that exist at once in `head_and_draw`: 16 MB of float32 on a CPU, 512 MB elsewhere.
+# Logits that exist at once in `of_features`: 16 MB of float32 on a CPU, 512 MB elsewhere.
 CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
@@ -62,7 +63,7 @@ def backend_name(name: str | None = None, *, device: str = "cpu") -> str:
     return chosen
 
 
-def _drawing(name: str) -> Callable[..., Draw]:
+def _backend(name: str) -> Callable[..., Draw]:
     return draw_triton if name == "triton" else BACKENDS[name]
 
 
@@ -112,17 +113,11 @@ def draw(
     """
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ConfigError(f"logits {tuple(logits.shape)} {logits.dtype}: expected (N, V) floats")
-    if logits.shape[1] == 0:
-        raise ConfigError("logits without columns: need a vocabulary of at least 1")
-    check_filters(temperature, top_k, top_p, min_p)
-    forbidden = tuple(sorted(set(never)))
-    if forbidden and not 0 <= forbidden[0] <= forbidden[-1] < logits.shape[1]:
-        raise ConfigError(f"never={forbidden}: expected ids below {logits.shape[1]}")
-    if len(forbidden) == logits.shape[1]:
-        raise ConfigError("never: every id is forbidden")
-    if measure not in ("model", "drawn"):
-        raise ConfigError(f"measure={measure!r}: expected 'model' or 'drawn'")
     rows, device = logits.shape[0], logits.device
+    settled = drawing(
+        logits.shape[1], device=device.type, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, never=never, measure=measure, backend=backend,
+    )  # fmt: skip
     scale = None
     if unconditional is not None:
         if unconditional.shape != logits.shape or unconditional.dtype != logits.dtype:
@@ -133,65 +128,94 @@ def draw(
         scale = torch.as_tensor(guidance_scale, dtype=torch.float64, device=device).expand(rows)
     if sample is None and position is None:
         position = torch.arange(rows, device=device)
-    return _drawing(backend_name(backend, device=device.type))(
+    return settled(
         logits,
         seed=_per_row(seed, rows, device),
         sample=_per_row(0 if sample is None else sample, rows, device),
         step=_per_row(step, rows, device),
         position=_per_row(0 if position is None else position, rows, device),
-        temperature=float(temperature),
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        forbidden=forbidden,
         span=_span(span, rows, device),
-        measure=measure,
         unconditional=unconditional,
         scale=scale,
     )
 
 
-def head_and_draw(
-    features: Tensor,
-    head: Callable[[Tensor], Tensor],
-    *,
-    vocab_size: int,
-    unconditional: Tensor | None = None,
-    guidance_scale: float | Tensor = 1.0,
-    seed: Tensor,
-    sample: Tensor,
-    position: Tensor,
-    span: Tensor | None = None,
-    **options: Any,
-) -> Draw:
-    """`draw` of the logits that `head` makes of `features` (N, D), without all of them at once.
+@dataclass(frozen=True)
+class Drawing:
+    """A backend with the options of `draw` settled: what a sampler calls at every step."""
 
-    The head runs on as many rows at a time as have CHUNK[device] logits of `vocab_size`: on a
-    CPU they are drawn from while they lie in its last cache. `unconditional` (N, D) are the
-    features of the other branch; `seed`, `sample`, `position` are (N,), `span` (N, 2), and the
-    other options are those of `draw`. Raises ConfigError where the head has other columns.
-    """
-    most = CHUNK.get(features.device.type, CHUNK["cuda"])
-    size = max(1, most // vocab_size)
-    scale = guidance_scale
-    drawn = []
-    for first in range(0, max(len(features), 1), size):
-        part = slice(first, first + size)
-        logits = head(features[part])
-        if logits.shape[1:] != (vocab_size,):
+    run: Callable[..., Draw]
+    vocab_size: int
+    options: dict[str, Any]
+
+    def __call__(self, logits: Tensor, **row: Any) -> Draw:
+        """`draw` of logits (N, V); `row` are the arguments of a backend that differ by row.
+
+        `seed`, `sample`, `step`, `position` (N,) int64; `span` (N, 2) or None;
+        `unconditional` (N, V) and `scale` (N,) float64, or None.
+        """
+        if logits.dim() != 2 or logits.shape[1] != self.vocab_size:
             raise ConfigError(
-                f"the head gave logits {tuple(logits.shape)}; the space has {vocab_size} ids"
+                f"the denoiser gave logits {tuple(logits.shape)}; "
+                f"the space has {self.vocab_size} ids"
             )
-        drawn.append(
-            draw(
-                logits, seed=seed[part], sample=sample[part], position=position[part],
-                span=None if span is None else span[part],
-                unconditional=None if unconditional is None else head(unconditional[part]),
-                guidance_scale=scale[part] if isinstance(scale, Tensor) else scale,
-                **options,
-            )
-        )  # fmt: skip
-    return drawn[0] if len(drawn) == 1 else Draw(*(torch.cat(field) for field in zip(*drawn)))
+        return self.run(logits, **self.options, **row)
+
+    def of_features(
+        self, features: Tensor, head: Callable[[Tensor], Tensor], *,
+        unconditional: Tensor | None = None, **row: Tensor | None,
+    ) -> Draw:  # fmt: skip
+        """The same of the logits that `head` makes of `features` (N, D), not all at once.
+
+        The head runs on as many rows at a time as have CHUNK[device] logits: on a CPU they are
+        drawn from while they lie in its last cache. `unconditional` (N, D) are the features of
+        the other branch.
+        """
+        most = CHUNK.get(features.device.type, CHUNK["cuda"])
+        size = max(1, most // self.vocab_size)
+        if len(features) <= size:
+            other = None if unconditional is None else head(unconditional)
+            return self(head(features), unconditional=other, **row)
+        drawn = []
+        for first in range(0, len(features), size):
+            part = slice(first, first + size)
+            own = {name: None if each is None else each[part] for name, each in row.items()}
+            other = None if unconditional is None else head(unconditional[part])
+            drawn.append(self(head(features[part]), unconditional=other, **own))
+        return Draw(*(torch.cat(field) for field in zip(*drawn)))
+
+
+def drawing(
+    vocab_size: int,
+    *,
+    device: str = "cpu",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    never: tuple[int, ...] = (),
+    measure: str = "model",
+    backend: str | None = None,
+) -> Drawing:
+    """The options of `draw`, checked once for logits of `vocab_size` columns on a device type.
+
+    Raises ConfigError for options out of range, BackendError for a backend that is not here.
+    """
+    if vocab_size == 0:
+        raise ConfigError("logits without columns: need a vocabulary of at least 1")
+    check_filters(temperature, top_k, top_p, min_p)
+    forbidden = tuple(sorted(set(never)))
+    if forbidden and not 0 <= forbidden[0] <= forbidden[-1] < vocab_size:
+        raise ConfigError(f"never={forbidden}: expected ids below {vocab_size}")
+    if len(forbidden) == vocab_size:
+        raise ConfigError("never: every id is forbidden")
+    if measure not in ("model", "drawn"):
+        raise ConfigError(f"measure={measure!r}: expected 'model' or 'drawn'")
+    options = {
+        "temperature": float(temperature), "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "forbidden": forbidden, "measure": measure,
+    }  # fmt: skip
+    return Drawing(_backend(backend_name(backend, device=device)), vocab_size, options)
 
 
 def reveal(
