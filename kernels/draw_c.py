@@ -19,7 +19,7 @@ from mdiff.kernels.draw_torch import COLDEST, HOTTEST, draw_torch
 from mdiff.kernels.reference import TILE, Draw
 
 # The same number as in onepass.c: a library that was built from another file is refused.
-ABI = 2
+ABI = 3
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -41,6 +41,7 @@ def load(folders: list[str]) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{found[0].name} is of version {built}, not {ABI}: install again"
     library.onepass_draw.argtypes = [ctypes.c_char_p]
     library.onepass_draw.restype = ctypes.c_int32
+    library.onepass_choose(1)
     return library, ""
 
 

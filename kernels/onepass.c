@@ -22,7 +22,7 @@
 #endif
 
 /* The same number as in draw_c.py: raised when `request` or the meaning of a field changes. */
-#define ABI 2
+#define ABI 3
 
 /* One build for all machines: the loader takes the widest clone that the processor runs. */
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -257,13 +257,19 @@ sums_avx512(const void *logits, int64_t n, float reference, float inverse, int f
     return sums_by_lanes(logits, n, reference, inverse, FLOAT32);
 }
 
-__attribute__((constructor)) static void choose_sums(void)
-{
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f"))
-        sums_of = sums_avx512;
-}
 #endif
+
+/* Takes the widest loop that the processor runs, or the one for any; 1 where that is AVX-512. */
+EXPORT int32_t onepass_choose(int32_t widest)
+{
+    sums_of = sums_anywhere;
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (widest && __builtin_cpu_supports("avx512f"))
+        sums_of = sums_avx512;
+#endif
+    return sums_of != sums_anywhere;
+}
 
 /* The same sums relative to a higher peak. */
 INLINE void rescale(struct law *law, float old, float peak)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -333,3 +334,33 @@ def test_a_peak_that_rises_all_along_a_row_or_at_once_loses_nothing(order):
         same = one.tokens == true.tokens
         for a, b in zip(one[1:], true[1:]):
             assert torch.allclose(a[same].double(), b[same], atol=2e-5)
+
+
+@needs_the_library
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_p": 0.8}], ids=str)
+def test_the_loop_for_any_processor_gives_what_the_widest_gives(kind, options):
+    logits = normal(2000, 1100).to(kind)
+    logits[5, 30] = torch.nan
+    logits[6, 1099] = torch.inf
+    logits[7, :1050] = -torch.inf
+    try:
+        assert module.LIBRARY.onepass_choose(0) == 0
+        one = draw(logits, seed=3, backend="c", **options)
+    finally:
+        wide = module.LIBRARY.onepass_choose(1)
+    two = draw(logits, seed=3, backend="c", **options)
+    assert wide == ("avx512f" in cpu_flags())
+    assert (one.tokens == two.tokens).double().mean() > 0.999
+    same = one.tokens == two.tokens
+    for a, b in zip(one[1:], two[1:]):
+        assert torch.allclose(a[same], b[same], atol=1e-5, equal_nan=True)
+
+
+def cpu_flags():
+    """The instructions that this processor has, by Linux's names."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    return {word for line in text.splitlines() if line.startswith("flags") for word in line.split()}
