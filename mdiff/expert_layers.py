@@ -115,6 +115,10 @@ def mixed_heads(
     value = value.transpose(1, 2)
     if cache is not None:
         key, value = cache.joined(layer, key, value)
+    shares = query.shape[1] // key.shape[1]
+    if shares > 1 and sees is not None:
+        # The fused kernels that take a mask do not take groups.
+        key, value = key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
     mixed = F.scaled_dot_product_attention(
         query, key, value, attn_mask=sees, enable_gqa=key.shape[1] != query.shape[1]
     )
