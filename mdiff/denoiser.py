@@ -30,6 +30,9 @@ class Denoiser(Protocol):
     of which the call is made; `evaluations`, the number of model evaluations that one call
     costs each row (1 where absent, 2 where guided); and where that depends on the canvas,
     `row_evaluations(tokens, *, valid, cond)` -> the same as (B,) int64, which then counts.
+    A block model has `block_length`, None where it is not one. It may give `new_cache()`: a cache
+    of the places before a block, which keeps those of the tokens that it is called with while
+    its `growing` is true, has their number as its `length` and gives `of_rows(rows (N,))`.
     What is made of another denoiser may give `asked_rows(tokens, *, at, valid, t, cond)` -> Rows,
     so that `rows_of` need not see its logits.
     """
@@ -71,19 +74,22 @@ def rows_of(
     valid: Tensor | None = None,
     t: Tensor | None = None,
     cond: Condition | None = None,
+    cache: Any = None,
 ) -> Rows:
     """What the denoiser says of the places `at` (B, L) bool, row-major, as late as it can.
 
     Without the head where it has one of its own, so that logits need not exist all at once.
+    A `cache` is one of the denoiser's own.
     """
     own = getattr(denoiser, "asked_rows", None)
     if own is not None:
         rows: Rows = own(tokens, at=at, valid=valid, t=t, cond=cond)
         return rows
     features, head = getattr(denoiser, "features", None), getattr(denoiser, "head", None)
+    told: dict[str, Any] = {} if cache is None else {"cache": cache}
     if features is None or head is None:
-        return Rows(denoiser(tokens, at=at, valid=valid, t=t, cond=cond))
-    return Rows(features(tokens, at=at, valid=valid, t=t, cond=cond), head=head)
+        return Rows(denoiser(tokens, at=at, valid=valid, t=t, cond=cond, **told))
+    return Rows(features(tokens, at=at, valid=valid, t=t, cond=cond, **told), head=head)
 
 
 def evaluations(
@@ -160,6 +166,12 @@ class Guided:
         self.space = space
         self.ramp = ramp
         self.uses_time = denoiser.uses_time
+
+    @property
+    def block_length(self) -> int | None:
+        """The blocks of the guided model, None where it has none."""
+        length: int | None = getattr(self.denoiser, "block_length", None)
+        return length
 
     @property
     def evaluations(self) -> int:

@@ -63,6 +63,8 @@ def load_parts(
     if block_length is not None:
         if not hasattr(parts.denoiser, "block_length"):
             raise ConfigError(f"block_length={block_length}: {name} is not a block model")
+        if block_length < 1:
+            raise ConfigError(f"block_length={block_length}: need at least 1")
         parts.denoiser.block_length = block_length
     module: Any = parts.denoiser
     module.to(place).eval()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mdiff.block_cache import FinishedBlocks, can_keep
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
@@ -22,7 +23,7 @@ from mdiff.kernels.loss import CrossEntropy, row_nll
 from mdiff.kernels.loss_heads import hooked
 from mdiff.ops import masked_cross_entropy
 from mdiff.schedule import MIN_TIME, Schedule
-from mdiff.tokens import TokenSpace
+from mdiff.tokens import TokenSpace, ranks
 
 # The exact chain rule visits every subset of the places: 2^16 is where patience ends.
 EXACT_PLACES = 16
@@ -239,44 +240,98 @@ def nll_bound(
     row's estimate does not depend on its batch. A row without maskable places scores 0. No
     gradient is kept.
 
+    Of a block model the bound is the sum over its blocks of the bound of each, given those
+    before (Arriola et al. 2025, eq. 8); it does not see those after. A block has draws of its
+    own, and "exact" takes at most 16 places in each.
+
     Raises ConfigError for an unknown estimator, draws < 2, or an estimator that does not apply.
     """
     maskable = maskable_places(tokens, space=space, may_hide=may_hide, valid=valid)
     score = _Scorer(denoiser, tokens, space=space, valid=valid, cond=cond)
+    if sample is None:
+        sample = torch.arange(tokens.shape[0], device=tokens.device)
+    nats, variance = torch.zeros(2, len(tokens), dtype=torch.float64, device=tokens.device)
     with torch.no_grad():
-        if estimator in ("any_order", "time"):
-            if draws < 2:
-                raise ConfigError(f"draws={draws}: need at least 2 for a standard error")
-            if estimator == "any_order" and denoiser.uses_time:
-                raise ConfigError("this denoiser uses the time: take estimator='time'")
-            estimate = _any_order_draw if estimator == "any_order" else _time_draw
-            if sample is None:
-                sample = torch.arange(tokens.shape[0], device=tokens.device)
-            values = torch.stack([
-                estimate(score, maskable, schedule=schedule, seed=seed, sample=sample, step=step)
-                for step in range(draws)
-            ])  # fmt: skip
-            return Bound(values.mean(0), values.std(0) / math.sqrt(draws))
-        if estimator in ("exact", "left_to_right"):
-            if denoiser.uses_time:
-                raise ConfigError("this denoiser uses the time: take estimator='time'")
-            chain = _all_orders if estimator == "exact" else _left_to_right
-            nats = tokens.new_zeros(tokens.shape[0], dtype=torch.float64)
-            for weights, hidden in chain(maskable):
-                nats += (weights * score(hidden)).sum(1)
-            return Bound(nats, torch.zeros_like(nats))
+        for number, places in _own_blocks(denoiser, maskable, valid):
+            score.look_at(number)
+            part = _bound_of(
+                score, places, schedule=schedule, estimator=estimator, draws=draws,
+                seed=int(philox.derive(seed, 0, number)) if number else seed, sample=sample,
+            )  # fmt: skip
+            nats, variance = nats + part.nats, variance + part.stderr**2
+    return Bound(nats, variance.sqrt())
+
+
+def _own_blocks(
+    denoiser: Denoiser, maskable: Tensor, valid: Tensor | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Each block of a block model with its maskable places (B, L); else all are one block.
+
+    Blocks are runs of valid places, as the model counts them.
+    """
+    length: int | None = getattr(denoiser, "block_length", None)
+    if length is None:
+        yield 0, maskable
+        return
+    block = torch.where(maskable, ranks(maskable, valid) // length, -1)
+    # Without maskable places one empty block is left, so that what does not apply is refused.
+    for number in sorted(set(block[maskable].tolist())) or [0]:
+        yield number, block == number
+
+
+def _bound_of(
+    score: _Scorer, maskable: Tensor, *, schedule: Schedule, estimator: str, draws: int,
+    seed: int, sample: Tensor,
+) -> Bound:  # fmt: skip
+    """The bound of the `maskable` places (B, L), the others given; see `nll_bound`."""
+    denoiser, tokens = score.denoiser, score.tokens
+    if estimator in ("any_order", "time"):
+        if draws < 2:
+            raise ConfigError(f"draws={draws}: need at least 2 for a standard error")
+        if estimator == "any_order" and denoiser.uses_time:
+            raise ConfigError("this denoiser uses the time: take estimator='time'")
+        estimate = _any_order_draw if estimator == "any_order" else _time_draw
+        values = torch.stack([
+            estimate(score, maskable, schedule=schedule, seed=seed, sample=sample, step=step)
+            for step in range(draws)
+        ])  # fmt: skip
+        return Bound(values.mean(0), values.std(0) / math.sqrt(draws))
+    if estimator in ("exact", "left_to_right"):
+        if denoiser.uses_time:
+            raise ConfigError("this denoiser uses the time: take estimator='time'")
+        chain = _all_orders if estimator == "exact" else _left_to_right
+        nats = tokens.new_zeros(tokens.shape[0], dtype=torch.float64)
+        for weights, hidden in chain(maskable):
+            nats += (weights * score(hidden)).sum(1)
+        return Bound(nats, torch.zeros_like(nats))
     raise ConfigError(f"estimator={estimator!r}: expected any_order, time, exact or left_to_right")
 
 
 class _Scorer:
-    """-log p of the clean tokens at hidden places, for one batch of rows."""
+    """-log p of the clean tokens at hidden places, for one batch of rows.
+
+    Of a block model that can keep finished blocks, it runs on one block at a time.
+    """
 
     def __init__(
         self, denoiser: Denoiser, tokens: Tensor, *, space: TokenSpace, valid: Tensor | None,
         cond: Condition | None,
     ) -> None:  # fmt: skip
         self.denoiser, self.tokens, self.space = denoiser, tokens, space
-        self.valid, self.cond = valid, cond
+        self.told: dict[str, Any] = {"valid": valid, "cond": cond}
+        self.columns = slice(None)
+        self.length: int | None = getattr(denoiser, "block_length", None)
+        self.finished: FinishedBlocks | None = None
+        if self.length is not None and can_keep(denoiser, valid=valid, cond=cond):
+            self.finished = None if space.parts else FinishedBlocks(denoiser)
+
+    def look_at(self, block: int) -> None:
+        """Only places of this block are hidden from here on; those before it are kept."""
+        if self.finished is not None and self.length is not None:
+            start = block * self.length
+            self.finished.grow(self.tokens, start)
+            self.columns = slice(start, start + self.length)
+            self.told = {"cache": self.finished.cache}
 
     def __call__(self, hidden: Tensor, t: Tensor | None = None) -> Tensor:
         """(B, L) float64 nats, 0 where not hidden."""
@@ -284,8 +339,9 @@ class _Scorer:
         nats = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
         if bool(hidden.any()):
             _, nll = _hidden_loss(
-                self.denoiser, noisy, self.tokens, hidden, space=self.space, valid=self.valid,
-                t=t if self.denoiser.uses_time else None, cond=self.cond,
+                self.denoiser, noisy[:, self.columns], self.tokens[:, self.columns],
+                hidden[:, self.columns], space=self.space,
+                t=t if self.denoiser.uses_time else None, **self.told,
             )  # fmt: skip
             nats[hidden] = nll.double()
         return nats

@@ -254,6 +254,9 @@ class Pipeline:
         found = dict(options)
         if "stop" in known and getattr(self.modality, "eos_id", None) is not None:
             found.setdefault("stop", self.modality.eos_id)
+        block = getattr(self.denoiser, "block_length", None)
+        if "block_length" in known and block is not None:
+            found.setdefault("block_length", block)
         grid = getattr(self.modality, "grid", None)
         if "grid" in known and grid is not None:
             found.setdefault("grid", grid)

@@ -88,9 +88,9 @@ class Fields:
 
 
 class KeyValues:
-    """The keys and values of the places before a block, layer by layer, each (B, H, S, D).
+    """The keys and values of the places before a block, layer by layer, each (B, G, S, D).
 
-    `joined` is called once a layer in order; while `growing`, what it is given is kept.
+    `joined` is called once a layer. While `growing`, what it is given is kept, without a graph.
     """
 
     def __init__(self) -> None:
@@ -100,16 +100,24 @@ class KeyValues:
     @property
     def length(self) -> int:
         """How many places are kept."""
-        return self.layers[0][0].shape[2] if 0 in self.layers else 0
+        first = next(iter(self.layers.values()), None)
+        return 0 if first is None else first[0].shape[2]
 
     def joined(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What is kept of a layer with `key` and `value` (B, H, L, D) behind it."""
+        """What is kept of a layer with `key` and `value` (B, G, L, D) behind it."""
         if layer in self.layers:
             before = self.layers[layer]
             key, value = torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
         if self.growing:
-            self.layers[layer] = (key, value)
+            self.layers[layer] = (key.detach(), value.detach())
         return key, value
+
+    def of_rows(self, rows: Tensor) -> KeyValues:
+        """A copy for some rows of the batch, `rows` (N,) int64."""
+        some = KeyValues()
+        for layer, (key, value) in self.layers.items():
+            some.layers[layer] = (key[rows], value[rows])
+        return some
 
 
 class Published(nn.Module):
@@ -191,7 +199,8 @@ class PublishedLM(Published):
     """A model of one line of tokens: `stream` is given positions and who sees whom.
 
     A block model has a `block_length`: a place sees its own block and those before it, in
-    every call (Arriola et al. 2025).
+    every call (Arriola et al. 2025). Called with a cache from `new_cache`, the tokens follow
+    those that it keeps; the blocks given while it is growing must be whole.
     """
 
     block_length: int | None
@@ -204,6 +213,10 @@ class PublishedLM(Published):
         """What `head` reads (B, L, D). `positions` (1 or B, L) int64; `sees` (B or 1, 1, L, S)
         bool or None, S the places of the cache and then these.
         """
+
+    def new_cache(self) -> KeyValues:
+        """An empty cache for one batch, see `KeyValues`."""
+        return KeyValues()
 
     def hidden(
         self, tokens: Tensor, *, valid: Tensor | None, documents: Tensor | None,
@@ -220,14 +233,26 @@ class PublishedLM(Published):
                 "a cache is for a block model and a batch without padding or packed documents"
             )
         positions, sees = attention_layout(tokens, valid=valid, documents=documents, causal=False)
-        if cache is not None:
-            positions = positions + cache.length
+        before = 0 if cache is None else cache.length
+        positions = positions + before
         if block is not None:
-            own = positions // block
-            if cache is None:
-                before = own[:, None, :] <= own[:, :, None]
-            else:
-                every = torch.arange(int(cache.length) + tokens.shape[1], device=tokens.device)
-                before = (every // block)[None, None, :] <= own[:, :, None]
-            sees = before[:, None] if sees is None else sees & before[:, None]
+            sees = _blocks_before(positions, sees, block, kept=before)
         return self.stream(tokens, positions, sees, t=t, cache=cache)
+
+
+def _blocks_before(
+    positions: Tensor, sees: Tensor | None, block: int, *, kept: int
+) -> Tensor | None:
+    """`sees` cut to each place's own block and those before it; None where nothing is cut.
+
+    `positions` (1 or B, L), of places behind `kept` others of a cache.
+    """
+    end = kept + positions.shape[1]
+    if sees is None and kept // block == (end - 1) // block:
+        return None
+    own = positions // block
+    every = own
+    if kept:
+        every = torch.arange(end, device=own.device)[None] // block
+    before = (every[:, None, :] <= own[:, :, None])[:, None]
+    return before if sees is None else sees & before

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdiff.block_cache import FinishedBlocks, can_keep, own_blocks
 from mdiff.denoiser import Condition, Denoiser, Rows, evaluations, rows_of
 from mdiff.errors import ConfigError
 from mdiff.filling import State, streams
@@ -19,7 +20,7 @@ from mdiff.tokens import TokenSpace, ranks
 
 # The entries under which a row's whole canvas travels with it to the denoiser.
 CANVAS, COLUMNS, SEEN = "blocks.canvas", "blocks.columns", "blocks.seen"
-WRITABLE = "blocks.writable"
+WRITABLE, ROWS = "blocks.writable", "blocks.rows"
 
 
 def blocks(
@@ -51,6 +52,12 @@ def blocks(
     so that a canvas may be longer than the training window. `stop` is the id that ends a sample:
     after the block that draws it, the row's later hidden places take that id without a call.
 
+    With a block model of the same block_length the blocks are the model's own, counted from
+    the first place of the row. Where it can keep finished blocks (`PublishedLM`), no row has
+    padding, and there is neither a condition nor a context, each step runs on its block alone:
+    same logits, same calls. A finished block costs one pass more, over its own places, which is
+    not counted as a call; what is given before the first hidden block shares one such pass.
+
     A block after the first has a seed of its own, derived from the sample's. A denoiser that
     uses the time is told the share of what it sees that is still hidden.
 
@@ -79,25 +86,34 @@ def blocks(
     seen = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
     writable = seen & (canvas == space.mask_id)
     rank = ranks(canvas, valid)
-    block = _blocks(canvas, seen, rank, block_length, space.mask_id)
+    aligned = own_blocks(denoiser, block_length)
+    block = _blocks(canvas, seen, rank, block_length, space.mask_id, aligned=aligned)
+    finished = None
+    if aligned and context is None and can_keep(denoiser, valid=valid, cond=cond):
+        finished = FinishedBlocks(denoiser)
     seeds, samples = streams(seed, len(canvas), canvas.device)
     calls = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
     states, filled_up = 0, False
-    for index in range(int(block.max()) + 1):
+    number = torch.arange(len(canvas), device=canvas.device)
+    for index in range(_first_block(block, writable), int(block.max()) + 1):
         inside = block == index
         width = min(block_length, canvas.shape[1])
         columns = (~inside).long().argsort(dim=1, stable=True)[:, :width]
         shown = seen if context is None else seen & _ends_with(inside, rank, context)
         last: State | None = None
+        window = _Window(denoiser, schedule, space.mask_id)
+        if finished is not None:
+            window = _Alone(window, finished, canvas, index * block_length)
         for last in inner(
-            _Window(denoiser, schedule, space.mask_id),
+            window,
             canvas.gather(1, columns),
             space=space,
             schedule=schedule,
             seed=seed if index == 0 else philox.derive(seeds, samples, index),
             valid=inside.gather(1, columns),
             cond={
-                **(cond or {}), CANVAS: canvas, COLUMNS: columns, SEEN: shown, WRITABLE: writable,
+                **(cond or {}), CANVAS: canvas, COLUMNS: columns, SEEN: shown,
+                WRITABLE: writable, ROWS: number,
             },
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             **options,
@@ -131,7 +147,7 @@ class _Window:
         rest = dict(cond or {})
         whole = rest.pop(CANVAS).scatter(1, rest.pop(COLUMNS), tokens)
         seen = rest.pop(SEEN)
-        del rest[WRITABLE]
+        del rest[WRITABLE], rest[ROWS]
         return evaluations(self.denoiser, whole, valid=seen, cond=rest or None)
 
     def __call__(
@@ -166,6 +182,7 @@ class _Window:
         rest = dict(cond or {})
         canvas, columns, seen = (rest.pop(name) for name in (CANVAS, COLUMNS, SEEN))
         writable = rest.pop(WRITABLE) & seen
+        del rest[ROWS]
         whole = canvas.scatter(1, columns, tokens)
         if t is not None:
             # The time is that of all the model sees: the share of it that is still hidden.
@@ -179,11 +196,72 @@ class _Window:
         return torch.zeros_like(seen).scatter(1, (cond or {})[COLUMNS], at)
 
 
-def _blocks(canvas: Tensor, seen: Tensor, rank: Tensor, length: int, mask_id: int) -> Tensor:
-    """The block of each place, (B, L) int64, counted from the row's first hidden one; else -1."""
+class _Alone(_Window):
+    """The same of a block model that keeps finished blocks: it asks of the block's places alone.
+
+    `start` is the first place of the block in the whole batch of canvases (B, L).
+    """
+
+    def __init__(
+        self, window: _Window, finished: FinishedBlocks, canvas: Tensor, start: int
+    ) -> None:
+        super().__init__(window.denoiser, window.schedule, window.mask_id)
+        self.finished, self.canvas, self.start = finished, canvas, start
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        *,
+        at: Tensor | None = None,
+        valid: Tensor | None = None,
+        documents: Tensor | None = None,
+        t: Tensor | None = None,
+        cond: Condition | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Logits (N, V) of the places `at` of the block."""
+        own, asked, t, kept = self._block(tokens, at, t, cond)
+        return self.denoiser(own, at=asked, t=t, cache=kept)
+
+    def asked_rows(
+        self, tokens: Tensor, *, at: Tensor, valid: Tensor | None = None,
+        t: Tensor | None = None, cond: Condition | None = None,
+    ) -> Rows:  # fmt: skip
+        """What the denoiser says of the places `at` of the block; see `denoiser.rows_of`."""
+        own, asked, t, kept = self._block(tokens, at, t, cond)
+        return rows_of(self.denoiser, own, at=asked, t=t, cache=kept)
+
+    def _block(
+        self, tokens: Tensor, at: Any, t: Tensor | None, cond: Condition | None
+    ) -> tuple[Tensor, Any, Tensor | None, Any]:
+        """The block's tokens and asked places, its time, and what is kept of those before."""
+        self.finished.grow(self.canvas, self.start)
+        _, _, t, _ = self._around(tokens, t, cond)
+        rows, total = (cond or {})[ROWS], len(self.canvas)
+        # The last block of a canvas may be short; its columns come first.
+        width = min(tokens.shape[1], self.canvas.shape[1] - self.start)
+        asked = None if at is None else at[:, :width]
+        return tokens[:, :width], asked, t, self.finished.of_rows(rows, total=total)
+
+
+def _blocks(
+    canvas: Tensor, seen: Tensor, rank: Tensor, length: int, mask_id: int, *, aligned: bool
+) -> Tensor:
+    """The block of each place, (B, L) int64, counted from the row's first hidden one; else -1.
+
+    With `aligned` they are counted from the row's first place.
+    """
+    if aligned:
+        return torch.where(seen, rank // length, -1)
     hidden = seen & (canvas == mask_id)
     first = torch.where(hidden, rank, canvas.shape[1]).amin(1, keepdim=True)
     return torch.where(seen & (rank >= first), (rank - first) // length, -1)
+
+
+def _first_block(block: Tensor, writable: Tensor) -> int:
+    """The first block in which any row has a place to write."""
+    wanted = block[writable]
+    return int(wanted.min()) if wanted.numel() else 0
 
 
 def _ends_with(inside: Tensor, rank: Tensor, context: int) -> Tensor:
