@@ -19,6 +19,9 @@ from mdiff.errors import CheckpointError
 from mdiff.layers import attend, linear, rotate
 from mdiff.published import MOST_IDS, MOST_LAYERS, Fields, KeyValues, PublishedLM
 
+# Where a config does not say, as in Llama's and Qwen's own code.
+ROPE_THETA = 10000.0
+
 
 class Matrix(nn.Linear):
     """A matrix (D, inputs), by default without a bias, multiplied by `layers.linear`."""
@@ -85,7 +88,8 @@ class Rotary:
         if not isinstance(said, Mapping):
             raise CheckpointError(f"{fields.origin}: rope_scaling={said!r}: expected an object")
         inner = Fields(said, f"{fields.origin}: rope_scaling")
-        base = (inner if "rope_theta" in said else fields).number("rope_theta", least=1)
+        whole = inner if "rope_theta" in said else fields
+        base = whole.number("rope_theta", least=1, default=ROPE_THETA)
         name = "rope_type" if "rope_type" in said else "type"
         kind = inner.choice(name, ("default", "linear", "llama3"), default="default")
         if kind == "default":

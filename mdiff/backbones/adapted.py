@@ -1,7 +1,8 @@
 """Causal language models adapted to a full mask: DiffuLLaMA (Gong et al. 2025), dLLM's "a2d".
 
 The weights are those of a Llama, Qwen2 or Qwen3 and so is the config, but for its architecture:
-dLLM's names say what the model is, and so does DiffuLLaMA's. A plain ...ForCausalLM is taken
+dLLM's names say what the model is, and so does DiscreteDiffusionModel, the class of DiffuLLaMA
+(whose files have names of their own: put it where a config of them names Llama). A plain ...ForCausalLM is taken
 only where its config.json also says "bidirectional": true; as it stands it predicts the next
 token and would give nonsense. "shifted": true or false there says whether the output at a place
 predicts the next one; without it DiffuLLaMA's is shifted and the others are not.
@@ -78,6 +79,10 @@ def adapted(described: Mapping[str, Any]) -> Adapted:
     fields.choice("use_sliding_window", (False,), default=False)
     # Qwen2's projections always have a bias, its output none; the others' configs say.
     bias = layout != "qwen2" and fields.flag("attention_bias", default=False)
+    if layout != "llama":
+        # Qwen's own code has other defaults than the numbers that follow from the width.
+        for own in ("num_key_value_heads", *(("head_dim",) if layout == "qwen3" else ())):
+            fields.whole(own)
     shape = Shape.of(
         fields, qkv_bias=bias or layout == "qwen2", out_bias=bias,
         mlp_bias=layout == "llama" and fields.flag("mlp_bias", default=False),

@@ -28,6 +28,8 @@ def dream(described: Mapping[str, Any]) -> Dream:
     fields = Fields(described)
     fields.choice("use_sliding_window", (False,), default=False)
     fields.choice("tie_word_embeddings", (False,), default=False)
+    # Dream's own code has another default than the number that follows from the width.
+    fields.whole("num_key_value_heads")
     shape = Shape.of(fields, qkv_bias=True, out_bias=False, mlp_bias=False, qk_norm=False)
     return Dream(fields, shape, shifted=True)
 
