@@ -240,6 +240,8 @@ class PublishedLM(Published):
             raise ConfigError(
                 "a cache is for a block model and a batch without padding or packed documents"
             )
+        if cache is not None and self.shifted:
+            raise ConfigError("a cache: the first row of a shifted model's block lies before it")
         positions, sees = attention_layout(tokens, valid=valid, documents=documents, causal=False)
         if cache is not None:
             positions = positions + cache.length

@@ -2,10 +2,11 @@
 
 The weights are those of a Llama, Qwen2 or Qwen3 and so is the config, but for its architecture:
 dLLM's names say what the model is, and so does DiscreteDiffusionModel, the class of DiffuLLaMA
-(whose files have names of their own: put it where a config of them names Llama). A plain ...ForCausalLM is taken
-only where its config.json also says "bidirectional": true; as it stands it predicts the next
-token and would give nonsense. "shifted": true or false there says whether the output at a place
-predicts the next one; without it DiffuLLaMA's is shifted and the others are not.
+(whose files have names of their own: put it where a config of them names Llama). A plain
+...ForCausalLM is taken only where its config.json also says "bidirectional": true; as it stands
+it predicts the next token and would give nonsense. "shifted": true or false there says whether
+the output at a place predicts the next one; without it DiffuLLaMA's is shifted and the others
+are not.
 """
 
 from __future__ import annotations
