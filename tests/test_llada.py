@@ -197,3 +197,10 @@ def test_a_pipeline_knows_the_mask_and_generates():
     (sample,) = pipeline.generate(length=9, sampler="confidence", temperature=0.0)
     assert len(sample.tokens) == 9
     assert MASK not in sample.tokens
+
+
+def test_a_saved_pipeline_is_loaded_again(tmp_path, golden):
+    load(FOLDER).save(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.space == SPACE
+    assert torch.allclose(again.denoiser(golden["input_ids"]), golden["logits"], atol=ATOL)
