@@ -23,7 +23,7 @@ from mdiff.objective import Bound
 from mdiff.representation import features as mean_features
 from mdiff.representation import features_at
 from mdiff.sampling import Sample as Sample
-from mdiff.sampling import Sampler, option_types, plain_seed, resolve
+from mdiff.sampling import Sampler, in_blocks, option_types, plain_seed, resolve
 from mdiff.sampling import sample as sample
 from mdiff.schedule import Linear, Schedule
 from mdiff.scoring import bound_of_rows, windows
@@ -67,8 +67,9 @@ class Pipeline:
     ) -> list[Generated]:
         """`n` samples for each prompt, each a canvas of `length` tokens with what it gives.
 
-        A prompt of a text model is the text that the canvas begins with; of a model of
-        pictures, a mapping such as {"label": "sneaker"} or {"caption": "grinning face"}.
+        A prompt of a text model is the text that the canvas begins with, or {"chat": text or
+        messages}, put as its tokenizer's chat template puts it; of a model of pictures, a
+        mapping such as {"label": "sneaker"} or {"caption": "grinning face"}.
         `length` is the model's window by default. `options` are the sampler's, and those of
         `runs`. A canvas longer than the window needs sampler="blocks", which then sees a window
         of it at a time. `guidance_scale` pushes away from what the model says without its
@@ -204,7 +205,8 @@ class Pipeline:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: need at least 1")
-        function, settings = resolve(sampler, self._defaults(sampler, canvases, options))
+        sampler, asked = in_blocks(sampler, options)
+        function, settings = resolve(sampler, self._defaults(sampler, canvases, asked))
         without: dict[str, Tensor] = getattr(self.modality, "without", {})
         told = list(conditions or [{}] * len(canvases))
         if len(told) != len(canvases):
@@ -245,7 +247,7 @@ class Pipeline:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def _defaults(
-        self, sampler: str | Sampler, canvases: Sequence[Sequence[int]], options: dict[str, Any]
+        self, sampler: str | Sampler, canvases: Sequence[Sequence[int]], options: Mapping[str, Any]
     ) -> dict[str, Any]:
         """The options with what the model knows: its end of text, its window, its times."""
         function, _ = resolve(sampler, {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -208,6 +208,26 @@ class Pretrained:
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+    def chat(self, said: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of what a user said, or of {"role", "content"} messages, up to the answer.
+
+        By the tokenizer's own template, which its library renders in a sandbox. Raises DataError
+        where it has none or refuses these messages.
+        """
+        if not self.inner.chat_template:
+            raise DataError("this tokenizer has no chat template: give a plain prompt instead")
+        from jinja2 import TemplateError
+
+        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+        try:
+            ids: list[int] = self.inner.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True,
+                tokenize=True, return_dict=False,
+            )  # fmt: skip
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise DataError(f"the chat template refuses these messages: {error}") from error
+        return ids
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each id adds to the text before it."""

@@ -111,19 +111,33 @@ class Text:
         eos = self.eos_id
         return len(ids) if eos is None or eos not in ids else list(ids).index(eos)
 
-    def canvas(self, prompt: str = "", length: int | None = None) -> list[int]:
+    def canvas(
+        self, prompt: str | Mapping[str, Any] = "", length: int | None = None
+    ) -> list[int]:  # fmt: skip
         """The prompt's tokens followed by masks, `length` places in all.
 
-        Raises DataError where the prompt holds a mask or does not fit.
+        A prompt {"chat": ...} is what a user says, or a list of {"role", "content"} messages,
+        put as the tokenizer's chat template puts it. Raises DataError where the prompt holds a
+        mask or does not fit, and where there is no template.
         """
-        hole = HOLE.search(prompt)
-        ids = self.encode(prompt)
+        if isinstance(prompt, Mapping):
+            hole, ids = None, self._chat(prompt)
+        else:
+            hole, ids = HOLE.search(prompt), self.encode(prompt)
         if hole or self.mask_id in ids:
             shown = hole[0] if hole else "the mask token"
             raise DataError(
                 f"the prompt holds {shown}, which is not text; to fill in gaps use infill"
             )
         return continued(ids, length, mask_id=self.mask_id)
+
+    def _chat(self, prompt: Mapping[str, Any]) -> list[int]:
+        """The ids of {"chat": a text or messages}."""
+        if set(prompt) != {"chat"} or not isinstance(prompt["chat"], str | list):
+            raise DataError(f'{dict(prompt)!r}: expected {{"chat": a text or a list of messages}}')
+        if not isinstance(self.tokenizer, Pretrained):
+            raise DataError(f"the {self.kind} tokenizer has no chat template: give a plain prompt")
+        return self.tokenizer.chat(prompt["chat"])
 
     def template(self, text: str) -> list[int]:
         """The canvas of a text with gaps: [MASK] is one token, [MASK:8] eight.
