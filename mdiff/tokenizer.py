@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
+from mdiff.files import read_json
 
 BYTES = 256
 FILE = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+# Classes that come as code beside a model, and those of transformers that read the same files.
+SAME_AS = {"DreamTokenizer": "Qwen2Tokenizer"}
 
 
 class Tokenizer(Protocol):
@@ -172,8 +176,6 @@ class Pretrained:
     lossless = False
 
     def __init__(self, name: str) -> None:
-        from transformers import AutoTokenizer
-
         path = Path(name)
         try:
             if path.is_file():
@@ -181,7 +183,7 @@ class Pretrained:
 
                 self.inner: Any = PreTrainedTokenizerFast(tokenizer_file=name)
             else:
-                self.inner = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                self.inner = _class_of(path).from_pretrained(name, trust_remote_code=False)
         except Exception as error:
             kind = CheckpointError if path.exists() else BackendError
             first = str(error).strip().split("\n")[0]
@@ -237,6 +239,15 @@ class Pretrained:
     def save(self, folder: Path) -> None:
         """Write its own files."""
         self.inner.save_pretrained(str(folder))
+
+
+def _class_of(folder: Path) -> Any:
+    """The class of transformers that reads the tokenizer in `folder`."""
+    import transformers
+
+    settings = folder / SETTINGS
+    named = read_json(settings).get("tokenizer_class") if settings.exists() else None
+    return getattr(transformers, SAME_AS.get(str(named), "AutoTokenizer"))
 
 
 def utf8_pieces(parts: Sequence[bytes]) -> list[str]:

@@ -22,6 +22,7 @@ from mdiff.families import recognised
 from mdiff.pipeline import load
 from mdiff.published import place_before
 from mdiff.samplers.confidence import confidence
+from mdiff.tokenizer import byte_alphabet
 from mdiff.tokens import TokenSpace
 
 FOLDER = GOLDEN / "dream"
@@ -165,3 +166,31 @@ def test_a_pipeline_knows_the_mask_and_generates():
         length=6, sampler="confidence", score="entropy", temperature=0.0, measure="drawn"
     )
     assert SPACE.mask_id not in sample.tokens
+
+
+def test_its_tokenizer_is_read_without_the_code_beside_it(tmp_path):
+    """The files name a class that comes as code; they are those of Qwen2's."""
+    folder = copied(FOLDER, tmp_path / "model")
+    letters = byte_alphabet()[:100]
+    vocabulary = {letter: number for number, letter in enumerate(letters)} | {"ab": 100}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    special = {"124": "<|endoftext|>", "125": "<|im_end|>", "126": "<|mask|>"}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "DreamTokenizer",
+                "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+                "eos_token": "<|endoftext|>",
+                "mask_token": "<|mask|>",
+                "added_tokens_decoder": {
+                    number: {"content": content, "special": True}
+                    for number, content in special.items()
+                },
+            }
+        )
+    )
+    pipeline = load(folder)
+    assert pipeline.space == SPACE
+    assert pipeline.modality.eos_id == 124
+    assert pipeline.modality.encode("abc") == [100, vocabulary["c"]]
