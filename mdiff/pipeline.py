@@ -16,7 +16,7 @@ from mdiff.denoiser import Denoiser, guided
 from mdiff.editing import Edits
 from mdiff.errors import ConfigError
 from mdiff.filling import State
-from mdiff.generation import Generated, Generation
+from mdiff.generation import Ending, Generated, Generation
 from mdiff.kernels import philox
 from mdiff.loading import Parts, load_parts, save_parts
 from mdiff.objective import Bound
@@ -79,6 +79,8 @@ class Pipeline:
         does not take, DataError for a prompt that does not fit.
         """
         canvases = self.canvases(prompts, length=length, n=n)
+        # Of a chat the answer is shown.
+        options.setdefault("echo", not all(_is_chat(prompt) for prompt in _asked(prompts)))
         runs = self.runs(
             canvases, conditions=self.conditions(prompts, n=n), sampler=sampler, seed=seed,
             batch_size=batch_size, guidance_scale=guidance_scale, **options,
@@ -194,19 +196,27 @@ class Pipeline:
         guidance_scale: float | None = None,
         guidance_schedule: str = "constant",
         guidance_interval: tuple[float, float] | None = None,
+        end: str = "cut",
+        echo: bool = True,
         **options: Any,
     ) -> Iterator[Generation]:
         """Batches of canvases, each to be iterated over; row r has a seed of its own.
 
         Row 0 has `seed` itself and row r a seed derived from it, so that any row can be had
         again alone. `conditions` are what the denoiser is told of each row. `guidance_schedule`
-        and `guidance_interval` are those of `guided`. What cannot be meant is refused before
-        the first batch.
+        and `guidance_interval` are those of `guided`. `end` says what becomes of the ids that end
+        a text: "cut" shows what comes before the first that is drawn, "keep" all, "suppress" never
+        draws one. Without `echo` the output leaves out what is given in front. What cannot be
+        meant is refused before the first batch.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: need at least 1")
+        ending = Ending(tuple(getattr(self.modality, "end_ids", ())), end, echo)
+        space = ending.space(self.space)
         sampler, asked = in_blocks(sampler, options)
-        function, settings = resolve(sampler, self._defaults(sampler, canvases, asked))
+        stop = getattr(self.modality, "eos_id", None) if end == "cut" else None
+        defaults = self._defaults(sampler, canvases, asked, stop=stop)
+        function, settings = resolve(sampler, defaults)
         without: dict[str, Tensor] = getattr(self.modality, "without", {})
         told = list(conditions or [{}] * len(canvases))
         if len(told) != len(canvases):
@@ -236,10 +246,12 @@ class Pipeline:
                     cond[GIVEN] = canvas != self.space.mask_id
                 part = seeds[first : first + batch_size]
                 states = function(
-                    denoiser, canvas, space=self.space, seed=part.to(device), valid=valid,
+                    denoiser, canvas, space=space, seed=part.to(device), valid=valid,
                     cond=self._on_device(cond) or None, **settings,
                 )  # fmt: skip
-                yield Generation(first, canvas, valid, part, self.modality, states)
+                yield Generation(
+                    first, canvas, valid, part, self.modality, states, space.mask_id, ending
+                )
 
         return batches()
 
@@ -247,15 +259,20 @@ class Pipeline:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def _defaults(
-        self, sampler: str | Sampler, canvases: Sequence[Sequence[int]], options: Mapping[str, Any]
+        self,
+        sampler: str | Sampler,
+        canvases: Sequence[Sequence[int]],
+        options: Mapping[str, Any],
+        *,
+        stop: int | None,
     ) -> dict[str, Any]:
         """The options with what the model knows: its end of text, its window, its times."""
         function, _ = resolve(sampler, {})
         known = option_types(function)
         longest = max(map(len, canvases), default=0)
         found = dict(options)
-        if "stop" in known and getattr(self.modality, "eos_id", None) is not None:
-            found.setdefault("stop", self.modality.eos_id)
+        if "stop" in known and stop is not None:
+            found.setdefault("stop", stop)
         grid = getattr(self.modality, "grid", None)
         if "grid" in known and grid is not None:
             found.setdefault("grid", grid)
@@ -382,6 +399,10 @@ def row_seeds(seed: int | Tensor | torch.Generator, rows: int) -> Tensor:
 def _asked(prompts: Prompt | Sequence[Any]) -> list[Any]:
     """The prompts as a list: a text or a mapping is one."""
     return [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, Mapping) and "chat" in prompt
 
 
 def _times(canvases: list[list[int]], n: int) -> list[list[int]]:

@@ -14,6 +14,8 @@ from mdiff.files import read_json
 BYTES = 256
 FILE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
+# What ends a text or a turn of a chat, whichever of them a tokenizer calls its end.
+ENDS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "</s>")
 # Classes that come as code beside a model, and those of transformers that read the same files.
 SAME_AS = {"DreamTokenizer": "Qwen2Tokenizer"}
 
@@ -169,8 +171,8 @@ class BytePairs:
 class Pretrained:
     """Any tokenizer of the Hugging Face libraries, by path or Hub id; its code is never run.
 
-    `mask_id`, `eos_id` and `pad_id` are its own, None where it has none; `never` are special
-    ids that no text gives.
+    `mask_id`, `eos_id` and `pad_id` are its own, None where it has none; `end_ids` all that end
+    a text or a turn; `never` are special ids that no text gives.
     """
 
     lossless = False
@@ -196,6 +198,9 @@ class Pretrained:
         end = self.inner.eos_token_id
         self.eos_id: int | None = self.inner.sep_token_id if end is None else end
         self.pad_id: int | None = self.inner.pad_token_id
+        named = self.inner.get_added_vocab()
+        ends = {named[token] for token in ENDS if token in named}
+        self.end_ids = tuple(sorted(ends | ({self.eos_id} if self.eos_id is not None else set())))
         kept = {self.mask_id, self.eos_id, self.inner.unk_token_id}
         self.never = tuple(sorted(set(self.inner.all_special_ids) - kept))
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from decoder_checkpoints import GOLDEN, copied
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mdiff.cli import run
-from mdiff.errors import DataError
+from mdiff.denoiser import from_logits
+from mdiff.errors import ConfigError, DataError
 from mdiff.modalities.text import text
 from mdiff.pipeline import Pipeline, load
 
@@ -104,3 +107,66 @@ def test_the_command_line_takes_a_chat(folder: Path, capsys: pytest.CaptureFixtu
     tokens = json.loads(capsys.readouterr().out)["tokens"]
     assert tokens[:4] == [121, 3, 4, 122]
     assert len(tokens) == 10
+
+
+# Ends of text
+
+EOT, END = 123, 124
+
+
+def ending(folder: Path, *, end: str, prefer: int = END, **options: Any) -> Any:
+    """A sample of a model that is surest of `prefer` at every second place."""
+    pipeline = load(folder)
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        """Each place says its own word; every third place, the end."""
+        place = torch.arange(tokens.shape[1]) % 100
+        wanted = torch.where(place % 3 == 2, prefer, place)
+        peaks = 20.0 * torch.nn.functional.one_hot(wanted, 128)
+        return peaks.expand(len(tokens), -1, -1)
+
+    sure = replace(pipeline, denoiser=from_logits(logits))
+    (sample,) = sure.generate(end=end, temperature=0.0, **options)
+    return sample
+
+
+@pytest.mark.parametrize("prefer", [EOT, END])
+def test_each_policy_for_the_end_of_a_text_has_its_effect(folder: Path, prefer: int) -> None:
+    asked = {"prompts": "w9", "length": 6, "prefer": prefer}
+    cut, keep, suppress = (
+        ending(folder, end=end, **asked) for end in ("cut", "keep", "suppress")
+    )  # fmt: skip
+    assert cut.tokens == keep.tokens == [9, 1, prefer, 3, 4, prefer]
+    assert str(cut) == "w9 w1"
+    assert str(keep) == "w9 w1 w3 w4"
+    assert not {EOT, END} & set(suppress.tokens)
+    assert suppress.tokens[3:5] == [3, 4]
+
+
+def test_blocks_stop_at_the_end_only_where_the_text_is_cut_there(folder: Path) -> None:
+    asked = {"prompts": "w9", "length": 7, "sampler": "confidence", "block_length": 2}
+    cut, keep = (ending(folder, end=end, **asked) for end in ("cut", "keep"))
+    assert cut.tokens == [9, 1, END, END, END, END, END]
+    assert keep.tokens == [9, 1, END, 3, 4, END, 6]
+    assert (cut.calls, keep.calls) == (2, 6)
+
+
+def test_of_a_chat_the_answer_is_shown_and_ends_of_turns_before_it_end_nothing(
+    folder: Path,
+) -> None:
+    turns = [{"role": "user", "content": "w7 <|eot_id|> w8"}]
+    sample = ending(folder, end="cut", prompts={"chat": turns}, length=9)
+    assert sample.tokens == [121, 7, EOT, 8, 122, END, 6, 7, END]
+    assert str(sample) == ""
+    kept = ending(folder, end="keep", prompts={"chat": turns}, length=9)
+    assert str(kept) == "w6 w7"
+    echoed = ending(folder, end="keep", prompts={"chat": turns}, length=9, echo=True)
+    assert str(echoed) == "w7 w8 w6 w7"
+
+
+def test_an_end_that_cannot_be_meant_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'keep'"):
+        load(folder).generate("w1", length=4, end="keeps")
+    with pytest.raises(ConfigError, match="no id that ends"):
+        load(GOLDEN / "llada").generate(length=4, end="suppress")
+    assert run(["generate", str(folder), "--prompt", "w1", "--length", "4", "--end", "no"]) == 2

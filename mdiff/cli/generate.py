@@ -61,6 +61,9 @@ def generate(
     guidance_scale: ask.GuidanceScale = None,
     guidance_schedule: ask.GuidanceSchedule = None,
     guidance_interval: ask.GuidanceInterval = None,
+    end: Annotated[
+        str, typer.Option(help="End of text: cut there, keep what follows, or suppress it.")
+    ] = "cut",
     seed: ask.Seed = 0,
     batch_size: ask.BatchSize = 32,
     device: ask.Device = None,
@@ -79,7 +82,7 @@ def generate(
     options = {key: value for key, value in named.items() if value is not None}
     options |= ask.parsed_options(option or [])
     options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval)
-    options |= {"sampler": sampler, "seed": seed, "batch_size": batch_size}
+    options |= {"sampler": sampler, "seed": seed, "batch_size": batch_size, "end": end}
     ask.check_seed(seed)
     wanted = shown.Wanted(out, scale_up, trace, as_json, f"{model} · {sampler}")
     refuse_both({"--prompt": prompt, "--infill": infill, "--chat": chat, "--input": input_file})
@@ -110,9 +113,12 @@ def generate(
     )
     if wanted.is_film:
         raise ConfigError(f"--trace {trace}: a GIF shows pictures; name a page such as trace.html")
+    wishes = requests(prompt, infill, chat, input_file)
+    # Of a chat the answer is shown.
+    options["echo"] = not all(kind == "chat" for kind, _, _ in wishes)
     canvases = [
         canvas
-        for kind, words, own in requests(prompt, infill, chat, input_file)
+        for kind, words, own in wishes
         for canvas in (
             pipeline.templates(words, n=n)
             if kind == "infill"

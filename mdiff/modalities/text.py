@@ -80,6 +80,14 @@ class Text:
         return inner.size if self.eos else None
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a document or, in a chat, a turn."""
+        inner = self.tokenizer
+        if isinstance(inner, Pretrained):
+            return inner.end_ids
+        return (inner.size,) if self.eos else ()
+
+    @property
     def pad_id(self) -> int | None:
         """The tokenizer's own padding id, or None; canvases are padded by `valid` instead."""
         return getattr(self.tokenizer, "pad_id", None)
@@ -92,9 +100,11 @@ class Text:
             raise DataError(f"character {error.start} is not valid Unicode text") from None
         return self.tokenizer.encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text up to the first end of text; masks are left out."""
-        return self.tokenizer.decode(self._spoken(ids))
+    def decode(self, ids: Sequence[int], *, whole: bool = False) -> str:
+        """The text up to the first end of text, or the `whole` of it; masks are left out."""
+        shown = ids if whole else ids[: self._end(ids)]
+        left_out = {self.mask_id, *((self.eos_id,) if self.kind in OWN else ())}
+        return self.tokenizer.decode([token for token in shown if token not in left_out])
 
     def pieces(self, ids: Sequence[int]) -> list[str | None]:
         """The text of each place, None where it is masked; after the end of text, ""."""
@@ -102,9 +112,6 @@ class Text:
         spoken = [i for i, token in enumerate(ids[:stop]) if token != mask]
         texts = dict(zip(spoken, self.tokenizer.pieces([ids[i] for i in spoken])))
         return [None if token == mask else texts.get(i, "") for i, token in enumerate(ids)]
-
-    def _spoken(self, ids: Sequence[int]) -> list[int]:
-        return [token for token in ids[: self._end(ids)] if token != self.mask_id]
 
     def _end(self, ids: Sequence[int]) -> int:
         """How many ids come before the end of text."""
