@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mdiff.generation import Ending, Generated, Generation
 from mdiff.kernels import philox
 from mdiff.loading import Parts, load_parts, save_parts
 from mdiff.objective import Bound
+from mdiff.other_start import away_from, other_start
 from mdiff.representation import features as mean_features
 from mdiff.representation import features_at
 from mdiff.sampling import Sample as Sample
@@ -198,15 +199,18 @@ class Pipeline:
         guidance_interval: tuple[float, float] | None = None,
         end: str = "cut",
         echo: bool = True,
+        negative: Prompt | None = None,
         **options: Any,
     ) -> Iterator[Generation]:
         """Batches of canvases, each to be iterated over; row r has a seed of its own.
 
         Row 0 has `seed` itself and row r a seed derived from it, so that any row can be had
         again alone. `conditions` are what the denoiser is told of each row. `guidance_schedule`
-        and `guidance_interval` are those of `guided`. `end` says what becomes of the ids that end
-        a text: "cut" shows what comes before the first that is drawn, "keep" all, "suppress" never
-        draws one. Without `echo` the output leaves out what is given in front. What cannot be
+        and `guidance_interval` are those of `guided`; with a `negative` prompt it pushes away from
+        the model with that in place of what is given in front. `end` says what becomes of the
+        ids that end a text: "cut" shows what comes before the first that is drawn, "keep" all,
+        "suppress" never draws one. Without `echo` the output leaves out what is given in
+        front. What cannot be
         meant is refused before the first batch.
         """
         if batch_size < 1:
@@ -221,17 +225,11 @@ class Pipeline:
         told = list(conditions or [{}] * len(canvases))
         if len(told) != len(canvases):
             raise ConfigError(f"{len(told)} conditions for {len(canvases)} canvases")
-        denoiser, guides = self.denoiser, guidance_scale is not None
-        if guides:
-            if without and not any(told):
-                raise ConfigError(f"guidance_scale without a condition: give {', '.join(without)}")
-            denoiser = guided(
-                denoiser, guidance_scale=guidance_scale, space=self.space,
-                guidance_schedule=guidance_schedule, interval=guidance_interval,
-                **({"without": self._on_device(without)} if without else {"hide": GIVEN}),
-            )  # fmt: skip
-        elif guidance_schedule != "constant" or guidance_interval is not None:
-            raise ConfigError("guidance_schedule and guidance_interval need a guidance_scale")
+        if guidance_scale is not None and without and not any(told):
+            raise ConfigError(f"guidance_scale without a condition: give {', '.join(without)}")
+        denoiser, guidance = self._guided(
+            guidance_scale, guidance_schedule, guidance_interval, negative=negative
+        )
         stack(canvases, space=self.space)
         seeds = row_seeds(seed, len(canvases))
         device = self.device
@@ -242,8 +240,7 @@ class Pipeline:
                 canvas = tokens.to(device)
                 valid = None if valid is None else valid.to(device)
                 cond = stack_conditions(told[first : first + batch_size], without)
-                if guides and not without:
-                    cond[GIVEN] = canvas != self.space.mask_id
+                cond |= guidance(canvas, valid)
                 part = seeds[first : first + batch_size]
                 states = function(
                     denoiser, canvas, space=space, seed=part.to(device), valid=valid,
@@ -254,6 +251,42 @@ class Pipeline:
                 )
 
         return batches()
+
+    def _guided(
+        self, scale: float | None, schedule: str, interval: tuple[float, float] | None, *,
+        negative: Prompt | None,
+    ) -> tuple[Denoiser, Callable[[Tensor, Tensor | None], dict[str, Tensor]]]:  # fmt: skip
+        """The denoiser with its guidance, and what of a batch that is to be told."""
+        if scale is None:
+            if schedule != "constant" or interval is not None or negative is not None:
+                raise ConfigError(
+                    "guidance_schedule, guidance_interval and negative need a guidance_scale"
+                )
+            return self.denoiser, lambda canvas, valid: {}
+        options: dict[str, Any] = {
+            "guidance_scale": scale, "guidance_schedule": schedule, "interval": interval,
+            "space": self.space,
+        }  # fmt: skip
+        without: dict[str, Tensor] = getattr(self.modality, "without", {})
+        if negative is not None:
+            start = self._start(negative)
+            away = away_from(self.denoiser, device=self.device, **options)
+            return away, lambda canvas, valid: other_start(
+                canvas, start, valid=valid, space=self.space
+            )
+        if without:
+            options["without"] = self._on_device(without)
+            return guided(self.denoiser, **options), lambda canvas, valid: {}
+        hiding = guided(self.denoiser, hide=GIVEN, **options)
+        return hiding, lambda canvas, valid: {GIVEN: canvas != self.space.mask_id}
+
+    def _start(self, negative: Prompt) -> Tensor:
+        """The tokens (N,) of a negative prompt."""
+        if not negative or hasattr(self.modality, "part_names"):
+            raise ConfigError(
+                "negative: expected what a text begins with; guidance without it hides the prompt"
+            )
+        return torch.tensor(self.modality.canvas(negative), device=self.device)
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}

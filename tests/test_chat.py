@@ -16,7 +16,10 @@ from mdiff.cli import run
 from mdiff.denoiser import from_logits
 from mdiff.errors import ConfigError, DataError
 from mdiff.modalities.text import text
+from mdiff.objective import nll_bound
+from mdiff.other_start import away_from, other_start
 from mdiff.pipeline import Pipeline, load
+from mdiff.schedule import Linear
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}"
@@ -170,3 +173,92 @@ def test_an_end_that_cannot_be_meant_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="no id that ends"):
         load(GOLDEN / "llada").generate(length=4, end="suppress")
     assert run(["generate", str(folder), "--prompt", "w1", "--length", "4", "--end", "no"]) == 2
+
+
+# Guidance
+
+
+def mixed_by_hand(model: Any, canvas: list[int], negative: list[int], scale: float) -> torch.Tensor:
+    """U + s (c - u) from the first hidden place on, of two calls on rows without padding."""
+    first = canvas.index(126)
+    other = [*negative, *canvas[first:]]
+    with torch.no_grad():
+        given = model(torch.tensor([canvas]))[0, first:]
+        alone = model(torch.tensor([other]))[0, len(negative) :]
+    return alone + scale * (given - alone)
+
+
+@pytest.mark.parametrize("negative", [[5], [5, 6, 7, 8, 9]])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_negative_start_is_the_other_branch_at_any_length_and_padding(
+    pipeline: Pipeline, negative: list[int], side: str
+) -> None:
+    rows = [[1, 2, 3, 126, 126, 4, 126], [126, 10, 126], [20, 126, 126, 126]]
+    canvas, valid = torch.zeros(3, 7, dtype=torch.int64), torch.zeros(3, 7, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        part = slice(0, len(row)) if side == "right" else slice(7 - len(row), 7)
+        canvas[number, part], valid[number, part] = torch.tensor(row), True
+    denoiser = away_from(pipeline.denoiser, space=pipeline.space, guidance_scale=2.5)
+    cond = other_start(canvas, torch.tensor(negative), valid=valid, space=pipeline.space)
+    hidden = valid & (canvas == 126)
+    with torch.no_grad():
+        found = denoiser(canvas, at=hidden, valid=valid, cond=cond)
+        whole = denoiser(canvas, valid=valid, cond=cond)
+    mixed = [mixed_by_hand(pipeline.denoiser, row, negative, 2.5) for row in rows]
+    is_hidden = [torch.tensor(row[row.index(126) :]) == 126 for row in rows]
+    by_hand = torch.cat([logits[chosen] for logits, chosen in zip(mixed, is_hidden)])
+    assert torch.allclose(found, by_hand, atol=1e-4)
+    assert torch.allclose(whole[hidden], by_hand, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["confidence", "blocks"])
+def test_a_negative_prompt_has_its_effect_and_costs_two_calls(
+    pipeline: Pipeline, sampler: str
+) -> None:
+    options: dict[str, Any] = {"length": 14, "sampler": sampler, "temperature": 0.0, "n": 2}
+    if sampler == "blocks":
+        options |= {"inner": "confidence", "block_length": 4, "context": 8}
+    plain = pipeline.generate("w1 w2", **options)
+    same = pipeline.generate("w1 w2", guidance_scale=1.0, negative="w30", **options)
+    away = pipeline.generate("w1 w2", guidance_scale=4.0, negative="w30 w31 w32", **options)
+    hiding = pipeline.generate("w1 w2", guidance_scale=4.0, **options)
+    assert [each.tokens for each in same] == [each.tokens for each in plain]
+    assert away[0].tokens[:2] == [1, 2]
+    assert away[0].tokens not in (plain[0].tokens, hiding[0].tokens)
+    assert (plain[0].calls, same[0].calls, away[0].calls) == (12, 12, 24)
+
+
+def test_a_negative_prompt_that_cannot_be_meant_is_refused(
+    pipeline: Pipeline, folder: Path
+) -> None:
+    with pytest.raises(ConfigError, match="need a guidance_scale"):
+        pipeline.generate("w1", length=4, negative="w2")
+    with pytest.raises(ConfigError, match="expected what a text begins with"):
+        pipeline.generate("w1", length=4, negative="", guidance_scale=2.0)
+    words = ["generate", str(folder), "--chat", "w1", "--length", "8", "--negative", "w2"]
+    assert run([*words, "--guidance-scale", "2"]) == 0
+    assert run(words) == 2
+
+
+def test_a_text_is_scored_by_the_bound_of_its_tokens(pipeline: Pipeline) -> None:
+    bound = pipeline.score(["w1 w2 w3", "w4"], estimator="exact")
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        exact = nll_bound(
+            pipeline.denoiser, tokens, space=pipeline.space, schedule=Linear(), draws=1, seed=0,
+            estimator="exact",
+        )  # fmt: skip
+        alone = pipeline.denoiser(torch.tensor([[126]]))[0, 0]
+    alone[126] = -torch.inf
+    assert torch.allclose(bound.nats[0], exact.nats[0].double(), atol=1e-5)
+    assert torch.allclose(bound.nats[1], -alone.double().log_softmax(0)[4], atol=1e-5)
+
+
+def test_half_precision_stays_near(folder: Path, pipeline: Pipeline) -> None:
+    half = load(folder, dtype="bfloat16")
+    assert next(half.denoiser.parameters()).dtype == torch.bfloat16
+    tokens = torch.tensor([[1, 126, 2, 126]])
+    with torch.no_grad():
+        near, exact = half.denoiser(tokens), pipeline.denoiser(tokens)
+    assert near.dtype == torch.bfloat16
+    assert (near.float() - exact).abs().max() < 0.1 * exact.abs().max()

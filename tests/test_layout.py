@@ -26,7 +26,7 @@ FLOORS = [
     {"kernels"},
     {"errors"},
     {"tokens", "schedule", "denoiser", "data"},
-    {"ops", "objective", "filling", "layers", "conditioning"},
+    {"ops", "objective", "filling", "layers", "conditioning", "other_start"},
     {"modalities", "codecs", "backbones", "samplers", "canvas", "canvas_parts", "captions", "codec",
      "codec_networks", "codec_training", "decoder_layers", "editing", "emoji", "files", "find",
      "order", "bit_order", "packing", "picture_files", "picture_rows", "pictures",

@@ -178,6 +178,7 @@ def test_damaged_files_are_refused(tmp_path):
     ({"n_layers": 10**9}, "n_layers"),
     ({"n_kv_heads": 3}, "n_kv_heads"),
     ({"weight_tying": True}, "weight_tying"),
+    ({"n_kv_heads": None, "multi_query_attention": True}, "multi_query_attention"),
     ({"attention_layer_norm": True}, "attention_layer_norm"),
     ({"block_type": "sequential"}, "block_type"),
     ({"layer_norm_type": "default"}, "layer_norm_type"),

@@ -18,7 +18,7 @@ ARCHITECTURES = ("LLaDAModelLM",)
 # What OLMo's code can do beside, and no LLaDA does.
 UNUSED = (
     "alibi", "attention_layer_norm", "bias_for_layer_norm", "include_bias", "include_qkv_bias",
-    "input_emb_norm", "scale_logits", "weight_tying",
+    "input_emb_norm", "multi_query_attention", "scale_logits", "weight_tying",
 )  # fmt: skip
 
 
@@ -126,7 +126,8 @@ class LLaDA(PublishedLM):
 def _refuse_unused(fields: Fields) -> None:
     """Raise CheckpointError for an option of OLMo's that changes the computation."""
     for name in UNUSED:
-        fields.choice(name, (False,), default=False)
+        if fields.described.get(name) is not None:
+            fields.choice(name, (False,))
     fields.choice("activation_type", ("silu",))
     fields.choice("block_type", ("llama",))
     fields.choice("block_group_size", (1,), default=1)

@@ -59,6 +59,7 @@ def generate(
     order: Annotated[str | None, typer.Option(help="Order of the reveals.")] = None,
     option: ask.Pairs = None,
     guidance_scale: ask.GuidanceScale = None,
+    negative: ask.Negative = None,
     guidance_schedule: ask.GuidanceSchedule = None,
     guidance_interval: ask.GuidanceInterval = None,
     end: Annotated[
@@ -79,6 +80,7 @@ def generate(
         "steps": steps, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         "min_p": min_p, "threshold": threshold, "block_length": block_length, "order": order,
     }  # fmt: skip
+    options: dict[str, Any]
     options = {key: value for key, value in named.items() if value is not None}
     options |= ask.parsed_options(option or [])
     options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval)
@@ -93,7 +95,13 @@ def generate(
     pipeline = load(model, device=device, dtype=dtype)
     if shown.shows_pictures(pipeline):
         refuse_given(
-            {"--infill": infill, "--chat": chat, "--length": length, "--stream": stream or None},
+            {
+                "--infill": infill,
+                "--chat": chat,
+                "--negative": negative,
+                "--length": length,
+                "--stream": stream or None,
+            },
             f"is for models of text; {model} is one of pictures",
         )
         asked = combined(label, prompt, image) if input_file is None else requests_of(input_file)
@@ -115,6 +123,8 @@ def generate(
         raise ConfigError(f"--trace {trace}: a GIF shows pictures; name a page such as trace.html")
     wishes = requests(prompt, infill, chat, input_file)
     # Of a chat the answer is shown.
+    if negative is not None:
+        options["negative"] = negative if chat is None else {"chat": negative}
     options["echo"] = not all(kind == "chat" for kind, _, _ in wishes)
     canvases = [
         canvas
