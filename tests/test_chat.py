@@ -262,3 +262,23 @@ def test_half_precision_stays_near(folder: Path, pipeline: Pipeline) -> None:
         near, exact = half.denoiser(tokens), pipeline.denoiser(tokens)
     assert near.dtype == torch.bfloat16
     assert (near.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llada", "dream"])
+def test_ragged_prompts_together_give_the_greedy_tokens_of_each_alone(name: str) -> None:
+    model = load(GOLDEN / name)
+    canvases = [
+        model.canvases(" ".join(str(7 * i + j) for j in range(1 + i)), length=6 + 2 * i)[0]
+        for i in range(8)
+    ]
+    options: dict[str, Any] = {
+        "sampler": "confidence", "block_length": 4, "steps": 2, "counts": "even",
+        "temperature": 0.0, "guidance_scale": 1.5,
+    }  # fmt: skip
+    together, alone = (
+        [s.tokens for one in model.runs(canvases, batch_size=size, **options)
+         for s in one.finished()]
+        for size in (8, 1)
+    )  # fmt: skip
+    assert together == alone
+    assert [len(tokens) for tokens in alone] == [len(canvas) for canvas in canvases]
