@@ -57,7 +57,7 @@ def load_parts(
     place = _device(device)
     folder = locate(name)
     if (folder / PIPELINE).exists():
-        parts = _own(folder, kind, mask_id)
+        parts = _own(folder, kind, mask_id, place)
     else:
         parts = _foreign(folder, kind, mask_id, place)
     if block_length is not None:
@@ -71,7 +71,9 @@ def load_parts(
     return parts
 
 
-def _own(folder: Path, dtype: torch.dtype | None, mask_id: int | None) -> Parts:
+def _own(
+    folder: Path, dtype: torch.dtype | None, mask_id: int | None, place: torch.device
+) -> Parts:
     """What `save_parts` or training wrote."""
     described = read_json(folder / PIPELINE)
     try:
@@ -99,7 +101,12 @@ def _own(folder: Path, dtype: torch.dtype | None, mask_id: int | None) -> Parts:
             f"{space.vocab_size}: they are not of the same training"
         )
     find("backbones", backbone)
-    denoiser = _denoiser(folder, dtype, mask_id=space.mask_id)
+    room = recognised(folder)
+    denoiser: Denoiser = (
+        _denoiser(folder, dtype, mask_id=space.mask_id)
+        if room is None
+        else load_published(folder, room, dtype=dtype, device=place)
+    )
     _check_columns(denoiser, space, folder)
     return Parts(denoiser, space, modality, schedule, window)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from mdiff.denoiser import Denoiser, guided
 from mdiff.editing import Edits
 from mdiff.errors import ConfigError
 from mdiff.filling import State
-from mdiff.generation import Generated, Generation
+from mdiff.generation import Ending, Generated, Generation
 from mdiff.kernels import philox
 from mdiff.loading import Parts, load_parts, save_parts
 from mdiff.objective import Bound
+from mdiff.other_start import away_from, other_start
 from mdiff.representation import features as mean_features
 from mdiff.representation import features_at
 from mdiff.sampling import Sample as Sample
-from mdiff.sampling import Sampler, option_types, plain_seed, resolve
+from mdiff.sampling import Sampler, in_blocks, option_types, plain_seed, resolve
 from mdiff.sampling import sample as sample
 from mdiff.schedule import Linear, Schedule
 from mdiff.scoring import bound_of_rows, windows
@@ -67,8 +68,9 @@ class Pipeline:
     ) -> list[Generated]:
         """`n` samples for each prompt, each a canvas of `length` tokens with what it gives.
 
-        A prompt of a text model is the text that the canvas begins with; of a model of
-        pictures, a mapping such as {"label": "sneaker"} or {"caption": "grinning face"}.
+        A prompt of a text model is the text that the canvas begins with, or {"chat": text or
+        messages}, put as its tokenizer's chat template puts it; of a model of pictures, a
+        mapping such as {"label": "sneaker"} or {"caption": "grinning face"}.
         `length` is the model's window by default. `options` are the sampler's, and those of
         `runs`. A canvas longer than the window needs sampler="blocks", which then sees a window
         of it at a time. `guidance_scale` pushes away from what the model says without its
@@ -78,6 +80,8 @@ class Pipeline:
         does not take, DataError for a prompt that does not fit.
         """
         canvases = self.canvases(prompts, length=length, n=n)
+        # Of a chat the answer is shown.
+        options.setdefault("echo", not all(_is_chat(prompt) for prompt in _asked(prompts)))
         runs = self.runs(
             canvases, conditions=self.conditions(prompts, n=n), sampler=sampler, seed=seed,
             batch_size=batch_size, guidance_scale=guidance_scale, **options,
@@ -193,33 +197,39 @@ class Pipeline:
         guidance_scale: float | None = None,
         guidance_schedule: str = "constant",
         guidance_interval: tuple[float, float] | None = None,
+        end: str = "cut",
+        echo: bool = True,
+        negative: Prompt | None = None,
         **options: Any,
     ) -> Iterator[Generation]:
         """Batches of canvases, each to be iterated over; row r has a seed of its own.
 
         Row 0 has `seed` itself and row r a seed derived from it, so that any row can be had
         again alone. `conditions` are what the denoiser is told of each row. `guidance_schedule`
-        and `guidance_interval` are those of `guided`. What cannot be meant is refused before
-        the first batch.
+        and `guidance_interval` are those of `guided`; with a `negative` prompt it pushes away from
+        the model with that in place of what is given in front. `end` says what becomes of the
+        ids that end a text: "cut" shows what comes before the first that is drawn, "keep" all,
+        "suppress" never draws one. Without `echo` the output leaves out what is given in
+        front. What cannot be
+        meant is refused before the first batch.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: need at least 1")
-        function, settings = resolve(sampler, self._defaults(sampler, canvases, options))
+        ending = Ending(tuple(getattr(self.modality, "end_ids", ())), end, echo)
+        space = ending.space(self.space)
+        sampler, asked = in_blocks(sampler, options)
+        stop = getattr(self.modality, "eos_id", None) if end == "cut" else None
+        defaults = self._defaults(sampler, canvases, asked, stop=stop)
+        function, settings = resolve(sampler, defaults)
         without: dict[str, Tensor] = getattr(self.modality, "without", {})
         told = list(conditions or [{}] * len(canvases))
         if len(told) != len(canvases):
             raise ConfigError(f"{len(told)} conditions for {len(canvases)} canvases")
-        denoiser, guides = self.denoiser, guidance_scale is not None
-        if guides:
-            if without and not any(told):
-                raise ConfigError(f"guidance_scale without a condition: give {', '.join(without)}")
-            denoiser = guided(
-                denoiser, guidance_scale=guidance_scale, space=self.space,
-                guidance_schedule=guidance_schedule, interval=guidance_interval,
-                **({"without": self._on_device(without)} if without else {"hide": GIVEN}),
-            )  # fmt: skip
-        elif guidance_schedule != "constant" or guidance_interval is not None:
-            raise ConfigError("guidance_schedule and guidance_interval need a guidance_scale")
+        if guidance_scale is not None and without and not any(told):
+            raise ConfigError(f"guidance_scale without a condition: give {', '.join(without)}")
+        denoiser, guidance = self._guided(
+            guidance_scale, guidance_schedule, guidance_interval, negative=negative
+        )
         stack(canvases, space=self.space)
         seeds = row_seeds(seed, len(canvases))
         device = self.device
@@ -230,33 +240,75 @@ class Pipeline:
                 canvas = tokens.to(device)
                 valid = None if valid is None else valid.to(device)
                 cond = stack_conditions(told[first : first + batch_size], without)
-                if guides and not without:
-                    cond[GIVEN] = canvas != self.space.mask_id
+                cond |= guidance(canvas, valid)
                 part = seeds[first : first + batch_size]
                 states = function(
-                    denoiser, canvas, space=self.space, seed=part.to(device), valid=valid,
+                    denoiser, canvas, space=space, seed=part.to(device), valid=valid,
                     cond=self._on_device(cond) or None, **settings,
                 )  # fmt: skip
-                yield Generation(first, canvas, valid, part, self.modality, states)
+                yield Generation(
+                    first, canvas, valid, part, self.modality, states, space.mask_id, ending
+                )
 
         return batches()
+
+    def _guided(
+        self, scale: float | None, schedule: str, interval: tuple[float, float] | None, *,
+        negative: Prompt | None,
+    ) -> tuple[Denoiser, Callable[[Tensor, Tensor | None], dict[str, Tensor]]]:  # fmt: skip
+        """The denoiser with its guidance, and what of a batch that is to be told."""
+        if scale is None:
+            if schedule != "constant" or interval is not None or negative is not None:
+                raise ConfigError(
+                    "guidance_schedule, guidance_interval and negative need a guidance_scale"
+                )
+            return self.denoiser, lambda canvas, valid: {}
+        options: dict[str, Any] = {
+            "guidance_scale": scale, "guidance_schedule": schedule, "interval": interval,
+            "space": self.space,
+        }  # fmt: skip
+        without: dict[str, Tensor] = getattr(self.modality, "without", {})
+        if negative is not None:
+            start = self._start(negative)
+            away = away_from(self.denoiser, device=self.device, **options)
+            return away, lambda canvas, valid: other_start(
+                canvas, start, valid=valid, space=self.space
+            )
+        if without:
+            options["without"] = self._on_device(without)
+            return guided(self.denoiser, **options), lambda canvas, valid: {}
+        hiding = guided(self.denoiser, hide=GIVEN, **options)
+        return hiding, lambda canvas, valid: {GIVEN: canvas != self.space.mask_id}
+
+    def _start(self, negative: Prompt) -> Tensor:
+        """The tokens (N,) of a negative prompt."""
+        if not negative or hasattr(self.modality, "part_names"):
+            raise ConfigError(
+                "negative: expected what a text begins with; guidance without it hides the prompt"
+            )
+        return torch.tensor(self.modality.canvas(negative), device=self.device)
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def _defaults(
-        self, sampler: str | Sampler, canvases: Sequence[Sequence[int]], options: dict[str, Any]
+        self,
+        sampler: str | Sampler,
+        canvases: Sequence[Sequence[int]],
+        options: Mapping[str, Any],
+        *,
+        stop: int | None,
     ) -> dict[str, Any]:
         """The options with what the model knows: its end of text, its window, its times."""
         function, _ = resolve(sampler, {})
         known = option_types(function)
         longest = max(map(len, canvases), default=0)
         found = dict(options)
-        if "stop" in known and getattr(self.modality, "eos_id", None) is not None:
-            found.setdefault("stop", self.modality.eos_id)
         block = getattr(self.denoiser, "block_length", None)
         if "block_length" in known and block is not None:
             found.setdefault("block_length", block)
+        if "stop" in known and stop is not None:
+            found.setdefault("stop", stop)
         grid = getattr(self.modality, "grid", None)
         if "grid" in known and grid is not None:
             found.setdefault("grid", grid)
@@ -383,6 +435,10 @@ def row_seeds(seed: int | Tensor | torch.Generator, rows: int) -> Tensor:
 def _asked(prompts: Prompt | Sequence[Any]) -> list[Any]:
     """The prompts as a list: a text or a mapping is one."""
     return [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, Mapping) and "chat" in prompt
 
 
 def _times(canvases: list[list[int]], n: int) -> list[list[int]]:

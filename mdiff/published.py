@@ -120,13 +120,33 @@ class KeyValues:
         return some
 
 
+def place_before(
+    tokens: Tensor, *, valid: Tensor | None, documents: Tensor | None
+) -> Tensor:  # fmt: skip
+    """The valid place before each in its document, its own for the first: (B, L) int64.
+
+    >>> place_before(torch.zeros(1, 3), valid=torch.tensor([[False, True, True]]), documents=None)
+    tensor([[0, 1, 1]])
+    """
+    kind = torch.zeros_like(tokens, dtype=torch.int64) if documents is None else documents
+    if valid is not None:
+        # Padding is a document of its own.
+        kind = torch.where(valid, kind, kind.max() + 1)
+    order = kind.argsort(dim=1, stable=True)
+    sorted_kind = kind.gather(1, order)
+    follows = sorted_kind[:, 1:] == sorted_kind[:, :-1]
+    before = torch.cat([order[:, :1], torch.where(follows, order[:, :-1], order[:, 1:])], 1)
+    return torch.empty_like(order).scatter(1, order, before)
+
+
 class Published(nn.Module):
     """A Denoiser of another project's layout: `hidden` and `head` are what a family writes.
 
     `described` is its config.json as it was; `vocab_size` the number of logit columns;
     `mask_id` what the config says, None where it does not; `window` the trained length. With
-    `shifted` the raw output at a place predicts the next one: row i is then taken from place
-    i - 1, and the first from its own (Gong et al. 2025, DiffuLLaMA; Dream). `tied` are names
+    `shifted` the raw output at a place predicts the next one: row i is then taken from the place
+    before it in its document, and the first from its own, padding aside (Gong et al. 2025,
+    DiffuLLaMA; Dream). `tied` are names
     that files may leave out, with the tensor that they share.
     """
 
@@ -164,7 +184,8 @@ class Published(nn.Module):
             tokens, valid=valid, documents=documents, t=t, cond=cond, cache=cache
         )  # fmt: skip
         if self.shifted:
-            x = torch.cat([x[:, :1], x[:, :-1]], 1)
+            before = place_before(tokens, valid=valid, documents=documents)
+            x = x.gather(1, before[..., None].expand_as(x))
         return x if at is None else x[at]
 
     def forward(
@@ -232,6 +253,8 @@ class PublishedLM(Published):
             raise ConfigError(
                 "a cache is for a block model and a batch without padding or packed documents"
             )
+        if cache is not None and self.shifted:
+            raise ConfigError("a cache: the first row of a shifted model's block lies before it")
         positions, sees = attention_layout(tokens, valid=valid, documents=documents, causal=False)
         before = 0 if cache is None else cache.length
         positions = positions + before

@@ -85,9 +85,10 @@ def sample(
 
     Tokens other than the mask id are given and never changed; `valid` (B, L) bool is False
     at padding. `sampler` is a name from samplers/ or a function of their shape; `options`
-    are that sampler's own, where a schedule or an inner sampler may be a name too. An int
-    `seed` makes row b sample b of it, seeds (B,) int64 make each row sample 0 of its own; a
-    torch.Generator, or one a row, only yields seeds. Where nothing is hidden the row comes
+    are that sampler's own, where a schedule or an inner sampler may be a name too; a
+    `block_length` runs any sampler block by block, by `blocks`. An int `seed` makes row b
+    sample b of it, seeds (B,) int64 make each row sample 0 of its own; a torch.Generator, or
+    one a row, only yields seeds. Where nothing is hidden the row comes
     back unchanged with all figures 0.
 
     Raises ConfigError for an unknown sampler or option, DataError for a canvas that does not
@@ -133,6 +134,7 @@ def resolve(sampler: str | Sampler, options: Mapping[str, Any]) -> tuple[Sampler
     Raises ConfigError for an unknown sampler, an option that it does not take (naming the
     nearest that it does), or a value of the wrong kind.
     """
+    sampler, options = in_blocks(sampler, options)
     function = find("samplers", sampler) if isinstance(sampler, str) else sampler
     if not callable(function) or "canvas" not in inspect.signature(function).parameters:
         raise ConfigError(
@@ -155,6 +157,22 @@ def resolve(sampler: str | Sampler, options: Mapping[str, Any]) -> tuple[Sampler
             raise ConfigError(f"{label} does not take {key!r}; {nearest(key, parameters)}")
         settings[key] = _as_object(key, settings[key], parameters[key], label)
     return function, settings
+
+
+def in_blocks(
+    sampler: str | Sampler, options: Mapping[str, Any]
+) -> tuple[str | Sampler, Mapping[str, Any]]:
+    """The sampler with its options; with a block_length that is not its own, `blocks` over it.
+
+    >>> in_blocks("confidence", {"block_length": 4})
+    ('blocks', {'block_length': 4, 'inner': 'confidence'})
+    """
+    if "block_length" not in options:
+        return sampler, options
+    function = find("samplers", sampler) if isinstance(sampler, str) else sampler
+    if not callable(function) or "block_length" in inspect.signature(function).parameters:
+        return sampler, options
+    return "blocks", {**options, "inner": sampler}
 
 
 def option_types(function: Sampler) -> dict[str, Any]:

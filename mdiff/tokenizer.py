@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
+from mdiff.files import read_json
 
 BYTES = 256
 FILE = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+# What ends a text or a turn of a chat, whichever of them a tokenizer calls its end.
+ENDS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "</s>")
+# Classes that come as code beside a model, and those of transformers that read the same files.
+SAME_AS = {"DreamTokenizer": "Qwen2Tokenizer"}
 
 
 class Tokenizer(Protocol):
@@ -165,15 +171,13 @@ class BytePairs:
 class Pretrained:
     """Any tokenizer of the Hugging Face libraries, by path or Hub id; its code is never run.
 
-    `mask_id`, `eos_id` and `pad_id` are its own, None where it has none; `never` are special
-    ids that no text gives.
+    `mask_id`, `eos_id` and `pad_id` are its own, None where it has none; `end_ids` all that end
+    a text or a turn; `never` are special ids that no text gives.
     """
 
     lossless = False
 
     def __init__(self, name: str) -> None:
-        from transformers import AutoTokenizer
-
         path = Path(name)
         try:
             if path.is_file():
@@ -181,7 +185,7 @@ class Pretrained:
 
                 self.inner: Any = PreTrainedTokenizerFast(tokenizer_file=name)
             else:
-                self.inner = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                self.inner = _class_of(path).from_pretrained(name, trust_remote_code=False)
         except Exception as error:
             kind = CheckpointError if path.exists() else BackendError
             first = str(error).strip().split("\n")[0]
@@ -194,6 +198,9 @@ class Pretrained:
         end = self.inner.eos_token_id
         self.eos_id: int | None = self.inner.sep_token_id if end is None else end
         self.pad_id: int | None = self.inner.pad_token_id
+        named = self.inner.get_added_vocab()
+        ends = {named[token] for token in ENDS if token in named}
+        self.end_ids = tuple(sorted(ends | ({self.eos_id} if self.eos_id is not None else set())))
         kept = {self.mask_id, self.eos_id, self.inner.unk_token_id}
         self.never = tuple(sorted(set(self.inner.all_special_ids) - kept))
 
@@ -209,6 +216,26 @@ class Pretrained:
         )
         return text
 
+    def chat(self, said: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of what a user said, or of {"role", "content"} messages, up to the answer.
+
+        By the tokenizer's own template, which its library renders in a sandbox. Raises DataError
+        where it has none or refuses these messages.
+        """
+        if not self.inner.chat_template:
+            raise DataError("this tokenizer has no chat template: give a plain prompt instead")
+        from jinja2 import TemplateError
+
+        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+        try:
+            ids: list[int] = self.inner.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True,
+                tokenize=True, return_dict=False,
+            )  # fmt: skip
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise DataError(f"the chat template refuses these messages: {error}") from error
+        return ids
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each id adds to the text before it."""
         texts = [""] + [self.decode(ids[: i + 1]) for i in range(len(ids))]
@@ -217,6 +244,15 @@ class Pretrained:
     def save(self, folder: Path) -> None:
         """Write its own files."""
         self.inner.save_pretrained(str(folder))
+
+
+def _class_of(folder: Path) -> Any:
+    """The class of transformers that reads the tokenizer in `folder`."""
+    import transformers
+
+    settings = folder / SETTINGS
+    named = read_json(settings).get("tokenizer_class") if settings.exists() else None
+    return getattr(transformers, SAME_AS.get(str(named), "AutoTokenizer"))
 
 
 def utf8_pieces(parts: Sequence[bytes]) -> list[str]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mdiff.generation import Generated
     from mdiff.pipeline import Pipeline
 
-INPUT_KEYS = ("prompt", "infill", "length")
+INPUT_KEYS = ("prompt", "infill", "chat", "length")
 
 
 def generate(
@@ -27,6 +27,9 @@ def generate(
     infill: Annotated[
         list[str] | None, typer.Option(help='Text with gaps: "The [MASK:8] of [MASK:3] night".')
     ] = None,
+    chat: Annotated[
+        list[str] | None, typer.Option(help="What you say, put by the model's chat template.")
+    ] = None,
     label: Annotated[
         list[str] | None, typer.Option(help="What a picture shows, of the model's names.")
     ] = None,
@@ -35,7 +38,8 @@ def generate(
     input_file: Annotated[
         Path | None,
         typer.Option(
-            "--input", help="JSONL: a prompt (and length), an infill, or a label and image a line."
+            "--input",
+            help="JSONL: a prompt or chat (and length), an infill, or a label and image a line.",
         ),
     ] = None,
     n: Annotated[int, typer.Option("--n", help="Samples for each.")] = 1,
@@ -55,8 +59,12 @@ def generate(
     order: Annotated[str | None, typer.Option(help="Order of the reveals.")] = None,
     option: ask.Pairs = None,
     guidance_scale: ask.GuidanceScale = None,
+    negative: ask.Negative = None,
     guidance_schedule: ask.GuidanceSchedule = None,
     guidance_interval: ask.GuidanceInterval = None,
+    end: Annotated[
+        str, typer.Option(help="End of text: cut there, keep what follows, or suppress it.")
+    ] = "cut",
     seed: ask.Seed = 0,
     batch_size: ask.BatchSize = 32,
     device: ask.Device = None,
@@ -72,13 +80,14 @@ def generate(
         "steps": steps, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         "min_p": min_p, "threshold": threshold, "block_length": block_length, "order": order,
     }  # fmt: skip
+    options: dict[str, Any]
     options = {key: value for key, value in named.items() if value is not None}
     options |= ask.parsed_options(option or [])
     options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval)
-    options |= {"sampler": sampler, "seed": seed, "batch_size": batch_size}
+    options |= {"sampler": sampler, "seed": seed, "batch_size": batch_size, "end": end}
     ask.check_seed(seed)
     wanted = shown.Wanted(out, scale_up, trace, as_json, f"{model} · {sampler}")
-    refuse_both({"--prompt": prompt, "--infill": infill, "--input": input_file})
+    refuse_both({"--prompt": prompt, "--infill": infill, "--chat": chat, "--input": input_file})
     refuse_both({"--label": label or image, "--infill": infill, "--input": input_file})
 
     from mdiff.pipeline import load
@@ -86,7 +95,13 @@ def generate(
     pipeline = load(model, device=device, dtype=dtype)
     if shown.shows_pictures(pipeline):
         refuse_given(
-            {"--infill": infill, "--length": length, "--stream": stream or None},
+            {
+                "--infill": infill,
+                "--chat": chat,
+                "--negative": negative,
+                "--length": length,
+                "--stream": stream or None,
+            },
             f"is for models of text; {model} is one of pictures",
         )
         asked = combined(label, prompt, image) if input_file is None else requests_of(input_file)
@@ -106,13 +121,20 @@ def generate(
     )
     if wanted.is_film:
         raise ConfigError(f"--trace {trace}: a GIF shows pictures; name a page such as trace.html")
+    wishes = requests(prompt, infill, chat, input_file)
+    # Of a chat the answer is shown.
+    if negative is not None:
+        options["negative"] = negative if chat is None else {"chat": negative}
+    options["echo"] = not all(kind == "chat" for kind, _, _ in wishes)
     canvases = [
         canvas
-        for kind, words, own in requests(prompt, infill, input_file)
+        for kind, words, own in wishes
         for canvas in (
             pipeline.templates(words, n=n)
             if kind == "infill"
-            else pipeline.canvases(words, length=own or length, n=n)
+            else pipeline.canvases(
+                {"chat": words} if kind == "chat" else words, length=own or length, n=n
+            )
         )
     ]
     samples = fill_in(
@@ -198,13 +220,18 @@ def figures(sample: Generated) -> str:
 
 
 def requests(
-    prompts: list[str] | None, infills: list[str] | None, path: Path | None
+    prompts: list[str] | None,
+    infills: list[str] | None,
+    chats: list[str] | None,
+    path: Path | None,
 ) -> list[tuple[str, str, int | None]]:
     """What to fill in, as (kind, text, own length); an empty prompt where nothing is asked."""
     if path is not None:
         return _from_file(path)
     if infills is not None:
         return [("infill", text, None) for text in infills]
+    if chats is not None:
+        return [("chat", text, None) for text in chats]
     return [("prompt", text, None) for text in prompts or [""]]
 
 
@@ -217,9 +244,9 @@ def _from_file(path: Path) -> list[tuple[str, str, int | None]]:
         for key in row:
             if key not in INPUT_KEYS:
                 raise DataError(f"{where} has an unknown key {key!r}; {nearest(key, INPUT_KEYS)}")
-        kinds = [kind for kind in ("prompt", "infill") if kind in row]
+        kinds = [kind for kind in ("prompt", "infill", "chat") if kind in row]
         if len(kinds) != 1 or not isinstance(row[kinds[0]], str):
-            raise DataError(f"{where}: expected one of 'prompt' and 'infill', a string")
+            raise DataError(f"{where}: expected one of 'prompt', 'infill' and 'chat', a string")
         length = row.get("length")
         if length is not None and (type(length) is not int or length < 1 or kinds[0] == "infill"):
             raise DataError(f"{where}: length={length!r}: expected a whole number, for a prompt")

@@ -25,6 +25,9 @@ Pairs = Annotated[
 GuidanceScale = Annotated[
     float | None, typer.Option(help="Push away from the model without what is given.")
 ]
+Negative = Annotated[
+    str | None, typer.Option(help="Guide away from this in place of the prompt or chat.")
+]
 GuidanceSchedule = Annotated[
     str | None, typer.Option(help="constant, linear or cosine: how the scale sets in.")
 ]

@@ -80,6 +80,14 @@ class Text:
         return inner.size if self.eos else None
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a document or, in a chat, a turn."""
+        inner = self.tokenizer
+        if isinstance(inner, Pretrained):
+            return inner.end_ids
+        return (inner.size,) if self.eos else ()
+
+    @property
     def pad_id(self) -> int | None:
         """The tokenizer's own padding id, or None; canvases are padded by `valid` instead."""
         return getattr(self.tokenizer, "pad_id", None)
@@ -92,9 +100,11 @@ class Text:
             raise DataError(f"character {error.start} is not valid Unicode text") from None
         return self.tokenizer.encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text up to the first end of text; masks are left out."""
-        return self.tokenizer.decode(self._spoken(ids))
+    def decode(self, ids: Sequence[int], *, whole: bool = False) -> str:
+        """The text up to the first end of text, or the `whole` of it; masks are left out."""
+        shown = ids if whole else ids[: self._end(ids)]
+        left_out = {self.mask_id, *((self.eos_id,) if self.kind in OWN else ())}
+        return self.tokenizer.decode([token for token in shown if token not in left_out])
 
     def pieces(self, ids: Sequence[int]) -> list[str | None]:
         """The text of each place, None where it is masked; after the end of text, ""."""
@@ -103,27 +113,38 @@ class Text:
         texts = dict(zip(spoken, self.tokenizer.pieces([ids[i] for i in spoken])))
         return [None if token == mask else texts.get(i, "") for i, token in enumerate(ids)]
 
-    def _spoken(self, ids: Sequence[int]) -> list[int]:
-        return [token for token in ids[: self._end(ids)] if token != self.mask_id]
-
     def _end(self, ids: Sequence[int]) -> int:
         """How many ids come before the end of text."""
         eos = self.eos_id
         return len(ids) if eos is None or eos not in ids else list(ids).index(eos)
 
-    def canvas(self, prompt: str = "", length: int | None = None) -> list[int]:
+    def canvas(
+        self, prompt: str | Mapping[str, Any] = "", length: int | None = None
+    ) -> list[int]:  # fmt: skip
         """The prompt's tokens followed by masks, `length` places in all.
 
-        Raises DataError where the prompt holds a mask or does not fit.
+        A prompt {"chat": ...} is what a user says, or a list of {"role", "content"} messages,
+        put as the tokenizer's chat template puts it. Raises DataError where the prompt holds a
+        mask or does not fit, and where there is no template.
         """
-        hole = HOLE.search(prompt)
-        ids = self.encode(prompt)
+        if isinstance(prompt, Mapping):
+            hole, ids = None, self._chat(prompt)
+        else:
+            hole, ids = HOLE.search(prompt), self.encode(prompt)
         if hole or self.mask_id in ids:
             shown = hole[0] if hole else "the mask token"
             raise DataError(
                 f"the prompt holds {shown}, which is not text; to fill in gaps use infill"
             )
         return continued(ids, length, mask_id=self.mask_id)
+
+    def _chat(self, prompt: Mapping[str, Any]) -> list[int]:
+        """The ids of {"chat": a text or messages}."""
+        if set(prompt) != {"chat"} or not isinstance(prompt["chat"], str | list):
+            raise DataError(f'{dict(prompt)!r}: expected {{"chat": a text or a list of messages}}')
+        if not isinstance(self.tokenizer, Pretrained):
+            raise DataError(f"the {self.kind} tokenizer has no chat template: give a plain prompt")
+        return self.tokenizer.chat(prompt["chat"])
 
     def template(self, text: str) -> list[int]:
         """The canvas of a text with gaps: [MASK] is one token, [MASK:8] eight.
