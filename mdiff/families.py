@@ -54,7 +54,17 @@ def load_published(
     device: torch.device | Mapping[str, Any] | str = "cpu",
 ) -> Published:
     """The model in `folder`, whose backbone is `room`, with its weights on `device`."""
-    module = built(room, read_json(folder / CONFIG_FILE))
+    return filled(built(room, read_json(folder / CONFIG_FILE)), folder, dtype=dtype, device=device)
+
+
+def filled(
+    module: Published,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | Mapping[str, Any] | str = "cpu",
+) -> Published:
+    """The module from `built` with the weights in `folder`; see `load_weights`."""
     stored = load_weights(
         module, check_weights(folder), dtype=dtype, device=device, tied=module.tied
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from mdiff.checkpoint import staged, write_json
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
-from mdiff.families import load_published, recognised, supported
+from mdiff.families import built, filled, recognised, supported
 from mdiff.files import read_json
 from mdiff.find import find, names
 from mdiff.locate import CONFIG, PIPELINE, locate
@@ -135,7 +135,10 @@ def _foreign(
     room = recognised(folder)
     module: Any = None
     if room is not None:
-        module = load_published(folder, room, dtype=dtype, device=place)
+        module = built(room, described)
+        if module.refused is not None:
+            raise ConfigError(f"{folder} cannot be used: {module.refused}")
+        filled(module, folder, dtype=dtype, device=place)
         mask_id = module.mask_id if mask_id is None else mask_id
     text = _text_of(folder, mask_id)
     if mask_id is None:

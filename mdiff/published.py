@@ -120,10 +120,12 @@ class Published(nn.Module):
     `shifted` the raw output at a place predicts the next one: row i is then taken from place
     i - 1, and the first from its own (Gong et al. 2025, DiffuLLaMA; Dream). `tied` are names
     that files may leave out, with the tensor that they share.
+    `refused` says why a model whose logits are here neither generates nor is scored.
     """
 
     uses_time: bool = False
     shifted: bool = False
+    refused: str | None = None
     tied: ClassVar[dict[str, str]] = {}
     # Modules that accelerate keeps on one device.
     no_split: ClassVar[tuple[str, ...]] = ()

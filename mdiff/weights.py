@@ -38,8 +38,8 @@ def load_weights(
 
     The names of `module.state_dict()` are those of the files. `tied` names may be absent and
     then share another's tensor, as they do where both are there and equal. Returns the names
-    that the files hold. `dtype` is what floating tensors become; None keeps what is
-    stored. `device` may map the name of a submodule ("" is the whole) to its device. Raises
+    that the files hold. `dtype` is what floating parameters become; None keeps what is
+    stored, and buffers (tables of positions, say) always keep it. `device` may map the name of a submodule ("" is the whole) to its device. Raises
     CheckpointError, with nothing allocated, where a tensor is missing, unexpected or of another
     shape, and lists them.
     """
@@ -48,6 +48,7 @@ def load_weights(
         header.pop("__metadata__", None)
     tied = dict(tied or {})
     _account(module, entries, tied)
+    learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for path, header in entries.items():
         with path.open("rb", buffering=0) as file:
             start = 8 + int.from_bytes(file.read(8), "little")
@@ -55,7 +56,8 @@ def load_weights(
                 file.seek(start + entry["data_offsets"][0])
                 tensor = torch.empty(entry["shape"], dtype=TYPES[entry["dtype"]])
                 _fill(tensor, file, path)
-                kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                cast = dtype is not None and tensor.is_floating_point() and name in learned
+                kind = dtype if cast else tensor.dtype
                 _put(module, name, tensor.to(device=_place(name, device), dtype=kind))
     for name, source in tied.items():
         own, other = _tensor_of(module, name), _tensor_of(module, source)

@@ -22,7 +22,7 @@ MDLM = TokenSpace(50, mask_id=49)
 
 
 def test_mdlm_nelbo_per_token_and_mean():
-    golden = load_file(GOLDEN / "mdlm.safetensors")
+    golden = load_file(GOLDEN / "mdlm" / "golden.safetensors")
     nll = token_nll(golden["logits"], golden["x0"], golden["xt"], space=MDLM)
     weight = Linear().weight(golden["t"].double())
     assert torch.allclose(weight.float(), golden["weight"], rtol=1e-5)
@@ -33,7 +33,7 @@ def test_mdlm_nelbo_per_token_and_mean():
 
 def test_the_loss_function_itself_gives_mdlms_value_on_the_same_corruption():
     """Times so small and places so chosen that only MDLM's own hidden places are hidden."""
-    golden = load_file(GOLDEN / "mdlm.safetensors")
+    golden = load_file(GOLDEN / "mdlm" / "golden.safetensors")
     hidden = golden["xt"] == MDLM.mask_id
     t = torch.ones(4)
     loss = masked_diffusion_loss(
