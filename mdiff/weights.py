@@ -38,10 +38,10 @@ def load_weights(
 
     The names of `module.state_dict()` are those of the files. `tied` names may be absent and
     then share another's tensor, as they do where both are there and equal. Returns the names
-    that the files hold. `dtype` is what floating parameters become; None keeps what is
-    stored, and buffers (tables of positions, say) always keep it. `device` may map the name of a submodule ("" is the whole) to its device. Raises
-    CheckpointError, with nothing allocated, where a tensor is missing, unexpected or of another
-    shape, and lists them.
+    that the files hold. `dtype` is what floating parameters become; None keeps what is stored,
+    as buffers (tables of positions, say) always do. `device` may map the name of a submodule
+    ("" is the whole) to its device. Raises CheckpointError, with nothing allocated, where a tensor
+    is missing, unexpected or of another shape, and lists them.
     """
     entries = {path: check_tensors(path) for path in paths}
     for header in entries.values():
