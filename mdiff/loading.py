@@ -11,7 +11,7 @@ import torch
 from mdiff.checkpoint import staged, write_json
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
-from mdiff.families import built, filled, recognised, supported
+from mdiff.families import built, filled, recognised, unsupported
 from mdiff.files import read_json
 from mdiff.find import find, names
 from mdiff.locate import CONFIG, PIPELINE, locate
@@ -133,6 +133,9 @@ def _foreign(
     """
     described = read_json(folder / CONFIG)
     room = recognised(folder)
+    strange = unsupported(folder) if room is None else None
+    if strange is not None:
+        raise strange
     module: Any = None
     if room is not None:
         module = built(room, described)
@@ -145,7 +148,7 @@ def _foreign(
         mask_id = described.get("mask_id") if text is None else text.tokenizer.mask_id
     if type(mask_id) is not int:
         raise ConfigError(f"{folder} does not say which id is the mask: give mask_id=")
-    denoiser = module or _masked_lm(folder, described, dtype, mask_id)
+    denoiser = module or _denoiser(folder, dtype, mask_id=mask_id)
     space = TokenSpace(_columns(denoiser), mask_id=mask_id)
     if text is not None and text.tokenizer.size > max(space.vocab_size, mask_id + 1):
         raise DataError(
@@ -162,19 +165,6 @@ def _text_of(folder: Path, mask_id: int | None) -> Any:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     return find("modalities", "text")(tokenizer=str(folder), mask_id=mask_id, folder=folder)
-
-
-def _masked_lm(
-    folder: Path, described: dict[str, Any], dtype: torch.dtype | None, mask_id: int
-) -> Denoiser:
-    """A masked language model of transformers; CheckpointError for another architecture."""
-    for name in described.get("architectures") or []:
-        if not name.endswith("ForMaskedLM"):
-            raise CheckpointError(
-                f"{folder} is a {name[:80]}, which is not supported; "
-                f"{nearest(name, [*supported(), 'any ...ForMaskedLM'])}"
-            )
-    return _denoiser(folder, dtype, mask_id=mask_id)
 
 
 def _denoiser(folder: Path, dtype: torch.dtype | None, *, mask_id: int) -> Denoiser:

@@ -43,9 +43,7 @@ def load_weights(
     ("" is the whole) to its device. Raises CheckpointError, with nothing allocated, where a tensor
     is missing, unexpected or of another shape, and lists them.
     """
-    entries = {path: check_tensors(path) for path in paths}
-    for header in entries.values():
-        header.pop("__metadata__", None)
+    entries = headers(paths)
     tied = dict(tied or {})
     _account(module, entries, tied)
     learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
@@ -67,19 +65,27 @@ def load_weights(
     return {name for header in entries.values() for name in header}
 
 
-def _account(module: nn.Module, entries: dict[Path, dict[str, Any]], tied: dict[str, str]) -> None:
-    """Raise CheckpointError unless the files hold just what the module needs."""
-    wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    found: dict[str, Any] = {}
+def headers(paths: list[Path]) -> dict[Path, dict[str, Any]]:
+    """The checked headers of safetensors files; CheckpointError for a name in two of them."""
+    entries = {path: check_tensors(path) for path in paths}
+    seen: set[str] = set()
     for path, header in entries.items():
         for name, entry in header.items():
-            if name in found:
+            if name in seen:
                 raise CheckpointError(f"{path}: {name[:80]!r} is in another file too")
             if entry["dtype"] not in TYPES:
                 raise CheckpointError(f"{path}: {name[:80]!r} is of type {entry['dtype']}")
-            found[name] = entry["shape"]
-    folder = next(iter(entries)).parent
-    problems = {
+            seen.add(name)
+    return entries
+
+
+def problems(
+    module: nn.Module, entries: dict[Path, dict[str, Any]], tied: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """The tensors that are missing, unexpected or of another shape, as they are to be said."""
+    wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: entry["shape"] for h in entries.values() for name, entry in h.items()}
+    return {
         "missing": [n for n in wanted if n not in found and n not in tied],
         "unexpected": [n for n in found if n not in wanted],
         "of another shape": [
@@ -88,14 +94,18 @@ def _account(module: nn.Module, entries: dict[Path, dict[str, Any]], tied: dict[
             if n in found and found[n] != wanted[n]
         ],
     }
+
+
+def _account(module: nn.Module, entries: dict[Path, dict[str, Any]], tied: dict[str, str]) -> None:
+    """Raise CheckpointError unless the files hold just what the module needs."""
     said = [
         f"{kind}: {', '.join(n[:120] for n in some[:SHOWN])}"
         + (f" and {len(some) - SHOWN} more" if len(some) > SHOWN else "")
-        for kind, some in problems.items()
+        for kind, some in problems(module, entries, tied).items()
         if some
     ]
     if said:
-        raise CheckpointError(f"{folder}: tensors {'; '.join(said)}")
+        raise CheckpointError(f"{next(iter(entries)).parent}: tensors {'; '.join(said)}")
 
 
 def _fill(tensor: Tensor, file: Any, path: Path) -> None:
