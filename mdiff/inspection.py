@@ -9,7 +9,7 @@ from typing import Any
 
 from mdiff.errors import CheckpointError
 from mdiff.families import built, recognised, unsupported
-from mdiff.files import read_json
+from mdiff.files import check_tensors, inside, read_json
 from mdiff.locate import CONFIG, PIPELINE, check_weights
 from mdiff.weights import headers, problems
 
@@ -66,6 +66,26 @@ def report(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]:
         for name, entry in sorted(header.items())
     ]
     return found | summed(tensors), fault
+
+
+def loose(folder: Path) -> tuple[dict[str, Any], CheckpointError] | None:
+    """The tensors of a folder that holds safetensors files and no config; None for another."""
+    paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not paths or (folder / PIPELINE).exists() or (folder / CONFIG).exists():
+        return None
+    tensors = [
+        described_tensor(name, entry, "unknown")
+        for path in paths
+        for name, entry in sorted(check_tensors(inside(folder, path.name)).items())
+    ]
+    found = {
+        "path": str(folder),
+        "architecture": f"unknown: there is no {CONFIG}",
+        "supported": False,
+    }
+    return found | summed(tensors), CheckpointError(
+        f"{folder} has weights and no {CONFIG}: what they are is not known, so not supported"
+    )
 
 
 def summed(tensors: list[dict[str, Any]]) -> dict[str, Any]:

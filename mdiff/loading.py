@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mdiff.families import built, filled, recognised, unsupported
 from mdiff.files import read_json
 from mdiff.find import find, names
 from mdiff.locate import CONFIG, PIPELINE, locate
+from mdiff.placing import AUTO, DeviceMap, planned, spread
 from mdiff.published import Published
 from mdiff.schedule import SCHEDULES, Linear, Schedule, named_schedule
 from mdiff.tokens import TokenSpace
@@ -48,24 +50,29 @@ def load_parts(
     name: str,
     *,
     dtype: torch.dtype | str | None,
-    device: torch.device | str | None,
+    device: torch.device | DeviceMap | str | None,
     mask_id: int | None,
     block_length: int | None,
 ) -> Parts:
     """The parts of "builtin:NAME", a directory or a Hub id; see `mdiff.load`."""
     kind = _dtype(dtype)
-    place = _device(device)
+    asked: Any = AUTO if device == AUTO else None
+    if isinstance(device, Mapping):
+        asked = {part: _device(own) for part, own in device.items()}
+    place = _device(None if asked is not None else device)
     folder = locate(name)
     if (folder / PIPELINE).exists():
         parts = _own(folder, kind, mask_id)
     else:
-        parts = _foreign(folder, kind, mask_id, place)
+        parts = _foreign(folder, kind, mask_id, place if asked is None else asked)
     if block_length is not None:
         if not hasattr(parts.denoiser, "block_length"):
             raise ConfigError(f"block_length={block_length}: {name} is not a block model")
         parts.denoiser.block_length = block_length
     module: Any = parts.denoiser
-    module.to(place).eval()
+    if getattr(module, "main_device", None) is None:
+        module.to(place)
+    module.eval()
     return parts
 
 
@@ -126,7 +133,10 @@ def _check_part(folder: Path, name: Any) -> None:
 
 
 def _foreign(
-    folder: Path, dtype: torch.dtype | None, mask_id: int | None, place: torch.device
+    folder: Path,
+    dtype: torch.dtype | None,
+    mask_id: int | None,
+    place: torch.device | DeviceMap | str,
 ) -> Parts:
     """A model of another project or a Hugging Face masked language model, with its tokenizer or
     without one.
@@ -141,7 +151,11 @@ def _foreign(
         module = built(room, described)
         if module.refused is not None:
             raise ConfigError(f"{folder} cannot be used: {module.refused}")
-        filled(module, folder, dtype=dtype, device=place)
+        if isinstance(place, torch.device):
+            filled(module, folder, dtype=dtype, device=place)
+        else:
+            plan = planned(module, folder, dtype=dtype) if isinstance(place, str) else place
+            spread(module, folder, plan, dtype=dtype)
         mask_id = module.mask_id if mask_id is None else mask_id
     text = _text_of(folder, mask_id)
     if mask_id is None:
@@ -249,14 +263,14 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[dtype.removeprefix("torch.")]
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def _device(device: Any) -> torch.device:
     """The device; by default the first GPU if there is one."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-    except RuntimeError:
-        known = "known: cpu, cuda, cuda:0, mps"
+    except (RuntimeError, TypeError):
+        known = "known: auto, cpu, cuda, cuda:0, mps"
         raise ConfigError(f"unknown device {str(device)!r}; {known}") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device {device}: this torch sees no CUDA device; use cpu")

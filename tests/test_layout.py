@@ -33,7 +33,7 @@ FLOORS = [
      "adaln_layers", "published", "safe_yaml", "shard_writing", "shards", "sources", "tokenizer",
      "weights"},
     {"config", "checkpoint", "families", "inspection", "locate", "loading", "journal", "optim",
-     "training_state"},
+     "placing", "training_state"},
     {"stepping", "run", "train", "generation", "sampling", "pipeline", "representation",
      "metrics", "judge", "scoring", "picture_figures", "evaluate", "selftest", "trace", "ranking",
      "machine", "peers", "bench", "bench_draw", "bench_generation", "bench_loss", "bench_sides",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mdiff.cli.console import result, result_json
+from mdiff.errors import MdiffError
 
 
 def inspect(
@@ -19,16 +20,18 @@ def inspect(
     if is_codec(model):
         codec_inspected(model, as_json=as_json)
         return
-    from mdiff.inspection import is_foreign, report
+    from mdiff.inspection import is_foreign, loose, report
     from mdiff.locate import locate
 
-    folder = locate(model)
-    fault = None
-    if is_foreign(folder):
+    fault: MdiffError | None = None
+    unknown = loose(Path(model).expanduser())
+    if unknown is not None:
+        found, fault = unknown
+    elif is_foreign(folder := locate(model)):
         found, fault = report(folder)
-        found = {"model": model, **found}
     else:
         found = inspected(model, folder)
+    found = {"model": model, **found}
     if as_json:
         result_json(found)
     else:
