@@ -62,7 +62,7 @@ def load_parts(
     place = _device(None if asked is not None else device)
     folder = locate(name)
     if (folder / PIPELINE).exists():
-        parts = _own(folder, kind, mask_id)
+        parts = _own(folder, kind, mask_id, place if asked is None else asked)
     else:
         parts = _foreign(folder, kind, mask_id, place if asked is None else asked)
     if block_length is not None:
@@ -76,7 +76,12 @@ def load_parts(
     return parts
 
 
-def _own(folder: Path, dtype: torch.dtype | None, mask_id: int | None) -> Parts:
+def _own(
+    folder: Path,
+    dtype: torch.dtype | None,
+    mask_id: int | None,
+    place: torch.device | DeviceMap | str,
+) -> Parts:
     """What `save_parts` or training wrote."""
     described = read_json(folder / PIPELINE)
     try:
@@ -104,7 +109,12 @@ def _own(folder: Path, dtype: torch.dtype | None, mask_id: int | None) -> Parts:
             f"{space.vocab_size}: they are not of the same training"
         )
     find("backbones", backbone)
-    denoiser = _denoiser(folder, dtype, mask_id=space.mask_id)
+    room = recognised(folder)
+    denoiser: Denoiser
+    if room is not None:
+        denoiser = _published(folder, room, dtype, place)
+    else:
+        denoiser = _denoiser(folder, dtype, mask_id=space.mask_id)
     _check_columns(denoiser, space, folder)
     return Parts(denoiser, space, modality, schedule, window)
 
@@ -148,14 +158,7 @@ def _foreign(
         raise strange
     module: Any = None
     if room is not None:
-        module = built(room, described)
-        if module.refused is not None:
-            raise ConfigError(f"{folder} cannot be used: {module.refused}")
-        if isinstance(place, torch.device):
-            filled(module, folder, dtype=dtype, device=place)
-        else:
-            plan = planned(module, folder, dtype=dtype) if isinstance(place, str) else place
-            spread(module, folder, plan, dtype=dtype)
+        module = _published(folder, room, dtype, place)
         mask_id = module.mask_id if mask_id is None else mask_id
     text = _text_of(folder, mask_id)
     if mask_id is None:
@@ -172,6 +175,19 @@ def _foreign(
     own = getattr(denoiser, "window", None) or getattr(denoiser, "max_length", None)
     window = own or described.get("max_position_embeddings", described.get("max_length"))
     return Parts(denoiser, space, modality, Linear(), window if type(window) is int else None)
+
+
+def _published(
+    folder: Path, room: str, dtype: torch.dtype | None, place: torch.device | DeviceMap | str
+) -> Published:
+    """Another project's model on its device or devices; ConfigError for one that is refused."""
+    module = built(room, read_json(folder / CONFIG))
+    if module.refused is not None:
+        raise ConfigError(f"{folder} cannot be used: {module.refused}")
+    if isinstance(place, torch.device):
+        return filled(module, folder, dtype=dtype, device=place)
+    plan = planned(module, folder, dtype=dtype) if isinstance(place, str) else place
+    return spread(module, folder, plan, dtype=dtype)
 
 
 def _text_of(folder: Path, mask_id: int | None) -> Any:

@@ -6,6 +6,7 @@ Accelerate plans and moves: `infer_auto_device_map` over the module without weig
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,10 @@ def spread(
     if set(places) == {WHOLE}:
         return module
     module.eval()
-    dispatch_model(module, dict(places), main_device=module.main_device, force_hooks=True)
+    with warnings.catch_warnings():
+        # A tensor of the module itself is a part of its own, which accelerate remarks on.
+        warnings.filterwarnings("ignore", message="The following device_map keys")
+        dispatch_model(module, dict(places), main_device=module.main_device, force_hooks=True)
     # Features and logits are the caller's: they come back to where its tokens are.
     back = AlignDevicesHook(io_same_device=True)
     add_hook_to_module(module.head, back, append=True)

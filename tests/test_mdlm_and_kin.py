@@ -255,6 +255,17 @@ def test_gidd_with_uniform_noise_neither_generates_nor_is_scored(tmp_path):
     assert 39 not in made.tokens
 
 
+@pytest.mark.parametrize("name", ["mdlm", "bd3lm", "smdm"])
+def test_a_saved_pipeline_is_loaded_again(name, tmp_path):
+    pipeline = mdiff.load(GOLDEN / name, device="cpu")
+    pipeline.save(tmp_path / "saved")
+    again = mdiff.load(tmp_path / "saved", device="cpu")
+    assert (again.space, again.window) == (pipeline.space, pipeline.window)
+    assert type(again.denoiser) is type(pipeline.denoiser)
+    tokens = torch.arange(8)[None]
+    assert torch.equal(called(again.denoiser, tokens), called(pipeline.denoiser, tokens))
+
+
 @pytest.mark.parametrize("name", ["mdlm", "smdm"])
 def test_the_bound_of_a_loaded_model_is_its_exact_average_over_orders(name):
     pipeline = mdiff.load(GOLDEN / name, device="cpu")
