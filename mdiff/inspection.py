@@ -24,9 +24,9 @@ def is_foreign(folder: Path) -> bool:
 def report(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]:
     """What a foreign model is, and why it cannot be loaded, if it cannot.
 
-    `used` of a tensor is "loaded", "unexpected" or "of another shape"; of a model that is not
-    supported "unknown". `missing` are tensors that the files lack. Raises CheckpointError for
-    files or a config that cannot be read.
+    `used` of a tensor is "loaded" or what is wrong with it, such as "unexpected"; of a model
+    that is not supported "unknown". `missing` are tensors that the files lack. Raises
+    CheckpointError for files or a config that cannot be read.
     """
     described = read_json(folder / CONFIG)
     entries = headers(check_weights(folder))

@@ -46,6 +46,7 @@ def planned(
         name: TYPES[entry["dtype"]]
         for header in headers(check_weights(folder)).values()
         for name, entry in header.items()
+        if entry["dtype"] in TYPES
     }
     kinds = {
         name: dtype if dtype is not None and kind.is_floating_point and name in learned else kind

@@ -70,11 +70,9 @@ def headers(paths: list[Path]) -> dict[Path, dict[str, Any]]:
     entries = {path: check_tensors(path) for path in paths}
     seen: set[str] = set()
     for path, header in entries.items():
-        for name, entry in header.items():
+        for name in header:
             if name in seen:
                 raise CheckpointError(f"{path}: {name[:80]!r} is in another file too")
-            if entry["dtype"] not in TYPES:
-                raise CheckpointError(f"{path}: {name[:80]!r} is of type {entry['dtype']}")
             seen.add(name)
     return entries
 
@@ -82,9 +80,10 @@ def headers(paths: list[Path]) -> dict[Path, dict[str, Any]]:
 def problems(
     module: nn.Module, entries: dict[Path, dict[str, Any]], tied: Mapping[str, str]
 ) -> dict[str, list[str]]:
-    """The tensors that are missing, unexpected or of another shape, as they are to be said."""
+    """The tensors that are not as the module needs them, by what is wrong with them, as said."""
     wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: entry["shape"] for h in entries.values() for name, entry in h.items()}
+    every = {name: entry for header in entries.values() for name, entry in header.items()}
+    found = {name: entry["shape"] for name, entry in every.items()}
     return {
         "missing": [n for n in wanted if n not in found and n not in tied],
         "unexpected": [n for n in found if n not in wanted],
@@ -92,6 +91,11 @@ def problems(
             f"{n} {found[n]}, expected {wanted[n]}"
             for n in wanted
             if n in found and found[n] != wanted[n]
+        ],
+        "of a type that is not read": [
+            f"{n} {every[n]['dtype']}"
+            for n in wanted
+            if n in found and every[n]["dtype"] not in TYPES
         ],
     }
 

@@ -53,10 +53,15 @@ def test_inspect_says_what_a_published_model_is(name, expected, capsys):
 def test_inspect_shows_the_tensors_of_what_is_not_supported_and_exits_with_4(folder, capsys):
     described = read_json(folder / "config.json") | {"architectures": ["SomethingElse"]}
     (folder / "config.json").write_text(json.dumps(described))
+    # Of any type, those included that nothing here reads.
+    tensors = load_file(folder / "model.safetensors")
+    tensors["light"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors")
     found = inspected(folder, capsys, code=4)
     assert not found["supported"]
     assert found["architecture"] == "SomethingElse"
     assert {tensor["used"] for tensor in found["tensors"]} == {"unknown"}
+    assert found["types"] == {"F32": 31, "F8_E4M3": 1}
     assert run(["inspect", str(folder)]) == 4
     told = capsys.readouterr()
     assert "supported     no" in told.out
