@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 
-from mdiff.errors import CheckpointError
+from mdiff.errors import CheckpointError, nearest
 from mdiff.files import read_json
 from mdiff.find import find, names
 from mdiff.locate import check_weights
 from mdiff.published import CONFIG_FILE, Published
 from mdiff.weights import load_weights
+
+# What AutoModelForMaskedLM takes, whatever comes before it.
+MASKED_LM = "ForMaskedLM"
+ANY = f"any ...{MASKED_LM}"
 
 
 def recognised(folder: Path) -> str | None:
@@ -46,6 +50,27 @@ def supported() -> list[str]:
     )
 
 
+def unsupported(folder: Path) -> CheckpointError | None:
+    """Why no backbone opens a model that none recognises; None for a masked LM of transformers."""
+    described = read_json(folder / CONFIG_FILE)
+    named = [str(name)[:80] for name in described.get("architectures") or []]
+    if not named:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+        kind = str(described.get("model_type"))[:80]
+        if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            return None
+        return CheckpointError(
+            f"{folder} names no architecture (model_type {kind}): not supported; "
+            f"known: {', '.join([*supported(), ANY])}"
+        )
+    other = next((name for name in named if not name.endswith(MASKED_LM)), None)
+    if other is None:
+        return None
+    known = nearest(other, [*supported(), ANY])
+    return CheckpointError(f"{folder} is a {other}, which is not supported; {known}")
+
+
 def load_published(
     folder: Path,
     room: str,
@@ -54,7 +79,17 @@ def load_published(
     device: torch.device | Mapping[str, Any] | str = "cpu",
 ) -> Published:
     """The model in `folder`, whose backbone is `room`, with its weights on `device`."""
-    module = built(room, read_json(folder / CONFIG_FILE))
+    return filled(built(room, read_json(folder / CONFIG_FILE)), folder, dtype=dtype, device=device)
+
+
+def filled(
+    module: Published,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | Mapping[str, Any] | str = "cpu",
+) -> Published:
+    """The module from `built` with the weights in `folder`; see `load_weights`."""
     stored = load_weights(
         module, check_weights(folder), dtype=dtype, device=device, tied=module.tied
     )  # fmt: skip

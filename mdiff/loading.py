@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from mdiff.checkpoint import staged, write_json
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
-from mdiff.families import load_published, recognised, supported
+from mdiff.families import built, filled, recognised, unsupported
 from mdiff.files import read_json
 from mdiff.find import find, names
 from mdiff.locate import CONFIG, PIPELINE, locate
+from mdiff.placing import AUTO, DeviceMap, planned, spread
 from mdiff.published import Published
 from mdiff.schedule import SCHEDULES, Linear, Schedule, named_schedule
 from mdiff.tokens import TokenSpace
@@ -48,18 +50,21 @@ def load_parts(
     name: str,
     *,
     dtype: torch.dtype | str | None,
-    device: torch.device | str | None,
+    device: torch.device | DeviceMap | str | None,
     mask_id: int | None,
     block_length: int | None,
 ) -> Parts:
     """The parts of "builtin:NAME", a directory or a Hub id; see `mdiff.load`."""
     kind = _dtype(dtype)
-    place = _device(device)
+    asked: Any = AUTO if device == AUTO else None
+    if isinstance(device, Mapping):
+        asked = {part: _device(own) for part, own in device.items()}
+    place = _device(None if asked is not None else device)
     folder = locate(name)
     if (folder / PIPELINE).exists():
-        parts = _own(folder, kind, mask_id, place)
+        parts = _own(folder, kind, mask_id, place if asked is None else asked)
     else:
-        parts = _foreign(folder, kind, mask_id, place)
+        parts = _foreign(folder, kind, mask_id, place if asked is None else asked)
     if block_length is not None:
         if not hasattr(parts.denoiser, "block_length"):
             raise ConfigError(f"block_length={block_length}: {name} is not a block model")
@@ -67,12 +72,17 @@ def load_parts(
             raise ConfigError(f"block_length={block_length}: need at least 1")
         parts.denoiser.block_length = block_length
     module: Any = parts.denoiser
-    module.to(place).eval()
+    if getattr(module, "main_device", None) is None:
+        module.to(place)
+    module.eval()
     return parts
 
 
 def _own(
-    folder: Path, dtype: torch.dtype | None, mask_id: int | None, place: torch.device
+    folder: Path,
+    dtype: torch.dtype | None,
+    mask_id: int | None,
+    place: torch.device | DeviceMap | str,
 ) -> Parts:
     """What `save_parts` or training wrote."""
     described = read_json(folder / PIPELINE)
@@ -102,11 +112,11 @@ def _own(
         )
     find("backbones", backbone)
     room = recognised(folder)
-    denoiser: Denoiser = (
-        _denoiser(folder, dtype, mask_id=space.mask_id)
-        if room is None
-        else load_published(folder, room, dtype=dtype, device=place)
-    )
+    denoiser: Denoiser
+    if room is not None:
+        denoiser = _published(folder, room, dtype, place)
+    else:
+        denoiser = _denoiser(folder, dtype, mask_id=space.mask_id)
     _check_columns(denoiser, space, folder)
     return Parts(denoiser, space, modality, schedule, window)
 
@@ -135,23 +145,29 @@ def _check_part(folder: Path, name: Any) -> None:
 
 
 def _foreign(
-    folder: Path, dtype: torch.dtype | None, mask_id: int | None, place: torch.device
+    folder: Path,
+    dtype: torch.dtype | None,
+    mask_id: int | None,
+    place: torch.device | DeviceMap | str,
 ) -> Parts:
     """A model of another project or a Hugging Face masked language model, with its tokenizer or
     without one.
     """
     described = read_json(folder / CONFIG)
     room = recognised(folder)
+    strange = unsupported(folder) if room is None else None
+    if strange is not None:
+        raise strange
     module: Any = None
     if room is not None:
-        module = load_published(folder, room, dtype=dtype, device=place)
+        module = _published(folder, room, dtype, place)
         mask_id = module.mask_id if mask_id is None else mask_id
     text = _text_of(folder, mask_id)
     if mask_id is None:
         mask_id = described.get("mask_id") if text is None else text.tokenizer.mask_id
     if type(mask_id) is not int:
         raise ConfigError(f"{folder} does not say which id is the mask: give mask_id=")
-    denoiser = module or _masked_lm(folder, described, dtype, mask_id)
+    denoiser = module or _denoiser(folder, dtype, mask_id=mask_id)
     space = TokenSpace(_columns(denoiser), mask_id=mask_id)
     if text is not None and text.tokenizer.size > max(space.vocab_size, mask_id + 1):
         raise DataError(
@@ -163,24 +179,24 @@ def _foreign(
     return Parts(denoiser, space, modality, Linear(), window if type(window) is int else None)
 
 
+def _published(
+    folder: Path, room: str, dtype: torch.dtype | None, place: torch.device | DeviceMap | str
+) -> Published:
+    """Another project's model on its device or devices; ConfigError for one that is refused."""
+    module = built(room, read_json(folder / CONFIG))
+    if module.refused is not None:
+        raise ConfigError(f"{folder} cannot be used: {module.refused}")
+    if isinstance(place, torch.device):
+        return filled(module, folder, dtype=dtype, device=place)
+    plan = planned(module, folder, dtype=dtype) if isinstance(place, str) else place
+    return spread(module, folder, plan, dtype=dtype)
+
+
 def _text_of(folder: Path, mask_id: int | None) -> Any:
     """The modality of the folder's tokenizer; None without one."""
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     return find("modalities", "text")(tokenizer=str(folder), mask_id=mask_id, folder=folder)
-
-
-def _masked_lm(
-    folder: Path, described: dict[str, Any], dtype: torch.dtype | None, mask_id: int
-) -> Denoiser:
-    """A masked language model of transformers; CheckpointError for another architecture."""
-    for name in described.get("architectures") or []:
-        if not name.endswith("ForMaskedLM"):
-            raise CheckpointError(
-                f"{folder} is a {name[:80]}, which is not supported; "
-                f"{nearest(name, [*supported(), 'any ...ForMaskedLM'])}"
-            )
-    return _denoiser(folder, dtype, mask_id=mask_id)
 
 
 def _denoiser(folder: Path, dtype: torch.dtype | None, *, mask_id: int) -> Denoiser:
@@ -265,14 +281,14 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[dtype.removeprefix("torch.")]
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def _device(device: Any) -> torch.device:
     """The device; by default the first GPU if there is one."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-    except RuntimeError:
-        known = "known: cpu, cuda, cuda:0, mps"
+    except (RuntimeError, TypeError):
+        known = "known: auto, cpu, cuda, cuda:0, mps"
         raise ConfigError(f"unknown device {str(device)!r}; {known}") from None
     if place.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device {device}: this torch sees no CUDA device; use cpu")

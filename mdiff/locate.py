@@ -80,9 +80,11 @@ def _verified(folder: Path) -> Path:
 def check_weights(folder: Path, *, root: Path | None = None) -> list[Path]:
     """The safetensors files of a model, headers checked; no tensor is read.
 
-    Raises CheckpointError where there is none (a pickle is named), where one is truncated or
-    altered, or where the index leads out of the directory (or of `root`).
+    `root` is by default the folder or, of a snapshot of the Hub, whose files are links, the
+    cache that it lies in. Raises CheckpointError where there is none (a pickle is named), where
+    one is truncated or altered, or where the index leads out of `root`.
     """
+    root = _root(folder) if root is None else root
     if (folder / INDEX).exists():
         index = read_json(inside(folder, INDEX, root=root)).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(n, str) for n in index.values()):
@@ -98,6 +100,12 @@ def check_weights(folder: Path, *, root: Path | None = None) -> list[Path]:
     for path in paths:
         check_tensors(path)
     return paths
+
+
+def _root(folder: Path) -> Path:
+    """The folder, or the cache of the Hub whose snapshot it is."""
+    cache = folder.parent.parent
+    return cache if folder.parent.name == "snapshots" and (cache / "blobs").is_dir() else folder
 
 
 def _from_hub(name: str) -> Path:

@@ -49,7 +49,10 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser's weights lie; the CPU for one without any."""
+        """Where the denoiser takes its tokens, with its weights; the CPU for one without any."""
+        main: torch.device | None = getattr(self.denoiser, "main_device", None)
+        if main is not None:
+            return main
         weights = getattr(self.denoiser, "parameters", None)
         first = None if weights is None else next(weights(), None)
         return torch.device("cpu") if first is None else first.device
@@ -399,7 +402,7 @@ def load(
     name: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | Mapping[str, Any] | str | None = None,
     mask_id: int | None = None,
     block_length: int | None = None,
 ) -> Pipeline:
@@ -407,7 +410,9 @@ def load(
 
     A directory: what `Pipeline.save` or `mdiff train` wrote (a run's latest complete
     checkpoint, or one checkpoint), or any Hugging Face masked language model. `dtype` is a
-    torch.dtype or its name; None keeps what is stored. `mask_id` and `block_length` override
+    torch.dtype or its name; None keeps what is stored. `device` is by default the first GPU, if
+    there is one; "auto" spreads another project's model that is larger over all devices, and a
+    mapping {part: device} as it says. `mask_id` and `block_length` override
     the files. Without a tokenizer the modality is plain token ids.
 
     Raises CheckpointError for files that are missing, altered or unsafe (nothing is loaded

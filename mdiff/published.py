@@ -23,7 +23,7 @@ from mdiff.layers import attention_layout
 
 CONFIG_FILE = "config.json"
 # More than any published model has, and little enough that a module of it is made at once.
-MOST_LAYERS, MOST_WIDTH, MOST_IDS, MOST_EXPERTS = 1024, 1 << 18, 1 << 24, 4096
+MOST_LAYERS, MOST_WIDTH, MOST_IDS, MOST_EXPERTS = 256, 1 << 18, 1 << 24, 4096
 
 
 class Fields:
@@ -148,10 +148,14 @@ class Published(nn.Module):
     before it in its document, and the first from its own, padding aside (Gong et al. 2025,
     DiffuLLaMA; Dream). `tied` are names
     that files may leave out, with the tensor that they share.
+    `refused` says why a model whose logits are here neither generates nor is scored.
     """
 
     uses_time: bool = False
     shifted: bool = False
+    refused: str | None = None
+    # Where a call takes its tokens, of a model whose parts lie on several devices.
+    main_device: torch.device | None = None
     tied: ClassVar[dict[str, str]] = {}
     # Modules that accelerate keeps on one device.
     no_split: ClassVar[tuple[str, ...]] = ()
@@ -186,6 +190,8 @@ class Published(nn.Module):
         if self.shifted:
             before = place_before(tokens, valid=valid, documents=documents)
             x = x.gather(1, before[..., None].expand_as(x))
+        # Of a model on several devices the last may be another than the tokens'.
+        x = x.to(tokens.device)
         return x if at is None else x[at]
 
     def forward(
@@ -201,9 +207,13 @@ class Published(nn.Module):
         return logits
 
     def save_pretrained(
-        self, directory: str | Path, *, state_dict: dict[str, Tensor] | None = None, **_: Any
-    ) -> None:
-        """Write config.json and the weights in the layout and the types that they came in."""
+        self, directory: str | Path, *, state_dict: dict[str, Tensor] | None = None,
+        max_shard_size: int | str = "5GB", **_: Any,
+    ) -> None:  # fmt: skip
+        """Write config.json and the weights in the layout and the types that they came in.
+
+        In one file, or above `max_shard_size` in several with an index.
+        """
         from huggingface_hub import save_torch_state_dict
 
         folder = Path(directory)
@@ -213,7 +223,7 @@ class Published(nn.Module):
         kept = {n: x for n, x in tensors.items() if n in self.stored or n not in self.tied}
         # A tied tensor that the files held is written again, as a tensor of its own.
         own = {n: x.clone() if n in self.tied else x.contiguous() for n, x in kept.items()}
-        save_torch_state_dict(own, folder, metadata={"format": "pt"})
+        save_torch_state_dict(own, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
 class PublishedLM(Published):

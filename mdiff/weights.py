@@ -38,16 +38,15 @@ def load_weights(
 
     The names of `module.state_dict()` are those of the files. `tied` names may be absent and
     then share another's tensor, as they do where both are there and equal. Returns the names
-    that the files hold. `dtype` is what floating tensors become; None keeps what is
-    stored. `device` may map the name of a submodule ("" is the whole) to its device. Raises
-    CheckpointError, with nothing allocated, where a tensor is missing, unexpected or of another
-    shape, and lists them.
+    that the files hold. `dtype` is what floating parameters become; None keeps what is stored,
+    as buffers (tables of positions, say) always do. `device` may map the name of a submodule
+    ("" is the whole) to its device. Raises CheckpointError, with nothing allocated, where a tensor
+    is missing, unexpected or of another shape, and lists them.
     """
-    entries = {path: check_tensors(path) for path in paths}
-    for header in entries.values():
-        header.pop("__metadata__", None)
+    entries = headers(paths)
     tied = dict(tied or {})
     _account(module, entries, tied)
+    learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for path, header in entries.items():
         with path.open("rb", buffering=0) as file:
             start = 8 + int.from_bytes(file.read(8), "little")
@@ -55,7 +54,8 @@ def load_weights(
                 file.seek(start + entry["data_offsets"][0])
                 tensor = torch.empty(entry["shape"], dtype=TYPES[entry["dtype"]])
                 _fill(tensor, file, path)
-                kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                cast = dtype is not None and tensor.is_floating_point() and name in learned
+                kind = dtype if cast else tensor.dtype
                 _put(module, name, tensor.to(device=_place(name, device), dtype=kind))
     for name, source in tied.items():
         own, other = _tensor_of(module, name), _tensor_of(module, source)
@@ -65,19 +65,26 @@ def load_weights(
     return {name for header in entries.values() for name in header}
 
 
-def _account(module: nn.Module, entries: dict[Path, dict[str, Any]], tied: dict[str, str]) -> None:
-    """Raise CheckpointError unless the files hold just what the module needs."""
-    wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    found: dict[str, Any] = {}
+def headers(paths: list[Path]) -> dict[Path, dict[str, Any]]:
+    """The checked headers of safetensors files; CheckpointError for a name in two of them."""
+    entries = {path: check_tensors(path) for path in paths}
+    seen: set[str] = set()
     for path, header in entries.items():
-        for name, entry in header.items():
-            if name in found:
+        for name in header:
+            if name in seen:
                 raise CheckpointError(f"{path}: {name[:80]!r} is in another file too")
-            if entry["dtype"] not in TYPES:
-                raise CheckpointError(f"{path}: {name[:80]!r} is of type {entry['dtype']}")
-            found[name] = entry["shape"]
-    folder = next(iter(entries)).parent
-    problems = {
+            seen.add(name)
+    return entries
+
+
+def problems(
+    module: nn.Module, entries: dict[Path, dict[str, Any]], tied: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """The tensors that are not as the module needs them, by what is wrong with them, as said."""
+    wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    every = {name: entry for header in entries.values() for name, entry in header.items()}
+    found = {name: entry["shape"] for name, entry in every.items()}
+    return {
         "missing": [n for n in wanted if n not in found and n not in tied],
         "unexpected": [n for n in found if n not in wanted],
         "of another shape": [
@@ -85,15 +92,24 @@ def _account(module: nn.Module, entries: dict[Path, dict[str, Any]], tied: dict[
             for n in wanted
             if n in found and found[n] != wanted[n]
         ],
+        "of a type that is not read": [
+            f"{n} {every[n]['dtype']}"
+            for n in wanted
+            if n in found and every[n]["dtype"] not in TYPES
+        ],
     }
+
+
+def _account(module: nn.Module, entries: dict[Path, dict[str, Any]], tied: dict[str, str]) -> None:
+    """Raise CheckpointError unless the files hold just what the module needs."""
     said = [
         f"{kind}: {', '.join(n[:120] for n in some[:SHOWN])}"
         + (f" and {len(some) - SHOWN} more" if len(some) > SHOWN else "")
-        for kind, some in problems.items()
+        for kind, some in problems(module, entries, tied).items()
         if some
     ]
     if said:
-        raise CheckpointError(f"{folder}: tensors {'; '.join(said)}")
+        raise CheckpointError(f"{next(iter(entries)).parent}: tensors {'; '.join(said)}")
 
 
 def _fill(tensor: Tensor, file: Any, path: Path) -> None:

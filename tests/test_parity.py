@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from mdiff.denoiser import from_logits
 from mdiff.filling import reveal_counts
 from mdiff.objective import masked_diffusion_loss, token_nll
-from mdiff.schedule import Cosine, Linear, Polynomial
+from mdiff.schedule import Cosine, Exponential, Geometric, Linear, Polynomial
 from mdiff.tokens import TokenSpace
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -22,7 +22,7 @@ MDLM = TokenSpace(50, mask_id=49)
 
 
 def test_mdlm_nelbo_per_token_and_mean():
-    golden = load_file(GOLDEN / "mdlm.safetensors")
+    golden = load_file(GOLDEN / "mdlm" / "golden.safetensors")
     nll = token_nll(golden["logits"], golden["x0"], golden["xt"], space=MDLM)
     weight = Linear().weight(golden["t"].double())
     assert torch.allclose(weight.float(), golden["weight"], rtol=1e-5)
@@ -33,7 +33,7 @@ def test_mdlm_nelbo_per_token_and_mean():
 
 def test_the_loss_function_itself_gives_mdlms_value_on_the_same_corruption():
     """Times so small and places so chosen that only MDLM's own hidden places are hidden."""
-    golden = load_file(GOLDEN / "mdlm.safetensors")
+    golden = load_file(GOLDEN / "mdlm" / "golden.safetensors")
     hidden = golden["xt"] == MDLM.mask_id
     t = torch.ones(4)
     loss = masked_diffusion_loss(
@@ -45,23 +45,75 @@ def test_the_loss_function_itself_gives_mdlms_value_on_the_same_corruption():
     assert float(loss.value) == pytest.approx(float(golden["nelbo_mean"]), rel=1e-4)
 
 
-@pytest.mark.parametrize(("name", "schedule"), [
-    ("loglinear", Linear()), ("cosine", Cosine()),
-])  # fmt: skip
-def test_mdlm_schedules_are_ours_after_their_epsilon_map(name, schedule):
-    """MDLM's alpha is eps + (1 - eps)(1 - m); its weight divides by 1 - alpha."""
-    golden = PURE["mdlm_noise"]["schedules"][name]
-    t = torch.tensor(PURE["mdlm_noise"]["t"], dtype=torch.float64)
-    alpha = 1e-3 + (1 - 1e-3) * (1 - ours(name, schedule, t))
-    assert torch.allclose(alpha, torch.tensor(golden["alpha"], dtype=torch.float64), rtol=1e-6)
-    if name == "loglinear":
-        peer = torch.tensor(golden["elbo_weight"], dtype=torch.float64)
-        assert torch.allclose(schedule.weight(t), peer, rtol=1e-6)
+class Curve:
+    """A peer's curve in terms of ours, m of t, and its slope."""
+
+    def __init__(self, schedule, *, backwards=False, power=1):
+        self.schedule, self.backwards, self.power = schedule, backwards, power
+
+    def mask_prob(self, t):
+        if self.backwards:
+            return 1 - self.schedule.mask_prob(1 - t)
+        return self.schedule.mask_prob(t) ** self.power
+
+    def slope(self, t):
+        if self.backwards:
+            return self.schedule.weight(1 - t) * self.schedule.mask_prob(1 - t)
+        return self.power * self.schedule.weight(t) * self.mask_prob(t)
 
 
-def ours(name, schedule, t):
-    """MDLM's cosine is 1 - cos(pi t / 2), which is our cosine read backwards."""
-    return 1 - schedule.mask_prob(1 - t) if name == "cosine" else schedule.mask_prob(t)
+# A peer's cosine is 1 - cos(pi t / 2): ours read backwards.
+CURVES = {
+    "loglinear": Curve(Linear()),
+    "cosine": Curve(Cosine(), backwards=True),
+    "cosinesqr": Curve(Cosine(), power=2),
+    "linear": Curve(Exponential(20 - 1e-4)),
+    "geometric": Curve(Geometric(1e-4, 20.0)),
+    "square": Curve(Polynomial(2.0)),
+    "square_root": Curve(Polynomial(0.5)),
+}
+# What each of MDLM's leaves unmasked at t = 0 and t = 1.
+ENDS = dict.fromkeys(["loglinear", "cosine", "cosinesqr"], (1.0, 1e-3)) | dict.fromkeys(
+    ["linear", "geometric"], (math.exp(-1e-4), math.exp(-20.0))
+)
+
+
+def of_peer(section, name, column):
+    return torch.tensor(PURE[section]["schedules"][name][column], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_mdlm_schedules_are_ours_after_their_affine_map(name):
+    """Alpha runs from the first end to the second as 1 - m does; the weight is -alpha'/(1-alpha).
+
+    Away from t = 0 and 1, where the cosine's own weight is taken at t = 0 when read backwards.
+    """
+    t = torch.tensor(PURE["mdlm_noise"]["t"], dtype=torch.float64)[:-1]
+    first, last = ENDS[name]
+    alpha = first + (last - first) * CURVES[name].mask_prob(t)
+    # The peer's constants of the geometric curve are in float32.
+    loose = 5e-6 if name == "geometric" else 1e-6
+    assert torch.allclose(alpha, of_peer("mdlm_noise", name, "alpha")[:-1], rtol=loose, atol=1e-9)
+    weight = (first - last) * CURVES[name].slope(t) / (1 - alpha)
+    peer = of_peer("mdlm_noise", name, "elbo_weight")[:-1]
+    assert torch.allclose(weight, peer, rtol=2 * loose, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["loglinear", "square", "square_root", "cosine"])
+def test_bd3lm_schedules_are_ours_after_their_floors(name):
+    """Its powers are floored at 0.001 in the denominator too; its cosine ends at 0.001 and adds
+    it once more there. Its fourth, ln(1 + t) / ln 2, is none of ours.
+    """
+    t = torch.tensor(PURE["bd3lm_noise"]["t"], dtype=torch.float64)[:-1]
+    m, slope = CURVES[name].mask_prob(t), CURVES[name].slope(t)
+    if name == "cosine":
+        m = 1e-3 + (1 - 1e-3) * m
+        scaling = -(1 - 1e-3) * slope / (m + 1e-3)
+    else:
+        m = m if name == "loglinear" else m.clamp(min=1e-3)
+        scaling = -slope / m
+    assert torch.allclose(m, of_peer("bd3lm_noise", name, "move_chance")[:-1], rtol=1e-6)
+    assert torch.allclose(scaling, of_peer("bd3lm_noise", name, "loss_scaling")[:-1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "schedule"), [

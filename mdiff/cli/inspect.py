@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mdiff.cli.console import result, result_json
+from mdiff.errors import MdiffError
 
 
 def inspect(
@@ -19,19 +20,47 @@ def inspect(
     if is_codec(model):
         codec_inspected(model, as_json=as_json)
         return
-    report = inspected(model)
+    from mdiff.inspection import is_foreign, loose, report
+    from mdiff.locate import locate
+
+    fault: MdiffError | None = None
+    unknown = loose(Path(model).expanduser())
+    if unknown is not None:
+        found, fault = unknown
+    elif is_foreign(folder := locate(model)):
+        found, fault = report(folder)
+    else:
+        found = inspected(model, folder)
+    found = {"model": model, **found}
     if as_json:
-        result_json(report)
-        return
-    for key in ("model", "path", "architecture", "parameters", "window", "schedule", "modality"):
-        result(f"{key:<13} {report[key]}")
+        result_json(found)
+    else:
+        shown(found)
+    if fault is not None:
+        raise fault
+
+
+LINES = (
+    "model", "path", "architecture", "family", "parameters", "sizes", "window", "shifted",
+    "uses_time", "block_length", "refused", "schedule", "modality", "types", "missing",
+)  # fmt: skip
+
+
+def shown(report: dict[str, Any]) -> None:
+    """Print a report, one line an entry and one a tensor."""
+    for key in LINES:
+        if report.get(key) not in (None, []):
+            result(f"{key.replace('_', ' '):<13} {_line(report[key])}")
+    if not report.get("supported", True):
+        result(f"{'supported':<13} no: its files are listed, it cannot be loaded")
     for key, value in report.get("pictures", {}).items():
         result(f"{key:<13} {value}")
-    space = report["space"]
-    result(
-        f"{'ids':<13} {space['vocab_size']} columns, mask {space['mask_id']}, "
-        f"never {list(space['never'])}"
-    )
+    if "space" in report:
+        space = report["space"]
+        result(
+            f"{'ids':<13} {space['vocab_size']} columns, mask {space['mask_id']}, "
+            f"never {list(space['never'])}"
+        )
     for tensor in report["tensors"]:
         shape = " x ".join(map(str, tensor["shape"])) or "scalar"
         result(f"  {tensor['dtype']:<5} {shape:>16}  {tensor['name']}  ({tensor['used']})")
@@ -39,7 +68,13 @@ def inspect(
            f"{report['not_used'] or 'none'}")  # fmt: skip
 
 
-def inspected(name: str) -> dict[str, Any]:
+def _line(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {child}" for key, child in value.items())
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def inspected(name: str, folder: Path) -> dict[str, Any]:
     """What the files hold and what of it the model uses.
 
     A tensor is "loaded" where the model has one of its name and shape, "renamed" where the
@@ -49,26 +84,25 @@ def inspected(name: str) -> dict[str, Any]:
 
     from mdiff.codec import TENSORS
     from mdiff.files import check_tensors
-    from mdiff.locate import check_weights, locate
+    from mdiff.inspection import described_tensor, summed
+    from mdiff.locate import check_weights
     from mdiff.pipeline import load
 
-    folder = locate(name)
     pipeline = load(str(folder), device="cpu")
     module: Any = getattr(pipeline.denoiser, "model", pipeline.denoiser)
     own = {key: list(value.shape) for key, value in module.state_dict().items()}
     unused = set(getattr(pipeline.denoiser, "unused_tensors", ()))
     tensors = []
-    for path in check_weights(folder, root=folder.parent.parent):
+    for path in check_weights(folder):
         for key, entry in sorted(check_tensors(path).items()):
             loaded = own.get(key) == entry["shape"]
             used = "not used" if key in unused else "loaded" if loaded else "renamed"
-            tensors.append(described(key, entry, used))
+            tensors.append(described_tensor(key, entry, used))
     if (folder / TENSORS).exists():
         # A codec takes all of its tensors or does not load.
-        found = sorted(check_tensors(folder / TENSORS).items())
-        tensors += [described(f"codec.{key}", entry, "loaded") for key, entry in found]
+        of_codec = sorted(check_tensors(folder / TENSORS).items())
+        tensors += [described_tensor(f"codec.{key}", entry, "loaded") for key, entry in of_codec]
     settings = pipeline.modality.config()
-    shown = hasattr(pipeline.modality, "shown")
     return {
         "model": name,
         "path": str(folder),
@@ -77,19 +111,14 @@ def inspected(name: str) -> dict[str, Any]:
         "window": pipeline.window,
         "schedule": repr(pipeline.schedule),
         "modality": {key: value for key, value in settings.items() if key != "alphabet"},
-        **({"pictures": of_pictures(pipeline.modality)} if shown else {}),
+        **(
+            {"pictures": of_pictures(pipeline.modality)}
+            if hasattr(pipeline.modality, "shown")
+            else {}
+        ),
         "space": asdict(pipeline.space),
-        "tensors": tensors,
-        "bytes": sum(tensor["bytes"] for tensor in tensors),
-        "not_used": sorted(tensor["name"] for tensor in tensors if tensor["used"] == "not used"),
+        **summed(tensors),
     }
-
-
-def described(key: str, entry: dict[str, Any], used: str) -> dict[str, Any]:
-    """A tensor of a file's header."""
-    begin, end = entry["data_offsets"]
-    kept = {name: entry[name] for name in ("shape", "dtype")}
-    return {"name": key, **kept, "used": used, "bytes": end - begin}
 
 
 def of_pictures(modality: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ GuidanceInterval = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 BatchSize = Annotated[int, typer.Option(help="Samples at a time.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a sample.")]
 Trace = Annotated[
