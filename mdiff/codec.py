@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -13,11 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
-from mdiff.files import read_json, read_tensors
-from mdiff.find import find
+from mdiff.files import check_tensors, read_json, read_tensors
+from mdiff.find import find, names
+from mdiff.weights import load_weights
 
 SETTINGS = "codec.json"
 TENSORS = "codec.safetensors"
+# What a codec of another project consists of.
+PUBLISHED_CONFIG, PUBLISHED_TENSORS = "config.json", "model.safetensors"
 Report = Callable[[str], None]
 
 
@@ -92,7 +96,7 @@ def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
     option, CheckpointError for files that do not fit.
     """
     if isinstance(described, str | Path):
-        if (Path(described) / SETTINGS).exists():
+        if any((Path(described) / name).exists() for name in (SETTINGS, PUBLISHED_CONFIG)):
             return load_codec(described)
         if len(Path(described).parts) != 1 or Path(described).exists():
             raise CheckpointError(f"{described}: there is no codec: expected {SETTINGS} in it")
@@ -124,7 +128,12 @@ def save_codec(codec: Codec, folder: Path | str) -> None:
 
 
 def load_codec(folder: Path | str) -> Any:
-    """The codec that `save_codec` wrote; CheckpointError where its files are not valid."""
+    """The codec that `save_codec` wrote, or one of another project by its config.json.
+
+    Raises CheckpointError where its files are not valid.
+    """
+    if not (Path(folder) / SETTINGS).exists() and (Path(folder) / PUBLISHED_CONFIG).exists():
+        return _published(Path(folder))
     settings = read_json(Path(folder) / SETTINGS)
     name = settings.get("name")
     # A name from a file may choose among the parts here; it may not import anything.
@@ -134,6 +143,41 @@ def load_codec(folder: Path | str) -> Any:
         return make_codec(settings, folder=folder)
     except (ConfigError, TypeError, KeyError) as error:
         raise CheckpointError(f"{Path(folder) / SETTINGS} is not valid: {error}") from error
+
+
+def published_codec_of(described: Mapping[str, Any]) -> str | None:
+    """The name of the codec whose config.json this is; None where no file claims it.
+
+    Raises CheckpointError where more than one does.
+    """
+    claims = [
+        name
+        for name in names("codecs")
+        if getattr(import_module(f"mdiff.codecs.{name}"), "recognises", lambda _: False)(described)
+    ]
+    if len(claims) > 1:
+        raise CheckpointError(f"config.json could be of {' or of '.join(claims)}")
+    return claims[0] if claims else None
+
+
+def _published(folder: Path) -> Any:
+    """A codec of another project: every tensor is accounted for, then read as float32."""
+    described = read_json(folder / PUBLISHED_CONFIG)
+    name = published_codec_of(described)
+    if name is None:
+        raise CheckpointError(
+            f"{folder / PUBLISHED_CONFIG}: no codec known here has the keys "
+            f"{', '.join(sorted(described))[:200]}; known: taming (params.ddconfig), llamagen "
+            "(codebook_embed_dim, encoder_ch_mult), maskbit (quantizer_type, hidden_channels)"
+        )
+    with torch.device("meta"):
+        codec = find("codecs", name)(config=described)
+        for buffer in sorted(
+            set(codec.optional()) & set(check_tensors(folder / PUBLISHED_TENSORS))
+        ):
+            codec.keep(buffer)
+    load_weights(codec, [folder / PUBLISHED_TENSORS], dtype=torch.float32)
+    return codec.requires_grad_(False)
 
 
 @dataclass(frozen=True)

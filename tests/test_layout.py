@@ -30,7 +30,7 @@ FLOORS = [
     {"modalities", "codecs", "backbones", "samplers", "canvas", "canvas_parts", "captions", "codec",
      "codec_networks", "codec_training", "editing", "emoji", "files", "find", "order",
      "bit_order", "packing", "picture_files", "picture_rows", "pictures",
-     "published", "safe_yaml", "shard_writing", "shards", "sources", "tokenizer", "weights"},
+     "published", "published_codec", "safe_yaml", "shard_writing", "shards", "sources", "tokenizer", "vqgan_networks", "weights"},
     {"config", "checkpoint", "families", "locate", "loading", "journal", "optim", "training_state"},
     {"stepping", "run", "train", "generation", "sampling", "pipeline", "representation",
      "metrics", "judge", "scoring", "picture_figures", "evaluate", "selftest", "trace", "ranking",
