@@ -160,6 +160,14 @@ def published_codec_of(described: Mapping[str, Any]) -> str | None:
     return claims[0] if claims else None
 
 
+def holds_codec(folder: Path | str) -> bool:
+    """Whether the folder holds a codec of ours, or one of another project that is known here."""
+    if (Path(folder) / SETTINGS).exists():
+        return True
+    config = Path(folder) / PUBLISHED_CONFIG
+    return config.is_file() and published_codec_of(read_json(config)) is not None
+
+
 def _published(folder: Path) -> Any:
     """A codec of another project: every tensor is accounted for, then read as float32."""
     described = read_json(folder / PUBLISHED_CONFIG)
@@ -170,13 +178,13 @@ def _published(folder: Path) -> Any:
             f"{', '.join(sorted(described))[:200]}; known: taming (params.ddconfig), llamagen "
             "(codebook_embed_dim, encoder_ch_mult), maskbit (quantizer_type, hidden_channels)"
         )
+    path = folder / PUBLISHED_TENSORS
+    held = check_tensors(path)
     with torch.device("meta"):
         codec = find("codecs", name)(config=described)
-        for buffer in sorted(
-            set(codec.optional()) & set(check_tensors(folder / PUBLISHED_TENSORS))
-        ):
+        for buffer in sorted(set(codec.optional()) & set(held)):
             codec.keep(buffer)
-    load_weights(codec, [folder / PUBLISHED_TENSORS], dtype=torch.float32)
+    load_weights(codec, [path], dtype=torch.float32)
     return codec.requires_grad_(False)
 
 

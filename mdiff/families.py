@@ -39,6 +39,12 @@ def recognised(folder: Path) -> str | None:
     return None
 
 
+def is_published(room: str) -> bool:
+    """Whether a backbone of this name is of another project's layout; ConfigError for no name."""
+    find("backbones", room)
+    return hasattr(_file_of(room.replace("-", "_")), "ARCHITECTURES")
+
+
 def supported() -> list[str]:
     """The architectures of other projects that have a file here."""
     return sorted(

@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def hashed(key: str, shape: list[int], scale: float, offset: float, *, salt: int) -> Tensor:
-    """offset + scale (2 u - 1), u a hash of (row-major index, key, salt); float32."""
+    """Weights offset + scale (2 u - 1), u a hash of (row-major index, key, salt); float32."""
     count = int(np.prod(shape, dtype=np.int64))
     with np.errstate(over="ignore"):
         x = np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B1)

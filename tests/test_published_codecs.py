@@ -80,7 +80,7 @@ def test_whole_pixels_pass_through_the_same_steps(loaded: tuple[str, Path, Any])
 
 
 def test_what_is_loaded_is_saved_bit_for_bit(loaded: tuple[str, Path, Any], tmp_path: Path) -> None:
-    golden, folder, codec = loaded
+    _, folder, codec = loaded
     codec.save_pretrained(tmp_path / "again")
     before = load_file(folder / "model.safetensors")
     after = load_file(tmp_path / "again" / "model.safetensors")

@@ -10,6 +10,7 @@ TensorFlow's SAME, none with a bias inside a block, and a block that changes the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList(
             Stage(inputs, outputs, blocks=blocks, halves=number < last,
                   by_convolution=by_convolution)
-            for number, (inputs, outputs) in enumerate(zip(widths, widths[1:]))
+            for number, (inputs, outputs) in enumerate(pairwise(widths))
         )  # fmt: skip
         self.mid = Stage(widths[-1], widths[-1], blocks=blocks)
         self.norm_out = norm(widths[-1])
@@ -163,9 +164,10 @@ class MaskBit(PublishedCodec):
 
     def ids(self, latents: Tensor) -> Tensor:
         """The signs as ids, groups of bits side by side, each with its lowest bit first."""
-        positive = (latents > 0).long().permute(0, 2, 3, 1).unflatten(3, (self.splits, -1))
+        places = (latents > 0).long().permute(0, 2, 3, 1)
+        positive = places.reshape(*places.shape[:3], self.splits, self.bits // self.splits)
         power = torch.arange(positive.shape[4], device=latents.device)
-        found = (positive << power).sum(4)
+        found: Tensor = (positive << power).sum(4)
         return found[..., 0] if self.splits == 1 else found
 
     def codes(self, ids: Tensor) -> Tensor:
