@@ -145,6 +145,15 @@ def load_codec(folder: Path | str) -> Any:
         raise CheckpointError(f"{Path(folder) / SETTINGS} is not valid: {error}") from error
 
 
+def published_codecs() -> list[str]:
+    """The codecs of other projects."""
+    return [
+        name
+        for name in names("codecs")
+        if hasattr(import_module(f"mdiff.codecs.{name}"), "recognises")
+    ]
+
+
 def published_codec_of(described: Mapping[str, Any]) -> str | None:
     """The name of the codec whose config.json this is; None where no file claims it.
 
@@ -152,8 +161,8 @@ def published_codec_of(described: Mapping[str, Any]) -> str | None:
     """
     claims = [
         name
-        for name in names("codecs")
-        if getattr(import_module(f"mdiff.codecs.{name}"), "recognises", lambda _: False)(described)
+        for name in published_codecs()
+        if import_module(f"mdiff.codecs.{name}").recognises(described)
     ]
     if len(claims) > 1:
         raise CheckpointError(f"config.json could be of {' or of '.join(claims)}")

@@ -211,7 +211,7 @@ def test_with_a_codec_beside_it_a_folder_makes_pictures_of_a_class(
     folder = with_codec(golden, tokenizer, tmp_path / "model", **changes)
     out = tmp_path / "made"
     line = ["generate", str(folder), "--label", "7", "--sampler", "halton", "--json"]
-    assert run([*line, "--guidance-scale", "2", "--out", f"{out}/"]) == 0
+    assert run([*line, "--guidance-scale", "500", "--out", f"{out}/"]) == 0
     (made_file,) = out.glob("*.png")
     assert Image.open(made_file).size == (16, 16)
     first = json.loads(capsys.readouterr().out)["tokens"]
