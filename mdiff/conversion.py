@@ -23,10 +23,10 @@ from torch import Tensor
 
 from mdiff.checkpoint import MANIFEST, staged
 from mdiff.codec import holds_codec, load_codec, published_codec_of, published_codecs
+from mdiff.codec_beside import CODEC_FOLDER
 from mdiff.errors import CheckpointError, ConfigError, nearest
 from mdiff.families import built, claimed, load_published, published_backbones
 from mdiff.files import PICKLE_STARTS, PICKLE_SUFFIXES, read_json, read_tensors
-from mdiff.loading import CODEC_FOLDER
 from mdiff.locate import CONFIG, WEIGHTS
 from mdiff.safe_yaml import parse_yaml
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mdiff.checkpoint import staged, write_json
-from mdiff.codec import load_codec
+from mdiff.codec_beside import modality_beside
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
 from mdiff.families import is_published, load_published, recognised, supported
@@ -21,8 +21,6 @@ from mdiff.schedule import SCHEDULES, Linear, Schedule, named_schedule
 from mdiff.tokens import TokenSpace
 
 FORMAT = 1
-# Where a generator's codec lies beside it.
-CODEC_FOLDER = "codec"
 # What the model_type of our own architectures begins with.
 OURS = "mdiff-"
 TOKENIZER_FILES = (
@@ -159,33 +157,11 @@ def _foreign(
         raise DataError(
             f"{folder}: the tokenizer has {text.tokenizer.size} ids, the model {space.vocab_size}"
         )
-    modality = text or _of_codec(folder, module)
+    modality = text or modality_beside(folder, module)
     modality = modality or find("modalities", "ids")(vocab_size=space.vocab_size, mask_id=mask_id)
     own = getattr(denoiser, "window", None) or getattr(denoiser, "max_length", None)
     window = own or described.get("max_position_embeddings", described.get("max_length"))
     return Parts(denoiser, space, modality, Linear(), window if type(window) is int else None)
-
-
-def _of_codec(folder: Path, module: Any) -> Any:
-    """The modality of a generator over a grid with the codec beside it; None without one.
-
-    Labels are the numbers of its classes.
-    """
-    beside = folder / CODEC_FOLDER
-    if not beside.is_dir() or not hasattr(module, "cells"):
-        return None
-    codec = load_codec(beside)
-    if codec.splits != module.splits and hasattr(codec, "in_groups"):
-        codec = codec.in_groups(module.splits)
-    if (codec.splits, codec.codebook_size) != (module.splits, module.mask_id):
-        raise CheckpointError(
-            f"{beside} has {codec.splits} x {codec.codebook_size} ids a place, the model "
-            f"{module.splits} x {module.mask_id}: they are not of the same training"
-        )
-    return find("modalities", "image")(
-        codec=codec, size=[side * codec.stride for side in module.cells], label="condition",
-        labels=[str(number) for number in range(module.classes)],
-    )  # fmt: skip
 
 
 def _text_of(folder: Path, mask_id: int | None) -> Any:

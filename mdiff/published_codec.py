@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.codec import PUBLISHED_TENSORS, Report, check_ids, check_pictures
-from mdiff.codec_training import take_state
+from mdiff.codec_training import check_state
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.published import CONFIG_FILE, Fields
 from mdiff.vqgan_networks import GROUPS
@@ -104,7 +104,11 @@ class PublishedCodec(nn.Module):
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back `state()`; CheckpointError where a tensor is missing or of another shape."""
-        take_state(self, tensors)
+        wanted = self.state()
+        check_state(wanted, tensors)
+        # Taken as they are: the module may have been made without memory.
+        own = {name: x.to(wanted[name].dtype) for name, x in tensors.items() if name in wanted}
+        self.load_state_dict(own, strict=False, assign=True)
 
     def optional(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of buffers that files may hold and nothing here reads."""

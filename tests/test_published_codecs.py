@@ -14,6 +14,7 @@ from hashed import GOLDEN, golden_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mdiff.cli import run
 from mdiff.codec import load_codec, make_codec, save_codec
 from mdiff.codecs.maskbit import maskbit
 from mdiff.errors import CheckpointError
@@ -176,6 +177,29 @@ def test_a_folder_of_something_else_is_refused_with_the_keys_that_are_known(
     (folder / "config.json").write_text(json.dumps(both))
     with pytest.raises(CheckpointError, match="llamagen or of maskbit"):
         load_codec(folder)
+
+
+def test_absurd_sizes_in_files_of_our_own_take_no_memory(tmp_path: Path) -> None:
+    codec = load_codec(folder_of("vqgan_taming", tmp_path / "it"))
+    save_codec(codec, tmp_path)
+    settings = json.loads((tmp_path / "codec.json").read_text())
+    settings["config"]["params"] |= {"n_embed": 1 << 24, "embed_dim": 1 << 18}
+    (tmp_path / "codec.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"shape .*16777216"):
+        load_codec(tmp_path)
+
+
+def test_pictures_become_tokens_and_pictures_again_on_the_command_line(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = folder_of("maskbit_tokenizer", tmp_path / "codec")
+    Image.new("RGB", (16, 16), (200, 30, 90)).save(tmp_path / "a.png")
+    line = ["tokenizer", "encode", str(folder), str(tmp_path / "a.png"), "--workers", "1"]
+    assert run([*line, "--out", str(tmp_path / "tokens")]) == 0
+    line = ["tokenizer", "decode", str(folder), str(tmp_path / "tokens"), "--out"]
+    assert run([*line, f"{tmp_path / 'back'}/"]) == 0
+    (back,) = (tmp_path / "back").glob("*.png")
+    assert Image.open(back).size == (16, 16)
 
 
 def test_bits_in_groups_are_the_generator_s_splits_and_decode_alike(tmp_path: Path) -> None:

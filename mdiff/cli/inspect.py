@@ -48,8 +48,8 @@ def inspected(name: str) -> dict[str, Any]:
     from dataclasses import asdict
 
     from mdiff.codec import PUBLISHED_TENSORS, TENSORS
+    from mdiff.codec_beside import CODEC_FOLDER
     from mdiff.files import check_tensors
-    from mdiff.loading import CODEC_FOLDER
     from mdiff.locate import check_weights, locate
     from mdiff.pipeline import load
 
