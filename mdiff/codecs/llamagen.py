@@ -62,8 +62,8 @@ class LlamaGen(PublishedCodec):
         return F.normalize(table, dim=1) if self.unit else table
 
     def ids(self, latents: Tensor) -> Tensor:
-        """The nearest codes; by the angle where they are of unit length."""
-        return nearest_code(F.normalize(latents, dim=1) if self.unit else latents, self.table())
+        """The nearest codes; of unit codes the nearest is the same for any length of a latent."""
+        return nearest_code(latents, self.table())
 
     def codes(self, ids: Tensor) -> Tensor:
         """The codes (B, D, h, w) of ids (B, h, w)."""
