@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -13,11 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
-from mdiff.files import read_json, read_tensors
-from mdiff.find import find
+from mdiff.files import check_tensors, read_json, read_tensors
+from mdiff.find import find, names
+from mdiff.weights import load_weights
 
 SETTINGS = "codec.json"
 TENSORS = "codec.safetensors"
+# What a codec of another project consists of.
+PUBLISHED_CONFIG, PUBLISHED_TENSORS = "config.json", "model.safetensors"
 Report = Callable[[str], None]
 
 
@@ -92,7 +97,7 @@ def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
     option, CheckpointError for files that do not fit.
     """
     if isinstance(described, str | Path):
-        if (Path(described) / SETTINGS).exists():
+        if any((Path(described) / name).exists() for name in (SETTINGS, PUBLISHED_CONFIG)):
             return load_codec(described)
         if len(Path(described).parts) != 1 or Path(described).exists():
             raise CheckpointError(f"{described}: there is no codec: expected {SETTINGS} in it")
@@ -102,8 +107,11 @@ def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
     if not isinstance(name, str):
         raise ConfigError("codec.name is missing: expected levels, kmeans, vq, bits or a folder")
     build = find("codecs", name)
+    # What is of another project's sizes takes no memory before its files were seen to fit.
+    shell = folder is not None and name.replace("-", "_") in published_codecs()
     try:
-        codec = build(**options)
+        with torch.device("meta") if shell else nullcontext():
+            codec = build(**options)
     except TypeError as error:
         raise ConfigError(f"codec {name!r}: {error}") from None
     if folder is not None:
@@ -124,7 +132,12 @@ def save_codec(codec: Codec, folder: Path | str) -> None:
 
 
 def load_codec(folder: Path | str) -> Any:
-    """The codec that `save_codec` wrote; CheckpointError where its files are not valid."""
+    """The codec that `save_codec` wrote, or one of another project by its config.json.
+
+    Raises CheckpointError where its files are not valid.
+    """
+    if not (Path(folder) / SETTINGS).exists() and (Path(folder) / PUBLISHED_CONFIG).exists():
+        return _published(Path(folder))
     settings = read_json(Path(folder) / SETTINGS)
     name = settings.get("name")
     # A name from a file may choose among the parts here; it may not import anything.
@@ -134,6 +147,58 @@ def load_codec(folder: Path | str) -> Any:
         return make_codec(settings, folder=folder)
     except (ConfigError, TypeError, KeyError) as error:
         raise CheckpointError(f"{Path(folder) / SETTINGS} is not valid: {error}") from error
+
+
+def published_codecs() -> list[str]:
+    """The codecs of other projects."""
+    return [
+        name
+        for name in names("codecs")
+        if hasattr(import_module(f"mdiff.codecs.{name}"), "recognises")
+    ]
+
+
+def published_codec_of(described: Mapping[str, Any]) -> str | None:
+    """The name of the codec whose config.json this is; None where no file claims it.
+
+    Raises CheckpointError where more than one does.
+    """
+    claims = [
+        name
+        for name in published_codecs()
+        if import_module(f"mdiff.codecs.{name}").recognises(described)
+    ]
+    if len(claims) > 1:
+        raise CheckpointError(f"config.json could be of {' or of '.join(claims)}")
+    return claims[0] if claims else None
+
+
+def holds_codec(folder: Path | str) -> bool:
+    """Whether the folder holds a codec of ours, or one of another project that is known here."""
+    if (Path(folder) / SETTINGS).exists():
+        return True
+    config = Path(folder) / PUBLISHED_CONFIG
+    return config.is_file() and published_codec_of(read_json(config)) is not None
+
+
+def _published(folder: Path) -> Any:
+    """A codec of another project: every tensor is accounted for, then read as float32."""
+    described = read_json(folder / PUBLISHED_CONFIG)
+    name = published_codec_of(described)
+    if name is None:
+        raise CheckpointError(
+            f"{folder / PUBLISHED_CONFIG}: no codec known here has the keys "
+            f"{', '.join(sorted(described))[:200]}; known: taming (params.ddconfig), llamagen "
+            "(codebook_embed_dim, encoder_ch_mult), maskbit (quantizer_type, hidden_channels)"
+        )
+    path = folder / PUBLISHED_TENSORS
+    held = check_tensors(path)
+    with torch.device("meta"):
+        codec = find("codecs", name)(config=described)
+        for buffer in sorted(set(codec.optional()) & set(held)):
+            codec.keep(buffer)
+    load_weights(codec, [path], dtype=torch.float32)
+    return codec.requires_grad_(False)
 
 
 @dataclass(frozen=True)

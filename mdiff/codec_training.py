@@ -134,6 +134,12 @@ def edge_error(error: Tensor) -> Tensor:
 def take_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load a module's tensors; CheckpointError, naming one, where they do not fit."""
     wanted = module.state_dict()
+    check_state(wanted, tensors)
+    module.load_state_dict({name: tensors[name] for name in wanted})
+
+
+def check_state(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError, naming one, where tensors are missing or of another shape."""
     for name, tensor in wanted.items():
         if name not in tensors:
             raise CheckpointError(f"the codec's file lacks {name}")
@@ -142,4 +148,3 @@ def take_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"the codec's {name} has shape {tuple(tensors[name].shape)}, "
                 f"expected {tuple(tensor.shape)}"
             )
-    module.load_state_dict({name: tensors[name] for name in wanted})

@@ -26,10 +26,14 @@ def recognised(folder: Path) -> str | None:
 
     By the architecture that the config names; by its keys only where it names none.
     """
-    described = read_json(folder / CONFIG_FILE)
+    return claimed(read_json(folder / CONFIG_FILE), origin=str(folder / CONFIG_FILE))
+
+
+def claimed(described: Mapping[str, Any], *, origin: str = CONFIG_FILE) -> str | None:
+    """The name of the backbone that claims a config; see `recognised`."""
     named = described.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise CheckpointError(f"{folder / CONFIG_FILE}: architectures: expected a list of names")
+        raise CheckpointError(f"{origin}: architectures: expected a list of names")
     for room in names("backbones"):
         module = _file_of(room)
         if set(named) & set(getattr(module, "ARCHITECTURES", ())):
@@ -41,6 +45,21 @@ def recognised(folder: Path) -> str | None:
             if claims is not None and claims(described):
                 return room
     return None
+
+
+def is_published(room: str) -> bool:
+    """Whether a backbone of this name is of another project's layout; ConfigError for no name."""
+    find("backbones", room)
+    return room.replace("-", "_") in published_backbones()
+
+
+def published_backbones() -> dict[str, str]:
+    """The backbones of other projects, each with the first of its architectures."""
+    return {
+        room: _file_of(room).ARCHITECTURES[0]
+        for room in names("backbones")
+        if hasattr(_file_of(room), "ARCHITECTURES")
+    }
 
 
 def supported() -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mdiff.checkpoint import staged, write_json
+from mdiff.codec_beside import modality_beside
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
 from mdiff.families import built, filled, recognised, unsupported
@@ -105,7 +106,7 @@ def _own(
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / PIPELINE} is not valid: {error}") from error
-    if modality.space.vocab_size != space.vocab_size:
+    if _written(modality.space) != _written(space):
         raise DataError(
             f"{folder}: the modality has {modality.space.vocab_size} ids, the model "
             f"{space.vocab_size}: they are not of the same training"
@@ -119,6 +120,11 @@ def _own(
         denoiser = _denoiser(folder, dtype, mask_id=space.mask_id)
     _check_columns(denoiser, space, folder)
     return Parts(denoiser, space, modality, schedule, window)
+
+
+def _written(space: TokenSpace) -> int:
+    """How many ids there are beside the mask, which some heads have a column for."""
+    return space.vocab_size - (space.mask_id < space.vocab_size)
 
 
 def load_modality(folder: Path) -> Any:
@@ -173,7 +179,8 @@ def _foreign(
         raise DataError(
             f"{folder}: the tokenizer has {text.tokenizer.size} ids, the model {space.vocab_size}"
         )
-    modality = text or find("modalities", "ids")(vocab_size=space.vocab_size, mask_id=mask_id)
+    modality = text or modality_beside(folder, module)
+    modality = modality or find("modalities", "ids")(vocab_size=space.vocab_size, mask_id=mask_id)
     own = getattr(denoiser, "window", None) or getattr(denoiser, "max_length", None)
     window = own or described.get("max_position_embeddings", described.get("max_length"))
     return Parts(denoiser, space, modality, Linear(), window if type(window) is int else None)

@@ -25,20 +25,20 @@ PACKAGE = ROOT / "mdiff"
 FLOORS = [
     {"kernels"},
     {"errors"},
-    {"tokens", "schedule", "denoiser", "data"},
-    {"ops", "objective", "filling", "layers", "conditioning", "block_cache", "other_start"},
-    {"modalities", "codecs", "backbones", "samplers", "canvas", "canvas_parts", "captions", "codec",
-     "codec_networks", "codec_training", "decoder_layers", "editing", "emoji", "files", "find", "order",
-     "bit_order", "packing", "picture_files", "picture_rows", "pictures",
-     "adaln_layers", "expert_layers", "published", "safe_yaml", "shard_writing", "shards", "sources", "tokenizer",
-     "weights"},
-    {"config", "checkpoint", "families", "inspection", "locate", "loading", "journal", "optim",
-     "placing", "training_state"},
-    {"stepping", "run", "train", "generation", "sampling", "pipeline", "representation",
-     "metrics", "judge", "scoring", "picture_figures", "evaluate", "selftest", "trace", "ranking",
-     "machine", "peers", "bench", "bench_draw", "bench_generation", "bench_loss", "bench_sides",
-     "bench_timing"},
-    {"cli", "__main__"},
+    {"data", "denoiser", "schedule", "tokens"},
+    {"block_cache", "conditioning", "filling", "layers", "objective", "ops", "other_start"},
+    {"adaln_layers", "backbones", "bit_order", "canvas", "canvas_parts", "captions", "codec",
+     "codec_beside", "codec_networks", "codec_training", "codecs", "decoder_layers", "editing",
+     "emoji", "expert_layers", "files", "find", "modalities", "order", "packing", "picture_files",
+     "picture_rows", "pictures", "published", "published_codec", "published_grid", "safe_yaml",
+     "samplers", "shard_writing", "shards", "sources", "tokenizer", "vqgan_networks", "weights"},
+    {"checkpoint", "config", "conversion", "families", "inspection", "journal", "loading",
+     "locate", "optim", "placing", "training_state"},
+    {"bench", "bench_draw", "bench_generation", "bench_loss", "bench_sides", "bench_timing",
+     "evaluate", "generation", "judge", "machine", "metrics", "peers", "picture_figures",
+     "pipeline", "ranking", "representation", "run", "sampling", "scoring", "selftest", "stepping",
+     "trace", "train"},
+    {"__main__", "cli"},
 ]  # fmt: skip
 ROOMS = {"modalities", "codecs", "backbones", "samplers"}
 CORE = ["tokens", "schedule", "objective", "denoiser", "ops", "filling", "data", "train",
@@ -192,6 +192,10 @@ def test_no_unsafe_loading_in_the_package():
     asserts = re.compile(r"^\s*assert ", re.M)
     for name, path in modules():
         source = path.read_text()
+        if name == "conversion":
+            # The one file that opens pickles, with the restricted reader and no other.
+            assert source.count("torch.load(") == source.count("weights_only=True") == 1
+            source = source.replace("torch.load(", "")
         found = unsafe.search(source.replace(".eval()", ""))
         assert found is None, f"{name}: {found}"
         assert asserts.search(source) is None, name

@@ -25,6 +25,7 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 def app() -> typer.Typer:
     """The command line with every command; heavy modules are imported when one runs."""
     from mdiff.cli.bench import bench
+    from mdiff.cli.convert import convert
     from mdiff.cli.demo import demo
     from mdiff.cli.doctor import doctor
     from mdiff.cli.edit import edit
@@ -49,6 +50,7 @@ def app() -> typer.Typer:
         ("eval", evaluate),
         ("train", train),
         ("inspect", inspect),
+        ("convert", convert),
         ("doctor", doctor),
         ("bench", bench),
     ):

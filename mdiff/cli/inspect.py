@@ -82,7 +82,8 @@ def inspected(name: str, folder: Path) -> dict[str, Any]:
     """
     from dataclasses import asdict
 
-    from mdiff.codec import TENSORS
+    from mdiff.codec import PUBLISHED_TENSORS, TENSORS
+    from mdiff.codec_beside import CODEC_FOLDER
     from mdiff.files import check_tensors
     from mdiff.inspection import described_tensor, summed
     from mdiff.locate import check_weights
@@ -98,10 +99,12 @@ def inspected(name: str, folder: Path) -> dict[str, Any]:
             loaded = own.get(key) == entry["shape"]
             used = "not used" if key in unused else "loaded" if loaded else "renamed"
             tensors.append(described_tensor(key, entry, used))
-    if (folder / TENSORS).exists():
-        # A codec takes all of its tensors or does not load.
-        of_codec = sorted(check_tensors(folder / TENSORS).items())
-        tensors += [described_tensor(f"codec.{key}", entry, "loaded") for key, entry in of_codec]
+    beside = (folder, folder / CODEC_FOLDER) if hasattr(pipeline.modality, "codec") else ()
+    for path in (at / name for at in beside for name in (TENSORS, PUBLISHED_TENSORS)):
+        if path.exists() and path != folder / PUBLISHED_TENSORS:
+            # A codec takes all of its tensors or does not load.
+            found = sorted(check_tensors(path).items())
+            tensors += [described_tensor(f"codec.{key}", entry, "loaded") for key, entry in found]
     settings = pipeline.modality.config()
     return {
         "model": name,
@@ -144,10 +147,13 @@ def of_pictures(modality: Any) -> dict[str, Any]:
 
 def is_codec(name: str) -> bool:
     """Whether the name is a folder of a codec alone."""
-    from mdiff.codec import SETTINGS
-    from mdiff.locate import CONFIG
+    from mdiff.codec import SETTINGS, holds_codec
+    from mdiff.locate import CONFIG, PIPELINE
 
-    return (Path(name) / SETTINGS).exists() and not (Path(name) / CONFIG).exists()
+    path = Path(name)
+    if (path / SETTINGS).exists():
+        return not (path / CONFIG).exists()
+    return not (path / PIPELINE).exists() and holds_codec(path)
 
 
 def codec_inspected(name: str, *, as_json: bool) -> None:

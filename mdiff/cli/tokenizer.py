@@ -259,7 +259,9 @@ def opened(name: str) -> Any:
         if codec is None:
             raise ConfigError(f"{name} is a model of {found.name}, which has no tokenizer")
         return codec
-    if (path / "codec.json").exists():
+    from mdiff.codec import holds_codec
+
+    if holds_codec(path):
         from mdiff.checkpoint import MANIFEST, verify
         from mdiff.codec import load_codec
 
