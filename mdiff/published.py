@@ -127,6 +127,8 @@ class Published(nn.Module):
     tied: ClassVar[dict[str, str]] = {}
     # Modules that accelerate keeps on one device.
     no_split: ClassVar[tuple[str, ...]] = ()
+    # What its weights are called, without .safetensors.
+    weights_name: ClassVar[str] = "model"
     head: nn.Module
 
     def __init__(
@@ -184,7 +186,8 @@ class Published(nn.Module):
         kept = {n: x for n, x in tensors.items() if n in self.stored or n not in self.tied}
         # A tied tensor that the files held is written again, as a tensor of its own.
         own = {n: x.clone() if n in self.tied else x.contiguous() for n, x in kept.items()}
-        save_torch_state_dict(own, folder, metadata={"format": "pt"})
+        pattern = self.weights_name + "{suffix}.safetensors"
+        save_torch_state_dict(own, folder, filename_pattern=pattern, metadata={"format": "pt"})
 
 
 class PublishedLM(Published):
