@@ -52,11 +52,17 @@ def load_published(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | Mapping[str, Any] | str = "cpu",
+    root: Path | None = None,
 ) -> Published:
-    """The model in `folder`, whose backbone is `room`, with its weights on `device`."""
+    """The model in `folder`, whose backbone is `room`, with its weights on `device`.
+
+    Links may lead anywhere in `root`, by default the cache that a snapshot of the Hub lies in:
+    `locate` has checked where they lead.
+    """
     module = built(room, read_json(folder / CONFIG_FILE))
+    paths = check_weights(folder, root=root or folder.parent.parent)
     stored = load_weights(
-        module, check_weights(folder), dtype=dtype, device=device, tied=module.tied
+        module, paths, dtype=dtype, device=device, tied=module.tied
     )  # fmt: skip
     module.stored = frozenset(stored)
     return module

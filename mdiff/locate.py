@@ -20,10 +20,13 @@ WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 INDEX_SUFFIX = ".index.json"
 # A directory of several models, each in a folder of its own.
 MODEL_INDEX = "model_index.json"
+DIRECTORIES = ("AmusedPipeline",)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What a snapshot of the Hub is made of; pickles and code are never fetched.
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
+# The same weights once more, in half precision.
+UNWANTED = ("*.fp16.safetensors",)
 
 
 def locate(name: str) -> Path:
@@ -70,9 +73,7 @@ def _step(path: Path) -> Path:
         return found
     if any(STEP_NAME.fullmatch(entry.name) for entry in path.iterdir()):
         raise CheckpointError(f"{path} holds no complete checkpoint")
-    raise CheckpointError(
-        f"{path} holds no model: expected {PIPELINE}, {CONFIG} or {MODEL_INDEX}"
-    )
+    raise CheckpointError(f"{path} holds no model: expected {PIPELINE}, {CONFIG} or {MODEL_INDEX}")
 
 
 def _verified(folder: Path) -> Path:
@@ -122,10 +123,16 @@ def _weight_files(folder: Path, root: Path | None) -> list[str]:
 def model_parts(folder: Path) -> dict[str, str]:
     """The folders that a directory's index names, with the class of what is in each.
 
-    Raises CheckpointError for an index that is not valid.
+    Raises CheckpointError for an index that is not valid, or of a kind that is not supported.
     """
+    index = read_json(folder / MODEL_INDEX)
+    kind = str(index.get("_class_name"))
+    if kind not in DIRECTORIES:
+        raise CheckpointError(
+            f"{folder} is a {kind[:80]}, which is not supported; {nearest(kind, DIRECTORIES)}"
+        )
     found = {}
-    for name, entry in read_json(folder / MODEL_INDEX).items():
+    for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list):
             continue
         if len(entry) != 2 or not isinstance(entry[1], str | None):
@@ -141,7 +148,9 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        folder = Path(
+            snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+        )
     except RepositoryNotFoundError:
         raise CheckpointError(f"{name} is no directory here and no model on the Hub") from None
     except Exception as error:

@@ -38,13 +38,18 @@ Prompt = str | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A loaded model; see `load`. `window` is the length it was trained on, None if unknown."""
+    """A loaded model; see `load`.
+
+    `window` is the length it was trained on, None if unknown; `sampler` what generates where none
+    is named.
+    """
 
     denoiser: Denoiser
     space: TokenSpace
     modality: Any
     schedule: Schedule = Linear()  # noqa: RUF009
     window: int | None = None
+    sampler: str | Sampler = "first_hitting"
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +62,7 @@ class Pipeline:
         self,
         prompts: Prompt | Sequence[Any] = "",
         *,
-        sampler: str | Sampler = "first_hitting",
+        sampler: str | Sampler | None = None,
         length: int | None = None,
         n: int = 1,
         seed: int | Tensor | torch.Generator = 0,
@@ -72,7 +77,8 @@ class Pipeline:
         `length` is the model's window by default. `options` are the sampler's, and those of
         `runs`. A canvas longer than the window needs sampler="blocks", which then sees a window
         of it at a time. `guidance_scale` pushes away from what the model says without its
-        condition or, where it has none, with what is given masked.
+        condition or, where it has none, with what is given masked; `negative_prompt` is what a
+        model that is told in words is pushed away from instead.
 
         Raises ConfigError for n, length or batch_size below 1 and for options that the sampler
         does not take, DataError for a prompt that does not fit.
@@ -170,7 +176,7 @@ class Pipeline:
 
     def conditions(
         self, prompts: Prompt | Sequence[Any] = "", *, n: int = 1
-    ) -> list[dict[str, int]]:
+    ) -> list[dict[str, Any]]:
         """What the denoiser is told of each prompt beside its canvas, `n` times in a row."""
         told = getattr(self.modality, "condition", None)
         if told is None:
@@ -186,26 +192,28 @@ class Pipeline:
         self,
         canvases: Sequence[Sequence[int]],
         *,
-        conditions: Sequence[Mapping[str, int]] | None = None,
-        sampler: str | Sampler = "first_hitting",
+        conditions: Sequence[Mapping[str, int | Tensor]] | None = None,
+        sampler: str | Sampler | None = None,
         seed: int | Tensor | torch.Generator = 0,
         batch_size: int = BATCH,
         guidance_scale: float | None = None,
         guidance_schedule: str = "constant",
         guidance_interval: tuple[float, float] | None = None,
+        negative_prompt: str | None = None,
         **options: Any,
     ) -> Iterator[Generation]:
         """Batches of canvases, each to be iterated over; row r has a seed of its own.
 
         Row 0 has `seed` itself and row r a seed derived from it, so that any row can be had
         again alone. `conditions` are what the denoiser is told of each row. `guidance_schedule`
-        and `guidance_interval` are those of `guided`. What cannot be meant is refused before
-        the first batch.
+        and `guidance_interval` are those of `guided`; `negative_prompt` is as in `generate`. What
+        cannot be meant is refused before the first batch.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: need at least 1")
+        sampler = self.sampler if sampler is None else sampler
         function, settings = resolve(sampler, self._defaults(sampler, canvases, options))
-        without: dict[str, Tensor] = getattr(self.modality, "without", {})
+        without = self._without(negative_prompt, guides=guidance_scale is not None)
         told = list(conditions or [{}] * len(canvases))
         if len(told) != len(canvases):
             raise ConfigError(f"{len(told)} conditions for {len(canvases)} canvases")
@@ -240,6 +248,18 @@ class Pipeline:
                 yield Generation(first, canvas, valid, part, self.modality, states)
 
         return batches()
+
+    def _without(self, negative: str | None, *, guides: bool) -> dict[str, Tensor]:
+        """What the other branch of guidance is told, (1, ...); empty where there is no telling."""
+        if negative is None:
+            found: dict[str, Tensor] = getattr(self.modality, "without", {})
+        elif not hasattr(self.modality, "about"):
+            raise ConfigError("negative_prompt: this model is not told in words")
+        elif not guides:
+            raise ConfigError("negative_prompt needs a guidance_scale")
+        else:
+            found = self.modality.about(negative)
+        return found
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
@@ -351,7 +371,8 @@ def load(
     """The pipeline of "builtin:NAME", a directory or a Hub id.
 
     A directory: what `Pipeline.save` or `mdiff train` wrote (a run's latest complete
-    checkpoint, or one checkpoint), or any Hugging Face masked language model. `dtype` is a
+    checkpoint, or one checkpoint), any Hugging Face masked language model, or a directory of
+    several parts with a model_index.json, such as aMUSEd. `dtype` is a
     torch.dtype or its name; None keeps what is stored. `mask_id` and `block_length` override
     the files. Without a tokenizer the modality is plain token ids.
 
@@ -361,7 +382,9 @@ def load(
     parts = load_parts(
         str(name), dtype=dtype, device=device, mask_id=mask_id, block_length=block_length
     )
-    return Pipeline(parts.denoiser, parts.space, parts.modality, parts.schedule, parts.window)
+    return Pipeline(
+        parts.denoiser, parts.space, parts.modality, parts.schedule, parts.window, parts.sampler
+    )
 
 
 def row_seeds(seed: int | Tensor | torch.Generator, rows: int) -> Tensor:

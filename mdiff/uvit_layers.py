@@ -163,9 +163,7 @@ class ResponseNorm(nn.Module):
 class ConvBlock(nn.Module):
     """A ConvNeXt block, then shifted and scaled by the condition."""
 
-    def __init__(
-        self, width: int, told: int, *, bias: bool, epsilon: float, affine: bool
-    ) -> None:
+    def __init__(self, width: int, told: int, *, bias: bool, epsilon: float, affine: bool) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=bias)
         self.norm = Norm(width, epsilon, affine=affine)

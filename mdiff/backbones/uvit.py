@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mdiff.denoiser import Condition
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.published import MOST_IDS, MOST_LAYERS, Fields, KeyValues, Published
+from mdiff.text_encoder import MICRO, POOLED, STATES
 from mdiff.uvit_layers import (
     ConditionEmbedding,
     Embedding,
@@ -28,10 +29,6 @@ from mdiff.uvit_layers import (
 )
 
 CLASS_NAME = "UVit2DModel"
-# Of the whole sequence (B, S, E), of all of it (B, P), and five numbers (B, 5): width and height
-# of the picture, the corner it was cut at, and how pleasing it is.
-STATES, POOLED, MICRO = "encoder_hidden_states", "pooled_text_emb", "micro_conds"
-CONDITIONS = (STATES, POOLED, MICRO)
 MOST_SIDE = 4096
 
 
@@ -144,10 +141,14 @@ class UVit(Published):
         for name, expected in sizes.items():
             got = tuple(given[name].shape) if name in given else None
             wanted = (batch, *(n or "S" for n in expected))
-            if got is None or len(got) != len(wanted) or any(
-                isinstance(n, int) and n != m for n, m in zip(wanted, got)
+            if (
+                got is None
+                or len(got) != len(wanted)
+                or any(isinstance(n, int) and n != m for n, m in zip(wanted, got))
             ):
-                raise ConfigError(f"condition {name!r} {got}: expected ({', '.join(map(str, wanted))})")
+                raise ConfigError(
+                    f"condition {name!r} {got}: expected ({', '.join(map(str, wanted))})"
+                )
         kind = self.encoder_proj.weight.dtype
         states = self.encoder_proj_layer_norm(self.encoder_proj(given[STATES].to(kind)))
         micro = waves(given[MICRO], self.micro_size).flatten(1)
@@ -162,8 +163,8 @@ def recognises(described: Mapping[str, Any]) -> bool:
 def uvit(described: Mapping[str, Any]) -> UVit:
     """The denoiser of a config.json of the diffusers layout, `_class_name` UVit2DModel.
 
-    Its condition is `CONDITIONS`: the text encoder's states of each place of the sequence, its
-    one vector of the whole, and the numbers that say how the picture is to be.
+    Its condition is that of `text_encoder`: the states of each token of a text, the one vector of
+    it, and the numbers that say how the picture is to be.
 
     Raises CheckpointError for a config that cannot be meant.
     """

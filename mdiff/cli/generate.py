@@ -44,7 +44,7 @@ def generate(
     ] = None,
     out: ask.Out = None,
     scale_up: ask.ScaleUp = None,
-    sampler: ask.SamplerName = "first_hitting",
+    sampler: ask.OwnSampler = None,
     steps: ask.Steps = None,
     temperature: ask.Temperature = None,
     top_k: ask.TopK = None,
@@ -55,6 +55,7 @@ def generate(
     order: Annotated[str | None, typer.Option(help="Order of the reveals.")] = None,
     option: ask.Pairs = None,
     guidance_scale: ask.GuidanceScale = None,
+    negative_prompt: ask.NegativePrompt = None,
     guidance_schedule: ask.GuidanceSchedule = None,
     guidance_interval: ask.GuidanceInterval = None,
     seed: ask.Seed = 0,
@@ -74,10 +75,12 @@ def generate(
     }  # fmt: skip
     options = {key: value for key, value in named.items() if value is not None}
     options |= ask.parsed_options(option or [])
-    options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval)
+    options |= ask.guidance_options(
+        guidance_scale, guidance_schedule, guidance_interval, negative_prompt
+    )
     options |= {"sampler": sampler, "seed": seed, "batch_size": batch_size}
     ask.check_seed(seed)
-    wanted = shown.Wanted(out, scale_up, trace, as_json, f"{model} · {sampler}")
+    wanted = shown.Wanted(out, scale_up, trace, as_json, ask.title_of(model, sampler))
     refuse_both({"--prompt": prompt, "--infill": infill, "--input": input_file})
     refuse_both({"--label": label or image, "--infill": infill, "--input": input_file})
 

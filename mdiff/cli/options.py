@@ -11,6 +11,10 @@ from mdiff.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(help="builtin:NAME, a directory or a Hub id.")]
 SamplerName = Annotated[str, typer.Option("--sampler", help="A name from samplers/.")]
+OwnSampler = Annotated[
+    str | None,
+    typer.Option("--sampler", help="A name from samplers/; else the model's, first_hitting."),
+]
 Steps = Annotated[int | None, typer.Option(help="Calls of the sampler.")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest.")]
@@ -24,6 +28,9 @@ Pairs = Annotated[
 ]
 GuidanceScale = Annotated[
     float | None, typer.Option(help="Push away from the model without what is given.")
+]
+NegativePrompt = Annotated[
+    str | None, typer.Option(help="What guidance pushes away from, of a model told in words.")
 ]
 GuidanceSchedule = Annotated[
     str | None, typer.Option(help="constant, linear or cosine: how the scale sets in.")
@@ -70,7 +77,7 @@ def parsed_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def guidance_options(
-    scale: float | None, schedule: str | None, interval: str | None
+    scale: float | None, schedule: str | None, interval: str | None, negative: str | None = None
 ) -> dict[str, Any]:
     """The options of guidance that were given; an interval needs no schedule named.
 
@@ -78,6 +85,8 @@ def guidance_options(
     (0.2, 0.8)
     """
     found: dict[str, Any] = {} if scale is None else {"guidance_scale": scale}
+    if negative is not None:
+        found["negative_prompt"] = negative
     if schedule is not None:
         found["guidance_schedule"] = schedule
     if interval is not None:
@@ -90,3 +99,8 @@ def guidance_options(
         found["guidance_interval"] = (low, high)
         found.setdefault("guidance_schedule", "interval")
     return found
+
+
+def title_of(model: str, sampler: str | None) -> str:
+    """What a page is called: the model, and the sampler where one was named."""
+    return model if sampler is None else f"{model} · {sampler}"
