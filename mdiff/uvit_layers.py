@@ -6,6 +6,7 @@ Grids are (B, h, w, C), lines of places (B, L, C); a 1 x 1 convolution is a map 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,8 @@ class _Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, -1)
-        return value * F.gelu(gate)
+        gated: Tensor = value * F.gelu(gate)
+        return gated
 
 
 class FeedForward(nn.Module):
@@ -157,7 +159,8 @@ class ResponseNorm(nn.Module):
         """The normalised grid `x` (B, h, w, size)."""
         response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
         share = response / (response.mean(-1, keepdim=True) + RESPONSE_EPSILON)
-        return self.gamma * (x * share) + self.beta + x
+        normal: Tensor = self.gamma * (x * share) + self.beta + x
+        return normal
 
 
 class ConvBlock(nn.Module):
@@ -178,7 +181,8 @@ class ConvBlock(nn.Module):
         h = self.channelwise_norm(F.gelu(self.channelwise_linear_1(h)))
         x = x + self.channelwise_linear_2(h)
         scale, shift = self.cond_embeds_mapper(F.silu(told))[:, None, None].chunk(2, -1)
-        return x * (1 + scale) + shift
+        adapted: Tensor = x * (1 + scale) + shift
+        return adapted
 
 
 class CrossBlock(nn.Module):
@@ -229,7 +233,7 @@ class GridBlock(nn.Module):
         bias: bool, epsilon: float, affine: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        norm = {"epsilon": epsilon, "affine": affine}
+        norm: dict[str, Any] = {"epsilon": epsilon, "affine": affine}
         self.downsample = Resize(width, halves=True, bias=bias, **norm) if halves else None
         self.res_blocks = nn.ModuleList(
             ConvBlock(width, told, bias=bias, **norm) for _ in range(depth)

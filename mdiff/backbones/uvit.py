@@ -45,6 +45,7 @@ class UVit(Published):
 
     def __init__(self, described: Mapping[str, Any]) -> None:
         fields = Fields(described)
+        fields.choice("_class_name", (CLASS_NAME,))
         codes = fields.whole("codebook_size", most=MOST_IDS)
         rows = fields.whole("vocab_size", most=MOST_IDS)
         side = fields.whole("sample_size", most=MOST_SIDE)

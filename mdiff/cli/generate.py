@@ -73,7 +73,7 @@ def generate(
         "steps": steps, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         "min_p": min_p, "threshold": threshold, "block_length": block_length, "order": order,
     }  # fmt: skip
-    options = {key: value for key, value in named.items() if value is not None}
+    options: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
     options |= ask.parsed_options(option or [])
     options |= ask.guidance_options(
         guidance_scale, guidance_schedule, guidance_interval, negative_prompt

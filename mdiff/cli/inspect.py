@@ -55,14 +55,22 @@ def inspected(name: str) -> dict[str, Any]:
     folder = locate(name)
     pipeline = load(str(folder), device="cpu")
     module: Any = getattr(pipeline.denoiser, "model", pipeline.denoiser)
-    own = {key: list(value.shape) for key, value in module.state_dict().items()}
+    # The modules of a directory of several parts, by folder.
+    first = getattr(pipeline.modality, "denoiser_folder", ".")
+    modules = {first: module, **getattr(pipeline.modality, "folders", {})}
+    own = {
+        (part, key): list(value.shape)
+        for part, each in modules.items()
+        for key, value in each.state_dict().items()
+    }
     unused = set(getattr(pipeline.denoiser, "unused_tensors", ()))
     tensors = []
     for path in check_weights(folder, root=folder.parent.parent):
+        part = path.parent.relative_to(folder).as_posix()
         for key, entry in sorted(check_tensors(path).items()):
-            loaded = own.get(key) == entry["shape"]
+            loaded = own.get((part, key)) == entry["shape"]
             used = "not used" if key in unused else "loaded" if loaded else "renamed"
-            tensors.append(described(key, entry, used))
+            tensors.append(described(key if part == "." else f"{part}/{key}", entry, used))
     if (folder / TENSORS).exists():
         # A codec takes all of its tensors or does not load.
         found = sorted(check_tensors(folder / TENSORS).items())

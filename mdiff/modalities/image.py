@@ -182,7 +182,7 @@ class Image:
             canvas[self.span("caption")] = self.caption_ids(asked["caption"])
         return canvas
 
-    def condition(self, prompt: Mapping[str, Any] | str = "") -> dict[str, int]:
+    def condition(self, prompt: Mapping[str, Any] | str = "") -> dict[str, Any]:
         """What the backbone is told of a prompt: the label's number where it is a condition."""
         asked = self._asked(prompt)
         if not self.classes or "label" not in asked:
