@@ -114,23 +114,21 @@ def load_directory(folder: Path, *, dtype: torch.dtype | None, device: torch.dev
     if settings.whole("mask_token_id", least=0) != row:
         raise CheckpointError(f"{SCHEDULER}: mask_token_id: expected {row}, the transformer's last")
     codec = load_codec(folder / "vqvae", device)
-    if codec.codebook_size != denoiser.vocab_size:
-        raise CheckpointError(
-            f"{folder}: the transformer makes {denoiser.vocab_size} codes, the codec has "
-            f"{codec.codebook_size}"
-        )
     encoder = load_text_encoder(
         folder / "text_encoder", folder / "tokenizer", dtype=dtype, device=device
     )
-    read = encoder.model.config
-    got = read.hidden_size, read.projection_dim
-    wanted = tuple(int(denoiser.described[n]) for n in ("encoder_hidden_size", "cond_embed_dim"))
+    read, said = encoder.model.config, denoiser.described
+    got = codec.codebook_size, read.hidden_size, read.projection_dim
+    wanted = denoiser.vocab_size, said["encoder_hidden_size"], said["cond_embed_dim"]
     if got != wanted:
-        raise CheckpointError(f"{folder}: the text encoder gives {got} numbers, expected {wanted}")
-    side = int(denoiser.described["sample_size"]) * codec.stride
+        raise CheckpointError(
+            f"{folder}: codes, states and vector of the codec and the text encoder: {got}; the "
+            f"transformer is for {wanted}"
+        )
+    side = int(said["sample_size"]) * codec.stride
     files = {
-        ".": {MODEL_INDEX: (folder / MODEL_INDEX).read_bytes()},
-        "scheduler": {SCHEDULER: (folder / "scheduler" / SCHEDULER).read_bytes()},
+        part: {name: (folder / part / name).read_bytes()}
+        for part, name in ((".", MODEL_INDEX), ("scheduler", SCHEDULER))
     }
     modality = find("modalities", "described")(
         codec=codec, size=(side, side), encoder=encoder, files=files

@@ -252,40 +252,6 @@ class GridBlock(nn.Module):
         return x if self.upsample is None else self.upsample(x)
 
 
-class Embedding(nn.Module):
-    """Each token's vector, normalised and mapped to the width of the grid."""
-
-    def __init__(
-        self, ids: int, inner: int, width: int, *, bias: bool, epsilon: float, affine: bool
-    ) -> None:
-        super().__init__()
-        self.embeddings = nn.Embedding(ids, inner)
-        self.layer_norm = Norm(inner, epsilon, affine=affine)
-        self.conv = PlaceMap(inner, width, bias=bias)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """The vectors (..., width) of tokens (...)."""
-        embedded: Tensor = self.conv(self.layer_norm(self.embeddings(tokens)))
-        return embedded
-
-
-class Head(nn.Module):
-    """From a place's vector to its logits; every part of it is a map of the place alone."""
-
-    def __init__(
-        self, width: int, inner: int, ids: int, *, bias: bool, epsilon: float, affine: bool
-    ) -> None:
-        super().__init__()
-        self.conv1 = PlaceMap(width, inner, bias=bias)
-        self.layer_norm = Norm(inner, epsilon, affine=affine)
-        self.conv2 = PlaceMap(inner, ids, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The logits (..., ids) of `x` (..., width)."""
-        logits: Tensor = self.conv2(self.layer_norm(self.conv1(x)))
-        return logits
-
-
 class ConditionEmbedding(nn.Module):
     """Two maps with a silu between them."""
 

@@ -75,7 +75,9 @@ def test_the_denoiser_s_logits_are_the_official_ones(pipeline: Pipeline, mask: i
     assert torch.allclose(logits[tokens == mask], some, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, near", [(torch.float32, 2e-5), (torch.float64, 1e-12)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "near"), [(torch.float32, 2e-5), (torch.float64, 1e-12)], ids=str
+)
 def test_a_row_s_logits_do_not_depend_on_its_batch(dtype: torch.dtype, near: float) -> None:
     """But for rounding: these random weights make numbers of 25,000 on the way, hence 2e-5."""
     model = load_published(FOLDER / "transformer", "uvit", dtype=dtype)
@@ -287,6 +289,24 @@ def test_the_command_line_generates_inspects_edits_and_evaluates(
     assert json.loads(scored)["bounds"][0]["bits_per_token"] > 0
 
 
+def test_a_snapshot_of_the_hub_is_made_of_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "models--amused--amused-256"
+    folder = cache / "snapshots" / "0123"
+    (cache / "blobs").mkdir(parents=True)
+    for number, path in enumerate(path for path in FOLDER.rglob("*") if path.is_file()):
+        blob = shutil.copy(path, cache / "blobs" / str(number))
+        link = folder / path.relative_to(FOLDER)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    assert mdiff.load("amused/amused-256").generate("dog", steps=1)[0].calls == 1
+    # The same links from elsewhere lead out of the directory.
+    with pytest.raises(CheckpointError, match="a link that leaves"):
+        mdiff.load(folder)
+
+
 def test_the_codec_alone_saves_in_the_layout_of_codecs(pipeline: Pipeline, tmp_path: Path) -> None:
     codec = pipeline.modality.codec
     save_codec(codec, tmp_path)
@@ -384,7 +404,7 @@ def test_tensors_that_do_not_fit_are_refused(copy: Path, part: str, change: str)
         mdiff.load(copy)
 
 
-@pytest.mark.parametrize("part, entries", [
+@pytest.mark.parametrize(("part", "entries"), [
     ("transformer", {"hidden_size": 1 << 40}), ("transformer", {"num_hidden_layers": 0}),
     ("transformer", {"downsample": True}), ("transformer", {"num_attention_heads": 3}),
     ("transformer", {"vocab_size": 32}), ("transformer", {"micro_cond_embed_dim": 21}),

@@ -19,17 +19,50 @@ from mdiff.published import MOST_IDS, MOST_LAYERS, Fields, KeyValues, Published
 from mdiff.text_encoder import MICRO, POOLED, STATES
 from mdiff.uvit_layers import (
     ConditionEmbedding,
-    Embedding,
     GridBlock,
-    Head,
     Linear,
     Norm,
+    PlaceMap,
     TransformerLayer,
     waves,
 )
 
 CLASS_NAME = "UVit2DModel"
 MOST_SIDE = 4096
+
+
+class Embedding(nn.Module):
+    """Each token's vector, normalised and mapped to the width of the grid."""
+
+    def __init__(
+        self, ids: int, inner: int, width: int, *, bias: bool, epsilon: float, affine: bool
+    ) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(ids, inner)
+        self.layer_norm = Norm(inner, epsilon, affine=affine)
+        self.conv = PlaceMap(inner, width, bias=bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The vectors (..., width) of tokens (...)."""
+        embedded: Tensor = self.conv(self.layer_norm(self.embeddings(tokens)))
+        return embedded
+
+
+class Head(nn.Module):
+    """From a place's vector to its logits; every part of it is a map of the place alone."""
+
+    def __init__(
+        self, width: int, inner: int, ids: int, *, bias: bool, epsilon: float, affine: bool
+    ) -> None:
+        super().__init__()
+        self.conv1 = PlaceMap(width, inner, bias=bias)
+        self.layer_norm = Norm(inner, epsilon, affine=affine)
+        self.conv2 = PlaceMap(inner, ids, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits (..., ids) of `x` (..., width)."""
+        logits: Tensor = self.conv2(self.layer_norm(self.conv1(x)))
+        return logits
 
 
 class UVit(Published):
@@ -55,8 +88,6 @@ class UVit(Published):
             )
         super().__init__(described, vocab_size=codes, mask_id=codes, window=side * side)
         self.mask_row = rows - 1
-        width, grid = fields.whole("hidden_size"), fields.whole("block_out_channels")
-        inner = fields.whole("in_channels")
         self.micro_size = fields.whole("micro_cond_encode_dim", least=2)
         self.states_size = fields.whole("encoder_hidden_size")
         self.pooled_size = fields.whole("cond_embed_dim")
@@ -72,18 +103,25 @@ class UVit(Published):
         self.halved = fields.flag("downsample", default=False)
         if fields.flag("upsample", default=False) != self.halved:
             raise CheckpointError("config.json: downsample and upsample: expected both or neither")
-        epsilon = fields.number("layer_norm_eps", most=1, default=1e-6)
-        affine = fields.flag("ln_elementwise_affine", default=True)
-        bias = fields.flag("use_bias", default=False)
+        self._make(fields, rows, told=micro + self.pooled_size)
+
+    def _make(self, fields: Fields, rows: int, *, told: int) -> None:
+        """The layers, in the order of the files; `told` numbers go into the condition."""
+        width, grid = fields.whole("hidden_size"), fields.whole("block_out_channels")
+        inner = fields.whole("in_channels")
         heads, grid_heads = fields.whole("num_attention_heads"), fields.whole("block_num_heads")
         for count, size in ((heads, width), (grid_heads, grid)):
             if size % count:
                 raise CheckpointError(f"config.json: {count} heads do not divide {size} channels")
-        norm: dict[str, Any] = {"epsilon": epsilon, "affine": affine}
+        bias = fields.flag("use_bias", default=False)
+        norm: dict[str, Any] = {
+            "epsilon": fields.number("layer_norm_eps", most=1, default=1e-6),
+            "affine": fields.flag("ln_elementwise_affine", default=True),
+        }
         self.encoder_proj = Linear(self.states_size, width, bias=bias)
         self.encoder_proj_layer_norm = Norm(width, **norm)
         self.embed = Embedding(rows, inner, grid, bias=bias, **norm)
-        self.cond_embed = ConditionEmbedding(micro + self.pooled_size, width, bias=bias)
+        self.cond_embed = ConditionEmbedding(told, width, bias=bias)
         blocks = {
             "depth": fields.whole("num_res_blocks", most=MOST_LAYERS), "heads": grid_heads,
             "told": width, "bias": bias, **norm,
@@ -99,7 +137,7 @@ class UVit(Published):
         self.project_from_hidden_norm = Norm(width, **norm)
         self.project_from_hidden = Linear(width, grid, bias=bias)
         self.up_block = GridBlock(grid, halves=False, doubles=self.halved, **blocks)
-        self.mlm_layer = Head(grid, inner, codes, bias=bias, **norm)
+        self.mlm_layer = Head(grid, inner, self.vocab_size, bias=bias, **norm)
 
     @property
     def head(self) -> Head:  # type: ignore[override]
