@@ -55,13 +55,16 @@ def stack(rows: Sequence[Sequence[int]], *, space: TokenSpace) -> tuple[Tensor, 
 
 
 def stack_conditions(
-    told: Sequence[Mapping[str, int]], without: Mapping[str, Tensor]
+    told: Sequence[Mapping[str, int | Tensor]], without: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The conditions of a batch as tensors (B,); where a row has none, what says nothing."""
+    """The conditions of a batch as tensors (B, ...); where a row has none, what says nothing.
+
+    `without` are (1, ...), what `told` gives of a row (...), or a whole number.
+    """
     if not any(told):
         return {}
     return {
-        name: torch.tensor([int(row.get(name, nothing)) for row in told])
+        name: torch.stack([torch.as_tensor(row.get(name, nothing[0])) for row in told])
         for name, nothing in without.items()
     }
 

@@ -98,7 +98,7 @@ def convert(
     tensors, dropped = weights_in(content, ema=ema, names=_parameters(room, described))
     with staged(out) as folder:
         (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        save_file(_apart(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(_apart(tensors), folder / WEIGHTS[0], metadata={"format": "pt"})
         _check(room, folder, source)
         if codec is not None:
             shutil.copytree(codec, folder / CODEC_FOLDER, ignore=shutil.ignore_patterns(MANIFEST))

@@ -96,9 +96,14 @@ def load_published(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | Mapping[str, Any] | str = "cpu",
+    root: Path | None = None,
 ) -> Published:
-    """The model in `folder`, whose backbone is `room`, with its weights on `device`."""
-    return filled(built(room, read_json(folder / CONFIG_FILE)), folder, dtype=dtype, device=device)
+    """The model in `folder`, whose backbone is `room`, with its weights on `device`.
+
+    Links may lead anywhere in `root`, by default the cache that a snapshot of the Hub lies in.
+    """
+    module = built(room, read_json(folder / CONFIG_FILE))
+    return filled(module, folder, dtype=dtype, device=device, root=root)
 
 
 def filled(
@@ -107,10 +112,12 @@ def filled(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | Mapping[str, Any] | str = "cpu",
+    root: Path | None = None,
 ) -> Published:
     """The module from `built` with the weights in `folder`; see `load_weights`."""
+    paths = check_weights(folder, root=root)
     stored = load_weights(
-        module, check_weights(folder), dtype=dtype, device=device, tied=module.tied
+        module, paths, dtype=dtype, device=device, tied=module.tied
     )  # fmt: skip
     module.stored = frozenset(stored)
     return module

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mdiff.amused import amused, load_directory
 from mdiff.checkpoint import staged, write_json
 from mdiff.codec_beside import modality_beside
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
 from mdiff.families import built, filled, recognised, unsupported
 from mdiff.files import read_json
+from mdiff.filling import State
 from mdiff.find import find, names
-from mdiff.locate import CONFIG, PIPELINE, locate
+from mdiff.locate import CONFIG, MODEL_INDEX, PIPELINE, locate
 from mdiff.placing import AUTO, DeviceMap, planned, spread
 from mdiff.published import Published
 from mdiff.schedule import SCHEDULES, Linear, Schedule, named_schedule
@@ -38,13 +40,17 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Parts:
-    """What a pipeline is made of; `window` is the trained length, None if unknown."""
+    """What a pipeline is made of.
+
+    `window` is the trained length, None if unknown; `sampler` what generates where none is named.
+    """
 
     denoiser: Denoiser
     space: TokenSpace
     modality: Any
     schedule: Schedule
     window: int | None
+    sampler: str | Callable[..., Iterator[State]] = "first_hitting"
 
 
 def load_parts(
@@ -64,6 +70,8 @@ def load_parts(
     folder = locate(name)
     if (folder / PIPELINE).exists():
         parts = _own(folder, kind, mask_id, place if asked is None else asked)
+    elif (folder / MODEL_INDEX).exists():
+        parts = _several(folder, kind, mask_id, place)
     else:
         parts = _foreign(folder, kind, mask_id, place if asked is None else asked)
     if block_length is not None:
@@ -199,6 +207,18 @@ def _published(
     return spread(module, folder, plan, dtype=dtype)
 
 
+def _several(
+    folder: Path, dtype: torch.dtype | None, mask_id: int | None, place: torch.device
+) -> Parts:
+    """The model of a directory with a folder for each of its parts."""
+    made = load_directory(folder, dtype=dtype, device=place)
+    if mask_id not in (None, made.space.mask_id):
+        raise ConfigError(f"mask_id={mask_id}: this model's is {made.space.mask_id}")
+    return Parts(
+        made.denoiser, made.space, made.modality, Linear(), made.denoiser.window, sampler=amused
+    )
+
+
 def _text_of(folder: Path, mask_id: int | None) -> Any:
     """The modality of the folder's tokenizer; None without one."""
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
@@ -258,6 +278,13 @@ def save_parts(folder: Path, parts: Parts) -> None:
     model: Any = parts.denoiser
     if not hasattr(model, "save_pretrained"):
         raise ConfigError(f"{type(parts.denoiser).__name__} cannot be saved: it has no files")
+    own_folder = getattr(parts.modality, "denoiser_folder", None)
+    if own_folder is not None:
+        # A published directory: each part in the folder and the layout that it came in.
+        with staged(folder) as inner:
+            model.save_pretrained(inner / own_folder)
+            parts.modality.save(inner)
+        return
     # A part lives in the module of its name.
     backbone = type(model).__module__.rpartition(".")[2]
     name = type(parts.schedule).__name__.lower()

@@ -14,12 +14,19 @@ from mdiff.files import check_tensors, inside, read_json
 BUILTIN = "builtin:"
 PIPELINE = "pipeline.json"
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+# What the weights in a folder are called, by transformers and by diffusers; with an index where
+# they are in shards.
+WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+INDEX_SUFFIX = ".index.json"
+# A directory of several models, each in a folder of its own.
+MODEL_INDEX = "model_index.json"
+DIRECTORIES = ("AmusedPipeline",)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # What a snapshot of the Hub is made of; pickles and code are never fetched.
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
+# The same weights once more, in half precision.
+UNWANTED = ("*.fp16.safetensors",)
 
 
 def locate(name: str) -> Path:
@@ -59,14 +66,14 @@ def _builtins() -> dict[str, Path]:
 
 def _step(path: Path) -> Path:
     """The directory itself where it holds a model, else a run's latest complete checkpoint."""
-    if (path / PIPELINE).exists() or (path / CONFIG).exists():
+    if any((path / name).exists() for name in (PIPELINE, CONFIG, MODEL_INDEX)):
         return path
     found = latest(path)
     if found is not None:
         return found
     if any(STEP_NAME.fullmatch(entry.name) for entry in path.iterdir()):
         raise CheckpointError(f"{path} holds no complete checkpoint")
-    raise CheckpointError(f"{path} holds no model: expected {PIPELINE} or {CONFIG}")
+    raise CheckpointError(f"{path} holds no model: expected {PIPELINE}, {CONFIG} or {MODEL_INDEX}")
 
 
 def _verified(folder: Path) -> Path:
@@ -85,17 +92,18 @@ def check_weights(folder: Path, *, root: Path | None = None) -> list[Path]:
     one is truncated or altered, or where the index leads out of `root`.
     """
     root = _root(folder) if root is None else root
-    if (folder / INDEX).exists():
-        index = read_json(inside(folder, INDEX, root=root)).get("weight_map")
-        if not isinstance(index, dict) or not all(isinstance(n, str) for n in index.values()):
-            raise CheckpointError(f"{folder / INDEX}: expected a weight_map of file names")
-        names = sorted(set(index.values()))
-    else:
-        names = [WEIGHTS] if (folder / WEIGHTS).exists() else []
+    if (folder / MODEL_INDEX).exists():
+        return [
+            path
+            for part in model_parts(folder)
+            if (folder / part / CONFIG).exists()
+            for path in check_weights(folder / part, root=root)
+        ]
+    names = _weight_files(folder, root)
     if not names:
         for pickle in (path for pattern in PICKLES for path in folder.glob(pattern)):
             check_tensors(pickle)
-        raise CheckpointError(f"{folder} holds no {WEIGHTS}")
+        raise CheckpointError(f"{folder} holds no {' or '.join(WEIGHTS)}")
     paths = [inside(folder, name, root=root) for name in names]
     for path in paths:
         check_tensors(path)
@@ -108,12 +116,49 @@ def _root(folder: Path) -> Path:
     return cache if folder.parent.name == "snapshots" and (cache / "blobs").is_dir() else folder
 
 
+def _weight_files(folder: Path, root: Path | None) -> list[str]:
+    """The names of the files with a model's weights; none where there are none."""
+    for name in WEIGHTS:
+        index = name + INDEX_SUFFIX
+        if (folder / index).exists():
+            files = read_json(inside(folder, index, root=root)).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(n, str) for n in files.values()):
+                raise CheckpointError(f"{folder / index}: expected a weight_map of file names")
+            return sorted(set(files.values()))
+    return [name for name in WEIGHTS if (folder / name).exists()][:1]
+
+
+def model_parts(folder: Path) -> dict[str, str]:
+    """The folders that a directory's index names, with the class of what is in each.
+
+    Raises CheckpointError for an index that is not valid, or of a kind that is not supported.
+    """
+    index = read_json(folder / MODEL_INDEX)
+    kind = str(index.get("_class_name"))
+    if kind not in DIRECTORIES:
+        raise CheckpointError(
+            f"{folder} is a {kind[:80]}, which is not supported; {nearest(kind, DIRECTORIES)}"
+        )
+    found = {}
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list):
+            continue
+        if len(entry) != 2 or not isinstance(entry[1], str | None):
+            raise CheckpointError(f"{folder / MODEL_INDEX}: {name[:80]!r}: expected [from, class]")
+        inside(folder, name)
+        if entry[1] is not None:
+            found[name] = entry[1]
+    return found
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        folder = Path(
+            snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+        )
     except RepositoryNotFoundError:
         raise CheckpointError(f"{name} is no directory here and no model on the Hub") from None
     except Exception as error:

@@ -39,13 +39,18 @@ Prompt = str | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A loaded model; see `load`. `window` is the length it was trained on, None if unknown."""
+    """A loaded model; see `load`.
+
+    `window` is the length it was trained on, None if unknown; `sampler` what generates where none
+    is named.
+    """
 
     denoiser: Denoiser
     space: TokenSpace
     modality: Any
     schedule: Schedule = Linear()  # noqa: RUF009
     window: int | None = None
+    sampler: str | Sampler = "first_hitting"
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +66,7 @@ class Pipeline:
         self,
         prompts: Prompt | Sequence[Any] = "",
         *,
-        sampler: str | Sampler = "first_hitting",
+        sampler: str | Sampler | None = None,
         length: int | None = None,
         n: int = 1,
         seed: int | Tensor | torch.Generator = 0,
@@ -77,7 +82,8 @@ class Pipeline:
         `length` is the model's window by default. `options` are the sampler's, and those of
         `runs`. A canvas longer than the window needs sampler="blocks", which then sees a window
         of it at a time. `guidance_scale` pushes away from what the model says without its
-        condition or, where it has none, with what is given masked.
+        condition or, where it has none, with what is given masked; `negative` is what a
+        model that is told in words is pushed away from instead.
 
         Raises ConfigError for n, length or batch_size below 1 and for options that the sampler
         does not take, DataError for a prompt that does not fit.
@@ -177,7 +183,7 @@ class Pipeline:
 
     def conditions(
         self, prompts: Prompt | Sequence[Any] = "", *, n: int = 1
-    ) -> list[dict[str, int]]:
+    ) -> list[dict[str, Any]]:
         """What the denoiser is told of each prompt beside its canvas, `n` times in a row."""
         told = getattr(self.modality, "condition", None)
         if told is None:
@@ -193,8 +199,8 @@ class Pipeline:
         self,
         canvases: Sequence[Sequence[int]],
         *,
-        conditions: Sequence[Mapping[str, int]] | None = None,
-        sampler: str | Sampler = "first_hitting",
+        conditions: Sequence[Mapping[str, int | Tensor]] | None = None,
+        sampler: str | Sampler | None = None,
         seed: int | Tensor | torch.Generator = 0,
         batch_size: int = BATCH,
         guidance_scale: float | None = None,
@@ -210,21 +216,20 @@ class Pipeline:
         Row 0 has `seed` itself and row r a seed derived from it, so that any row can be had
         again alone. `conditions` are what the denoiser is told of each row. `guidance_schedule`
         and `guidance_interval` are those of `guided`; with a `negative` prompt it pushes away from
-        the model with that in place of what is given in front. `end` says what becomes of the
-        ids that end a text: "cut" shows what comes before the first that is drawn, "keep" all,
-        "suppress" never draws one. Without `echo` the output leaves out what is given in
-        front. What cannot be
-        meant is refused before the first batch.
+        the model with that in place of what is given in front, or of what it is told. `end` says
+        what becomes of the ids that end a text: "cut" shows what comes before the first that is
+        drawn, "keep" all, "suppress" never draws one. Without `echo` the output leaves out what
+        is given in front. What cannot be meant is refused before the first batch.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: need at least 1")
         ending = Ending(tuple(getattr(self.modality, "end_ids", ())), end, echo)
         space = ending.space(self.space)
-        sampler, asked = in_blocks(sampler, options)
+        sampler, asked = in_blocks(self.sampler if sampler is None else sampler, options)
         stop = getattr(self.modality, "eos_id", None) if end == "cut" else None
         defaults = self._defaults(sampler, canvases, asked, stop=stop)
         function, settings = resolve(sampler, defaults)
-        without: dict[str, Tensor] = getattr(self.modality, "without", {})
+        without = self._without(negative)
         told = list(conditions or [{}] * len(canvases))
         if len(told) != len(canvases):
             raise ConfigError(f"{len(told)} conditions for {len(canvases)} canvases")
@@ -270,8 +275,8 @@ class Pipeline:
             "guidance_scale": scale, "guidance_schedule": schedule, "interval": interval,
             "space": self.space,
         }  # fmt: skip
-        without: dict[str, Tensor] = getattr(self.modality, "without", {})
-        if negative is not None:
+        without = self._without(negative)
+        if negative is not None and not hasattr(self.modality, "about"):
             start = self._start(negative)
             away = away_from(self.denoiser, device=self.device, **options)
             return away, lambda canvas, valid: other_start(
@@ -282,6 +287,15 @@ class Pipeline:
             return guided(self.denoiser, **options), lambda canvas, valid: {}
         hiding = guided(self.denoiser, hide=GIVEN, **options)
         return hiding, lambda canvas, valid: {GIVEN: canvas != self.space.mask_id}
+
+    def _without(self, negative: Prompt | None) -> dict[str, Tensor]:
+        """What the other branch of guidance is told, (1, ...); empty where there is no telling."""
+        about = getattr(self.modality, "about", None)
+        if negative is not None and about is not None:
+            told: dict[str, Tensor] = about(negative)
+            return told
+        known: dict[str, Tensor] = getattr(self.modality, "without", {})
+        return known
 
     def _start(self, negative: Prompt) -> Tensor:
         """The tokens (N,) of a negative prompt."""
@@ -421,7 +435,9 @@ def load(
     parts = load_parts(
         str(name), dtype=dtype, device=device, mask_id=mask_id, block_length=block_length
     )
-    return Pipeline(parts.denoiser, parts.space, parts.modality, parts.schedule, parts.window)
+    return Pipeline(
+        parts.denoiser, parts.space, parts.modality, parts.schedule, parts.window, parts.sampler
+    )
 
 
 def row_seeds(seed: int | Tensor | torch.Generator, rows: int) -> Tensor:

@@ -159,6 +159,8 @@ class Published(nn.Module):
     tied: ClassVar[dict[str, str]] = {}
     # Modules that accelerate keeps on one device.
     no_split: ClassVar[tuple[str, ...]] = ()
+    # What its weights are called, without .safetensors.
+    weights_name: ClassVar[str] = "model"
     head: nn.Module
 
     def __init__(
@@ -223,7 +225,10 @@ class Published(nn.Module):
         kept = {n: x for n, x in tensors.items() if n in self.stored or n not in self.tied}
         # A tied tensor that the files held is written again, as a tensor of its own.
         own = {n: x.clone() if n in self.tied else x.contiguous() for n, x in kept.items()}
-        save_torch_state_dict(own, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        save_torch_state_dict(
+            own, folder, filename_pattern=self.weights_name + "{suffix}.safetensors",
+            max_shard_size=max_shard_size, metadata={"format": "pt"},
+        )  # fmt: skip
 
 
 class PublishedLM(Published):

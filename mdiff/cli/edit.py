@@ -40,7 +40,7 @@ def edit(
     n: Annotated[int, typer.Option("--n", help="Variants of each.")] = 1,
     out: ask.Out = None,
     scale_up: ask.ScaleUp = None,
-    sampler: ask.SamplerName = "first_hitting",
+    sampler: ask.OwnSampler = None,
     steps: ask.Steps = None,
     temperature: ask.Temperature = None,
     top_k: ask.TopK = None,
@@ -48,6 +48,7 @@ def edit(
     min_p: ask.MinP = None,
     option: ask.Pairs = None,
     guidance_scale: ask.GuidanceScale = None,
+    negative: ask.Negative = None,
     guidance_schedule: ask.GuidanceSchedule = None,
     guidance_interval: ask.GuidanceInterval = None,
     seed: ask.Seed = 0,
@@ -67,13 +68,13 @@ def edit(
     }  # fmt: skip
     options = {key: value for key, value in named.items() if value is not None}
     options |= ask.parsed_options(option or [])
-    options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval)
+    options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval, negative)
     ask.check_seed(seed)
     regions = {"--mask": mask, "--mask-file": mask_file, "--keep": keep}
     given = [name for name, value in regions.items() if value is not None]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)}: give one of them")
-    wanted = shown.Wanted(out, scale_up, trace, as_json, f"{model} · {sampler}")
+    wanted = shown.Wanted(out, scale_up, trace, as_json, ask.title_of(model, sampler))
 
     pipeline = load(model, device=device, dtype=dtype)
     if not shown.shows_pictures(pipeline):

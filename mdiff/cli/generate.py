@@ -48,7 +48,7 @@ def generate(
     ] = None,
     out: ask.Out = None,
     scale_up: ask.ScaleUp = None,
-    sampler: ask.SamplerName = "first_hitting",
+    sampler: ask.OwnSampler = None,
     steps: ask.Steps = None,
     temperature: ask.Temperature = None,
     top_k: ask.TopK = None,
@@ -86,19 +86,20 @@ def generate(
     options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval)
     options |= {"sampler": sampler, "seed": seed, "batch_size": batch_size, "end": end}
     ask.check_seed(seed)
-    wanted = shown.Wanted(out, scale_up, trace, as_json, f"{model} · {sampler}")
+    wanted = shown.Wanted(out, scale_up, trace, as_json, ask.title_of(model, sampler))
     refuse_both({"--prompt": prompt, "--infill": infill, "--chat": chat, "--input": input_file})
     refuse_both({"--label": label or image, "--infill": infill, "--input": input_file})
 
     from mdiff.pipeline import load
 
     pipeline = load(model, device=device, dtype=dtype)
+    if negative is not None:
+        options["negative"] = negative if chat is None else {"chat": negative}
     if shown.shows_pictures(pipeline):
         refuse_given(
             {
                 "--infill": infill,
                 "--chat": chat,
-                "--negative": negative,
                 "--length": length,
                 "--stream": stream or None,
             },
@@ -123,8 +124,6 @@ def generate(
         raise ConfigError(f"--trace {trace}: a GIF shows pictures; name a page such as trace.html")
     wishes = requests(prompt, infill, chat, input_file)
     # Of a chat the answer is shown.
-    if negative is not None:
-        options["negative"] = negative if chat is None else {"chat": negative}
     options["echo"] = not all(kind == "chat" for kind, _, _ in wishes)
     canvases = [
         canvas

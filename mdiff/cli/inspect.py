@@ -91,14 +91,23 @@ def inspected(name: str, folder: Path) -> dict[str, Any]:
 
     pipeline = load(str(folder), device="cpu")
     module: Any = getattr(pipeline.denoiser, "model", pipeline.denoiser)
-    own = {key: list(value.shape) for key, value in module.state_dict().items()}
+    # The modules of a directory of several parts, by folder.
+    first = getattr(pipeline.modality, "denoiser_folder", ".")
+    modules = {first: module, **getattr(pipeline.modality, "folders", {})}
+    own = {
+        (part, key): list(value.shape)
+        for part, each in modules.items()
+        for key, value in each.state_dict().items()
+    }
     unused = set(getattr(pipeline.denoiser, "unused_tensors", ()))
     tensors = []
     for path in check_weights(folder):
+        part = path.parent.relative_to(folder).as_posix()
         for key, entry in sorted(check_tensors(path).items()):
-            loaded = own.get(key) == entry["shape"]
+            loaded = own.get((part, key)) == entry["shape"]
             used = "not used" if key in unused else "loaded" if loaded else "renamed"
-            tensors.append(described_tensor(key, entry, used))
+            whole = key if part == "." else f"{part}/{key}"
+            tensors.append(described_tensor(whole, entry, used))
     beside = (folder, folder / CODEC_FOLDER) if hasattr(pipeline.modality, "codec") else ()
     for path in (at / name for at in beside for name in (TENSORS, PUBLISHED_TENSORS)):
         if path.exists() and path != folder / PUBLISHED_TENSORS:

@@ -11,6 +11,10 @@ from mdiff.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(help="builtin:NAME, a directory or a Hub id.")]
 SamplerName = Annotated[str, typer.Option("--sampler", help="A name from samplers/.")]
+OwnSampler = Annotated[
+    str | None,
+    typer.Option("--sampler", help="A name from samplers/; else the model's, first_hitting."),
+]
 Steps = Annotated[int | None, typer.Option(help="Calls of the sampler.")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest.")]
@@ -73,7 +77,7 @@ def parsed_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def guidance_options(
-    scale: float | None, schedule: str | None, interval: str | None
+    scale: float | None, schedule: str | None, interval: str | None, negative: str | None = None
 ) -> dict[str, Any]:
     """The options of guidance that were given; an interval needs no schedule named.
 
@@ -81,6 +85,8 @@ def guidance_options(
     (0.2, 0.8)
     """
     found: dict[str, Any] = {} if scale is None else {"guidance_scale": scale}
+    if negative is not None:
+        found["negative"] = negative
     if schedule is not None:
         found["guidance_schedule"] = schedule
     if interval is not None:
@@ -93,3 +99,8 @@ def guidance_options(
         found["guidance_interval"] = (low, high)
         found.setdefault("guidance_schedule", "interval")
     return found
+
+
+def title_of(model: str, sampler: str | None) -> str:
+    """What a page is called: the model, and the sampler where one was named."""
+    return model if sampler is None else f"{model} · {sampler}"

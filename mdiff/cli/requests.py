@@ -64,10 +64,9 @@ def requests_of(path: Path) -> list[dict[str, str]]:
 
 def refuse_unknown(modality: Any, asked: Sequence[dict[str, str]]) -> None:
     """Raise ConfigError for an option that this model cannot take."""
-    known = [*modality.part_names, *(["label"] if modality.classes else [])]
     for name in {name for one in asked for name in one}:
-        if name not in known:
-            takes = ", ".join(OPTIONS[each] for each in known)
+        if name not in modality.takes:
+            takes = ", ".join(OPTIONS[each] for each in modality.takes)
             raise ConfigError(f"{OPTIONS[name]}: this model knows no {name}; it takes {takes}")
 
 

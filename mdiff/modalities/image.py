@@ -84,6 +84,11 @@ class Image:
         return ("image", *more, *(["caption"] if self.captions else []))
 
     @property
+    def takes(self) -> tuple[str, ...]:
+        """The names of what a prompt may give."""
+        return (*self.part_names, *(["label"] if self.label == "condition" else []))
+
+    @property
     def layout(self) -> list[tuple[int, int, int]]:
         """The canvas as runs of (h, w, tokens a place), for a backbone's positions."""
         return self.parts.layout
@@ -177,7 +182,7 @@ class Image:
             canvas[self.span("caption")] = self.caption_ids(asked["caption"])
         return canvas
 
-    def condition(self, prompt: Mapping[str, Any] | str = "") -> dict[str, int]:
+    def condition(self, prompt: Mapping[str, Any] | str = "") -> dict[str, Any]:
         """What the backbone is told of a prompt: the label's number where it is a condition."""
         asked = self._asked(prompt)
         if not self.classes or "label" not in asked:
@@ -187,10 +192,9 @@ class Image:
     def _asked(self, prompt: Mapping[str, Any] | str) -> dict[str, Any]:
         if isinstance(prompt, str):
             prompt = {"caption": prompt} if prompt else {}
-        known = [*self.part_names, *(["label"] if self.label == "condition" else [])]
         for key in prompt:
-            if key not in known:
-                raise DataError(f"this model takes no {key!r}; known: {', '.join(known)}")
+            if key not in self.takes:
+                raise DataError(f"this model takes no {key!r}; known: {', '.join(self.takes)}")
         return {key: value for key, value in prompt.items() if value is not None}
 
     def edited(
