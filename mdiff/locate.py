@@ -22,7 +22,7 @@ INDEX_SUFFIX = ".index.json"
 MODEL_INDEX = "model_index.json"
 DIRECTORIES = ("AmusedPipeline",)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 # What a snapshot of the Hub is made of; pickles and code are never fetched.
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
 # The same weights once more, in half precision.
@@ -31,6 +31,8 @@ UNWANTED = ("*.fp16.safetensors",)
 
 def locate(name: str) -> Path:
     """The directory of a model, verified against its manifest if it has one.
+
+    A Hub id may name a commit, a tag or a branch: "org/name@revision".
 
     Raises ConfigError for an unknown builtin model, CheckpointError for a path without a
     model or an altered one, BackendError where the Hub cannot be reached.
@@ -153,12 +155,18 @@ def model_parts(folder: Path) -> dict[str, str]:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+    repository, _, revision = name.partition("@")
     try:
         folder = Path(
-            snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
-        )
+            snapshot_download(
+                repository, revision=revision or None, allow_patterns=list(WANTED),
+                ignore_patterns=list(UNWANTED),
+            )
+        )  # fmt: skip
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{repository} on the Hub has no revision {revision}") from None
     except RepositoryNotFoundError:
         raise CheckpointError(f"{name} is no directory here and no model on the Hub") from None
     except Exception as error:

@@ -81,7 +81,9 @@ class Fields:
         return None
 
     def _value(self, name: str, default: Any) -> Any:
-        value = self.described.get(name, default)
+        # null is how a config says that it leaves an entry to its default.
+        value = self.described.get(name)
+        value = default if value is None else value
         if value is None:
             raise CheckpointError(f"{self.origin}: {name} is missing")
         return value

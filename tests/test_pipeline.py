@@ -486,3 +486,16 @@ def test_seeds_of_rows_are_the_seed_then_others() -> None:
     assert seeds[0] == 7
     assert len(set(seeds)) == 100
     assert row_seeds(7, 3).tolist() == seeds[:3]
+
+
+def test_a_hub_id_may_name_a_revision(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def snapshot_of(name: str, *, revision: str | None, **_: Any) -> str:
+        asked.append((name, revision))
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_of)
+    load("someone/something@v1.0")
+    load("someone/something")
+    assert asked == [("someone/something", "v1.0"), ("someone/something", None)]
