@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdiff.errors import ConfigError, nearest
+from mdiff.kernels.loss_heads import hooked
 from mdiff.kernels.reference import guided_logits
 from mdiff.tokens import TokenSpace
 
@@ -81,15 +82,42 @@ def rows_of(
     Without the head where it has one of its own, so that logits need not exist all at once.
     A `cache` is one of the denoiser's own.
     """
-    own = getattr(denoiser, "asked_rows", None)
-    if own is not None:
-        rows: Rows = own(tokens, at=at, valid=valid, t=t, cond=cond)
-        return rows
-    features, head = getattr(denoiser, "features", None), getattr(denoiser, "head", None)
     told: dict[str, Any] = {} if cache is None else {"cache": cache}
-    if features is None or head is None:
-        return Rows(denoiser(tokens, at=at, valid=valid, t=t, cond=cond, **told))
-    return Rows(features(tokens, at=at, valid=valid, t=t, cond=cond, **told), head=head)
+    return asker(denoiser)(tokens, at=at, valid=valid, t=t, cond=cond, **told)
+
+
+def asker(denoiser: Any) -> Callable[..., Rows]:
+    """`rows_of` of one denoiser, looked up once for many calls."""
+    if hasattr(type(denoiser), "asked_rows"):
+        asked: Callable[..., Rows] = denoiser.asked_rows
+        return asked
+    head = own_head(denoiser)
+
+    def ask(tokens: Tensor, **told: Any) -> Rows:
+        if head is None:
+            return Rows(denoiser(tokens, **told))
+        return Rows(denoiser.features(tokens, **told), head=head)
+
+    return ask
+
+
+def own_head(denoiser: Any) -> Callable[[Tensor], Tensor] | None:
+    """The head where a call of the denoiser is that of `features` and then of it, else None.
+
+    Only what its own class says counts: a wrapper (an adapter's, a compiled or distributed
+    module, guidance) that passes `features` through changes what a call does, and so do hooks
+    and a class that replaces the call of one that has `features`.
+    """
+    head: Callable[[Tensor], Tensor] | None = getattr(denoiser, "head", None)
+    if head is None or any(isinstance(m, nn.Module) and hooked(m) for m in (head, denoiser)):
+        return None
+    called = "forward" if isinstance(denoiser, nn.Module) else "__call__"
+    for kind in type(denoiser).__mro__:
+        if "features" in vars(kind):
+            return head
+        if called in vars(kind):
+            return None
+    return None
 
 
 def evaluations(

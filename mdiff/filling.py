@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Condition, Denoiser, evaluations, rows_of
+from mdiff.denoiser import Condition, Denoiser, asker, evaluations
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.kernels.reveal_torch import written
@@ -95,6 +95,7 @@ class Filling:
             space.vocab_size, device=device.type, temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, measure=measure, never=space.forbidden,
         )  # fmt: skip
+        self.rows = asker(denoiser)
         # What every call costs a row; None where that depends on the canvas.
         varies = getattr(denoiser, "row_evaluations", None) is not None
         self.cost = None if varies else int(getattr(denoiser, "evaluations", 1))
@@ -124,15 +125,19 @@ class Filling:
         return schedule.time_at(self.hidden.sum(1).double() / self.start.clamp(min=1))
 
     def ask(
-        self, at: Tensor, step: int, t: Tensor, *, number: Sequence[int], idle: bool = False
-    ) -> Draw:
+        self, at: Tensor, step: int, t: Tensor, *, number: Sequence[int], idle: bool = False,
+        place: Tensor | None = None,
+    ) -> Draw:  # fmt: skip
         """Call the denoiser once and draw a token for each place `at` (B, L), row-major.
 
         `number` are the places of each sample, so that nothing waits for the device. Only
         samples with such a place are evaluated and counted; `idle` evaluates every sample
-        that still hides something, as samplers do that do not look first.
+        that still hides something, as samplers do that do not look first. `place` (N,) are the
+        numbers of the places among all B * L, where they are known.
         """
-        self.place = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
+        if place is None:
+            place = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
+        self.place = place
         seed, sample, position = self.counter.index_select(1, self.place).unbind()
         tokens, asked, valid, cond = self.tokens, at, self.valid, self.cond
         active = [row for row, n in enumerate(self.left if idle else number) if n]
@@ -142,8 +147,8 @@ class Filling:
             tokens, asked, t = tokens[chosen], at[chosen], t[chosen]
             valid = None if valid is None else valid[chosen]
             cond = {name: value[chosen] for name, value in cond.items()}
-        rows = rows_of(
-            self.denoiser, tokens, at=asked, valid=valid,
+        rows = self.rows(
+            tokens, at=asked, valid=valid,
             t=t.float() if self.denoiser.uses_time else None, cond=cond or None,
         )  # fmt: skip
         spent: int | Tensor | None = self.cost

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.block_cache import FinishedBlocks, can_keep
-from mdiff.denoiser import Condition, Denoiser
+from mdiff.denoiser import Condition, Denoiser, own_head
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.kernels.loss import CrossEntropy, row_nll
-from mdiff.kernels.loss_heads import hooked
 from mdiff.ops import masked_cross_entropy
 from mdiff.schedule import MIN_TIME, Schedule
 from mdiff.tokens import TokenSpace, ranks
@@ -422,8 +421,8 @@ def _hidden_loss(
     The denoiser is called with `noisy` (B, L) and what it is `told`; `weights` (N,). Where it
     is its features and a head, the logits are never whole.
     """
-    head, spans, targets = _own_head(denoiser), _spans_at(space, hidden), tokens[hidden]
-    if head is not None:
+    head, spans, targets = own_head(denoiser), _spans_at(space, hidden), tokens[hidden]
+    if isinstance(head, nn.Module):
         features = denoiser.features(noisy, at=hidden, **told)  # type: ignore[attr-defined]
         return masked_cross_entropy(
             features, head, targets, weights=weights, never=space.forbidden, span=spans,
@@ -435,27 +434,6 @@ def _hidden_loss(
     )
     weighted = smooth if weights is None else weights.to(nll.dtype) * smooth
     return CrossEntropy(weighted.sum(), nll.detach())
-
-
-def _own_head(denoiser: Denoiser) -> nn.Module | None:
-    """The head where a call of the denoiser is that of `features` and then of it, else None.
-
-    Only what its own class says counts: a wrapper (an adapter's, a compiled or distributed
-    module, guidance) that passes `features` through changes what a call does, and so do hooks
-    and a class that replaces the call of one that has `features`.
-    """
-    head = getattr(denoiser, "head", None)
-    called = "forward" if isinstance(denoiser, nn.Module) else "__call__"
-    if not isinstance(head, nn.Module) or hooked(head):
-        return None
-    if isinstance(denoiser, nn.Module) and hooked(denoiser):
-        return None
-    for kind in type(denoiser).__mro__:
-        if "features" in vars(kind):
-            return head
-        if called in vars(kind):
-            return None
-    return None
 
 
 def _spans_at(space: TokenSpace, hidden: Tensor) -> Tensor | None:

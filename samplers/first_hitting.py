@@ -51,10 +51,15 @@ def first_hitting(
     steps = -(-most // per_call)
     turn = _turns(fill.hidden, fill.row_uniforms(philox.ORDER, steps=steps, lanes=per_call))
     m = _hitting_shares(fill.start, fill.row_uniforms(philox.TIME, steps=steps, lanes=per_call))
+    counts = [[max(0, min(per_call, n - s * per_call)) for n in fill.left] for s in range(steps)]
+    # Every step's places, ascending: the order is known before the first call.
+    group = torch.where(turn < 0, steps, turn.div(per_call, rounding_mode="floor")).flatten()
+    inside = group.argsort(stable=True)[: sum(fill.left)]
+    places = torch.split(inside, [sum(n) for n in counts])
     for step, t in enumerate(schedule.time_at(m).unbind(1)):
         at = turn.div(per_call, rounding_mode="floor") == step if per_call > 1 else turn == step
-        number = [min(per_call, left) for left in fill.left]
-        yield fill.reveal(at, fill.ask(at, step, t, number=number), t, number=number)
+        drawn = fill.ask(at, step, t, number=counts[step], place=places[step])
+        yield fill.reveal(at, drawn, t, number=counts[step])
 
 
 def _turns(hidden: Tensor, uniforms: Tensor) -> Tensor:
