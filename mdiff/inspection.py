@@ -7,16 +7,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mdiff.codec_beside import CODEC_FOLDER
 from mdiff.errors import CheckpointError
 from mdiff.families import built, recognised, unsupported
 from mdiff.files import check_tensors, inside, read_json
-from mdiff.locate import CONFIG, PIPELINE, check_weights
+from mdiff.locate import CONFIG, MODEL_INDEX, PIPELINE, check_weights
 from mdiff.weights import headers, problems
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether the folder holds a model of another project that is no masked LM of transformers."""
+    """Whether the folder holds one model of another project that is no masked LM of transformers.
+
+    With a codec beside it, it is inspected as a model of pictures.
+    """
     if (folder / PIPELINE).exists() or not (folder / CONFIG).exists():
+        return False
+    if (folder / CODEC_FOLDER).exists():
         return False
     return recognised(folder) is not None or unsupported(folder) is not None
 
@@ -71,7 +77,7 @@ def report(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]:
 def loose(folder: Path) -> tuple[dict[str, Any], CheckpointError] | None:
     """The tensors of a folder that holds safetensors files and no config; None for another."""
     paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not paths or (folder / PIPELINE).exists() or (folder / CONFIG).exists():
+    if not paths or any((folder / name).exists() for name in (PIPELINE, CONFIG, MODEL_INDEX)):
         return None
     tensors = [
         described_tensor(name, entry, "unknown")

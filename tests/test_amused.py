@@ -302,9 +302,14 @@ def test_a_snapshot_of_the_hub_is_made_of_links(
         link.symlink_to(blob)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
     assert mdiff.load("amused/amused-256").generate("dog", steps=1)[0].calls == 1
-    # The same links from elsewhere lead out of the directory.
+    assert mdiff.load(str(folder)).space.vocab_size == 32
+    # A link that leads out of the cache is not followed.
+    weights = next((folder / "transformer").glob("*.safetensors"))
+    outside = shutil.copy(weights, tmp_path / "outside.safetensors")
+    weights.unlink()
+    weights.symlink_to(outside)
     with pytest.raises(CheckpointError, match="a link that leaves"):
-        mdiff.load(folder)
+        mdiff.load(str(folder))
 
 
 def test_the_codec_alone_saves_in_the_layout_of_codecs(pipeline: Pipeline, tmp_path: Path) -> None:
