@@ -49,9 +49,20 @@ def reveal_torch(
     return written(tokens_BL, asked_BL, drawn, at_BL)
 
 
-def written(tokens_BL: Tensor, asked_BL: Tensor, drawn: Draw, at_BL: Tensor) -> Revealed:
-    """The draws of `asked_BL` written at `at_BL`, all of them or some."""
-    blank_BL = drawn.log_prob.new_zeros(asked_BL.shape)
+def written(
+    tokens_BL: Tensor,
+    asked_BL: Tensor,
+    drawn: Draw,
+    at_BL: Tensor,
+    *,
+    blank_BL: Tensor | None = None,
+) -> Revealed:
+    """The draws of `asked_BL` written at `at_BL`, all of them or some.
+
+    `blank_BL` are zeros of the figures' type, where they are at hand.
+    """
+    if blank_BL is None or blank_BL.dtype != drawn.log_prob.dtype:
+        blank_BL = drawn.log_prob.new_zeros(asked_BL.shape)
     tokens = tokens_BL.masked_scatter(asked_BL, drawn.tokens)
     log_prob = blank_BL.masked_scatter(asked_BL, drawn.log_prob)
     entropy = blank_BL.masked_scatter(asked_BL, drawn.entropy)

@@ -99,6 +99,7 @@ class Filling:
         # What every call costs a row; None where that depends on the canvas.
         varies = getattr(denoiser, "row_evaluations", None) is not None
         self.cost = None if varies else int(getattr(denoiser, "evaluations", 1))
+        self.blank = torch.zeros(canvas.shape, device=device)
         # The places of the last call, in the order of its draws: (N,) of B * L.
         self.place = torch.empty(0, dtype=torch.int64, device=device)
         self.active: tuple[int, ...] = ()
@@ -180,7 +181,8 @@ class Filling:
 
     def reveal(self, at: Tensor, drawn: Draw, t: Tensor, *, number: Sequence[int]) -> State:
         """Write the draws of the places `at`, `number` in each sample; the new state."""
-        return self._state(written(self.tokens, at, drawn, at), t, number)
+        revealed = written(self.tokens, at, drawn, at, blank_BL=self.blank)
+        return self._state(revealed, t, number)
 
     def reveal_surest(
         self, asked: Tensor, drawn: Draw, score: Tensor, t: Tensor, *, count: Tensor,
