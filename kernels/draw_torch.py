@@ -38,6 +38,9 @@ def draw_torch(
 
     float32 inside for float32, bfloat16 and float16 logits, float64 for float64.
     """
+    # The memory of a chunk is written over, which a graph would not survive.
+    logits_NV = logits_NV.detach()
+    unconditional = None if unconditional is None else unconditional.detach()
     rows, vocab = logits_NV.shape
     tile = min(tile, vocab)
     chunk = max(1, CHUNK // max(vocab, 1))

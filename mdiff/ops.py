@@ -119,7 +119,11 @@ def draw(
         min_p=min_p, never=never, measure=measure, backend=backend,
     )  # fmt: skip
     scale = None
+    if unconditional is None and (isinstance(guidance_scale, Tensor) or guidance_scale != 1):
+        raise ConfigError("guidance_scale without unconditional logits has no effect")
     if unconditional is not None:
+        if not isinstance(guidance_scale, Tensor) and not math.isfinite(guidance_scale):
+            raise ConfigError(f"guidance_scale={guidance_scale}: expected a finite number")
         if unconditional.shape != logits.shape or unconditional.dtype != logits.dtype:
             raise ConfigError(
                 f"unconditional {tuple(unconditional.shape)} {unconditional.dtype}: expected "
@@ -134,7 +138,7 @@ def draw(
         sample=_per_row(0 if sample is None else sample, rows, device),
         step=_per_row(step, rows, device),
         position=_per_row(0 if position is None else position, rows, device),
-        span=_span(span, rows, device),
+        span=_span(span, rows, device, logits.shape[1]),
         unconditional=unconditional,
         scale=scale,
     )
@@ -264,9 +268,17 @@ def _per_row(value: int | Tensor, rows: int, device: torch.device) -> Tensor:
     return torch.full((rows,), signed, dtype=torch.int64, device=device)
 
 
-def _span(span: tuple[int, int] | Tensor | None, rows: int, device: torch.device) -> Tensor | None:
+def _span(
+    span: tuple[int, int] | Tensor | None, rows: int, device: torch.device, columns: int
+) -> Tensor | None:
     if span is None:
         return None
+    if not isinstance(span, Tensor):
+        first, stop = span
+        if not 0 <= first < stop <= columns:
+            raise ConfigError(f"span={span}: expected 0 <= first < stop <= {columns}")
+    elif span.shape not in ((2,), (rows, 2)):
+        raise ConfigError(f"span {tuple(span.shape)}: expected (2,) or ({rows}, 2)")
     return torch.as_tensor(span, dtype=torch.int64, device=device).expand(rows, 2)
 
 
@@ -309,6 +321,8 @@ def masked_cross_entropy(
         raise ConfigError(f"label_smoothing={label_smoothing}: expected 0 up to less than 1")
     if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise ConfigError(f"chunk={chunk!r}: expected a whole number of rows, at least 1")
+    if targets.dtype != torch.int64:
+        raise ConfigError(f"targets {targets.dtype}: expected int64")
     forbidden, leading = tuple(sorted(set(never))), features.shape[:-1]
     if forbidden and forbidden[0] < 0:
         raise ConfigError(f"never={forbidden}: expected ids from 0")

@@ -14,7 +14,7 @@ from torch import Tensor
 from mdiff.canvas import stack, stack_conditions
 from mdiff.denoiser import Denoiser, guided
 from mdiff.editing import Edits
-from mdiff.errors import ConfigError
+from mdiff.errors import ConfigError, DataError
 from mdiff.filling import State
 from mdiff.generation import Ending, Generated, Generation
 from mdiff.kernels import philox
@@ -33,6 +33,8 @@ from mdiff.tokens import TokenSpace
 # The entry of `cond` that guidance reads: the places which the other branch hides.
 GIVEN = "given"
 BATCH = 32
+# Windows longer than this are not filled unasked: then a canvas has ANSWER tokens to write.
+LONG_WINDOW, ANSWER = 1024, 256
 # A prompt is a text, or a mapping of what is given by name.
 Prompt = str | Mapping[str, Any]
 
@@ -178,8 +180,14 @@ class Pipeline:
         """The canvas of each prompt, `n` times in a row."""
         if length is None and self.window is None:
             raise ConfigError("length is missing, and this model does not say how long to write")
-        size = self.window if length is None else length
-        return _times([self.modality.canvas(prompt, size) for prompt in _asked(prompts)], n)
+        made = []
+        for prompt in _asked(prompts):
+            size = self.window if length is None else length
+            if length is None and size is not None and size > LONG_WINDOW:
+                # So long a window is not what somebody means who names no length.
+                size = min(size, len(self.modality.canvas(prompt)) + ANSWER)
+            made.append(self.modality.canvas(prompt, size))
+        return _times(made, n)
 
     def conditions(
         self, prompts: Prompt | Sequence[Any] = "", *, n: int = 1
@@ -225,7 +233,10 @@ class Pipeline:
             raise ConfigError(f"batch_size={batch_size}: need at least 1")
         ending = Ending(tuple(getattr(self.modality, "end_ids", ())), end, echo)
         space = ending.space(self.space)
-        sampler, asked = in_blocks(self.sampler if sampler is None else sampler, options)
+        sampler, asked = in_blocks(
+            self.sampler if sampler is None else sampler, options,
+            own=getattr(self.denoiser, "block_length", None),
+        )  # fmt: skip
         stop = getattr(self.modality, "eos_id", None) if end == "cut" else None
         defaults = self._defaults(sampler, canvases, asked, stop=stop)
         function, settings = resolve(sampler, defaults)
@@ -236,7 +247,11 @@ class Pipeline:
         if guidance_scale is not None and without and not any(told):
             raise ConfigError(f"guidance_scale without a condition: give {', '.join(without)}")
         denoiser, guidance = self._guided(
-            guidance_scale, guidance_schedule, guidance_interval, negative=negative
+            guidance_scale,
+            guidance_schedule,
+            guidance_interval,
+            negative=negative,
+            canvases=canvases,
         )
         stack(canvases, space=self.space)
         seeds = row_seeds(seed, len(canvases))
@@ -262,7 +277,7 @@ class Pipeline:
 
     def _guided(
         self, scale: float | None, schedule: str, interval: tuple[float, float] | None, *,
-        negative: Prompt | None,
+        negative: Prompt | None, canvases: Sequence[Sequence[int]],
     ) -> tuple[Denoiser, Callable[[Tensor, Tensor | None], dict[str, Tensor]]]:  # fmt: skip
         """The denoiser with its guidance, and what of a batch that is to be told."""
         if scale is None:
@@ -277,7 +292,7 @@ class Pipeline:
         }  # fmt: skip
         without = self._without(negative)
         if negative is not None and not hasattr(self.modality, "about"):
-            start = self._start(negative)
+            start = self._start(negative, canvases)
             away = away_from(self.denoiser, device=self.device, **options)
             return away, lambda canvas, valid: other_start(
                 canvas, start, valid=valid, space=self.space
@@ -297,13 +312,21 @@ class Pipeline:
         known: dict[str, Tensor] = getattr(self.modality, "without", {})
         return known
 
-    def _start(self, negative: Prompt) -> Tensor:
-        """The tokens (N,) of a negative prompt."""
-        if not negative or hasattr(self.modality, "part_names"):
+    def _start(self, negative: Prompt, canvases: Sequence[Sequence[int]]) -> Tensor:
+        """The tokens (N,) of a negative prompt, which fits before what is to be drawn."""
+        if not negative or hasattr(self.modality, "part_names") or hasattr(self.denoiser, "cells"):
             raise ConfigError(
                 "negative: expected what a text begins with; guidance without it hides the prompt"
             )
-        return torch.tensor(self.modality.canvas(negative), device=self.device)
+        start = torch.tensor(self.modality.canvas(negative), device=self.device)
+        self.space.check(start[None], None)
+        longest = max((list(one).count(self.space.mask_id) for one in canvases), default=0)
+        if self.window is not None and len(start) + longest > self.window:
+            raise DataError(
+                f"negative: {len(start)} tokens before {longest} that are drawn are more than "
+                f"the model's window of {self.window}"
+            )
+        return start
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}

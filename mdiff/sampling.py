@@ -160,15 +160,23 @@ def resolve(sampler: str | Sampler, options: Mapping[str, Any]) -> tuple[Sampler
 
 
 def in_blocks(
-    sampler: str | Sampler, options: Mapping[str, Any]
+    sampler: str | Sampler, options: Mapping[str, Any], *, own: int | None = None
 ) -> tuple[str | Sampler, Mapping[str, Any]]:
     """The sampler with its options; with a block_length that is not its own, `blocks` over it.
+
+    `own` is the block length of a block model: it is sampled block by block always, since a
+    block's law is that of its place behind finished ones. Raises ConfigError for a length that
+    does not divide it.
 
     >>> in_blocks("confidence", {"block_length": 4})
     ('blocks', {'block_length': 4, 'inner': 'confidence'})
     """
-    if "block_length" not in options:
+    asked = options.get("block_length", own)
+    if asked is None:
         return sampler, options
+    if own is not None and (type(asked) is not int or asked < 1 or own % asked):
+        raise ConfigError(f"block_length={asked!r}: this model's blocks of {own} are whole ones")
+    options = {**options, "block_length": asked}
     function = find("samplers", sampler) if isinstance(sampler, str) else sampler
     if not callable(function) or "block_length" in inspect.signature(function).parameters:
         return sampler, options

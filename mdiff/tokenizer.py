@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -185,7 +187,8 @@ class Pretrained:
 
                 self.inner: Any = PreTrainedTokenizerFast(tokenizer_file=name)
             else:
-                self.inner = _class_of(path).from_pretrained(name, trust_remote_code=False)
+                with _quiet():
+                    self.inner = _class_of(path).from_pretrained(name, trust_remote_code=False)
         except Exception as error:
             kind = CheckpointError if path.exists() else BackendError
             first = str(error).strip().split("\n")[0]
@@ -244,6 +247,21 @@ class Pretrained:
     def save(self, folder: Path) -> None:
         """Write its own files."""
         self.inner.save_pretrained(str(folder))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's warnings on configs of models that it does not know."""
+    from transformers import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _class_of(folder: Path) -> Any:

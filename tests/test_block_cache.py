@@ -190,3 +190,20 @@ def test_a_pipeline_fills_the_models_own_blocks_unless_told_otherwise():
     for run in pipeline.runs(tokens, sampler="blocks", temperature=0.0):
         run.finished()
     assert set(sizes) == {BLOCK}
+
+
+@pytest.mark.parametrize("sampler", ["first_hitting", "confidence", "any_order"])
+def test_a_block_model_is_filled_block_by_block_unasked(sampler):
+    """A place drawn before its block's turn would be drawn from a law that is not the model's."""
+    pipeline = mdiff.load(str(GOLDEN), mask_id=62, block_length=BLOCK, device="cpu")
+    states = list(pipeline.stream("1 2", length=3 * BLOCK, sampler=sampler, seed=3))
+    turns = [int(state.revealed[0].nonzero()[0, 0]) // BLOCK for state in states]
+    assert turns == sorted(turns)
+    assert set(turns) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("length", [0, 3, 2 * BLOCK, -1])
+def test_blocks_that_do_not_divide_the_models_own_are_refused(length):
+    pipeline = mdiff.load(str(GOLDEN), mask_id=62, block_length=BLOCK, device="cpu")
+    with pytest.raises(ConfigError, match="block_length"):
+        pipeline.generate("1 2", length=3 * BLOCK, block_length=length)

@@ -345,3 +345,24 @@ def test_guidance_of_another_shape_or_type_is_refused():
     for other in (torch.zeros(2, 5), torch.zeros(2, 4, dtype=torch.float64)):
         with pytest.raises(ConfigError, match="unconditional"):
             draw(torch.zeros(2, 4), seed=0, unconditional=other, guidance_scale=2.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"span": (60, 90)}, {"span": (50, 51)}, {"span": (5, 3)}, {"span": torch.zeros(3, 3)},
+        {"guidance_scale": 2.0}, {"unconditional": torch.zeros(2, 50), "guidance_scale": math.nan},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_spans_outside_and_guidance_without_effect_are_refused(options):
+    with pytest.raises(ConfigError, match=r"span|guidance_scale"):
+        draw(torch.zeros(2, 50), seed=1, **options)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_logits_with_a_graph_are_drawn_from(backend):
+    logits = logits_like("normal", rows=3, vocab=50)
+    plain = draw(logits, seed=1, backend=backend)
+    graph = draw(logits.clone().requires_grad_(), seed=1, backend=backend)
+    assert torch.equal(plain.tokens, graph.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import mdiff
 from mdiff.cli import run
-from mdiff.errors import BackendError, CheckpointError
+from mdiff.errors import BackendError, CheckpointError, DataError
 from mdiff.families import built, load_published, recognised, supported
 from mdiff.files import read_json
 from mdiff.weights import load_weights
@@ -223,3 +224,27 @@ def test_a_snapshot_of_the_hub_is_links_into_its_cache(tmp_path):
         shutil.copy(path, cache / "blobs" / path.name)
         (snapshot / path.name).symlink_to(cache / "blobs" / path.name)
     assert mdiff.load(snapshot, device="cpu").window == 16
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int64, torch.bool])
+def test_weights_stored_as_whole_numbers_are_refused_and_not_cast(folder, kind, capsys):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith("attn_qkv.weight"))
+    save_file({**tensors, name: tensors[name].to(kind)}, path, metadata={"format": "pt"})
+    refused(folder, "of another type: .*attn_qkv.weight", capsys)
+
+
+@pytest.mark.parametrize("negative", ["1 99999", "1 " * 60])
+def test_a_negative_start_that_does_not_fit_is_refused(negative):
+    pipeline = mdiff.load(str(GOLDEN / "llada"), device="cpu")
+    with pytest.raises(DataError):
+        pipeline.generate("1 2", length=30, negative=negative, guidance_scale=2.0)
+
+
+def test_a_long_window_is_not_filled_unasked():
+    pipeline = mdiff.load(str(GOLDEN / "llada"), device="cpu")
+    assert len(pipeline.canvases("1 2 3")[0]) == pipeline.window
+    long = dataclasses.replace(pipeline, window=4096)
+    assert len(long.canvases("1 2 3")[0]) == 3 + 256
+    assert len(long.canvases("1 2 3", length=500)[0]) == 500

@@ -91,7 +91,7 @@ def measure(report: dict[str, Any], sections: list[str], size: Size, *, show: bo
     for row in run.rows(sections):
         report["rows"].append(row.as_json())
         if show:
-            result(line(row))
+            result(line(row, judged=not report["quick"]))
     report["interrupted"] = False
     report["seconds"] = round(time.perf_counter() - begun, 1)
     if show:
@@ -115,13 +115,13 @@ def law_line(law: Law) -> str:
     return f"{word} law of {law.name}: chi-square p = {law.p_value:.3g}{kept}"
 
 
-def line(row: Row) -> str:
-    """One row: the figure, of the medians, a row, the target and whether it was met."""
+def line(row: Row, *, judged: bool = True) -> str:
+    """One row: the figure, of the medians, a row, the target and, if `judged`, whether met."""
     if row.figure is None:
         return f"{row.what}: {row.note}"
     sign = ">=" if row.at_least else "<="
     target = "" if row.target is None else f"{sign} {shown(row.target, row.unit)}"
-    met = {True: "met", False: "MISSED", None: ""}[row.met]
+    met = {True: "met", False: "MISSED", None: ""}[row.met if judged else None]
     per_row = "" if row.per_row is None else f"{row.per_row:.1f}x"
     median = "" if row.median is None else shown(row.median, row.unit)
     figures = f"{shown(row.figure, row.unit):>9} {median:>9} {per_row:>8} {target:>11} {met}"

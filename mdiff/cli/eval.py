@@ -15,6 +15,7 @@ from mdiff.cli.options import (
     Device,
     Dtype,
     GuidanceScale,
+    MaskId,
     Pairs,
     SamplerName,
     Seed,
@@ -95,6 +96,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 32,
     device: Device = None,
     dtype: Dtype = None,
+    mask_id: MaskId = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Evaluate a model on data: an upper bound on its bits, with the standard error; and more."""
@@ -112,7 +114,7 @@ def evaluate(
 
     from mdiff.pipeline import load
 
-    pipeline = load(model, device=device, dtype=dtype)
+    pipeline = load(model, device=device, dtype=dtype, mask_id=mask_id)
     start = time.perf_counter()
     report: dict[str, Any] = {"model": model, "data": data[0] if len(data) == 1 else data}
     if shows_pictures(pipeline):
@@ -191,7 +193,7 @@ def _of_text(
         return found, {}
     message(f"drawing {samples} samples")
     drawn = pipeline.generate(
-        n=samples, seed=seed, batch_size=batch_size, length=pipeline.window or window, **sampling
+        n=samples, seed=seed, batch_size=batch_size, length=window or pipeline.window, **sampling
     )
     return found, {"of_samples": sample_figures(drawn) | sampling}
 

@@ -69,6 +69,7 @@ def generate(
     batch_size: ask.BatchSize = 32,
     device: ask.Device = None,
     dtype: ask.Dtype = None,
+    mask_id: ask.MaskId = None,
     stream: Annotated[bool, typer.Option("--stream", help="Watch the canvas fill in.")] = False,
     trace: ask.Trace = None,
     as_json: ask.AsJson = False,
@@ -88,11 +89,12 @@ def generate(
     ask.check_seed(seed)
     wanted = shown.Wanted(out, scale_up, trace, as_json, ask.title_of(model, sampler))
     refuse_both({"--prompt": prompt, "--infill": infill, "--chat": chat, "--input": input_file})
+    refuse_both({"--infill": infill, "--length": length})
     refuse_both({"--label": label or image, "--infill": infill, "--input": input_file})
 
     from mdiff.pipeline import load
 
-    pipeline = load(model, device=device, dtype=dtype)
+    pipeline = load(model, device=device, dtype=dtype, mask_id=mask_id)
     if negative is not None:
         options["negative"] = negative if chat is None else {"chat": negative}
     if shown.shows_pictures(pipeline):

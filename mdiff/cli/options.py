@@ -42,6 +42,7 @@ Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 BatchSize = Annotated[int, typer.Option(help="Samples at a time.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...")]
+MaskId = Annotated[int | None, typer.Option(help="The mask's id, where the files do not say.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a sample.")]
 Trace = Annotated[
     Path | None,

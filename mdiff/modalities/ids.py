@@ -37,7 +37,8 @@ class Ids:
         try:
             return [int(word) for word in words]
         except (TypeError, ValueError):
-            raise DataError(f"{written!r}: this model takes token ids, such as '3 1 2'") from None
+            said = repr(written)[:60]
+            raise DataError(f"{said}: this model takes token ids, such as '3 1 2'") from None
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The ids, with spaces between; a mask is "_"."""
