@@ -89,6 +89,8 @@ def convert(
     """
     if family is not None and family not in (known := families()):
         raise ConfigError(f"--family {family!r}; {nearest(family, known)}")
+    if not source.is_file():
+        raise CheckpointError(f"{source} is no file: expected the weights to convert")
     if out.exists():
         raise CheckpointError(f"{out} exists already: name a new folder")
     if codec is not None and not holds_codec(codec):
@@ -233,8 +235,9 @@ def _described(source: Path, config: Path | None, family: str | None) -> tuple[s
     claims = [(room, node) for node in _nodes(found) for room in _claims(node)]
     if family is not None:
         claims = [(room, node) for room, node in claims if room == family]
-        if not claims and family in published_backbones() and isinstance(found, dict):
-            return family, found | {"architectures": [published_backbones()[family]]}
+        named = published_backbones().get(family)
+        if not claims and named is not None and isinstance(found, dict):
+            return family, found | {"architectures": [named]}
     if len(claims) != 1:
         what = " or ".join(room for room, _ in claims) or "no known family"
         raise CheckpointError(f"{path} is of {what}: give --family, one of {', '.join(families())}")
@@ -251,7 +254,11 @@ def _nodes(found: Any, depth: int = NODE_DEPTH) -> Iterator[dict[str, Any]]:
 
 def _claims(node: Mapping[str, Any]) -> list[str]:
     """The families whose config this is."""
-    return [name for name in (claimed(node), published_codec_of(node)) if name is not None]
+    backbone = claimed(node)
+    if backbone is not None:
+        return [backbone]
+    codec = published_codec_of(node)
+    return [] if codec is None else [codec]
 
 
 def _parameters(room: str, described: Mapping[str, Any]) -> set[str] | None:

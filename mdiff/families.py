@@ -53,12 +53,16 @@ def is_published(room: str) -> bool:
     return room.replace("-", "_") in published_backbones()
 
 
-def published_backbones() -> dict[str, str]:
-    """The backbones of other projects, each with the first of its architectures."""
+def published_backbones() -> dict[str, str | None]:
+    """The backbones of other projects, each with the first of its architectures.
+
+    None where published configs name none, and their keys say whose they are.
+    """
+    files = {room: _file_of(room) for room in names("backbones")}
     return {
-        room: _file_of(room).ARCHITECTURES[0]
-        for room in names("backbones")
-        if hasattr(_file_of(room), "ARCHITECTURES")
+        room: next(iter(getattr(module, "ARCHITECTURES", ())), None)
+        for room, module in files.items()
+        if hasattr(module, "ARCHITECTURES") or hasattr(module, "recognises")
     }
 
 

@@ -81,8 +81,7 @@ def problems(
     module: nn.Module, entries: dict[Path, dict[str, Any]], tied: Mapping[str, str]
 ) -> dict[str, list[str]]:
     """The tensors that are not as the module needs them, by what is wrong with them, as said."""
-    state = module.state_dict()
-    wanted = {name: list(tensor.shape) for name, tensor in state.items()}
+    wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     every = {name: entry for header in entries.values() for name, entry in header.items()}
     found = {name: entry["shape"] for name, entry in every.items()}
     return {
@@ -100,12 +99,12 @@ def problems(
         ],
         # A cast of whole numbers to weights would be other weights.
         "of another type": [
-            f"{n} {every[n]['dtype']}, expected {'floating' if x.is_floating_point() else 'whole'}"
-            " numbers"
-            for n, x in state.items()
+            f"{n} {every[n]['dtype']}, expected floating numbers"
+            for n, x in module.named_parameters()
             if n in found
+            and x.is_floating_point()
             and every[n]["dtype"] in TYPES
-            and TYPES[every[n]["dtype"]].is_floating_point != x.is_floating_point()
+            and not TYPES[every[n]["dtype"]].is_floating_point
         ],
     }
 
