@@ -127,13 +127,14 @@ def _sizes(
     for request in requests:
         try:
             canvas = canvas_of(pipeline, request, setting)
-            size = len(canvas)
-            if size not in refused:
-                refused[size] = _refusal(pipeline, size, setting)
-            if refused[size]:
-                raise DataError(refused[size])
         except BLAMED as error:
             failures.append(failure_of(request, error))
+            continue
+        size = len(canvas)
+        if size not in refused:
+            refused[size] = _refusal(pipeline, size, setting)
+        if refused[size]:
+            failures.append(Failure(request.line, request.id, refused[size]))
             continue
         if not probed:
             _probe(pipeline, canvas, setting)

@@ -141,7 +141,7 @@ def generate(
         )
         at_volume(
             pipeline, input_file, out, model=model, n=n, length=length, options=options,
-            dtype=dtype, device=device, workers=workers or 1, as_json=as_json,
+            dtype=dtype, device=device, workers=1 if workers is None else workers, as_json=as_json,
         )  # fmt: skip
         return
     if wanted.is_film:
