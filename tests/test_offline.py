@@ -377,7 +377,7 @@ def test_an_interrupt_keeps_what_is_complete(clean, model, requests, tmp_path):
     ("words", "message"),
     [
         (["--workers", "2"], "--workers needs --input"),
-        (["--out", "o"], "--out is for models of pictures"),
+        (["--out", "o"], "--out is for models of pictures; one of text takes it with --input"),
         (["--input", "IN", "--out", "o", "--workers", "0"], "workers=0"),
         (["--input", "IN", "--out", "o", "--stream"], "--stream does not go with"),
     ],

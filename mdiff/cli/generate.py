@@ -130,11 +130,12 @@ def generate(
             "--label": label,
             "--image": image,
             "--resize": resize or None,
-            "--out": target,
             "--scale-up": scale_up,
         },
         f"is for models of pictures; {model} is one of {pipeline.modality.name}",
     )
+    of_medium = f"one of {pipeline.modality.name} takes it with --input"
+    refuse_given({"--out": target}, f"is for models of pictures; {of_medium}")
     if input_file is not None and out is not None:
         refuse_given(
             {"--stream": stream or None, "--trace": trace}, "does not go with --input and --out"
