@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mdiff.checkpoint import complete, locked
+from mdiff.checkpoint import complete, locked, sweep
 from mdiff.errors import BackendError, CheckpointError, ConfigError
 from mdiff.offline_plan import PLAN, Plan, Setting, Shard, agree, model_digest, planned, write_plan
 from mdiff.offline_shards import RESULTS, make_shard, merge, missing
@@ -173,6 +173,8 @@ def _begin(plan: Plan, out: Path, launched: Launched) -> None:
         if time.monotonic() > end:
             raise BackendError(f"{out}: the first process wrote no plan in {BEGIN_WITHIN:.0f} s")
         time.sleep(LOOK_EVERY)
+    if launched.rank == 0:
+        sweep(out)
     if not agree(plan, out):
         write_plan(plan, out)
 

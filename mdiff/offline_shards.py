@@ -91,6 +91,13 @@ def _lines(request: Request, samples: Sequence[Generated]) -> Iterator[str]:
         yield json.dumps(found, ensure_ascii=False) + "\n"
 
 
+def sweep_shard(shard: Shard, out: Path) -> None:
+    """Remove what killed writers of a shard have left; call it where nobody else writes it."""
+    place = shard.place(out)
+    for leftover in place.parent.glob(f".{place.name}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def missing(shards: Sequence[Shard], out: Path) -> list[Shard]:
     """The shards that are not there; what is left of killed writers and damaged ones is removed.
 
@@ -99,8 +106,7 @@ def missing(shards: Sequence[Shard], out: Path) -> list[Shard]:
     found = []
     for shard in shards:
         place = shard.place(out)
-        for leftover in place.parent.glob(f".{place.name}.*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        sweep_shard(shard, out)
         if place.exists():
             try:
                 verify(place)

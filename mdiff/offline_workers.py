@@ -22,7 +22,7 @@ import torch
 
 from mdiff.errors import MdiffError
 from mdiff.offline_plan import Setting, Shard
-from mdiff.offline_shards import make_shard
+from mdiff.offline_shards import make_shard, sweep_shard
 from mdiff.pipeline import load
 
 # So many workers may die at a shard: one is an accident, several are the shard's doing.
@@ -85,7 +85,7 @@ def share(shards: Sequence[Shard], work: Work, *, workers: int, done: Done) -> N
                 worker = next(each for each in team if each.pipe is pipe)
                 if not _answered(worker, done):
                     team.remove(worker)
-                    _after_death(worker, waiting, deaths, lost)
+                    _after_death(worker, work.out, waiting, deaths, lost)
                 elif not _hand(worker, waiting):
                     team.remove(worker)
                     _dismiss(worker)
@@ -138,7 +138,7 @@ def _answered(worker: Worker, done: Done) -> bool:
 
 
 def _after_death(
-    worker: Worker, waiting: deque[Shard], deaths: Counter[int], lost: list[str]
+    worker: Worker, out: Path, waiting: deque[Shard], deaths: Counter[int], lost: list[str]
 ) -> None:
     """Give a dead worker's shard to the next one, or give it up."""
     worker.process.join()
@@ -146,6 +146,7 @@ def _after_death(
     shard = worker.shard
     if shard is None:
         return
+    sweep_shard(shard, out)
     deaths[shard.number] += 1
     if deaths[shard.number] < ATTEMPTS:
         waiting.appendleft(shard)

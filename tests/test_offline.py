@@ -175,6 +175,7 @@ def dying_at_shard_4(pipe, work, device):
 
     def make_or_die(pipeline, shard, setting, out):
         if shard.number == 4:
+            (shard.place(out).parent / f".{shard.place(out).name}.{os.getpid()}.tmp").mkdir()
             os.kill(os.getpid(), signal.SIGKILL)
         make(pipeline, shard, setting, out)
 
@@ -353,11 +354,16 @@ def test_a_second_run_on_the_folder_is_refused_by_the_lock(model, requests, tmp_
     assert not (out / "plan").exists()
 
 
-def test_a_damaged_shard_is_made_anew(clean, model, requests, tmp_path):
+def test_a_damaged_shard_is_made_anew_and_what_killed_writers_left_is_removed(
+    clean, model, requests, tmp_path
+):
     out = tmp_path / "out"
     begin(model, requests, out)
     (out / "shards" / "shard-000003" / "results.jsonl").write_text("{}\n")
     (out / "shards" / "shard-000005" / "manifest.json").unlink()
+    for left in (out / ".plan.x.tmp", out / "shards" / ".shard-000007.x.tmp"):
+        left.mkdir()
+        (left / "half").write_text("of it")
     begin(model, requests, out)
     assert content(out) == content(clean)
 
