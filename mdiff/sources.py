@@ -140,7 +140,7 @@ def read_text(path: str | Path) -> str:
     Raises DataError where it is missing, empty, binary, cut short or not UTF-8, with the
     offset of the first bad byte.
     """
-    raw = _read_bytes(Path(path))
+    raw = read_bytes(Path(path))
     if not raw:
         raise DataError(f"{path}: the file is empty")
     zero = raw.find(b"\0")
@@ -156,7 +156,8 @@ def read_text(path: str | Path) -> str:
         ) from None
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes, unpacked where the name ends in .gz; DataError where it cannot be read."""
     try:
         if path.suffix == ".gz":
             with gzip.open(path, "rb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from mdiff.cli import options as ask
 from mdiff.cli.console import message, result, result_json
+from mdiff.cli.offline import at_volume, device_of
 from mdiff.cli.requests import combined, requests_of
 from mdiff.errors import ConfigError, DataError, nearest
 
@@ -73,6 +75,10 @@ def generate(
     stream: Annotated[bool, typer.Option("--stream", help="Watch the canvas fill in.")] = False,
     trace: ask.Trace = None,
     as_json: ask.AsJson = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that fill in --input for the folder --out, of text."),
+    ] = None,
 ) -> None:
     """Generate samples: text to stdout, pictures to files; figures go to stderr."""
     from mdiff.cli import pictures as shown
@@ -87,14 +93,21 @@ def generate(
     options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval)
     options |= {"sampler": sampler, "seed": seed, "batch_size": batch_size, "end": end}
     ask.check_seed(seed)
-    wanted = shown.Wanted(out, scale_up, trace, as_json, ask.title_of(model, sampler))
+    # With a file of requests the folder may hold a part of what is to be there: see cli/offline.
+    volume = out is not None and input_file is not None
+    target = None if volume else out
+    wanted = shown.Wanted(target, scale_up, trace, as_json, ask.title_of(model, sampler))
     refuse_both({"--prompt": prompt, "--infill": infill, "--chat": chat, "--input": input_file})
     refuse_both({"--infill": infill, "--length": length})
     refuse_both({"--label": label or image, "--infill": infill, "--input": input_file})
 
+    if workers is not None and not volume:
+        raise ConfigError("--workers needs --input FILE and --out FOLDER, of a model of text")
+    place = device_of(device, workers or 1) if volume else device
+
     from mdiff.pipeline import load
 
-    pipeline = load(model, device=device, dtype=dtype, mask_id=mask_id)
+    pipeline = load(model, device=place, dtype=dtype, mask_id=mask_id)
     if negative is not None:
         options["negative"] = negative if chat is None else {"chat": negative}
     if shown.shows_pictures(pipeline):
@@ -104,9 +117,11 @@ def generate(
                 "--chat": chat,
                 "--length": length,
                 "--stream": stream or None,
+                "--workers": workers,
             },
             f"is for models of text; {model} is one of pictures",
         )
+        wanted = replace(wanted, out=out)
         asked = combined(label, prompt, image) if input_file is None else requests_of(input_file)
         shown.generate_pictures(
             pipeline, asked, model=model, n=n, wanted=wanted, resize=resize, **options
@@ -117,11 +132,22 @@ def generate(
             "--label": label,
             "--image": image,
             "--resize": resize or None,
-            "--out": out,
             "--scale-up": scale_up,
         },
         f"is for models of pictures; {model} is one of {pipeline.modality.name}",
     )
+    of_medium = f"one of {pipeline.modality.name} takes it with --input"
+    refuse_given({"--out": target}, f"is for models of pictures; {of_medium}")
+    if input_file is not None and out is not None:
+        refuse_given(
+            {"--stream": stream or None, "--trace": trace}, "does not go with --input and --out"
+        )
+        at_volume(
+            pipeline, input_file, out, model=model, n=n, length=length, options=options,
+            dtype=dtype, device=device, mask_id=mask_id, as_json=as_json,
+            workers=1 if workers is None else workers,
+        )  # fmt: skip
+        return
     if wanted.is_film:
         raise ConfigError(f"--trace {trace}: a GIF shows pictures; name a page such as trace.html")
     wishes = requests(prompt, infill, chat, input_file)

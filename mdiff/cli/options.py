@@ -49,7 +49,8 @@ Trace = Annotated[
     typer.Option(help="An HTML page to scrub through the reveals; of pictures also a .gif."),
 ]
 Out = Annotated[
-    Path | None, typer.Option(help="Pictures: one grid.png, or a folder of one PNG each.")
+    Path | None,
+    typer.Option(help="Pictures: one grid.png, or a folder of PNGs. Text of --input: a folder."),
 ]
 ScaleUp = Annotated[
     int | None, typer.Option(help="Pixels of a grid become squares of this side; else it fits.")

@@ -1,0 +1,481 @@
+"""Generation at volume: whatever dies, the result is that of one clean run."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from toys import HashDenoiser
+
+from mdiff import offline_workers
+from mdiff.backbones.transformer import transformer
+from mdiff.checkpoint import locked
+from mdiff.cli import run
+from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError
+from mdiff.modalities.text import text
+from mdiff.offline import generate_offline
+from mdiff.offline_plan import Setting
+from mdiff.offline_shards import filled
+from mdiff.pipeline import Pipeline, load
+from mdiff.request_lines import Failure, Request, read_requests
+
+WINDOW = 48
+SETTING = Setting(seed=3, batch_size=3)
+SERVE = offline_workers._serve
+PRELOADED = ["mdiff.offline", "mdiff.backbones.transformer", "mdiff.modalities.text"]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    modality = text()
+    denoiser = transformer(vocab_size=256, width=16, depth=1, heads=2, max_length=WINDOW)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    Pipeline(denoiser.eval(), modality.space, modality, window=WINDOW).save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def requests(tmp_path_factory):
+    """60 requests of several kinds and lengths, in a file."""
+    rows = [{"id": f"r{i}", "prompt": "ab " * (i % 4), "length": 24 + i % 7} for i in range(48)]
+    rows += [{"id": i, "infill": f"{i}[MASK:9]{'z' * (i % 3)}"} for i in range(11)]
+    rows.append({"prompt": "by its line", "length": 30, "seed": -1})
+    return written(tmp_path_factory.mktemp("in") / "in.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def clean(model, requests, tmp_path_factory):
+    """The folder of one uninterrupted run with one worker."""
+    out = tmp_path_factory.mktemp("clean") / "out"
+    begin(model, requests, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Processes that start at once, with the package loaded already, and in no thread's midst."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+@pytest.fixture
+def fast_workers(monkeypatch, server):
+    monkeypatch.setattr(offline_workers.multiprocessing, "get_context", lambda name: server)
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def begin(model, requests, out, *, rank=0, world=1, setting=SETTING, **options):
+    """One run from the start; also what a process of its own does."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    try:
+        pipeline = load(model, device="cpu")
+        return generate_offline(
+            pipeline, Path(requests), Path(out), model=model, setting=setting, **options
+        )
+    finally:
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
+def started(server, *arguments, **options):
+    process = server.Process(target=begin, args=arguments, kwargs=options)
+    process.start()
+    return process
+
+
+def content(out):
+    """Every byte of what a run leaves but its lock, by name."""
+    files = {p.relative_to(out).as_posix(): p for p in Path(out).rglob("*") if p.is_file()}
+    return {name: p.read_bytes() for name, p in files.items() if p.name != ".lock"}
+
+
+def results(out):
+    return [json.loads(line) for line in (Path(out) / "results.jsonl").open(encoding="utf-8")]
+
+
+def test_there_is_one_result_a_request_in_the_order_of_the_file(clean, requests):
+    asked = [json.loads(line) for line in requests.open()]
+    found = results(clean)
+    assert [row["id"] for row in found] == [row.get("id", 60) for row in asked]
+    assert len({row["seed"] for row in found}) == 60
+    assert found[-1]["seed"] == -1
+    assert all(row["text"].startswith(ask["prompt"]) for row, ask in zip(found, asked[:48]))
+    assert (clean / "failures.jsonl").read_bytes() == b""
+    assert len(list((clean / "shards").iterdir())) == 20
+
+
+def test_the_same_command_again_makes_nothing(clean, model, requests):
+    before = {path: path.stat().st_mtime_ns for path in (clean / "shards").rglob("*")}
+    was, said = content(clean), []
+    begin(model, requests, clean, report=said.append)
+    assert said == ["20 of 20 shards are there already"]
+    assert content(clean) == was
+    assert {path: path.stat().st_mtime_ns for path in (clean / "shards").rglob("*")} == before
+
+
+def test_a_shuffled_file_gives_each_request_the_same_bits(clean, model, requests, tmp_path):
+    lines = [json.loads(line) for line in requests.open()]
+    lines[-1]["id"] = 60
+    random.Random(0).shuffle(lines)
+    begin(model, written(tmp_path / "in.jsonl", lines), tmp_path / "out")
+    found = {row["id"]: row for row in results(tmp_path / "out")}
+    assert found == {row["id"]: row for row in results(clean)}
+    assert list(found) == [line["id"] for line in lines]
+
+
+def test_killed_at_random_moments_the_output_is_that_of_one_clean_run(
+    clean, model, requests, server, tmp_path
+):
+    out, moments = tmp_path / "out", random.Random(1)
+    for killed in range(5):
+        process = started(server, model, requests, out)
+        while killed and process.is_alive() and not list((out / "shards").glob("[s.]*")):
+            time.sleep(0.005)
+        process.join(moments.uniform(0.02, 0.3))
+        process.kill()
+        process.join()
+    begin(model, requests, out)
+    assert content(out) == content(clean)
+
+
+def test_two_workers_of_which_one_is_killed_give_the_same_bytes(
+    clean, model, requests, tmp_path, fast_workers
+):
+    killed = []
+
+    def report(line):
+        workers = [p for p in multiprocessing.active_children() if p.name != "server"]
+        if not killed and workers:
+            os.kill(workers[0].pid, signal.SIGKILL)
+            killed.append(line)
+
+    begin(model, requests, tmp_path / "out", workers=2, report=report)
+    assert killed
+    assert content(tmp_path / "out") == content(clean)
+    assert not multiprocessing.active_children()
+
+
+def dying_at_shard_4(pipe, work, device):
+    make = offline_workers.make_shard
+
+    def make_or_die(pipeline, shard, setting, out):
+        if shard.number == 4:
+            (shard.place(out).parent / f".{shard.place(out).name}.{os.getpid()}.tmp").mkdir()
+            os.kill(os.getpid(), signal.SIGKILL)
+        make(pipeline, shard, setting, out)
+
+    offline_workers.make_shard = make_or_die
+    SERVE(pipe, work, device)
+
+
+def test_a_shard_that_kills_every_worker_is_given_up_and_the_rest_completes(
+    model, requests, tmp_path, fast_workers, monkeypatch
+):
+    monkeypatch.setattr(offline_workers, "_serve", dying_at_shard_4)
+    with pytest.raises(MdiffError, match=r"3 workers died at shard 4, the last by signal 9") as e:
+        begin(model, requests, tmp_path / "out", workers=2)
+    assert e.value.exit_code == 1
+    assert len(list((tmp_path / "out" / "shards").iterdir())) == 19
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def refusing(pipe, work, device):
+    pipe.recv()
+    pipe.send(offline_workers._portable(OSError(28, "No space left on device", "x")))
+    pipe.recv()
+
+
+def test_what_a_worker_raises_ends_the_run_with_its_own_error(
+    model, requests, tmp_path, fast_workers, monkeypatch
+):
+    monkeypatch.setattr(offline_workers, "_serve", refusing)
+    with pytest.raises(OSError, match="No space left") as found:
+        begin(model, requests, tmp_path / "out", workers=2)
+    assert found.value.errno == 28
+    assert not multiprocessing.active_children()
+
+
+def test_two_ranks_give_the_same_bytes(clean, model, requests, server, tmp_path):
+    out = tmp_path / "out"
+    ranks = [started(server, model, requests, out, rank=rank, world=2) for rank in (1, 0)]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert content(out) == content(clean)
+
+
+def test_the_first_rank_makes_what_a_dead_one_left(clean, model, requests, server, tmp_path):
+    out = tmp_path / "out"
+    late = started(server, model, requests, out, rank=1, world=2)
+    while not (out / ".ranks" / "1" / ".lock").exists():
+        time.sleep(0.01)
+    late.kill()
+    late.join()
+    begin(model, requests, out, rank=0, world=2)
+    assert content(out) == content(clean)
+
+
+POISON = [
+    (b'{"prompt": "a", "length": 99}', "longer than the model's window"),
+    (b'{"prompt": "hello", "length": 3}', "do not fit a canvas of 3"),
+    (b'{"infill": "no gap"}', "nothing to fill in"),
+    (b'{"infill": "' + b"[MASK:1000000]" * 2000 + b'"}', "more than 1048576 tokens"),
+    (b'{"infill": "[MASK:0]"}', "expected 1 to"),
+    (b'{"prompt": "a [MASK] b"}', "use infill"),
+    (b'{"chat": "hi"}', "no chat template"),
+    (b'{"prompt": "a"', "is not JSON"),
+    (b'{"prompt": "\xff"}', "is not JSON"),
+    (b'{"prompt": "\\ud800"}', "not valid Unicode"),
+    (b'["prompt"]', "expected an object"),
+    (b'{"prompt": "a", "prompt": "b"}', "occurs twice"),
+    (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", "nested deeper"),
+    (b'{"promt": "a"}', "did you mean 'prompt'"),
+    (b'{"prompt": 3}', "a string"),
+    (b'{"prompt": "a", "chat": "b"}', "expected one of"),
+    (b'{"prompt": "a", "length": true}', "length=True"),
+    (b'{"prompt": "a", "length": 1000000000000}', "expected 1 to 1048576"),
+    (b'{"prompt": "a", "seed": 1.5}', "seed=1.5"),
+    (b'{"prompt": "a", "seed": 99999999999999999999999}', "64 bits"),
+    (b'{"prompt": "a", "id": []}', "id="),
+    (b'{"prompt": "a", "id": "' + b"x" * 300 + b'"}', "1 to 200 characters"),
+    (b'{"prompt": "' + b"x" * 2**20 + b'"}', "at most 1048576 are read"),
+    (b'{"prompt": "a", "id": "twin"}', 'the id "twin" occurs 2 times'),
+    (b'{"prompt": "b", "id": "twin"}', 'the id "twin" occurs 2 times'),
+]
+
+
+def test_poisoned_requests_are_told_and_the_rest_completes(model, tmp_path, capsys):
+    path = tmp_path / "in.jsonl"
+    good = b'{"id": "good", "prompt": "a", "length": 12}\n'
+    path.write_bytes(b"\xef\xbb\xbf" + good + b"\n".join(line for line, _ in POISON) + b"\n\n")
+    words = ["generate", model, "--input", str(path), "--out", str(tmp_path / "out")]
+    start = time.monotonic()
+    assert run([*words, "--json"]) == 3
+    assert time.monotonic() - start < 10
+    told = capsys.readouterr()
+    assert json.loads(told.out)["failed"] == len(POISON)
+    assert "25 requests failed" in told.err
+    assert [row["id"] for row in results(tmp_path / "out")] == ["good"]
+    failures = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").open()]
+    assert [failure["line"] for failure in failures] == list(range(2, len(POISON) + 2))
+    for failure, (line, why) in zip(failures, POISON):
+        assert why in failure["error"], line[:80]
+    # They are told again by a run that has nothing left to make.
+    assert run(words) == 3
+    alone = written(tmp_path / "alone.jsonl", [{"id": "good", "prompt": "a", "length": 12}])
+    assert run([*words[:3], str(alone), "--out", str(tmp_path / "alone")]) == 0
+    assert results(tmp_path / "alone") == results(tmp_path / "out")
+
+
+class Choking(HashDenoiser):
+    """Raises where it is shown an "x"."""
+
+    def __call__(self, tokens, **told):
+        if (tokens == ord("x")).any():
+            raise DataError("an x")
+        return super().__call__(tokens, **told)
+
+
+def test_a_request_that_spoils_its_batch_fails_alone():
+    modality = text()
+    space, setting = modality.space, Setting(seed=5, n=2, length=9)
+    whole = Pipeline(HashDenoiser(space), space, modality, window=16)
+    choking = Pipeline(Choking(space), space, modality, window=16, sampler="any_order")
+    batch = [Request(i, f"q{i}", "prompt", words) for i, words in enumerate("abxd")]
+    found = {r.id: made for r, made in filled(choking, batch, setting)}
+    assert found["q2"] == Failure(2, "q2", "an x")
+    for request in (batch[0], batch[1], batch[3]):
+        alone = whole.generate(
+            request.words, length=9, n=2, seed=request.seed(5), sampler="any_order"
+        )
+        if not any(ord("x") in sample.tokens for sample in alone):
+            assert [s.tokens for s in found[request.id]] == [s.tokens for s in alone]
+            assert [s.seed for s in found[request.id]] == [s.seed for s in alone]
+
+
+def test_a_seed_depends_on_the_id_and_the_seed_of_the_run_alone():
+    one, two = (read_requests(line)[0][0] for line in (b'{"prompt":""}', b'\n{"prompt":"b"}'))
+    assert one.seed(0) != two.seed(0) != two.seed(1)
+    text_id, number_id = Request(1, "1", "prompt", ""), Request(9, 1, "prompt", "")
+    assert number_id.seed(0) == one.seed(0) != text_id.seed(0)
+    assert Request(1, 1, "prompt", "", None, 2**64 - 1).seed(0) == -1
+
+
+def test_another_plan_is_refused_with_the_difference(clean, model, requests, tmp_path):
+    was = content(clean)
+    other = Setting(seed=4, batch_size=3, options={"temperature": 0.5})
+    with pytest.raises(ConfigError, match=r"temperature was null, now 0\.5; seed was 3, now 4"):
+        begin(model, requests, clean, setting=other)
+    rows = [json.loads(line) for line in requests.open()]
+    rows[6]["prompt"] = "another"
+    with pytest.raises(ConfigError, match="the requests differ from line 7 on"):
+        begin(model, written(tmp_path / "in.jsonl", rows), clean)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "novel.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"novel\.txt and no plan"):
+        begin(model, requests, tmp_path / "full")
+    assert content(clean) == was
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (Setting(options={"steps": 0, "sampler": "confidence"}), "steps=0"),
+        (Setting(options={"nonsense": 1}), "nonsense"),
+        (Setting(n=0), "n=0"),
+        (Setting(options={"temperature": -1.0}), "temperature"),
+    ],
+)
+def test_options_that_cannot_be_meant_leave_no_plan(model, requests, tmp_path, setting, message):
+    with pytest.raises(ConfigError, match=message):
+        begin(model, requests, tmp_path / "out", setting=setting)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_on_the_folder_is_refused_by_the_lock(model, requests, tmp_path):
+    out = tmp_path / "out"
+    with locked(out), pytest.raises(CheckpointError, match=f"process {os.getpid()}"):
+        begin(model, requests, out)
+    assert not (out / "plan").exists()
+
+
+def test_a_damaged_shard_is_made_anew_and_what_killed_writers_left_is_removed(
+    clean, model, requests, tmp_path
+):
+    out = tmp_path / "out"
+    begin(model, requests, out)
+    (out / "shards" / "shard-000003" / "results.jsonl").write_text("{}\n")
+    (out / "shards" / "shard-000005" / "manifest.json").unlink()
+    for left in (out / ".plan.x.tmp", out / "shards" / ".shard-000007.x.tmp"):
+        left.mkdir()
+        (left / "half").write_text("of it")
+    begin(model, requests, out)
+    assert content(out) == content(clean)
+
+
+def test_an_interrupt_keeps_what_is_complete(clean, model, requests, tmp_path):
+    def report(line):
+        if ": 3 of" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="3 of 20 shards are complete"):
+        begin(model, requests, tmp_path / "out", report=report)
+    begin(model, requests, tmp_path / "out")
+    assert content(tmp_path / "out") == content(clean)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workers", "2"], "--workers needs --input"),
+        (["--out", "o"], "--out is for models of pictures; one of text takes it with --input"),
+        (["--input", "IN", "--out", "o", "--workers", "0"], "workers=0"),
+        (["--input", "IN", "--out", "o", "--stream"], "--stream does not go with"),
+    ],
+)
+def test_bad_options_of_volume_are_one_line(
+    model, requests, tmp_path, monkeypatch, capsys, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    words = [str(requests) if word == "IN" else word for word in words]
+    assert run(["generate", model, *words]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def command(*words):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *words], env=environment, cwd=ROOT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def volume(model, requests, out):
+    return [
+        "mdiff", "generate", model, "--input", str(requests), "--out", str(out), "--seed", "3",
+        "--batch-size", "3", "--length", "40",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_killed_ten_times_with_two_workers_gives_the_bytes_of_one_clean_run(
+    model, tmp_path
+):
+    rows = [{"id": i, "prompt": "ab " * (i % 4), "length": 30 + i % 12} for i in range(300)]
+    requests = written(tmp_path / "in.jsonl", rows)
+    assert command(*volume(model, requests, tmp_path / "clean")).wait() == 0
+    out, moments = tmp_path / "out", random.Random(2)
+    for _ in range(10):
+        process = command(*volume(model, requests, out), "--workers", "2")
+        before = len(list((out / "shards").glob("shard-*")))
+        while process.poll() is None and len(list((out / "shards").glob("shard-*"))) == before:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.2))
+        process.kill()
+        process.wait()
+        process.communicate()
+    process = command(*volume(model, requests, out), "--workers", "2")
+    told = process.communicate()[1]
+    assert process.returncode == 0
+    assert "shards are there already" in told
+    assert content(out) == content(tmp_path / "clean")
+    assert [row["id"] for row in results(out)] == list(range(300))
+
+
+def alive(group):
+    """The processes of a group that run; one that has ended may stay listed for a while."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.cmdline())
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_an_interrupted_command_ends_with_130_and_its_workers_with_it(model, tmp_path):
+    rows = [{"id": i, "prompt": "", "length": 40} for i in range(600)]
+    requests = written(tmp_path / "in.jsonl", rows)
+    process = command(*volume(model, requests, tmp_path / "out"), "--workers", "2")
+    while not list((tmp_path / "out" / "shards").glob("shard-*")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, told
+    assert "shards are complete; the same command goes on" in told
+    end = time.monotonic() + 30
+    while alive(process.pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not alive(process.pid)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_gives_the_same_bytes(model, requests, tmp_path):
+    assert command(*volume(model, requests, tmp_path / "one")).wait() == 0
+    process = command(
+        "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml",
+        "--num_processes", "2", "-m", *volume(model, requests, tmp_path / "two"),
+    )  # fmt: skip
+    assert process.wait() == 0, process.communicate()
+    assert (tmp_path / "two" / ".ranks" / "1").exists()
+    assert content(tmp_path / "two") == content(tmp_path / "one")
