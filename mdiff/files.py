@@ -19,6 +19,8 @@ from torch import Tensor
 
 from mdiff.errors import CheckpointError
 
+# What a file system takes for one name.
+MAX_NAME_BYTES = 255
 # Larger than any tokenizer or index file in use, and parsed well within a second or two.
 MAX_JSON_BYTES = 32 * 2**20
 # Configurations nest a handful of levels; a parser's stack is not to be a file's choice.
@@ -43,6 +45,8 @@ def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise CheckpointError(f"file name {name!r}: expected a plain name inside {folder}")
+    if any(len(part.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES for part in parts):
+        raise CheckpointError(f"file name {name[:80]!r}...: longer than {MAX_NAME_BYTES} bytes")
     path = Path(folder, *parts)
     home = Path(root or folder).resolve()
     if not path.resolve().is_relative_to(home):

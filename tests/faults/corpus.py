@@ -49,6 +49,8 @@ PUBLISHED = (
 PUBLISHED_CODECS = ("maskbit_tokenizer", "vq_llamagen", "vqgan_taming")
 # What these need to be loaded without an option.
 COMPLETED = {"gidd": {"p_uniform": 0.0}, "llada_moe": {"mask_id": 3}, "llada2_moe": {"mask_id": 3}}
+# Files that a person names: a pipe or a device there (`<(...)`, /dev/stdin) is what was asked for.
+NAMED_FILES = ("recipe", "requests", "documents")
 WORDS = "to be or not to be that is the question "
 Load = Callable[[Path], Any]
 
@@ -207,7 +209,7 @@ def sealed(load: Load) -> Load:
     """Loading after the manifest was made anew: as a hostile author would have made it."""
 
     def seal_and_load(folder: Path) -> None:
-        if (folder / MANIFEST).is_file() and "shards" not in (folder / MANIFEST).read_text("utf-8"):
+        if (folder / MANIFEST).is_file() and b"shards" not in (folder / MANIFEST).read_bytes():
             files = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
             digests = {p.relative_to(folder).as_posix(): file_digest(p) for p in files}
             write_json(folder / MANIFEST, {"format": 1, "files": digests})
@@ -262,4 +264,4 @@ def harm(folder: Path, number: int) -> None:
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         path = chance.choice(chance.choice((files, small)))
         if path.is_file() and not path.is_symlink():
-            mutate(path, chance)
+            mutate(path, chance, replaced=folder.name not in NAMED_FILES)

@@ -143,9 +143,12 @@ def mutation_of(path: Path) -> Callable[[bytes, random.Random], bytes]:
     return mutated_lines if path.suffix == ".jsonl" else mutated_bytes
 
 
-def mutate(path: Path, chance: random.Random) -> None:
-    """Change one file where it lies; other names of the same file keep what they have."""
-    if chance.random() < 0.05:
+def mutate(path: Path, chance: random.Random, *, replaced: bool = True) -> None:
+    """Change one file where it lies; other names of the same file keep what they have.
+
+    `replaced`: whether it may also become something other than a file.
+    """
+    if replaced and chance.random() < 0.05:
         mutated_place(path, chance)
         return
     data = path.read_bytes()
