@@ -50,7 +50,7 @@ PUBLISHED_CODECS = ("maskbit_tokenizer", "vq_llamagen", "vqgan_taming")
 # What these need to be loaded without an option.
 COMPLETED = {"gidd": {"p_uniform": 0.0}, "llada_moe": {"mask_id": 3}, "llada2_moe": {"mask_id": 3}}
 # Files that a person names: a pipe or a device there (`<(...)`, /dev/stdin) is what was asked for.
-NAMED_FILES = ("recipe", "requests", "documents")
+NAMED_FILES = ("recipe", "requests", "documents", "pictures")
 WORDS = "to be or not to be that is the question "
 Load = Callable[[Path], Any]
 
