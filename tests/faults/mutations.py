@@ -96,8 +96,9 @@ def mutated_tensors(data: bytes, chance: random.Random) -> bytes:
     kind = chance.randrange(4)
     length = int.from_bytes(data[:8], "little")
     if kind == 0:
-        absurd = chance.choice((0, 1, 7, length - 1, length + 1, 2**20, 2**31, 2**63, 2**64 - 1))
-        return struct.pack("<Q", absurd) + data[8:]
+        near = (length - 1, min(length + 1, 2**64 - 1))
+        absurd = chance.choice((0, 1, 7, *near, 2**20, 2**31, 2**63, 2**64 - 1))
+        return struct.pack("<Q", max(absurd, 0)) + data[8:]
     if kind == 1:
         return mutated_bytes(data, chance)
     header = mutated_json(data[8 : 8 + length], chance)

@@ -117,6 +117,14 @@ def cuts(tmp_path, count, settings):
         assert log(out) == log(tmp_path / "whole")[cut:], cut
 
 
+SAVED = {"save_every": 1, "keep": None}
+
+
+def test_runs_resumed_at_4_random_steps_are_bitwise_the_uninterrupted_one(tmp_path):
+    cuts(tmp_path, 4, {"steps": 8, **SAVED})
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("micro_batch", [None, 2])
-def test_runs_resumed_at_random_steps_are_bitwise_the_uninterrupted_one(tmp_path, micro_batch):
-    cuts(tmp_path, 10, {"steps": 12, "save_every": 1, "keep": None, "micro_batch": micro_batch})
+def test_runs_resumed_at_20_random_steps_are_bitwise_the_uninterrupted_one(tmp_path, micro_batch):
+    cuts(tmp_path, 20, {"steps": 24, "micro_batch": micro_batch, **SAVED})
