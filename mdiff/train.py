@@ -34,7 +34,7 @@ from mdiff.checkpoint import (
     write_json,
 )
 from mdiff.config import Recipe, differences, parse_recipe
-from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError
+from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, MdiffError
 from mdiff.files import read_json, read_tensors
 from mdiff.journal import Journal, to_stderr
 from mdiff.order import rows_of_step
@@ -74,6 +74,10 @@ def train(
     out = Path(out)
     # Said outright, processes without a GPU find each other under any launcher (by gloo).
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
+    if accelerator.distributed_type == "DEEPSPEED":
+        raise BackendError(
+            "DeepSpeed's shards cannot be saved here: configs/accelerate/fsdp2.yaml cuts a model too"
+        )
     # A launcher's file may set it; the recipe's micro-batches are the only accumulation here.
     accelerator.gradient_accumulation_steps = 1
     path, interrupted = _train(recipe, out, accelerator, resume=resume, report=report)
