@@ -76,7 +76,7 @@ def train(
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     if accelerator.distributed_type == "DEEPSPEED":
         raise BackendError(
-            "DeepSpeed's shards cannot be saved here: configs/accelerate/fsdp2.yaml cuts a model too"
+            "DeepSpeed's shards cannot be saved: configs/accelerate/fsdp2.yaml cuts a model too"
         )
     # A launcher's file may set it; the recipe's micro-batches are the only accumulation here.
     accelerator.gradient_accumulation_steps = 1

@@ -62,8 +62,8 @@ def pixels(count: int = 12) -> torch.Tensor:
 
 
 def make_tensors(folder: Path) -> None:
-    save_file({"w": torch.arange(5.0), "v": torch.zeros(2, 2, dtype=torch.int64),
-               "s": torch.zeros(())}, folder / "x.safetensors", metadata={"format": "pt"})  # fmt: skip
+    tensors = {"w": torch.arange(5.0), "v": torch.zeros(2, 2).long(), "s": torch.zeros(())}
+    save_file(tensors, folder / "x.safetensors", metadata={"format": "pt"})
 
 
 def make_text_model(folder: Path, tokenizer: str) -> None:

@@ -17,7 +17,7 @@ from test_train import QUIET, recipe, same, tensors
 
 import mdiff.checkpoint as checkpoint
 import mdiff.train as training
-from mdiff.checkpoint import latest, step_path, steps, verify
+from mdiff.checkpoint import latest, steps, verify
 from mdiff.cli import explained, run
 from mdiff.errors import DataError
 from mdiff.train import train
@@ -44,9 +44,10 @@ def test_a_disk_that_refuses_a_save_leaves_the_one_before(tmp_path, monkeypatch,
         raise OSError(code, os.strerror(code), "x")
 
     owner = training if place == "save_file" else checkpoint
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="x") as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(owner, place, refuse)
-        train(recipe(), out, **QUIET)
+        with pytest.raises(OSError, match="x") as caught:
+            train(recipe(), out, **QUIET)
     assert explained(caught.value)[0] == (2 if code == errno.EROFS else 6)
     goes_on(out, whole, 3)
 
@@ -94,8 +95,6 @@ def test_a_dataset_that_has_vanished_is_named_and_nothing_is_written(tmp_path, c
 
 class DyingRows(toy_medium.ToyRows):
     """Rows whose reader is killed from the second call in another process on."""
-
-    parent = os.getpid()
 
     def batch(self, rows, epoch):
         if os.getpid() != int(os.environ["MDIFF_TEST_PARENT"]) and (rows == 13).any():
@@ -167,7 +166,7 @@ print(json.dumps({"optimised": not __debug__, "ends": ends, "tokens": done.token
 """
 
 
-def test_checks_that_matter_hold_under_python_O(tmp_path):
+def test_checks_that_matter_hold_under_optimised_python(tmp_path):
     (tmp_path / "broken").mkdir()
     found = []
     for flag in ([], ["-O"]):

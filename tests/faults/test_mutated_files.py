@@ -34,8 +34,8 @@ def trials(tmp_path, first, stop):
         if child.returncode == 0:
             break
         number = rows[-1]["number"]
-        done.append({"number": number, "kind": "?", "seconds": 0.0, "bytes": 0, "trace": None,
-                     "ended": f"undocumented end {child.returncode}: {child.stderr[-500:]}"})  # fmt: skip
+        ended = f"undocumented end {child.returncode}: {child.stderr[-500:]}"
+        done.append({"number": number, "kind": "?", "seconds": 0.0, "bytes": 0, "ended": ended})
         first = number + 1
     return done
 
