@@ -170,7 +170,9 @@ def _save(run: Run, out: Path, number: int) -> Path:
             write_json(folder / TRAINING, _training(run, number))
         keep = run.recipe.train.keep
         for old in steps(out)[:-keep] if keep else []:
-            shutil.rmtree(step_path(out, old))
+            # Renamed first: a kill amid the removal leaves what `sweep` clears, not half a step.
+            gone = step_path(out, old).rename(out / f".step-{old:06d}.tmp")
+            shutil.rmtree(gone)
 
     _on_main(run.accelerator, write)
     return path
