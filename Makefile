@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # More threads than cores make small models many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all check gpu clean
+.PHONY: demo test test-all faults check gpu clean
 
 demo: $(READY)
 	$(BIN)/mdiff demo
@@ -15,7 +15,12 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not faults"
+
+# Kills, faults and hostile files in their long form; figures go to faults.jsonl.
+faults: $(READY)
+	rm -f faults.jsonl
+	MDIFF_FIGURES=faults.jsonl $(BIN)/python -m pytest -m "not gpu" tests/faults
 
 check: $(READY)
 	$(BIN)/ruff check .

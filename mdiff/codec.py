@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
 from mdiff.files import check_tensors, read_json, read_tensors
@@ -109,16 +109,32 @@ def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
     build = find("codecs", name)
     # What is of another project's sizes takes no memory before its files were seen to fit.
     shell = folder is not None and name.replace("-", "_") in published_codecs()
+    path = None if folder is None else Path(folder) / TENSORS
     try:
+        if path is not None and path.exists():
+            _check_sizes(build, options, path)
         with torch.device("meta") if shell else nullcontext():
             codec = build(**options)
     except TypeError as error:
         raise ConfigError(f"codec {name!r}: {error}") from None
-    if folder is not None:
+    if path is not None:
         # A codec that has learnt something refuses a folder without it.
-        path = Path(folder) / TENSORS
         codec.load_state(read_tensors(path) if path.exists() else {})
     return codec
+
+
+def _check_sizes(build: Any, options: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError, before memory is taken, where the options are not of these files."""
+    with torch.device("meta"):
+        shell = build(**options)
+    if isinstance(shell, nn.Module):
+        held = check_tensors(path)
+        for name, tensor in shell.state_dict().items():
+            if name in held and held[name]["shape"] != list(tensor.shape):
+                raise CheckpointError(
+                    f"{path}: {name} has shape {held[name]['shape']}, the settings need "
+                    f"{list(tensor.shape)}"
+                )
 
 
 def save_codec(codec: Codec, folder: Path | str) -> None:

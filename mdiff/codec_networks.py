@@ -17,6 +17,9 @@ from mdiff.layers import RMSNorm
 CODED_AT_ONCE = 256
 # The widest level holds this many times the channels of the finest.
 MOST_WIDENING = 4
+# More than any codec has, and little enough that one is made at once.
+MOST = {"codebook_size": 1 << 20, "width": 4096, "code_width": 4096, "blocks": 32}
+MOST_OTHERS = 256
 
 
 def scaled(images: Tensor) -> Tensor:
@@ -34,6 +37,14 @@ def levels_of(stride: int) -> int:
     if stride < 1 or stride & (stride - 1):
         raise ConfigError(f"stride={stride}: expected a power of two, such as 4")
     return stride.bit_length() - 1
+
+
+def check_counts(**counts: int) -> None:
+    """Raise ConfigError for a count that is no whole number of at least 1, or an absurd one."""
+    for name, value in counts.items():
+        most = MOST.get(name, MOST_OTHERS)
+        if type(value) is not int or not 1 <= value <= most:
+            raise ConfigError(f"codec.{name}={value!r}: expected a whole number, 1 to {most}")
 
 
 def width_at(level: int, width: int) -> int:

@@ -76,13 +76,14 @@ def supported() -> list[str]:
 def unsupported(folder: Path) -> CheckpointError | None:
     """Why no backbone opens a model that none recognises; None for a masked LM of transformers."""
     described = read_json(folder / CONFIG_FILE)
-    named = [str(name)[:80] for name in described.get("architectures") or []]
+    named = [" ".join(str(name)[:80].split()) for name in described.get("architectures") or []]
     if not named:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
         kind = str(described.get("model_type"))[:80]
         if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             return None
+        kind = " ".join(kind.split())
         return CheckpointError(
             f"{folder} names no architecture (model_type {kind}): not supported; "
             f"known: {', '.join([*supported(), ANY])}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from mdiff.errors import CheckpointError
 
+# What a file system takes for one name.
+MAX_NAME_BYTES = 255
 # Larger than any tokenizer or index file in use, and parsed well within a second or two.
 MAX_JSON_BYTES = 32 * 2**20
 # Configurations nest a handful of levels; a parser's stack is not to be a file's choice.
@@ -43,11 +46,24 @@ def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise CheckpointError(f"file name {name!r}: expected a plain name inside {folder}")
+    if any(len(part.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES for part in parts):
+        raise CheckpointError(f"file name {name[:80]!r}...: longer than {MAX_NAME_BYTES} bytes")
     path = Path(folder, *parts)
     home = Path(root or folder).resolve()
     if not path.resolve().is_relative_to(home):
         raise CheckpointError(f"{path} is a link that leaves {home}")
     return path
+
+
+def refuse_special(folder: Path) -> None:
+    """Raise CheckpointError where a pipe, a device or a socket lies in `folder`: libraries that
+    are given the folder would wait for what it never says.
+    """
+    for directory, _, names in os.walk(folder):
+        for path in (Path(directory, name) for name in sorted(names)):
+            # What a link without a target means is for its reader to say.
+            if path.exists() and not path.is_file():
+                raise CheckpointError(f"{path} is not a plain file")
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -114,7 +130,9 @@ def check_tensors(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     header, data_bytes = _header(path)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: the header's __metadata__ is not strings by name")
     runs = []
     for name, entry in header.items():
         try:

@@ -15,7 +15,7 @@ from mdiff.codec_beside import modality_beside
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
 from mdiff.families import built, filled, recognised, unsupported
-from mdiff.files import read_json
+from mdiff.files import read_json, refuse_special
 from mdiff.filling import State
 from mdiff.find import find, names
 from mdiff.locate import CONFIG, MODEL_INDEX, PIPELINE, locate
@@ -68,6 +68,7 @@ def load_parts(
         asked = {part: _device(own) for part, own in device.items()}
     place = _device(None if asked is not None else device)
     folder = locate(name)
+    refuse_special(folder)
     if (folder / PIPELINE).exists():
         parts = _own(folder, kind, mask_id, place if asked is None else asked)
     elif (folder / MODEL_INDEX).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import zipfile
 import zlib
@@ -28,8 +29,8 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 METADATA = "metadata.jsonl"
 # A picture of more pixels is taken for a decompression bomb.
 MAX_PIXELS = 2**26
-# The largest array that is read from a file.
-MAX_BYTES = 2**34
+# The largest array that is read from a file, and how much of one at a time.
+MAX_BYTES, READ_AT_ONCE = 2**34, 2**20
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -205,20 +206,27 @@ def _from_idx(path: Path) -> Iterator[Item]:
 
 
 def _idx(path: Path, *, axes: int) -> Any:
+    head = 4 + 4 * axes
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            raw = file.read(MAX_BYTES)
+            start = file.read(head)
+            if len(start) < head or start[:4] != bytes([0, 0, 8, axes]):
+                raise DataError(f"{path} is not an idx file of {axes} axes of bytes")
+            shape = struct.unpack(f">{axes}I", start[4:])
+            count = math.prod(shape)
+            if count > MAX_BYTES:
+                raise DataError(f"{path} holds {count:,} bytes: more than {MAX_BYTES:,}")
+            # Memory is taken as the data comes: the header may say anything.
+            raw = bytearray()
+            while len(raw) <= count and (piece := file.read(READ_AT_ONCE)):
+                raw += piece
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be unpacked: {error}") from None
-    head = 4 + 4 * axes
-    if len(raw) < head or raw[:4] != bytes([0, 0, 8, axes]):
-        raise DataError(f"{path} is not an idx file of {axes} axes of bytes")
-    shape = struct.unpack(f">{axes}I", raw[4:head])
-    if len(raw) - head != int(np.prod(shape, dtype=np.int64)):
-        raise DataError(f"{path}: {len(raw) - head} bytes of data, the header says {shape}")
-    return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
+    if len(raw) != count:
+        raise DataError(f"{path}: {len(raw)} bytes of data read, the header says {shape}")
+    return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
 def _from_hub(name: str, source: PictureSource) -> Iterator[Item]:

@@ -18,7 +18,7 @@ from mdiff.conditioning import GivenParts, drop_condition
 from mdiff.config import Recipe, Train
 from mdiff.data import Batch, Examples
 from mdiff.denoiser import Condition
-from mdiff.errors import ConfigError
+from mdiff.errors import ConfigError, DataError
 from mdiff.kernels import philox
 from mdiff.objective import (
     maskable_places,
@@ -85,7 +85,16 @@ class StepRows(Dataset[list[MicroBatch]]):
             # The loader seeds its workers from a generator: not from the global one.
             generator=torch.Generator(),
         )
-        return iter(loader)
+        try:
+            yield from loader
+        except RuntimeError as error:
+            # What a worker raises keeps its type; that one was killed, torch says in words.
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise DataError(
+                f"a process that prepares rows died ({str(error).splitlines()[0]}); the last "
+                "checkpoint is intact: --resume auto goes on, train.workers=0 needs no such process"
+            ) from error
 
 
 def _as_is(batch: list[MicroBatch]) -> list[MicroBatch]:

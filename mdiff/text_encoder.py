@@ -83,7 +83,7 @@ def load_text_encoder(
     fields.whole("num_hidden_layers", most=MOST_LAYERS)
     reader = _tokenizer(tokenizer)
     length = reader.model_max_length
-    if not 1 <= length <= places or len(reader) > vocabulary:
+    if not isinstance(length, int) or not 1 <= length <= places or len(reader) > vocabulary:
         raise CheckpointError(
             f"{tokenizer}: {length} tokens of {len(reader)} ids; the encoder has {places} places "
             f"and {vocabulary} ids"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
-from mdiff.files import read_json
+from mdiff.files import read_json, refuse_special
 
 BYTES = 256
 FILE = "tokenizer.json"
@@ -145,6 +145,7 @@ class BytePairs:
         from tokenizers import Tokenizer as Inner
 
         path = folder / FILE
+        refuse_special(folder)
         try:
             return cls(Inner.from_file(str(path)))
         except KeyError as error:
@@ -181,6 +182,8 @@ class Pretrained:
 
     def __init__(self, name: str) -> None:
         path = Path(name)
+        if path.is_dir():
+            refuse_special(path)
         try:
             if path.is_file():
                 from transformers import PreTrainedTokenizerFast
@@ -189,6 +192,7 @@ class Pretrained:
             else:
                 with _quiet():
                     self.inner = _class_of(path).from_pretrained(name, trust_remote_code=False)
+            self._read_ids()
         except Exception as error:
             kind = CheckpointError if path.exists() else BackendError
             first = str(error).strip().split("\n")[0]
@@ -196,6 +200,9 @@ class Pretrained:
                 f"tokenizer {name!r} cannot be loaded: {first}; "
                 "known: byte, char, bpe, a path, a Hub id"
             ) from error
+
+    def _read_ids(self) -> None:
+        """The ids that the tokenizer names; of a damaged one, asking for them may fail."""
         self.size = len(self.inner)
         self.mask_id: int | None = self.inner.mask_token_id
         end = self.inner.eos_token_id

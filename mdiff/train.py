@@ -34,7 +34,7 @@ from mdiff.checkpoint import (
     write_json,
 )
 from mdiff.config import Recipe, differences, parse_recipe
-from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError
+from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, MdiffError
 from mdiff.files import read_json, read_tensors
 from mdiff.journal import Journal, to_stderr
 from mdiff.order import rows_of_step
@@ -74,6 +74,10 @@ def train(
     out = Path(out)
     # Said outright, processes without a GPU find each other under any launcher (by gloo).
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
+    if accelerator.distributed_type == "DEEPSPEED":
+        raise BackendError(
+            "DeepSpeed's shards cannot be saved: configs/accelerate/fsdp2.yaml cuts a model too"
+        )
     # A launcher's file may set it; the recipe's micro-batches are the only accumulation here.
     accelerator.gradient_accumulation_steps = 1
     path, interrupted = _train(recipe, out, accelerator, resume=resume, report=report)
@@ -166,7 +170,9 @@ def _save(run: Run, out: Path, number: int) -> Path:
             write_json(folder / TRAINING, _training(run, number))
         keep = run.recipe.train.keep
         for old in steps(out)[:-keep] if keep else []:
-            shutil.rmtree(step_path(out, old))
+            # Renamed first: a kill amid the removal leaves what `sweep` clears, not half a step.
+            gone = step_path(out, old).rename(out / f".step-{old:06d}.tmp")
+            shutil.rmtree(gone)
 
     _on_main(run.accelerator, write)
     return path

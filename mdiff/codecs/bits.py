@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.codec import Report, check_ids, check_pictures
-from mdiff.codec_networks import CODED_AT_ONCE, Decoder, Encoder, pixels, scaled
+from mdiff.codec_networks import (
+    CODED_AT_ONCE,
+    Decoder,
+    Encoder,
+    check_counts,
+    pixels,
+    scaled,
+)
 from mdiff.codec_training import Training, fit_networks, take_state
 from mdiff.errors import ConfigError, nearest
 
@@ -169,11 +176,7 @@ def bits(
     """
     if quantizer not in QUANTIZERS:
         raise ConfigError(f"codec.quantizer={quantizer!r}; {nearest(str(quantizer), QUANTIZERS)}")
-    for name, value in (
-        ("channels", channels), ("splits", splits), ("width", width), ("blocks", blocks),
-    ):  # fmt: skip
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"codec.{name}={value!r}: expected a whole number of at least 1")
+    check_counts(channels=channels, stride=stride, splits=splits, width=width, blocks=blocks)
     if isinstance(entropy, bool) or not isinstance(entropy, int | float) or not entropy >= 0:
         raise ConfigError(f"codec.entropy={entropy!r}: expected 0 or a positive number")
     if quantizer == "lfq":

@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdiff.codec import Report, check_ids, check_pictures
-from mdiff.codec_networks import CODED_AT_ONCE, Decoder, Encoder, pixels, scaled
+from mdiff.codec_networks import (
+    CODED_AT_ONCE,
+    Decoder,
+    Encoder,
+    check_counts,
+    pixels,
+    scaled,
+)
 from mdiff.codec_training import Training, fit_networks, take_state
-from mdiff.errors import ConfigError
 
 
 class VQ(nn.Module):
@@ -142,12 +148,10 @@ def vq(
 
     Raises ConfigError for what cannot be meant.
     """
-    for name, value in (
-        ("channels", channels), ("codebook_size", codebook_size), ("code_width", code_width),
-        ("splits", splits), ("width", width), ("blocks", blocks),
-    ):  # fmt: skip
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"codec.{name}={value!r}: expected a whole number of at least 1")
+    check_counts(
+        channels=channels, stride=stride, codebook_size=codebook_size, code_width=code_width,
+        splits=splits, width=width, blocks=blocks,
+    )  # fmt: skip
     return VQ(
         channels=channels, stride=stride, codebook_size=codebook_size, code_width=code_width,
         splits=splits, width=width, blocks=blocks, local=local, training=Training.of(training),

@@ -264,6 +264,8 @@ def text(
     >>> text().encode("hi")
     [104, 105]
     """
+    if not isinstance(eos, bool):
+        raise ConfigError(f"modality.eos={eos!r}: expected true or false")
     if vocab_size is not None and tokenizer != "bpe":
         raise ConfigError(f"vocab_size is an option of tokenizer 'bpe', not of {tokenizer!r}")
     if alphabet is not None and tokenizer != "char":

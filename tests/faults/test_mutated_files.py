@@ -1,0 +1,72 @@
+"""Mutated files of every kind end in a valid load or a documented error, soon and small."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from figures import record
+
+BATCH = Path(__file__).parent / "batch.py"
+# What issue 7 allows a file: CPU seconds, and bytes of resident memory above those before.
+MOST_SECONDS, MOST_BYTES = 2.0, 512 * 2**20
+# Without an answer for so long the child hangs where Python cannot interrupt it.
+PATIENCE_SECONDS = 580
+
+
+def trials(tmp_path, first, stop):
+    """What became of each trial; one that took the process down is in there as a crash."""
+    done = []
+    while first < stop:
+        progress = tmp_path / f"{first}.jsonl"
+        child = subprocess.run(
+            [sys.executable, str(BATCH), str(first), str(stop), str(progress), str(tmp_path / "w")],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+            timeout=PATIENCE_SECONDS, check=False,
+        )  # fmt: skip
+        rows = [json.loads(line) for line in progress.read_text().splitlines()]
+        done += [row for row in rows if "kind" in row]
+        if child.returncode == 0:
+            break
+        number = rows[-1]["number"]
+        ended = f"undocumented end {child.returncode}: {child.stderr[-500:]}"
+        done.append({"number": number, "kind": "?", "seconds": 0.0, "bytes": 0, "ended": ended})
+        first = number + 1
+    return done
+
+
+def check(done, name):
+    """No undocumented end, no slow and no large one."""
+    ends = Counter(row["ended"].split(":")[0] for row in done)
+    record(name, {
+        "trials": len(done), "ends": dict(ends),
+        "most CPU seconds": max(row["seconds"] for row in done),
+        "most MiB": max(row["bytes"] for row in done) / 2**20,
+    })  # fmt: skip
+    known = {"loaded", "CheckpointError", "ConfigError", "DataError", "BackendError"}
+    wrong = [
+        row
+        for row in done
+        if row["ended"] not in known or row["seconds"] > MOST_SECONDS or row["bytes"] > MOST_BYTES
+    ]
+    assert not wrong, json.dumps(wrong[:5], indent=1)
+
+
+def test_1000_mutated_files_end_in_a_load_or_a_documented_error(tmp_path):
+    done = trials(tmp_path, 0, 1000)
+    assert len(done) == 1000
+    assert len({row["kind"] for row in done}) > 25
+    check(done, "mutated files, short")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("part", range(10))
+def test_10000_mutated_files_end_in_a_load_or_a_documented_error(tmp_path, part):
+    done = trials(tmp_path, 1000 * part, 1000 * (part + 1))
+    assert len(done) == 1000
+    check(done, f"mutated files {part}")
