@@ -192,7 +192,7 @@ def _read_shard(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
     if not known or kinds.get("labels", torch.int64) != torch.int64:
         raise DataError(f"{path} is not a shard of tokens: expected ids int16 or int32")
     if {len(column) for column in shard.values()} != {entry["rows"]}:
-        raise DataError(f"{path} is not a shard of {str(entry['rows'])[:40]!r} pictures")
+        raise DataError(f"{path} is not a shard of {str(entry['rows'])[:40]} pictures")
     return shard
 
 
