@@ -60,6 +60,7 @@ def load_parts(
     device: torch.device | DeviceMap | str | None,
     mask_id: int | None,
     block_length: int | None,
+    tokenizer: str | None = None,
 ) -> Parts:
     """The parts of "builtin:NAME", a directory or a Hub id; see `mdiff.load`."""
     kind = _dtype(dtype)
@@ -68,13 +69,15 @@ def load_parts(
         asked = {part: _device(own) for part, own in device.items()}
     place = _device(None if asked is not None else device)
     folder = locate(name)
+    if tokenizer is not None and any((folder / own).exists() for own in (PIPELINE, MODEL_INDEX)):
+        raise ConfigError(f"tokenizer={tokenizer!r}: {name} has its own way from text to ids")
     refuse_special(folder)
     if (folder / PIPELINE).exists():
         parts = _own(folder, kind, mask_id, place if asked is None else asked)
     elif (folder / MODEL_INDEX).exists():
         parts = _several(folder, kind, mask_id, place)
     else:
-        parts = _foreign(folder, kind, mask_id, place if asked is None else asked)
+        parts = _foreign(folder, kind, mask_id, place if asked is None else asked, tokenizer)
     if block_length is not None:
         if not hasattr(parts.denoiser, "block_length"):
             raise ConfigError(f"block_length={block_length}: {name} is not a block model")
@@ -164,6 +167,7 @@ def _foreign(
     dtype: torch.dtype | None,
     mask_id: int | None,
     place: torch.device | DeviceMap | str,
+    tokenizer: str | None,
 ) -> Parts:
     """A model of another project or a Hugging Face masked language model, with its tokenizer or
     without one.
@@ -177,7 +181,7 @@ def _foreign(
     if room is not None:
         module = _published(folder, room, dtype, place)
         mask_id = module.mask_id if mask_id is None else mask_id
-    text = _text_of(folder, mask_id)
+    text = _text_of(folder, mask_id, tokenizer)
     if mask_id is None:
         mask_id = described.get("mask_id") if text is None else text.tokenizer.mask_id
     if type(mask_id) is not int:
@@ -220,8 +224,10 @@ def _several(
     )
 
 
-def _text_of(folder: Path, mask_id: int | None) -> Any:
-    """The modality of the folder's tokenizer; None without one."""
+def _text_of(folder: Path, mask_id: int | None, tokenizer: str | None) -> Any:
+    """The modality of a tokenizer, or else of the folder's; None without one."""
+    if tokenizer is not None:
+        return find("modalities", "text")(tokenizer=tokenizer, mask_id=mask_id)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     return find("modalities", "text")(tokenizer=str(folder), mask_id=mask_id, folder=folder)

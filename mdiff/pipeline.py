@@ -442,6 +442,7 @@ def load(
     device: torch.device | Mapping[str, Any] | str | None = None,
     mask_id: int | None = None,
     block_length: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Pipeline:
     """The pipeline of "builtin:NAME", a directory or a Hub id.
 
@@ -450,13 +451,19 @@ def load(
     torch.dtype or its name; None keeps what is stored. `device` is by default the first GPU, if
     there is one; "auto" spreads another project's model that is larger over all devices, and a
     mapping {part: device} as it says. `mask_id` and `block_length` override
-    the files. Without a tokenizer the modality is plain token ids.
+    the files. Without a tokenizer the modality is plain token ids; `tokenizer` is a directory, a
+    file or a Hub id for a model of another project that lies without one.
 
     Raises CheckpointError for files that are missing, altered or unsafe (nothing is loaded
     then), BackendError where the Hub or the device cannot be reached.
     """
     parts = load_parts(
-        str(name), dtype=dtype, device=device, mask_id=mask_id, block_length=block_length
+        str(name),
+        dtype=dtype,
+        device=device,
+        mask_id=mask_id,
+        block_length=block_length,
+        tokenizer=None if tokenizer is None else str(tokenizer),
     )
     return Pipeline(
         parts.denoiser, parts.space, parts.modality, parts.schedule, parts.window, parts.sampler

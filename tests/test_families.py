@@ -14,10 +14,13 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 import mdiff
 from mdiff.cli import run
-from mdiff.errors import BackendError, CheckpointError, DataError
+from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
 from mdiff.families import built, load_published, recognised, supported
 from mdiff.files import read_json
 from mdiff.weights import load_weights
@@ -248,3 +251,22 @@ def test_a_long_window_is_not_filled_unasked():
     long = dataclasses.replace(pipeline, window=4096)
     assert len(long.canvases("1 2 3")[0]) == 3 + 256
     assert len(long.canvases("1 2 3", length=500)[0]) == 500
+
+
+def test_a_tokenizer_may_be_named_for_a_checkpoint_without_one(folder, tmp_path, capsys):
+    """Its ids and text, from the command line too; a model that has its own refuses one."""
+    words = {word: number for number, word in enumerate(["[UNK]", *"abcdefgh"])}
+    made = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    path = tmp_path / "words.json"
+    made.save(str(path))
+    pipeline = mdiff.load(folder, tokenizer=path, device="cpu")
+    sample = pipeline.generate("a b c", length=8, seed=1)[0]
+    assert sample.tokens[:3] == [1, 2, 3]
+    data = tmp_path / "text.txt"
+    data.write_text("a b c d e f g h " * 8)
+    assert run(["eval", str(folder), "--data", str(data), "--tokenizer", str(path), "--draws", "2",
+                "--samples", "0", "--json"]) == 0  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["bits_per_char"] > 0
+    with pytest.raises(ConfigError, match="its own way"):
+        mdiff.load("builtin:shakespeare", tokenizer=path)

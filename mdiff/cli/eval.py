@@ -21,6 +21,7 @@ from mdiff.cli.options import (
     Seed,
     Steps,
     Temperature,
+    TokenizerName,
     check_seed,
     parsed_options,
 )
@@ -97,6 +98,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
     mask_id: MaskId = None,
+    tokenizer: TokenizerName = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Evaluate a model on data: an upper bound on its bits, with the standard error; and more."""
@@ -114,7 +116,7 @@ def evaluate(
 
     from mdiff.pipeline import load
 
-    pipeline = load(model, device=device, dtype=dtype, mask_id=mask_id)
+    pipeline = load(model, device=device, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer)
     start = time.perf_counter()
     report: dict[str, Any] = {"model": model, "data": data[0] if len(data) == 1 else data}
     if shows_pictures(pipeline):

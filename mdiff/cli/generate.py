@@ -72,6 +72,7 @@ def generate(
     device: ask.Device = None,
     dtype: ask.Dtype = None,
     mask_id: ask.MaskId = None,
+    tokenizer: ask.TokenizerName = None,
     stream: Annotated[bool, typer.Option("--stream", help="Watch the canvas fill in.")] = False,
     trace: ask.Trace = None,
     as_json: ask.AsJson = False,
@@ -95,6 +96,8 @@ def generate(
     ask.check_seed(seed)
     # With a file of requests the folder may hold a part of what is to be there: see cli/offline.
     volume = out is not None and input_file is not None
+    if volume and tokenizer is not None:
+        raise ConfigError("--tokenizer: with --input and --out, put its files beside the weights")
     target = None if volume else out
     wanted = shown.Wanted(target, scale_up, trace, as_json, ask.title_of(model, sampler))
     refuse_both({"--prompt": prompt, "--infill": infill, "--chat": chat, "--input": input_file})
@@ -107,7 +110,7 @@ def generate(
 
     from mdiff.pipeline import load
 
-    pipeline = load(model, device=place, dtype=dtype, mask_id=mask_id)
+    pipeline = load(model, device=place, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer)
     if negative is not None:
         options["negative"] = negative if chat is None else {"chat": negative}
     if shown.shows_pictures(pipeline):

@@ -43,6 +43,10 @@ BatchSize = Annotated[int, typer.Option(help="Samples at a time.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...")]
 MaskId = Annotated[int | None, typer.Option(help="The mask's id, where the files do not say.")]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="A path or Hub id, for a checkpoint without a tokenizer."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a sample.")]
 Trace = Annotated[
     Path | None,
