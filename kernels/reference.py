@@ -55,7 +55,7 @@ def draw_reference(
     `seed`, `sample`, `step`, `position` (N,) int64; `span` (N, 2) int64 or None;
     `unconditional` (N, V) and `scale` (N,) float64 both or neither.
     """
-    model_NV = logits_NV.double().clone()
+    model_NV = logits_NV.detach().double().clone()
     if unconditional is not None and scale is not None:
         model_NV = guided_logits(model_NV, unconditional.double(), scale)
     model_NV[~permitted_columns(model_NV, forbidden, span)] = -torch.inf
