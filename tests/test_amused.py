@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -342,7 +343,7 @@ def random_folder(path: Path, described: dict[str, Any], tensors: dict[str, Tens
 def test_the_layout_that_halves_its_grid_is_the_official_one(
     entries: dict[str, Any], tmp_path: Path
 ) -> None:
-    official = pytest.importorskip("diffusers").UVit2DModel
+    official = diffusers.UVit2DModel
     described = json.loads((FOLDER / "transformer" / "config.json").read_text())
     described |= {"downsample": True, "upsample": True, **entries}
     folder = random_folder(tmp_path / "uvit", described, built("uvit", described).state_dict())
@@ -356,7 +357,7 @@ def test_the_layout_that_halves_its_grid_is_the_official_one(
 
 
 def test_the_codec_with_attention_is_the_official_one(tmp_path: Path) -> None:
-    official = pytest.importorskip("diffusers").VQModel
+    official = diffusers.VQModel
     described = json.loads((FOLDER / "vqvae" / "config.json").read_text()) | {
         "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
         "up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
