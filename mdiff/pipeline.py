@@ -447,12 +447,13 @@ def load(
     """The pipeline of "builtin:NAME", a directory or a Hub id.
 
     A directory: what `Pipeline.save` or `mdiff train` wrote (a run's latest complete
-    checkpoint, or one checkpoint), or any Hugging Face masked language model. `dtype` is a
-    torch.dtype or its name; None keeps what is stored. `device` is by default the first GPU, if
-    there is one; "auto" spreads another project's model that is larger over all devices, and a
-    mapping {part: device} as it says. `mask_id` and `block_length` override
-    the files. Without a tokenizer the modality is plain token ids; `tokenizer` is a directory, a
-    file or a Hub id for a model of another project that lies without one.
+    checkpoint, or one checkpoint), a model of another project (`docs/checkpoints.md`), or any
+    Hugging Face masked language model. `dtype` is a torch.dtype or its name; None keeps what is
+    stored. `device` is by default the first GPU, if there is one; "auto" spreads another
+    project's model that is larger over all devices, and a mapping {part: device} as it says.
+    `mask_id` and `block_length` override the files. Without a tokenizer the modality is plain
+    token ids; `tokenizer` is a directory, a file or a Hub id for a model of another project that
+    lies without one.
 
     Raises CheckpointError for files that are missing, altered or unsafe (nothing is loaded
     then), BackendError where the Hub or the device cannot be reached.

@@ -86,10 +86,10 @@ def sample(
     Tokens other than the mask id are given and never changed; `valid` (B, L) bool is False
     at padding. `sampler` is a name from samplers/ or a function of their shape; `options`
     are that sampler's own, where a schedule or an inner sampler may be a name too; a
-    `block_length` runs any sampler block by block, by `blocks`. An int `seed` makes row b
-    sample b of it, seeds (B,) int64 make each row sample 0 of its own; a torch.Generator, or
-    one a row, only yields seeds. Where nothing is hidden the row comes
-    back unchanged with all figures 0.
+    `block_length` runs any sampler block by block, by `blocks`, as a block model's own does
+    unasked. An int `seed` makes row b sample b of it, seeds (B,) int64 make each row sample 0
+    of its own; a torch.Generator, or one a row, only yields seeds. Where nothing is hidden the
+    row comes back unchanged with all figures 0.
 
     Raises ConfigError for an unknown sampler or option, DataError for a canvas that does not
     fit the space, MdiffError where the denoiser gives NaN.
@@ -99,7 +99,8 @@ def sample(
     >>> sample(model, torch.full((1, 4), 3), space=TokenSpace(3, mask_id=3)).calls.tolist()
     [4]
     """
-    function, settings = resolve(sampler, options)
+    own = getattr(denoiser, "block_length", None)
+    function, settings = resolve(*in_blocks(sampler, options, own=own))
     tally = Tally(canvas)
     states = function(
         denoiser, canvas, space=space, seed=plain_seed(seed, len(canvas)), valid=valid,

@@ -207,3 +207,16 @@ def test_blocks_that_do_not_divide_the_models_own_are_refused(length):
     pipeline = mdiff.load(str(GOLDEN), mask_id=62, block_length=BLOCK, device="cpu")
     with pytest.raises(ConfigError, match="block_length"):
         pipeline.generate("1 2", length=3 * BLOCK, block_length=length)
+
+
+def test_sample_too_fills_a_block_model_block_by_block():
+    denoiser = mdiff.load(str(GOLDEN), mask_id=62, block_length=BLOCK, device="cpu").denoiser
+    canvas = torch.full((2, 3 * BLOCK), 62)
+    canvas[:, 0] = 5
+    space = TokenSpace(denoiser.vocab_size, mask_id=62)
+    unasked = mdiff.sample(denoiser, canvas, space=space, seed=4)
+    named = mdiff.sample(
+        denoiser, canvas, space=space, seed=4, sampler="blocks", block_length=BLOCK
+    )  # fmt: skip
+    assert torch.equal(unasked.tokens, named.tokens)
+    assert torch.equal(unasked.calls, named.calls)
