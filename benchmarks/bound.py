@@ -51,7 +51,7 @@ def main() -> None:
         progress=lambda done, total: print(f"\r{done}/{total} windows", end="", file=sys.stderr),
     )
     print(file=sys.stderr)
-    weights = sha256((locate(options.model) / WEIGHTS).read_bytes()).hexdigest()
+    weights = sha256((locate(options.model) / WEIGHTS[0]).read_bytes()).hexdigest()
     figures = {
         **found.as_dict(),
         "seconds": time.perf_counter() - begun,
