@@ -24,6 +24,9 @@ from mdiff.errors import CheckpointError
 MAX_NAME_BYTES = 255
 # Larger than any tokenizer or index file in use, and parsed well within a second or two.
 MAX_JSON_BYTES = 32 * 2**20
+# As many as the index of the largest public models has, some ten times over; a parser makes of
+# each some hundred bytes. Files below the second number cannot hold too many.
+MAX_JSON_VALUES, COUNTED_FROM = 10**6, 2**20
 # Configurations nest a handful of levels; a parser's stack is not to be a file's choice.
 MAX_JSON_DEPTH = 64
 # The header of the largest public models is about 1 MB.
@@ -50,7 +53,11 @@ def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
         raise CheckpointError(f"file name {name[:80]!r}...: longer than {MAX_NAME_BYTES} bytes")
     path = Path(folder, *parts)
     home = Path(root or folder).resolve()
-    if not path.resolve().is_relative_to(home):
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{path} is a link in a circle") from None
+    if not target.is_relative_to(home):
         raise CheckpointError(f"{path} is a link that leaves {home}")
     return path
 
@@ -86,6 +93,9 @@ def parse_json(data: bytes, *, origin: str) -> dict[str, Any]:
             raise CheckpointError(f"{origin}: the key {twice[:80]!r} occurs twice")
         return found
 
+    marks = 0 if len(data) < COUNTED_FROM else sum(map(data.count, (b",", b"[", b"{")))
+    if marks > MAX_JSON_VALUES:
+        raise CheckpointError(f"{origin} has {marks} commas and brackets: absurd")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except RecursionError:

@@ -13,7 +13,7 @@ from mdiff.amused import amused, load_directory
 from mdiff.checkpoint import staged, write_json
 from mdiff.codec_beside import modality_beside
 from mdiff.denoiser import Denoiser
-from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
+from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, MdiffError, nearest
 from mdiff.families import built, filled, recognised, unsupported
 from mdiff.files import read_json, refuse_special
 from mdiff.filling import State
@@ -248,7 +248,10 @@ def _denoiser(folder: Path, dtype: torch.dtype | None, *, mask_id: int) -> Denoi
             str(folder), dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False,
             local_files_only=True, output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except (MdiffError, MemoryError):
+        raise
+    # Whatever the library raises on a file: it is not one that it can load.
+    except Exception as error:
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise CheckpointError(f"{folder} cannot be loaded: {first}") from error
     for problem in ("missing_keys", "mismatched_keys"):

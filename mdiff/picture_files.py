@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import struct
 import zipfile
 import zlib
@@ -16,8 +17,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from mdiff.errors import BackendError, DataError, nearest
-from mdiff.sources import HUB, json_lines, read_text
+from mdiff.errors import BackendError, CheckpointError, DataError, nearest
+from mdiff.files import inside
+from mdiff.sources import HUB, check_growth, json_lines, pieces, read_text
 
 if TYPE_CHECKING:
     from mdiff.pictures import PictureSource
@@ -27,10 +29,10 @@ EIGHT_BIT = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBX", "RGBa", "CM
 DIGITS = "sklearn.digits"
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 METADATA = "metadata.jsonl"
-# A picture of more pixels is taken for a decompression bomb.
-MAX_PIXELS = 2**26
-# The largest array that is read from a file, and how much of one at a time.
-MAX_BYTES, READ_AT_ONCE = 2**34, 2**20
+# A picture of more pixels is taken for a decompression bomb: one takes up to 16 bytes a pixel.
+MAX_PIXELS = 2**25
+# The largest array that is read from a file.
+MAX_BYTES = 2**34
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -142,14 +144,17 @@ def _digits() -> Iterator[Item]:
 
 def _from_folder(folder: Path) -> Iterator[Item]:
     listed = folder / METADATA
-    if listed.exists():
+    if os.path.lexists(listed):
+        if not listed.is_file():
+            raise DataError(f"{listed} is not a plain file")
         for row in json_lines(read_text(listed), listed, "file_name"):
             label = row.get("label")
             if label is not None and not isinstance(label, str | int):
                 raise DataError(f"{listed}: label {label!r}: expected a name or a number")
-            path = folder / row["file_name"]
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise DataError(f"{listed}: {row['file_name']!r} leaves the folder")
+            try:
+                path = inside(folder, row["file_name"])
+            except CheckpointError as error:
+                raise DataError(f"{listed}: {error}") from None
             caption = row.get("caption", row.get("text"))
             yield Item(row["file_name"], path=path, label=label, caption=caption)
         return
@@ -157,9 +162,9 @@ def _from_folder(folder: Path) -> Iterator[Item]:
     if not paths:
         raise DataError(f"{folder}: no {', '.join(ENDINGS)} in it")
     for path in paths:
-        inside = path.relative_to(folder)
-        label = inside.parts[0] if len(inside.parts) > 1 else None
-        yield Item(name=str(inside), path=path, label=label)
+        within = path.relative_to(folder)
+        label = within.parts[0] if len(within.parts) > 1 else None
+        yield Item(name=str(within), path=path, label=label)
 
 
 def _from_arrays(path: Path) -> Iterator[Item]:
@@ -170,6 +175,7 @@ def _from_arrays(path: Path) -> Iterator[Item]:
             unpacked = sum(info.file_size for info in archive.infolist())
         if unpacked > MAX_BYTES:
             raise DataError(f"{path} unpacks to {unpacked:,} bytes: more than {MAX_BYTES:,}")
+        check_growth(unpacked, path)
         with np.load(path, allow_pickle=False) as arrays:
             if "x" not in arrays:
                 raise DataError(f"{path} has no array x; {nearest('x', arrays.files)}")
@@ -218,8 +224,10 @@ def _idx(path: Path, *, axes: int) -> Any:
                 raise DataError(f"{path} holds {count:,} bytes: more than {MAX_BYTES:,}")
             # Memory is taken as the data comes: the header may say anything.
             raw = bytearray()
-            while len(raw) <= count and (piece := file.read(READ_AT_ONCE)):
+            for piece in pieces(file, path):
                 raw += piece
+                if len(raw) > count:
+                    break
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
