@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import os
 import struct
@@ -29,8 +30,11 @@ EIGHT_BIT = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBX", "RGBa", "CM
 DIGITS = "sklearn.digits"
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 METADATA = "metadata.jsonl"
-# A picture of more pixels is taken for a decompression bomb: one takes up to 16 bytes a pixel.
-MAX_PIXELS = 2**25
+# A picture of more pixels is taken for a decompression bomb; seven bytes of memory are one pixel.
+MAX_PIXELS = 3 * 2**24
+ROWS_AT_ONCE = 256
+# Of a picture's file.
+MAX_FILE_BYTES = 2**27
 # The largest array that is read from a file.
 MAX_BYTES = 2**34
 MODES = {1: "L", 3: "RGB"}
@@ -70,12 +74,17 @@ def as_array(picture: Any, *, channels: int, name: str = "the picture") -> Any:
 def _from_pil(picture: Image.Image, channels: int, name: str) -> Any:
     if picture.mode not in EIGHT_BIT:
         raise DataError(f"{name}: pixels of mode {picture.mode}: expected 8 bits a channel")
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        clear = picture.convert("RGBA")
-        white = Image.new("RGBA", clear.size, "white")
-        picture = Image.alpha_composite(white, clear)
-    array = np.array(picture.convert(MODES[channels]))
-    return array if array.ndim == 3 else array[..., None]
+    width, height = picture.size
+    array = np.empty((height, width, channels), np.uint8)
+    # A part at a time: a large picture is not to be held several times over.
+    for top in range(0, height, ROWS_AT_ONCE):
+        part = picture.crop((0, top, width, min(top + ROWS_AT_ONCE, height)))
+        if part.mode in ("RGBA", "LA", "PA") or "transparency" in part.info:
+            clear = part.convert("RGBA")
+            part = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+        plain = np.asarray(part.convert(MODES[channels]))
+        array[top : top + ROWS_AT_ONCE] = plain if plain.ndim == 3 else plain[..., None]
+    return array
 
 
 def open_picture(path: Path | str) -> Image.Image:
@@ -83,9 +92,12 @@ def open_picture(path: Path | str) -> Image.Image:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise DataError(f"{path} has {path.stat().st_size} bytes: more than {MAX_FILE_BYTES:,}")
     try:
-        # Opening reads the header alone: the size is known before anything is unpacked.
-        picture = Image.open(path)
+        # Out of memory: what a file says of a length is taken in full from a disk before it is
+        # found to be wrong. Opening reads the header alone, so that the size is known first.
+        picture = Image.open(io.BytesIO(path.read_bytes()))
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise DataError(f"{path}: {width} x {height} pixels: more than {MAX_PIXELS:,}")

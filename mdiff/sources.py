@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mdiff.errors import BackendError, ConfigError, DataError, nearest
+from mdiff.files import MAX_JSON_VALUES, has_too_many_values
 
 HUB = "hub:"
 STANDARD_LIBRARY = "pydoc_data.topics"
 SPLITS = ("train", "validation", "holdout")
 # Text in .gz shrinks some four times, pictures ten: what grows more, and to more, is a bomb.
-MOST_UNPACKED, MOST_GROWTH = 2**27, 200
+MOST_UNPACKED, MOST_GROWTH = 2**27, 50
 READ_AT_ONCE = 2**20
-# Characters of one JSON line, which a parser may make forty times as many bytes of.
+# Characters of one JSON line.
 MOST_OF_A_LINE = 2**23
 
 # A document: text, or token ids.
@@ -216,10 +217,10 @@ def json_lines(text: str, path: str | Path, field: str | None = None) -> Iterato
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number} (byte {offset})"
-            if len(line) > MOST_OF_A_LINE:
+            if len(line) > MOST_OF_A_LINE or has_too_many_values(line):
                 raise DataError(
-                    f"{where} has {len(line)} characters: at most {MOST_OF_A_LINE} are read; "
-                    "a .txt file may be of any length"
+                    f"{where} has {len(line)} characters: at most {MOST_OF_A_LINE} are read, of "
+                    f"them {MAX_JSON_VALUES} commas and brackets; a .txt file may be of any length"
                 )
             try:
                 row = json.loads(line)
