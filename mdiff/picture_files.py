@@ -194,7 +194,8 @@ def _from_arrays(path: Path) -> Iterator[Item]:
             x = arrays["x"]
             y = arrays.get("y")
             names = arrays.get("name")
-    except (zipfile.BadZipFile, ValueError, OSError, zlib.error, EOFError) as error:
+    # RuntimeError: an archive that is encrypted, or packed in another way.
+    except (zipfile.BadZipFile, ValueError, OSError, zlib.error, EOFError, RuntimeError) as error:
         raise DataError(f"{path} is not a readable .npz: {error}") from None
     if x.ndim not in (3, 4) or x.dtype != np.uint8:
         raise DataError(f"{path}: x {x.shape} {x.dtype}: expected uint8 (N, H, W[, C])")
