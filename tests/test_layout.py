@@ -37,7 +37,7 @@ FLOORS = [
     {"amused", "checkpoint", "config", "conversion", "families", "inspection", "journal",
      "loading", "locate", "optim", "placing", "saving", "training_state", "transformers_model"},
     {"bench", "bench_draw", "bench_generation", "bench_loss", "bench_sides", "bench_timing",
-     "evaluate", "generation", "judge", "machine", "metrics", "offline", "offline_plan",
+     "evaluate", "generation", "guidance", "judge", "machine", "metrics", "offline", "offline_plan",
      "offline_shards", "offline_workers", "peers", "picture_figures",
      "pipeline", "ranking", "representation", "run", "sampling", "scoring", "selftest", "stepping",
      "trace", "train"},
