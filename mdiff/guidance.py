@@ -65,11 +65,7 @@ class Push:
         Raises ConfigError or DataError for what this model cannot be pushed away from.
         """
         if self.scale is None:
-            if (
-                self.schedule != "constant"
-                or self.interval is not None
-                or self.negative is not None
-            ):
+            if self != Push():
                 raise ConfigError(
                     "guidance_schedule, guidance_interval and negative need a guidance_scale"
                 )
