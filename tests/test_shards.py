@@ -87,13 +87,13 @@ def test_a_second_run_makes_only_what_is_missing(folder: Path, codec: KMeans) ->
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:-5])
     (folder / MANIFEST).unlink()
-    (folder / ".shard-000000.safetensors.part").write_bytes(b"half")
+    (folder / ".shard-000000.safetensors.x.tmp").write_bytes(b"half")
     with pytest.raises(DataError, match="encode again"):
         open_shards(folder)
     again = write_shards(pictures(), folder, codec=codec, rows=10, workers=1)
     assert (again.made, again.kept) == (2, 1)
     assert stamps(folder)[kept.name] == before[kept.name]
-    assert not list(folder.glob(".*"))
+    assert not list(folder.glob(".*.tmp"))
     assert torch.equal(open_shards(folder).ids.long(), codec.encode(pictures().pixels))
 
 
