@@ -221,7 +221,9 @@ def _serve(pipe: Connection, maker: Maker, number: int) -> None:
             make(part, pipe.send)
             pipe.send(None)
     except Exception as error:
-        pipe.send(_portable(error))
+        # Where the parent is gone nobody wants to know.
+        with suppress(OSError):
+            pipe.send(_portable(error))
 
 
 def _next(pipe: Connection) -> object:

@@ -28,6 +28,7 @@ from mdiff.pictures import Pictures
 from mdiff.pipeline import Pipeline, load
 from mdiff.shard_writing import write_shards
 
+# The server looks for modules where its interpreter does: not beside the tests.
 PRELOADED = [
     "mdiff.offline", "mdiff.backbones.transformer", "mdiff.modalities.text",
     "mdiff.shard_writing", "mdiff.codecs.kmeans",
