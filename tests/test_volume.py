@@ -244,8 +244,8 @@ def test_an_interrupt_says_what_is_complete(out, count):
 
 def as_rank(out, rank, world, **options):
     """One of a launcher's processes, from its start."""
-    ranked(rank, world)
-    launched = Launched.here()
+    with ranked(rank, world):
+        launched = Launched.here()
     with launched.held(out):
         make_all(job(out, *PLAIN), launched, **options)
 

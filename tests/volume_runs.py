@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -109,21 +110,23 @@ def asked():
     return [*rows, {"prompt": "by its line", "length": 30, "seed": -1}]
 
 
+@contextmanager
 def ranked(rank, world):
-    """Say which process of a launcher this is."""
+    """Meanwhile this is that process of a launcher."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    try:
+        yield
+    finally:
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
 
 
 def begin(model, requests, out, *, rank=0, world=1, setting=SETTING, **options):
     """One run of generation from the start."""
-    ranked(rank, world)
-    try:
+    with ranked(rank, world):
         pipeline = load(model, device="cpu")
         return generate_offline(
             pipeline, Path(requests), Path(out), model=model, setting=setting, **options
         )
-    finally:
-        ranked(0, 1)
 
 
 def tiny_pictures(count):
@@ -135,13 +138,10 @@ def tiny_pictures(count):
 
 def encode(codec, count, out, *, rank=0, world=1, **options):
     """One run of encoding from the start, two pictures a shard."""
-    ranked(rank, world)
-    try:
+    with ranked(rank, world):
         return write_shards(
             tiny_pictures(count), Path(out), codec=load_codec(codec), rows=2, **options
         )
-    finally:
-        ranked(0, 1)
 
 
 def content(out):
