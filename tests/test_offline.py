@@ -302,6 +302,8 @@ def test_an_interrupt_keeps_what_is_complete(clean, model, requests, tmp_path):
     ("words", "message"),
     [
         (["--workers", "2"], "--workers needs --input"),
+        (["--patience", "9"], "--patience needs --input"),
+        (["--input", "IN", "--out", "o", "--patience", "-1"], "patience=-1: expected more than 0"),
         (["--out", "o"], "--out is for models of pictures; one of text takes it with --input"),
         (["--input", "IN", "--out", "o", "--workers", "0"], "workers=0"),
         (["--input", "IN", "--out", "o", "--stream"], "--stream does not go with"),

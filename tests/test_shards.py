@@ -146,7 +146,11 @@ def test_a_rank_that_comes_late_leaves_the_manifest_where_it_is(tmp_path: Path) 
     late = encode(tmp_path / "codec", 20, out, rank=1, world=2)
     assert (late.made, late.kept) == (0, 10)
     assert content(out) == before
-    # And takes it away before it makes a shard that is missing.
+    # What the first rank has to make is not its business; before it makes its own shard it takes
+    # the manifest away.
+    (out / "shard-000002.safetensors").unlink()
+    assert encode(tmp_path / "codec", 20, out, rank=1, world=2).made == 0
+    assert (out / MANIFEST).exists()
     (out / "shard-000003.safetensors").unlink()
     assert encode(tmp_path / "codec", 20, out, rank=1, world=2).made == 1
     assert not (out / MANIFEST).exists()

@@ -74,7 +74,8 @@ def killed_often(work: Work, tmp_path: Path, trials: int, *, seed: int) -> dict[
     """Kill runs in one folder after another, and see that nothing is lost; what was met."""
     chance, clean = random.Random(seed), content(work.clean)
     all_shards = work.shards(work.clean)
-    met = Counter({"trials": 0, "amid the shards": 0, "workers alone": 0, "folders finished": 0})
+    kinds = ("trials", "amid the shards", "within a write", "workers alone", "folders finished")
+    met = Counter(dict.fromkeys(kinds, 0))
     out = tmp_path / "0"
     while met["trials"] < trials:
         workers, before = chance.choice((1, 2)), work.shards(out)
@@ -102,6 +103,7 @@ def killed_often(work: Work, tmp_path: Path, trials: int, *, seed: int) -> dict[
             met["trials"] += 1
             met["amid the shards"] += alone or before < there < all_shards
         whole = content(out) if out.exists() else {}
+        met["within a write"] += any(".tmp" in name for name in whole)
         for name, held in whole.items():
             # A shard that is there is whole, and so is whatever else has its own name.
             if not any(part.startswith(".") for part in Path(name).parts):
