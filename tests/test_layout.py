@@ -34,13 +34,12 @@ FLOORS = [
      "published_codec", "published_grid", "request_lines", "safe_yaml", "samplers", "shards",
      "sources", "text_encoder", "tokenizer", "uvit_layers", "vqgan_networks", "weights"},
     {"amused", "checkpoint", "config", "conversion", "families", "inspection", "journal",
-     "jobs", "loading", "locate", "optim", "placing", "training_state", "volume", "workers"},
+     "jobs", "loading", "locate", "optim", "placing", "saving", "training_state",
+     "transformers_model", "volume", "workers"},
     {"bench", "bench_draw", "bench_generation", "bench_loss", "bench_sides", "bench_timing",
      "evaluate", "generation", "judge", "machine", "metrics", "offline", "offline_plan",
-     "offline_shards", "peers", "picture_figures",
-     "pipeline", "ranking", "representation", "run", "sampling", "scoring", "selftest",
-     "shard_writing", "stepping",
-     "trace", "train"},
+     "offline_shards", "peers", "picture_figures", "pipeline", "ranking", "representation", "run",
+     "sampling", "scoring", "selftest", "shard_writing", "stepping", "trace", "train"},
     {"__main__", "cli"},
 ]  # fmt: skip
 ROOMS = {"modalities", "codecs", "backbones", "samplers"}
