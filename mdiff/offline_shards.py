@@ -27,6 +27,8 @@ from mdiff.request_lines import Failure, Request
 from mdiff.workers import ATTEMPTS
 
 RESULTS, FAILURES = "results.jsonl", "failures.jsonl"
+# The place after all batches: whoever dies there was not killed by a request.
+WRITING = "writing"
 
 # A request with its `n` samples, or with why it has none.
 Found = tuple[Request, list[Generated] | Failure]
@@ -109,6 +111,7 @@ def make_shard(pipeline: Pipeline, setting: Setting, shard: RequestShard, tell: 
     # Where makers have died comes first: if another does, nothing else was made in vain.
     for number in sorted(range(len(shard.batches)), key=lambda number: number not in shard.apart):
         made[number] = list(_batch(pipeline, setting, shard, number, tell))
+    tell(WRITING)
     try:
         with (
             staged(shard.path) as folder,

@@ -155,9 +155,7 @@ def _shards(pictures: Pictures, out: Path, made_by: str, rows: int) -> list[Pict
     return found
 
 
-def _begin(
-    shards: Sequence[PictureShard], out: Path, made_by: str, launched: Launched
-) -> None:  # fmt: skip
+def _begin(shards: Sequence[PictureShard], out: Path, made_by: str, launched: Launched) -> None:
     """See that the folder may take these shards, and that what is not whole has no manifest."""
     known = _known(out, made_by)
     # A later rank looks at its own shards alone: when it comes late, the first may have written

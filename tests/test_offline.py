@@ -34,7 +34,7 @@ from mdiff.cli import run
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.modalities.text import text
 from mdiff.offline_plan import Setting
-from mdiff.offline_shards import filled
+from mdiff.offline_shards import WRITING, Place, RequestShard, filled, make_shard
 from mdiff.pipeline import Pipeline
 from mdiff.request_lines import Failure, Request, read_requests
 
@@ -225,6 +225,24 @@ def test_a_request_that_spoils_its_batch_fails_alone():
         if not any(ord("x") in sample.tokens for sample in alone):
             assert [s.tokens for s in found[request.id]] == [s.tokens for s in alone]
             assert [s.seed for s in found[request.id]] == [s.seed for s in alone]
+
+
+def test_a_maker_tells_of_each_batch_of_each_lone_request_and_of_the_writing(tmp_path):
+    modality = text()
+    pipeline = Pipeline(HashDenoiser(modality.space), modality.space, modality, window=16)
+    requests = [Request(i, f"q{i}", "prompt", words) for i, words in enumerate("abcd")]
+    batches = (tuple(requests[:1]), tuple(requests[1:]))
+    shard = RequestShard(0, batches, tmp_path / "shard").without(Place(1), "x")
+    shard = shard.without(Place(1, 2), "signal 11")
+    told = []
+    make_shard(pipeline, Setting(length=9), shard, told.append)
+    # What killed comes first; what is told at the end is nobody's fault.
+    assert told == [Place(1, 1), Place(1, 3), Place(0), WRITING]
+    assert shard.without(WRITING, "x") is None
+    assert [row["id"] for row in results(shard.path)] == ["q0", "q1", "q3"]
+    failed = json.loads((shard.path / "failures.jsonl").read_text())
+    assert failed["line"] == 2
+    assert failed["error"] == "3 workers died at it alone, the last by signal 11"
 
 
 def test_a_seed_depends_on_the_id_and_the_seed_of_the_run_alone():
