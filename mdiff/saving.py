@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+
+from torch import Tensor
+
+# What Linux takes from a thread that is this nice: a fifteenth or less of a core that it shares.
+NICE = 15
+
+
+def _give_way() -> None:
+    """Let this thread have what the others leave: a step takes all cores, a save can wait."""
+    # Elsewhere than on Linux it would be the process that gives way.
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 class Writer:
     """Does one job at a time in a thread of its own; leaving it as a context waits for the job.
 
     What a job raised is raised by the next `begin` or `finish`, in the thread that calls it.
+    `state` is what the job writes, kept for its memory.
     """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.state: dict[str, Tensor] | None = None
+        self._pool = ThreadPoolExecutor(1, initializer=_give_way)
         self._job: Future[None] | None = None
 
     def begin(self, job: Callable[[], None]) -> None:

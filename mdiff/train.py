@@ -168,7 +168,9 @@ def _save(run: Run, out: Path, number: int, writer: Writer) -> Path:
     Waits for the save before, and raises what that one raised, in every process.
     """
     _on_main(run.accelerator, writer.finish)
-    state = capture(run.backbone, run.optimizers, run.averaged)
+    state = writer.state = capture(
+        run.backbone, run.optimizers, run.averaged, into=writer.state
+    )  # fmt: skip
     if run.accelerator.is_main_process:
         writer.begin(lambda: _write(run, out, number, state))
     return step_path(out, number)
