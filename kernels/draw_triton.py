@@ -169,7 +169,7 @@ def _launch(
     pieces = min(PIECES, tile)
     filters, levels = any(use.values()), use["TOP_P"] and not use["TOP_K"]
     planes = WITH_LEVELS if levels else TWO_LAWS if two_laws else ONE_LAW
-    next_id, holds = _forbidden_map(forbidden, vocab, tile, device)
+    next_id, holds = forbidden_map(forbidden, vocab, tile, device)
     group = GROUP // 2 if two_laws or scale is not None else GROUP
     run, runs = _runs(rows, tiles, group, device)
     arguments = (
@@ -244,7 +244,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=16)
-def _forbidden_map(
+def forbidden_map(
     forbidden: tuple[int, ...], vocab: int, tile: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
     """The lowest permitted id from each id on, (V + 1,) int32, and which tiles hold forbidden ones.

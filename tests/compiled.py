@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from mdiff.kernels.loss_triton import loss_kernel
 from mdiff.kernels.onepass_triton import draw_kernel
 from mdiff.kernels.select_triton import reveal_kernel
 
@@ -25,6 +26,7 @@ TYPES = {
     "asked": "*i1", "drawn": "*i64", "drawn_log_prob": "*fp32", "drawn_entropy": "*fp32",
     "score": "*fp32", "count": "*i64", "out_tokens": "*i64", "out_at": "*i1",
     "out_log_prob": "*fp32", "out_entropy": "*fp32", "threshold_bits": "i64",
+    "target": "*i64", "weight": "*fp32", "found": "*fp32", "smoothing": "fp32",
 }  # fmt: skip
 PLAIN = {
     "READ": True, "FINISH": True, "GREEDY": False, "DRAWN": False, "TWO_LAWS": False,
@@ -32,6 +34,7 @@ PLAIN = {
     "GROUP": 4, "QUEUE": 8, "SAMPLE": 2048, "STAGES": 3,
 }  # fmt: skip
 FILTERS = {"TOP_K": True, "TOP_P": True, "MIN_P": True, "TWO_LAWS": True, "GROUP": 2}
+LOSS = {"DIFFERENTIATE": True, "SMOOTHED": False, "BLOCK": 4096}
 LISTS = ("maxima", "listed", "value", "column")
 OPTIONAL = ("unconditional", "scale", "span", "next_id", "holds_forbidden")
 
@@ -54,13 +57,15 @@ def ptx(kernel, kind, constants, warps):
 
 
 def main():
-    """Print {name: PTX} of a plain draw, of one with every option, and of a reveal."""
+    """Print {name: PTX} of the draw, the loss and the reveal in several forms."""
     alone = dict.fromkeys(OPTIONAL)
     plain = {**PLAIN, **alone, **dict.fromkeys((*LISTS, "levels"))}
     found = {
         "plain bf16": ptx(draw_kernel, "bf16", plain, 4),
         "top_p bf16": ptx(draw_kernel, "bf16", {**PLAIN, **alone, "TOP_P": True}, 8),
         "every option fp32": ptx(draw_kernel, "fp32", {**PLAIN, **FILTERS, "levels": None}, 8),
+        "loss bf16": ptx(loss_kernel, "bf16", {**LOSS, "span": None, "next_id": None}, 8),
+        "loss, every option fp32": ptx(loss_kernel, "fp32", {**LOSS, "SMOOTHED": True}, 8),
         "reveal": ptx(reveal_kernel, "fp32", {"PLACES": 1024, "BY_THRESHOLD": True}, 8),
     }
     print(json.dumps(found))

@@ -262,12 +262,12 @@ def test_the_kernels_compile_for_sm_90_without_a_gpu(tmp_path):
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
     )  # fmt: skip
     found = json.loads(run.stdout)
-    assert sorted(found) == ["every option fp32", "plain bf16", "reveal", "top_p bf16"]
+    assert len(found) == 6
     for name, ptx in found.items():
         assert ".target sm_90" in ptx, name
         assert ".address_size 64" in ptx, name
         # The offset of a row is a product of 64 bits.
         assert "mul.lo.s64" in ptx or "mul.wide.s32" in ptx, name
-    for name in ("plain bf16", "top_p bf16", "every option fp32"):
+    for name in set(found) - {"reveal"}:
         # Whole groups are loaded ahead, 16 bytes a thread.
         assert "cp.async.cg.shared.global" in found[name], name
