@@ -63,14 +63,19 @@ def tile_at(source, next_id, row, tile, first, stop, TILE: tl.constexpr):
 
 
 @triton.jit
-def inside(x, column, slope, edge, last, pick, FILTERED: tl.constexpr,
-           TILE: tl.constexpr):  # fmt: skip
-    """The lane of the id in the winner: the inverse of the cumulative weight, in float64."""
-    # The tile's own largest logit serves, so that no winner underflows.
+def weights_inside(x, column, slope, edge, last, FILTERED: tl.constexpr):
+    """Weights of the ids of one tile, float64, by its own largest logit: none underflows whole."""
     weight = tl.exp2((x - tl.max(x, 0)) * slope)
     if FILTERED:
         weight = tl.where(is_kept(x, column, edge, last), weight, 0.0)
-    cumulative = tl.cumsum(weight.to(tl.float64), 0)
+    return weight.to(tl.float64)
+
+
+@triton.jit
+def inside(x, column, slope, edge, last, pick, FILTERED: tl.constexpr,
+           TILE: tl.constexpr):  # fmt: skip
+    """The lane of the id in the winner: the inverse of the cumulative weight, in float64."""
+    cumulative = tl.cumsum(weights_inside(x, column, slope, edge, last, FILTERED), 0)
     target = to_uniform(pick) * tl.max(cumulative, 0)
     return tl.minimum(tl.sum((cumulative <= target).to(tl.int32), 0), TILE - 1)
 
