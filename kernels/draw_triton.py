@@ -32,8 +32,8 @@ STAGES, WARPS, FILTER_WARPS = 3, 4, 8
 REGISTERS, FILTER_REGISTERS = 64, 80
 # Pieces that the filters look at together, at a tile of 1,024: 1,024 logits.
 QUEUE = 8
-# Of the columns of a row one in so many is in the sample of top_p, and how many there are.
-SAMPLED, LEAST_SAMPLED, MOST_SAMPLED = 64, 16, 2048
+# One in so many columns of a row is in each half of the sample of top_p; bounds of a half.
+SAMPLED, LEAST_SAMPLED, MOST_SAMPLED = 64, 16, 1024
 # Bytes of the lists of ids that the filters make: rows with more are drawn in turns.
 LIST_BYTES = 1 << 30
 # Planes of a tile's figures: those of tiles_triton, without and with a second law and levels.
@@ -223,7 +223,7 @@ def _lists(
 
 
 def _sample(vocab: int) -> int:
-    """The columns in the sample of a row, a power of two."""
+    """The columns in each half of the sample of a row, a power of two."""
     return min(max(_power_of_two(vocab // SAMPLED + 1) // 2, LEAST_SAMPLED), MOST_SAMPLED)
 
 

@@ -24,7 +24,7 @@ BINS_A_BIT = tl.constexpr(8)
 
 
 @triton.jit
-def sampled_columns(first, stop, SAMPLE: tl.constexpr):
+def spread_columns(first, stop, SAMPLE: tl.constexpr):
     """Columns of runs that lie evenly from `first` up to `stop`, each somewhere in its share."""
     lane = tl.arange(0, SAMPLE)
     run = lane // RUN
@@ -35,24 +35,36 @@ def sampled_columns(first, stop, SAMPLE: tl.constexpr):
 
 
 @triton.jit
+def counted(x, top, slope):
+    """How many logits lie in each bin below `top`."""
+    depth = tl.maximum((top - x) * (slope * BINS_A_BIT), 0.0)
+    return tl.histogram(tl.where(depth < BINS - 1, depth, BINS - 1).to(tl.int32), BINS)
+
+
+@triton.jit
 def sample_levels(source, next_id, row, first, stop, slope, left_out,
                   SAMPLE: tl.constexpr):  # fmt: skip
     """LEVELS rising logits about that from which on all but `left_out` of the mass lies.
 
+    The first SAMPLE ids, where vocabularies have their frequent ones, and SAMPLE of the others.
     With T the sample's mass below a level, S all of it and k = -3, -1, 1, 3 standard errors of
     each, a level is the highest at which T - k errors is at most left_out S exp(k errors).
     """
-    column = sampled_columns(first, stop, SAMPLE)
-    ok = column >= first
-    x = permitted_at(logits_at(source, row, column, ok), next_id, column, ok)
-    top = tl.max(x, 0)
+    head = first + tl.arange(0, SAMPLE)
+    others = first + SAMPLE
+    tail = spread_columns(others, stop, SAMPLE)
+    ok = head < stop
+    x = permitted_at(logits_at(source, row, head, ok), next_id, head, ok)
+    ok = tail >= others
+    rest = permitted_at(logits_at(source, row, tail, ok), next_id, tail, ok)
+    top = tl.maximum(tl.max(x, 0), tl.max(rest, 0))
     top = tl.where(tl.abs(top) < float("inf"), top, 0.0)
-    depth = tl.maximum((top - x) * (slope * BINS_A_BIT), 0.0)
+    each = (stop - others) / SAMPLE
     bin_B = tl.arange(0, BINS)
-    count_B = tl.histogram(tl.where(depth < BINS - 1, depth, BINS - 1).to(tl.int32), BINS)
-    weight_B = tl.exp2(-(bin_B + 0.5) / BINS_A_BIT)
-    mass_B = tl.where(bin_B < BINS - 1, count_B * weight_B, 0.0)
-    square_B = mass_B * weight_B
+    weight_B = tl.where(bin_B < BINS - 1, tl.exp2(-(bin_B + 0.5) / BINS_A_BIT), 0.0)
+    spread_B = counted(rest, top, slope) * each * weight_B
+    mass_B = counted(x, top, slope) * weight_B + spread_B
+    square_B = spread_B * each * weight_B
     below_B = tl.cumsum(mass_B, 0, reverse=True)
     error_B = tl.sqrt(tl.cumsum(square_B, 0, reverse=True))
     total = tl.maximum(tl.sum(mass_B, 0), 1e-30)

@@ -31,7 +31,7 @@ TYPES = {
 PLAIN = {
     "READ": True, "FINISH": True, "GREEDY": False, "DRAWN": False, "TWO_LAWS": False,
     "TOP_K": False, "TOP_P": False, "MIN_P": False, "TILES": 128, "PIECES": 8, "TILE": 1024,
-    "GROUP": 4, "QUEUE": 8, "SAMPLE": 2048, "STAGES": 3,
+    "GROUP": 4, "QUEUE": 8, "SAMPLE": 1024, "STAGES": 3,
 }  # fmt: skip
 FILTERS = {"TOP_K": True, "TOP_P": True, "MIN_P": True, "TWO_LAWS": True, "GROUP": 2}
 LOSS = {"DIFFERENTIATE": True, "SMOOTHED": False, "BLOCK": 4096}

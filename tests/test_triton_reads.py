@@ -61,9 +61,9 @@ def test_a_row_is_read_once_and_with_a_filter_what_reaches_its_bound_once_more(
     rows, vocab = logits.shape
     agree(*both(logits, tile=tile, measure="drawn", **options))
     found = torch.tensor([reads(row) for row in logits])
-    # The tile of the maximum, the winner and, for top_p, a sample of less than 2 percent.
-    once = vocab + 2 * tile + (module._sample(vocab) if "top_p" in options else 0)
-    assert once < 1.15 * vocab
+    # The tile of the maximum, the winner and, for top_p, a sample of some 3 percent.
+    once = vocab + 2 * tile + (2 * module._sample(vocab) if "top_p" in options else 0)
+    assert once < 1.16 * vocab
     piece = tile // module.PIECES
     maxima = logits.view(rows, -1, piece).amax(2)
     bound = {
