@@ -22,21 +22,28 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return parameters | buffers
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A copy on the CPU of all of a tensor; where it is sharded, every process must call."""
+def whole(tensor: Tensor, into: Tensor | None = None) -> Tensor:
+    """A copy on the CPU of all of a tensor, in the memory of `into` where that fits.
+
+    Where the tensor is sharded, every process must call.
+    """
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
-        return tensor.full_tensor().cpu().contiguous()
+        tensor = tensor.full_tensor()
+    if into is not None and into.shape == tensor.shape and into.dtype == tensor.dtype:
+        return into.copy_(tensor)
     return tensor.to("cpu", copy=True).contiguous()
 
 
 def capture(
-    model: nn.Module, optimizers: Optimizers, averaged: AveragedWeights | None
-) -> dict[str, Tensor]:
+    model: nn.Module, optimizers: Optimizers, averaged: AveragedWeights | None,
+    *, into: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Copies of the weights, their averages and the optimisers' state, by flat names.
 
     `weights/NAME`, `averaged/NAME`, `optim/INDEX/NAME/KEY`; complete also where they are
-    sharded over processes, all of which must call this.
+    sharded over processes, all of which must call this. `into` is what an earlier call gave,
+    whose memory is written over: fresh memory takes twice as long as the copies.
     """
     found = {f"weights/{name}": tensor for name, tensor in model_tensors(model).items()}
     if averaged is not None:
@@ -46,7 +53,7 @@ def capture(
         for parameter, state in optimizer.state.items():
             prefix = f"optim/{index}/{names[id(parameter)]}"
             found |= {f"{prefix}/{key}": value for key, value in state.items()}
-    return {name: whole(tensor) for name, tensor in found.items()}
+    return {name: whole(tensor, (into or {}).get(name)) for name, tensor in found.items()}
 
 
 def restore(
