@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mdiff.errors import ConfigError, nearest
 from mdiff.kernels.loss_heads import hooked
 from mdiff.kernels.reference import guided_logits
+from mdiff.places import counted, number_of
 from mdiff.tokens import TokenSpace
 
 Condition = Mapping[str, Tensor]
@@ -266,9 +267,12 @@ class Guided:
         if len(rows) == 0:
             return rows_of(self.denoiser, tokens, at=at, valid=valid, t=t, cond=given or None)
         twice, condition = self._both(tokens, rows, given, cond)
+        asked, number = torch.cat([at, at[rows]]), number_of(at)
+        if number is not None and len(rows) == len(tokens):
+            asked = counted(asked, 2 * number)
         both = rows_of(
-            self.denoiser, twice, at=torch.cat([at, at[rows]]), valid=_and_again(valid, rows),
-            t=_and_again(t, rows), cond=condition,
+            self.denoiser, twice, at=asked, valid=_and_again(valid, rows), t=_and_again(t, rows),
+            cond=condition,
         )  # fmt: skip
         if both.unconditional is not None:
             # The branches have branches of their own: mix the inner ones first.

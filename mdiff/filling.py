@@ -13,6 +13,7 @@ from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.kernels.reveal_torch import written
 from mdiff.ops import Draw, Revealed, drawing, reveal
+from mdiff.places import counted
 from mdiff.schedule import Schedule
 from mdiff.tokens import TokenSpace, ranks
 
@@ -149,7 +150,7 @@ class Filling:
             valid = None if valid is None else valid[chosen]
             cond = {name: value[chosen] for name, value in cond.items()}
         rows = self.rows(
-            tokens, at=asked, valid=valid,
+            tokens, at=counted(asked, sum(number)), valid=valid,
             t=t.float() if self.denoiser.uses_time else None, cond=cond or None,
         )  # fmt: skip
         spent: int | Tensor | None = self.cost

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mdiff.denoiser import Condition
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.layers import attention_layout
+from mdiff.places import places_of
 
 CONFIG_FILE = "config.json"
 # More than any published model has, and little enough that a module of it is made at once.
@@ -196,7 +197,7 @@ class Published(nn.Module):
             x = x.gather(1, before[..., None].expand_as(x))
         # Of a model on several devices the last may be another than the tokens'.
         x = x.to(tokens.device)
-        return x if at is None else x[at]
+        return x if at is None else x.flatten(0, 1).index_select(0, places_of(at))
 
     def forward(
         self, tokens: Tensor, *, at: Tensor | None = None, valid: Tensor | None = None,

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+from hashed import GOLDEN
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import HashDenoiser
 
 from mdiff import ops
+from mdiff.backbones.llada import llada
 from mdiff.backbones.transformer import transformer
 from mdiff.denoiser import FromLogits, guided
 from mdiff.errors import ConfigError
 from mdiff.find import find, names
 from mdiff.kernels.reveal_torch import reveal_torch
 from mdiff.ops import Draw
+from mdiff.places import counted, places_of
 from mdiff.samplers.confidence import confidence
 from mdiff.sampling import sample
 from mdiff.tokens import TokenSpace
 
 SPACE = TokenSpace(29, mask_id=29)
+SHORT = torch.tensor([-1, 2, 4])
 
 
 class Watched(torch.nn.Module):
@@ -124,21 +129,35 @@ class NothingWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Rowwise(FromLogits):
-    """A toy whose answer takes the asked rows without counting them: the number is known."""
-
-    def __init__(self, number):
-        super().__init__(lambda tokens: torch.zeros(*tokens.shape, SPACE.vocab_size))
-        self.number = number
-
-    def __call__(self, tokens, *, at=None, **_):
-        logits = self.fn(tokens).flatten(0, 1)
-        place = torch.nonzero_static(at.flatten(), size=int(self.number.pop(0)))[:, 0]
-        return logits.index_select(0, place)
+def guided_model():
+    model, _ = model_with_watched_head(classes=3)
+    return guided(model, guidance_scale=2.5, without={"label": torch.tensor(3)}, space=SPACE)
 
 
-@pytest.mark.parametrize("name", sorted(set(names("samplers")) - {"blocks"}))
-def test_no_step_waits_for_the_device(name, monkeypatch):
+def published_model():
+    """LLaDA's trunk, whose rows are taken after the last layer."""
+    config = json.loads((GOLDEN / "llada" / "config.json").read_text())
+    torch.manual_seed(0)
+    return llada(config | {"vocab_size": 30, "embedding_size": 30, "mask_token_id": 29}).eval()
+
+
+MODELS = {
+    "transformer": (lambda: model_with_watched_head()[0], {}),
+    "guided": (guided_model, {"cond": {"label": torch.tensor([0, 1, 2])}}),
+    "llada": (published_model, {"space": TokenSpace(30, mask_id=29)}),
+    "ragged": (lambda: model_with_watched_head()[0], {"valid": torch.arange(10) > SHORT[:, None]}),
+}
+
+
+SAMPLERS = sorted(set(names("samplers")) - {"blocks"})
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    # A grid is never ragged.
+    sorted({(name, model) for name in SAMPLERS for model in MODELS} - {("halton", "ragged")}),
+)
+def test_no_step_waits_for_the_device(name, model, monkeypatch):
     """Every state but the first, whose making looks at the canvas once."""
     monkeypatch.setenv("MDIFF_BACKEND", "torch")
     options = {"seed": 3, "space": SPACE}
@@ -146,18 +165,20 @@ def test_no_step_waits_for_the_device(name, monkeypatch):
         options |= {"steps": 4, "noise": 1.0}
     if name == "halton":
         options |= {"grid": (2, 5)}
-    run = find("samplers", name)
-    plain = list(run(HashDenoiser(SPACE), canvas_of(), **options))
-    asked = [int(state.revealed.sum()) for state in plain]
-    if name == "confidence":
-        hidden = 26
-        asked = [hidden - sum(asked[:i]) for i in range(len(asked))]
-    states = run(Rowwise(asked), canvas_of(), **options)
-    next(states)
-    with NothingWaits():
-        for state in states:
-            last = state
-    assert not (last.tokens == SPACE.mask_id).any()
+    build, told = MODELS[model]
+    with torch.no_grad():
+        states = find("samplers", name)(build(), canvas_of(), **options | told)
+        next(states)
+        with NothingWaits():
+            for state in states:
+                last = state
+    valid = told.get("valid", torch.ones_like(last.tokens, dtype=torch.bool))
+    assert not (last.tokens == SPACE.mask_id)[valid].any()
+
+
+def test_a_mask_without_a_note_is_counted():
+    at = torch.tensor([[True, False], [True, True]])
+    assert places_of(at).tolist() == places_of(counted(at.clone(), 3)).tolist() == [0, 2, 3]
 
 
 def test_the_watch_for_waits_would_notice_one():

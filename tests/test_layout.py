@@ -25,7 +25,7 @@ PACKAGE = ROOT / "mdiff"
 FLOORS = [
     {"kernels"},
     {"errors"},
-    {"data", "denoiser", "schedule", "tokens"},
+    {"data", "denoiser", "places", "schedule", "tokens"},
     {"block_cache", "bound", "conditioning", "filling", "hidden_loss", "hiding", "layers",
      "objective", "ops", "other_start"},
     {"adaln_layers", "backbones", "bit_order", "canvas", "canvas_parts", "captions", "codec",

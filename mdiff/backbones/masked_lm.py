@@ -18,6 +18,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
 from mdiff.denoiser import Condition
 from mdiff.errors import CheckpointError, ConfigError, DataError
+from mdiff.places import places_of
 
 
 class MaskedLM(nn.Module):
@@ -84,7 +85,7 @@ class MaskedLM(nn.Module):
             whole: Tensor = self.model(input_ids=rows, attention_mask=mask, **options).logits
             return whole if mask is None else whole[row, place]
         # The model's own forward goes on from its trunk to its head, with these rows alone.
-        chosen = (row[at], place[at])
+        chosen = (row.take(places_of(at)), place.take(places_of(at)))
         handle = self.model.base_model.register_forward_hook(
             lambda _module, _given, output: _only(output, chosen)
         )

@@ -32,6 +32,7 @@ from mdiff.layers import (
     rotary_tables,
     time_features,
 )
+from mdiff.places import places_of
 
 TIME_FEATURES = 256
 BYTES_PER_WEIGHT = 4
@@ -315,7 +316,7 @@ class TransformerForMaskedLM(PreTrainedModel):  # type: ignore[misc]
             axes=layout_axes(self.config.layout) if self.config.layout else None,
             base=self.config.rope_base,
         )  # fmt: skip
-        rows = None if at is None else at.flatten().nonzero()[:, 0]
+        rows = None if at is None else places_of(at)
         x: Tensor = self.embedding(tokens)
         if self.place is not None:
             x = x + self.place(positions)
