@@ -412,7 +412,7 @@ def test_muon_takes_the_matrices_inside_and_adamw_the_rest():
 def test_averaged_weights_forget_the_first_ones_while_young():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    averaged = AveragedWeights(model, decay=0.999)
+    averaged = AveragedWeights(dict(model.named_parameters()), decay=0.999)
     nn.init.ones_(model.weight)
-    averaged.update(model, step=1)
+    averaged.update(dict(model.named_parameters()), step=1)
     assert float(averaged.tensors["weight"]) == pytest.approx(1 - 2 / 11)
