@@ -75,15 +75,14 @@ class Muon(torch.optim.Optimizer):
         A matrix that is cut over processes is put together, and cut again after.
         """
         if isinstance(ahead, DTensor):
-            whole = ahead.full_tensor()
-            update = distribute_tensor(
-                orthogonal_parts(whole, group["parts"]), ahead.device_mesh, ahead.placements,
-                src_data_rank=None,
-            )  # fmt: skip
+            whole = orthogonal_parts(ahead.full_tensor(), group["parts"])
+            update: Tensor = distribute_tensor(
+                whole, ahead.device_mesh, ahead.placements, src_data_rank=None
+            )
         else:
-            whole, update = ahead, orthogonal_parts(ahead, group["parts"])
+            update = orthogonal_parts(ahead, group["parts"])
         weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(update.to(weight.dtype), alpha=-group["lr"] * update_size(whole.shape, group))
+        weight.add_(update.to(weight.dtype), alpha=-group["lr"] * update_size(weight.shape, group))
 
 
 def update_size(shape: torch.Size, group: dict[str, Any]) -> float:

@@ -21,10 +21,12 @@ class Placement(Protocol):
     optimiser's number, the parameter and what is kept of it.
     """
 
-    optimizers: Sequence[torch.optim.Optimizer]
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """The optimisers, of which a state names one by its number."""
 
     def parts(self) -> dict[str, Tensor]:
-        """This process's part of every parameter, by name; steps write to them in place."""
+        """What this process holds of every parameter, by name; steps write to it in place."""
 
     def shape(self, name: str) -> torch.Size:
         """The shape of a whole parameter."""
@@ -36,17 +38,19 @@ class Placement(Protocol):
         """
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
-        """This process's part of a tensor of the shape of parameter `name`, on its device."""
+        """The part of this process of a tensor of parameter `name`'s shape, on its device."""
 
     def load(self, wholes: dict[str, Tensor]) -> None:
         """Give every parameter its value, of the parameter's shape."""
 
     def states(self) -> dict[str, Tensor]:
-        """This process's parts of what the optimisers keep; a scalar is whole."""
+        """The parts of this process of what the optimisers keep; a scalar is whole."""
 
     def load_states(self, wholes: dict[str, Tensor]) -> None:
-        """Put back what `states` gave, made whole; CheckpointError, with nothing changed,
-        where it cannot be."""
+        """Put back what `states` gave, made whole.
+
+        CheckpointError, with nothing changed, where it cannot be.
+        """
 
 
 class TorchPlacement:
@@ -65,9 +69,8 @@ class TorchPlacement:
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """See `Placement`."""
-        if isinstance(part, DTensor):
-            return part.detach().full_tensor().cpu().contiguous()
-        return copied(part)
+        part = part.detach()
+        return copied(part.full_tensor() if isinstance(part, DTensor) else part)
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
         """See `Placement`."""
@@ -153,7 +156,7 @@ def restore(
     if averaged is not None:
         for name, part in averaged.tensors.items():
             expected[f"averaged/{name}"] = (shapes[name], part.dtype)
-    states = {n[len("optim/"):]: t for n, t in tensors.items() if n.startswith("optim/")}  # fmt: skip
+    states = {n.removeprefix("optim/"): t for n, t in tensors.items() if n.startswith("optim/")}
     _check(expected, {n: t for n, t in tensors.items() if not n.startswith("optim/")})
     _check_states(shapes, len(placement.optimizers), states)
     placement.load_states(states)

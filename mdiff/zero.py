@@ -73,10 +73,10 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
     for kind in ("optimizer", "scheduler"):
         if kind in settings:
             raise ConfigError(f"DeepSpeed with its own {kind}: expected none, the recipe's optim")
-    for key, own in (("gradient_accumulation_steps", 1), ("gradient_clipping", 0.0)):
-        if settings.get(key, "auto") not in ("auto", own):
+    for key, value in (("gradient_accumulation_steps", 1), ("gradient_clipping", 0.0)):
+        if settings.get(key, "auto") not in ("auto", value):
             raise ConfigError(f"DeepSpeed with {key}={settings[key]}: expected none, the recipe's")
-    own = {
+    own: dict[str, Any] = {
         # Training gives out rows and divides by their tokens: any size will do here.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -87,7 +87,7 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != "train_batch_size"} | own
 
 
-class ZeroAccelerator(Accelerator):
+class ZeroAccelerator(Accelerator):  # type: ignore[misc]
     """An Accelerator whose model and optimisers are DeepSpeed's engine.
 
     The gradient is complete, and its norm known, before a step is taken, so that training
@@ -156,7 +156,7 @@ class ZeroAccelerator(Accelerator):
         return cast(Tensor, self.reduce(squares.sum(), "sum")).sqrt()
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """This process's slices of the gradients, which may be written to in place."""
+        """The slices of the gradients on this process, which may be written to in place."""
         local = self.package.utils.safe_get_local_grad
         return [local(parameter) for parameter in parameters if parameter.requires_grad]
 

@@ -31,7 +31,7 @@ def whole_of(parameter: Any, part: Tensor) -> Tensor:
 
 
 def slice_of(parameter: Any, whole: Tensor) -> Tensor:
-    """This process's slice of a tensor of the parameter's shape, padded with zeros."""
+    """The slice on this process of a tensor of the parameter's shape, padded with zeros."""
     size = parameter.ds_tensor.numel()
     start = size * dist.get_rank(parameter.ds_process_group)
     held = whole.reshape(-1)[start : start + size]
@@ -47,7 +47,7 @@ class Flat:
     def pieces(self, flat: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """Every parameter with its slice of a tensor that is laid out as this one, as a view."""
         sizes = [parameter.ds_tensor.numel() for parameter in self.parameters]
-        return zip(self.parameters, flat.split(sizes), strict=True)
+        return zip(self.parameters, torch.split(flat, sizes), strict=True)
 
 
 def flats_of(engine_optimizer: Any) -> list[Flat]:

@@ -34,7 +34,7 @@ FLOORS = [
      "published_codec", "published_grid", "request_lines", "safe_yaml", "samplers", "shard_writing",
      "shards", "sources", "text_encoder", "tokenizer", "uvit_layers", "vqgan_networks", "weights"},
     {"amused", "checkpoint", "config", "conversion", "families", "inspection", "journal",
-     "loading", "locate", "optim", "placing", "training_state"},
+     "loading", "locate", "optim", "placing", "training_state", "zero", "zero_slices"},
     {"bench", "bench_draw", "bench_generation", "bench_loss", "bench_sides", "bench_timing",
      "evaluate", "generation", "judge", "machine", "metrics", "offline", "offline_plan",
      "offline_shards", "offline_workers", "peers", "picture_figures",
@@ -45,7 +45,7 @@ FLOORS = [
 ROOMS = {"modalities", "codecs", "backbones", "samplers"}
 CORE = ["tokens", "schedule", "objective", "denoiser", "ops", "filling", "data", "train",
         "stepping", "run", "order", "conditioning", "optim", "checkpoint",
-        "training_state"]  # fmt: skip
+        "training_state", "zero", "zero_slices"]  # fmt: skip
 MODALITY_WORDS = re.compile(r"\b(images?|texts?|pixels?|prompts?|pictures?|captions?)\b", re.I)
 
 
