@@ -143,6 +143,10 @@ class ZeroPlacement:
             # Small parameters are kept whole besides: the engine has to know of the change.
             with self.package.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(wholes[name])
+        # The engine steps copies of its own, which it then writes over the parameters.
+        for flat in self.joined.flats:
+            for parameter, held in flat.pieces(flat.tensor):
+                held.copy_(slice_of(parameter, wholes[self.names[id(parameter)]]))
 
     def states(self) -> dict[str, Tensor]:
         """See `Placement`."""
