@@ -45,6 +45,8 @@ class Run:
 
 def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     """The parts of a run, the model with its initial weights by the seed."""
+    if isinstance(accelerator, ZeroAccelerator):
+        accelerator.check(recipe.train)
     objective = recipe.objective
     schedule = named_schedule(objective.schedule.name, **objective.schedule.options)
     modality = _part("modalities", recipe.modality.name, recipe.modality.options)

@@ -18,17 +18,21 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import patch_environment
 from torch import Tensor, nn
 
+from mdiff.config import Train
 from mdiff.errors import BackendError, ConfigError
 from mdiff.zero_slices import Joined, ZeroPlacement, flats_of
 
 FILE = "configs/accelerate/zero3.yaml"
+# What accelerate's launcher sets, and accelerate reads.
+ASKED = "ACCELERATE_USE_DEEPSPEED"
 
 
 def zero_was_asked_for() -> bool:
     """Whether a launcher started this process for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return os.environ.get(ASKED, "false").lower() == "true"
 
 
 def deepspeed() -> ModuleType:
@@ -84,34 +88,42 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
         # Our optimisers are torch's, or act on a slice as on a whole.
         "zero_allow_untested_optimizer": True,
     }
-    return {key: value for key, value in settings.items() if key != "train_batch_size"} | own
+    replaced = {"train_batch_size", "fp16", "bf16"}
+    return {key: value for key, value in settings.items() if key not in replaced} | own
 
 
 class ZeroAccelerator(Accelerator):  # type: ignore[misc]
     """An Accelerator whose model and optimisers are DeepSpeed's engine.
 
-    The gradient is complete, and its norm known, before a step is taken, so that training
-    decides on the step as it does elsewhere.
+    accelerate starts the processes, reads the launcher's file and talks between processes; the
+    engine is called here. The gradient is complete, and its norm known, before a step is taken,
+    so that training decides on the step as it does elsewhere.
     """
 
     def __init__(self, *, mixed_precision: str, cpu: bool) -> None:
         self.package = deepspeed()
-        plugin = DeepSpeedPlugin()
-        self.settings = checked(plugin.deepspeed_config)
-        super().__init__(mixed_precision=mixed_precision, cpu=cpu, deepspeed_plugins=plugin)
+        self.settings = checked(DeepSpeedPlugin().deepspeed_config)
+        # Told of DeepSpeed, accelerate steps within `backward` and has transformers cut models
+        # while they are built; and it knows DeepSpeed on GPUs alone.
+        with patch_environment(**{ASKED: "false"}):
+            super().__init__(mixed_precision=mixed_precision, cpu=cpu)
         self.engine: Any = None
 
-    def prepare(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> tuple[Any, ...]:
-        """The engine, which is called as the model is, and one optimiser with all groups.
-
-        ConfigError where a weight is not float32, which is all that the engine keeps.
-        """
-        wrong = {p.dtype for p in model.parameters()} - {torch.float32}
-        if wrong:
+    def check(self, settings: Train) -> None:
+        """Raise ConfigError for what a recipe may ask of other engines but not of this one."""
+        if settings.precision == "fp64":
             raise ConfigError(
-                f"train.precision with weights in {wrong.pop()}: DeepSpeed keeps float32; expected "
-                "fp32 or bf16 here, or configs/accelerate/fsdp2.yaml"
+                "train.precision='fp64': DeepSpeed keeps weights in float32; expected 'fp32' or "
+                "'bf16', or configs/accelerate/fsdp2.yaml"
             )
+        if settings.compile:
+            raise ConfigError(
+                "train.compile=true: what is compiled does not see the weights that DeepSpeed "
+                "gathers; expected false, or configs/accelerate/fsdp2.yaml"
+            )
+
+    def prepare(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> tuple[Any, ...]:
+        """The engine, which is called as the model is, and one optimiser with all groups."""
         joined = Joined(optimizers)
         with quiet():
             # It joins the process group that is there.
