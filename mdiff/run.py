@@ -21,7 +21,7 @@ from mdiff.schedule import Schedule, named_schedule
 from mdiff.stepping import LossOf, Stepper, StepRows
 from mdiff.tokens import TokenSpace
 from mdiff.training_state import Placement, TorchPlacement
-from mdiff.zero import ZeroAccelerator
+from mdiff.zero import ZeroAccelerator, refuse
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
@@ -46,7 +46,7 @@ class Run:
 def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     """The parts of a run, the model with its initial weights by the seed."""
     if isinstance(accelerator, ZeroAccelerator):
-        accelerator.check(recipe.train)
+        refuse(recipe.train)
     objective = recipe.objective
     schedule = named_schedule(objective.schedule.name, **objective.schedule.options)
     modality = _part("modalities", recipe.modality.name, recipe.modality.options)

@@ -92,6 +92,20 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in replaced} | own
 
 
+def refuse(settings: Train) -> None:
+    """Raise ConfigError for what a recipe may ask of other engines but not of this one."""
+    if settings.precision == "fp64":
+        raise ConfigError(
+            "train.precision='fp64': DeepSpeed keeps weights in float32; expected 'fp32' or "
+            "'bf16', or configs/accelerate/fsdp2.yaml"
+        )
+    if settings.compile:
+        raise ConfigError(
+            "train.compile=true: what is compiled does not see the weights that DeepSpeed "
+            "gathers; expected false, or configs/accelerate/fsdp2.yaml"
+        )
+
+
 class ZeroAccelerator(Accelerator):  # type: ignore[misc]
     """An Accelerator whose model and optimisers are DeepSpeed's engine.
 
@@ -108,19 +122,6 @@ class ZeroAccelerator(Accelerator):  # type: ignore[misc]
         with patch_environment(**{ASKED: "false"}):
             super().__init__(mixed_precision=mixed_precision, cpu=cpu)
         self.engine: Any = None
-
-    def check(self, settings: Train) -> None:
-        """Raise ConfigError for what a recipe may ask of other engines but not of this one."""
-        if settings.precision == "fp64":
-            raise ConfigError(
-                "train.precision='fp64': DeepSpeed keeps weights in float32; expected 'fp32' or "
-                "'bf16', or configs/accelerate/fsdp2.yaml"
-            )
-        if settings.compile:
-            raise ConfigError(
-                "train.compile=true: what is compiled does not see the weights that DeepSpeed "
-                "gathers; expected false, or configs/accelerate/fsdp2.yaml"
-            )
 
     def prepare(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> tuple[Any, ...]:
         """The engine, which is called as the model is, and one optimiser with all groups."""
