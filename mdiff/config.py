@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from mdiff.errors import ConfigError, nearest
 from mdiff.safe_yaml import parse_yaml
 
-MAX_RECIPE_BYTES = 2**20
+MAX_RECIPE_BYTES = 2**16
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+# Of a message: a value of a hostile file can be of any length.
+MOST_CHARACTERS = 2000
+
 
 class MdiffError(Exception):
-    """Any error that mdiff raises on purpose; `exit_code` is the command line's."""
+    """Any error that mdiff raises on purpose; `exit_code` is the command line's.
+
+    Its message is one printable line of at most MOST_CHARACTERS, whatever a file put into it.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > MOST_CHARACTERS:
+            text = f"{text[: MOST_CHARACTERS - 3]}..."
+        # Line ends, what steers a terminal, and halves of characters, which cannot be written.
+        return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 class ConfigError(MdiffError, ValueError):

@@ -24,10 +24,15 @@ from mdiff.errors import CheckpointError
 MAX_NAME_BYTES = 255
 # Larger than any tokenizer or index file in use, and parsed well within a second or two.
 MAX_JSON_BYTES = 32 * 2**20
+# As many as the index of the largest public models has, some ten times over; a parser makes of
+# each some hundred bytes. Files below the second number cannot hold too many.
+MAX_JSON_VALUES, COUNTED_FROM = 10**6, 2**20
 # Configurations nest a handful of levels; a parser's stack is not to be a file's choice.
 MAX_JSON_DEPTH = 64
 # The header of the largest public models is about 1 MB.
 MAX_HEADER_BYTES = 32 * 2**20
+# Of one file: the largest public models have some hundred in each of theirs.
+MAX_TENSORS = 30_000
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # A zip archive (torch.save), a pickle of protocol 2 to 5, and torch's oldest magic number.
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -46,11 +51,19 @@ def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise CheckpointError(f"file name {name!r}: expected a plain name inside {folder}")
-    if any(len(part.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES for part in parts):
+    try:
+        longest = max(len(part.encode("utf-8")) for part in parts)
+    except UnicodeEncodeError:
+        raise CheckpointError(f"file name {name[:80]!r}: not a name in UTF-8") from None
+    if longest > MAX_NAME_BYTES:
         raise CheckpointError(f"file name {name[:80]!r}...: longer than {MAX_NAME_BYTES} bytes")
     path = Path(folder, *parts)
     home = Path(root or folder).resolve()
-    if not path.resolve().is_relative_to(home):
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{path} is a link in a circle") from None
+    if not target.is_relative_to(home):
         raise CheckpointError(f"{path} is a link that leaves {home}")
     return path
 
@@ -87,7 +100,10 @@ def parse_json(data: bytes, *, origin: str) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        text = data.decode("utf-8")
+        if has_too_many_values(text):
+            raise CheckpointError(f"{origin} has over {MAX_JSON_VALUES} commas and brackets")
+        value = json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise CheckpointError(f"{origin} is nested deeper than {MAX_JSON_DEPTH} levels") from None
     except ValueError as error:
@@ -107,6 +123,11 @@ def parse_json(data: bytes, *, origin: str) -> dict[str, Any]:
     if level:
         raise CheckpointError(f"{origin} is nested deeper than {MAX_JSON_DEPTH} levels")
     return value
+
+
+def has_too_many_values(text: str) -> bool:
+    """Whether JSON could hold more than MAX_JSON_VALUES values, in time that parsing it takes."""
+    return len(text) >= COUNTED_FROM and sum(map(text.count, ",[{")) > MAX_JSON_VALUES
 
 
 def read_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -133,6 +154,8 @@ def check_tensors(path: Path) -> dict[str, Any]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: the header's __metadata__ is not strings by name")
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(f"{path} has {len(header)} tensors: at most {MAX_TENSORS} are read")
     runs = []
     for name, entry in header.items():
         try:

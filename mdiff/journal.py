@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mdiff.errors import BackendError
+from mdiff.errors import BackendError, CheckpointError
 
 LOG = "log.jsonl"
 
@@ -101,14 +101,16 @@ class Journal:
 
 def _truncate(path: Path, start: int) -> None:
     """Keep the lines of steps up to `start`, and no half-written one."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a plain file")
     kept = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 break

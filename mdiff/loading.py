@@ -17,16 +17,15 @@ from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, 
 from mdiff.families import built, filled, recognised, unsupported
 from mdiff.files import read_json, refuse_special
 from mdiff.filling import State
-from mdiff.find import find, names
+from mdiff.find import find
 from mdiff.locate import CONFIG, MODEL_INDEX, PIPELINE, locate
 from mdiff.placing import AUTO, DeviceMap, planned, spread
 from mdiff.published import Published
 from mdiff.schedule import SCHEDULES, Linear, Schedule, named_schedule
 from mdiff.tokens import TokenSpace
+from mdiff.transformers_model import transformers_model
 
 FORMAT = 1
-# What the model_type of our own architectures begins with.
-OURS = "mdiff-"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model",
     "spiece.model",
@@ -129,7 +128,7 @@ def _own(
     if room is not None:
         denoiser = _published(folder, room, dtype, place)
     else:
-        denoiser = _denoiser(folder, dtype, mask_id=space.mask_id)
+        denoiser = transformers_model(folder, dtype, mask_id=space.mask_id)
     _check_columns(denoiser, space, folder)
     return Parts(denoiser, space, modality, schedule, window)
 
@@ -186,7 +185,7 @@ def _foreign(
         mask_id = described.get("mask_id") if text is None else text.tokenizer.mask_id
     if type(mask_id) is not int:
         raise ConfigError(f"{folder} does not say which id is the mask: give mask_id=")
-    denoiser = module or _denoiser(folder, dtype, mask_id=mask_id)
+    denoiser = module or transformers_model(folder, dtype, mask_id=mask_id)
     space = TokenSpace(_columns(denoiser), mask_id=mask_id)
     if text is not None and text.tokenizer.size > max(space.vocab_size, mask_id + 1):
         raise DataError(
@@ -231,34 +230,6 @@ def _text_of(folder: Path, mask_id: int | None, tokenizer: str | None) -> Any:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     return find("modalities", "text")(tokenizer=str(folder), mask_id=mask_id, folder=folder)
-
-
-def _denoiser(folder: Path, dtype: torch.dtype | None, *, mask_id: int) -> Denoiser:
-    """The model with its weights; every one of its tensors is in the files."""
-    from transformers import AutoModelForMaskedLM, logging
-
-    # Importing an architecture of ours makes it known to transformers. Its model_type is the
-    # name of its file; any other name in a file imports nothing.
-    kind = str(read_json(folder / CONFIG).get("model_type"))
-    if kind.startswith(OURS) and kind.removeprefix(OURS).replace("-", "_") in names("backbones"):
-        find("backbones", kind.removeprefix(OURS))
-    logging.disable_progress_bar()
-    try:
-        model, report = AutoModelForMaskedLM.from_pretrained(
-            str(folder), dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False,
-            local_files_only=True, output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise CheckpointError(f"{folder} cannot be loaded: {first}") from error
-    for problem in ("missing_keys", "mismatched_keys"):
-        if report[problem]:
-            absent = sorted(map(str, report[problem]))
-            raise CheckpointError(f"{folder}: {problem.replace('_', ' ')}: {', '.join(absent[:4])}")
-    if isinstance(model, Denoiser):
-        return model
-    wrapped: Denoiser = find("backbones", "masked_lm")(model, mask_id=mask_id)
-    return wrapped
 
 
 def _columns(denoiser: Any) -> int:

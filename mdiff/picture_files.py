@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
+import os
 import struct
 import zipfile
 import zlib
@@ -16,8 +18,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from mdiff.errors import BackendError, DataError, nearest
-from mdiff.sources import HUB, json_lines, read_text
+from mdiff.errors import BackendError, CheckpointError, DataError, nearest
+from mdiff.files import inside
+from mdiff.sources import HUB, check_growth, json_lines, pieces, read_text
 
 if TYPE_CHECKING:
     from mdiff.pictures import PictureSource
@@ -27,10 +30,13 @@ EIGHT_BIT = ("1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBX", "RGBa", "CM
 DIGITS = "sklearn.digits"
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 METADATA = "metadata.jsonl"
-# A picture of more pixels is taken for a decompression bomb.
-MAX_PIXELS = 2**26
-# The largest array that is read from a file, and how much of one at a time.
-MAX_BYTES, READ_AT_ONCE = 2**34, 2**20
+# A picture of more pixels is taken for a decompression bomb; seven bytes of memory are one pixel.
+MAX_PIXELS = 3 * 2**24
+ROWS_AT_ONCE = 256
+# Of a picture's file.
+MAX_FILE_BYTES = 2**27
+# The largest array that is read from a file.
+MAX_BYTES = 2**34
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -68,12 +74,17 @@ def as_array(picture: Any, *, channels: int, name: str = "the picture") -> Any:
 def _from_pil(picture: Image.Image, channels: int, name: str) -> Any:
     if picture.mode not in EIGHT_BIT:
         raise DataError(f"{name}: pixels of mode {picture.mode}: expected 8 bits a channel")
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        clear = picture.convert("RGBA")
-        white = Image.new("RGBA", clear.size, "white")
-        picture = Image.alpha_composite(white, clear)
-    array = np.array(picture.convert(MODES[channels]))
-    return array if array.ndim == 3 else array[..., None]
+    width, height = picture.size
+    array = np.empty((height, width, channels), np.uint8)
+    # A part at a time: a large picture is not to be held several times over.
+    for top in range(0, height, ROWS_AT_ONCE):
+        part = picture.crop((0, top, width, min(top + ROWS_AT_ONCE, height)))
+        if part.mode in ("RGBA", "LA", "PA") or "transparency" in part.info:
+            clear = part.convert("RGBA")
+            part = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+        plain = np.asarray(part.convert(MODES[channels]))
+        array[top : top + ROWS_AT_ONCE] = plain if plain.ndim == 3 else plain[..., None]
+    return array
 
 
 def open_picture(path: Path | str) -> Image.Image:
@@ -81,9 +92,12 @@ def open_picture(path: Path | str) -> Image.Image:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise DataError(f"{path} has {path.stat().st_size} bytes: more than {MAX_FILE_BYTES:,}")
     try:
-        # Opening reads the header alone: the size is known before anything is unpacked.
-        picture = Image.open(path)
+        # Out of memory: what a file says of a length is taken in full from a disk before it is
+        # found to be wrong. Opening reads the header alone, so that the size is known first.
+        picture = Image.open(io.BytesIO(path.read_bytes()))
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise DataError(f"{path}: {width} x {height} pixels: more than {MAX_PIXELS:,}")
@@ -142,14 +156,17 @@ def _digits() -> Iterator[Item]:
 
 def _from_folder(folder: Path) -> Iterator[Item]:
     listed = folder / METADATA
-    if listed.exists():
+    if os.path.lexists(listed):
+        if not listed.is_file():
+            raise DataError(f"{listed} is not a plain file")
         for row in json_lines(read_text(listed), listed, "file_name"):
             label = row.get("label")
             if label is not None and not isinstance(label, str | int):
                 raise DataError(f"{listed}: label {label!r}: expected a name or a number")
-            path = folder / row["file_name"]
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise DataError(f"{listed}: {row['file_name']!r} leaves the folder")
+            try:
+                path = inside(folder, row["file_name"])
+            except CheckpointError as error:
+                raise DataError(f"{listed}: {error}") from None
             caption = row.get("caption", row.get("text"))
             yield Item(row["file_name"], path=path, label=label, caption=caption)
         return
@@ -157,9 +174,9 @@ def _from_folder(folder: Path) -> Iterator[Item]:
     if not paths:
         raise DataError(f"{folder}: no {', '.join(ENDINGS)} in it")
     for path in paths:
-        inside = path.relative_to(folder)
-        label = inside.parts[0] if len(inside.parts) > 1 else None
-        yield Item(name=str(inside), path=path, label=label)
+        within = path.relative_to(folder)
+        label = within.parts[0] if len(within.parts) > 1 else None
+        yield Item(name=str(within), path=path, label=label)
 
 
 def _from_arrays(path: Path) -> Iterator[Item]:
@@ -170,13 +187,15 @@ def _from_arrays(path: Path) -> Iterator[Item]:
             unpacked = sum(info.file_size for info in archive.infolist())
         if unpacked > MAX_BYTES:
             raise DataError(f"{path} unpacks to {unpacked:,} bytes: more than {MAX_BYTES:,}")
+        check_growth(unpacked, path)
         with np.load(path, allow_pickle=False) as arrays:
             if "x" not in arrays:
                 raise DataError(f"{path} has no array x; {nearest('x', arrays.files)}")
             x = arrays["x"]
             y = arrays.get("y")
             names = arrays.get("name")
-    except (zipfile.BadZipFile, ValueError, OSError, zlib.error, EOFError) as error:
+    # RuntimeError: an archive that is encrypted, or packed in another way.
+    except (zipfile.BadZipFile, ValueError, OSError, zlib.error, EOFError, RuntimeError) as error:
         raise DataError(f"{path} is not a readable .npz: {error}") from None
     if x.ndim not in (3, 4) or x.dtype != np.uint8:
         raise DataError(f"{path}: x {x.shape} {x.dtype}: expected uint8 (N, H, W[, C])")
@@ -218,8 +237,10 @@ def _idx(path: Path, *, axes: int) -> Any:
                 raise DataError(f"{path} holds {count:,} bytes: more than {MAX_BYTES:,}")
             # Memory is taken as the data comes: the header may say anything.
             raw = bytearray()
-            while len(raw) <= count and (piece := file.read(READ_AT_ONCE)):
+            for piece in pieces(file, path):
                 raw += piece
+                if len(raw) > count:
+                    break
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:

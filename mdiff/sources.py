@@ -9,14 +9,21 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mdiff.errors import BackendError, ConfigError, DataError, nearest
+from mdiff.files import MAX_JSON_VALUES, has_too_many_values
 
 HUB = "hub:"
 STANDARD_LIBRARY = "pydoc_data.topics"
 SPLITS = ("train", "validation", "holdout")
+# Text in .gz shrinks some four times, pictures ten: what grows more, and to more, is a bomb.
+MOST_UNPACKED, MOST_GROWTH = 2**27, 50
+READ_AT_ONCE = 2**20
+# Characters of one JSON line.
+MOST_OF_A_LINE = 2**23
 
 # A document: text, or token ids.
 Piece = TypeVar("Piece", str, list[int])
@@ -161,7 +168,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         if path.suffix == ".gz":
             with gzip.open(path, "rb") as file:
-                return file.read()
+                return b"".join(pieces(file, path))
         return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file{_neighbour(path)}") from None
@@ -171,6 +178,24 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path} cannot be unpacked: {error}") from None
     except PermissionError:
         raise DataError(f"{path}: no permission to read it") from None
+
+
+def pieces(file: BufferedIOBase, path: Path) -> Iterator[bytes]:
+    """What an open file holds, a piece at a time; DataError once it is a bomb (`check_growth`)."""
+    total = 0
+    while piece := file.read(READ_AT_ONCE):
+        yield piece
+        total += len(piece)
+        check_growth(total, path)
+
+
+def check_growth(unpacked: int, path: Path) -> None:
+    """Raise DataError where so many bytes came, or would come, out of a file that is small."""
+    if unpacked > MOST_UNPACKED and unpacked > MOST_GROWTH * path.stat().st_size:
+        raise DataError(
+            f"{path} unpacks to over {MOST_GROWTH} times its size, {unpacked:,} bytes or more: "
+            "unpack it yourself if it is meant"
+        )
 
 
 def _neighbour(path: Path) -> str:
@@ -192,9 +217,14 @@ def json_lines(text: str, path: str | Path, field: str | None = None) -> Iterato
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number} (byte {offset})"
+            if len(line) > MOST_OF_A_LINE or has_too_many_values(line):
+                raise DataError(
+                    f"{where} has {len(line)} characters: at most {MOST_OF_A_LINE} are read, of "
+                    f"them {MAX_JSON_VALUES} commas and brackets; a .txt file may be of any length"
+                )
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{where}: expected an object, got {type(row).__name__}")

@@ -19,13 +19,9 @@ from mdiff.config import Recipe, Train
 from mdiff.data import Batch, Examples
 from mdiff.denoiser import Condition
 from mdiff.errors import ConfigError, DataError
+from mdiff.hiding import maskable_places, stratified_times, truncated_normal
 from mdiff.kernels import philox
-from mdiff.objective import (
-    maskable_places,
-    masked_diffusion_loss,
-    stratified_times,
-    truncated_normal,
-)
+from mdiff.objective import masked_diffusion_loss
 from mdiff.optim import AveragedWeights, rate_at
 from mdiff.order import rows_of_step
 from mdiff.schedule import MIN_TIME, Schedule

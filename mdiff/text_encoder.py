@@ -113,7 +113,10 @@ def _model(folder: Path, dtype: torch.dtype | None) -> Any:
             str(folder), dtype=dtype or "auto", use_safetensors=True, local_files_only=True,
             output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except MemoryError:
+        raise
+    # Whatever the library raises on a file: it is not one that it can load.
+    except Exception as error:
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise CheckpointError(f"{folder} cannot be loaded: {first}") from error
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):

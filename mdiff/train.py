@@ -20,6 +20,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mdiff import __version__
 from mdiff.checkpoint import (
@@ -39,6 +40,7 @@ from mdiff.files import read_json, read_tensors
 from mdiff.journal import Journal, to_stderr
 from mdiff.order import rows_of_step
 from mdiff.run import Run, build_run
+from mdiff.saving import Writer
 from mdiff.stepping import Outcome
 from mdiff.training_state import capture, model_weights, restore
 from mdiff.zero import ZeroAccelerator, zero_was_asked_for
@@ -106,18 +108,22 @@ def _train(
         journal = None
         if accelerator.is_main_process:
             journal = stack.enter_context(_journal(run, out, start=start, report=report))
+        # Left before the lock is: nobody else writes while this run still does.
+        writer = stack.enter_context(Writer())
         interrupted = stack.enter_context(_signals())
-        return _loop(run, out, start=start, journal=journal, interrupted=interrupted)
+        return _loop(run, out, start=start, journal=journal, writer=writer, interrupted=interrupted)
 
 
 def _loop(
-    run: Run, out: Path, *, start: int, journal: Journal | None, interrupted: Callable[[], bool]
-) -> tuple[Path, bool]:
+    run: Run, out: Path, *, start: int, journal: Journal | None, writer: Writer,
+    interrupted: Callable[[], bool],
+) -> tuple[Path, bool]:  # fmt: skip
     """Steps `start` + 1 to the last, saved as the recipe says; see `_train`."""
     settings = run.recipe.train
     path = step_path(out, start)
     for number, rows in enumerate(run.rows.steps(start + 1), start=start + 1):
-        outcome = run.stepper.step(number, rows, stopping=interrupted)
+        # A save that failed stops all processes; asking for the next one then says why.
+        outcome = run.stepper.step(number, rows, stopping=lambda: interrupted() or writer.failed)
         record = _record(run, number, outcome)
         if len(outcome.bad) and settings.nonfinite == "stop":
             raise DataError(
@@ -128,10 +134,11 @@ def _loop(
         if journal is not None:
             journal.step(record)
         if number % settings.save_every == 0 or number == settings.steps or outcome.stop:
-            path = _save(run, out, number)
-        if outcome.stop and number < settings.steps:
-            return path, True
-    return path, False
+            path = _save(run, out, number, writer)
+        if outcome.stop:
+            break
+    _on_main(run.accelerator, writer.finish)
+    return path, number < settings.steps
 
 
 def _record(run: Run, number: int, outcome: Outcome) -> dict[str, Any]:
@@ -153,27 +160,36 @@ def _record(run: Run, number: int, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _save(run: Run, out: Path, number: int) -> Path:
+def _save(run: Run, out: Path, number: int, writer: Writer) -> Path:
+    """Copy the state after step `number` and begin to write it; where it will lie.
+
+    Waits for the save before, and raises what that one raised, in every process.
+    """
+    _on_main(run.accelerator, writer.finish)
+    state = writer.state = capture(
+        run.backbone, run.placement, run.averaged, into=writer.state
+    )  # fmt: skip
+    if run.accelerator.is_main_process:
+        writer.begin(lambda: _write(run, out, number, state))
+    if not run.placement.may_be_read_beside_steps:
+        _on_main(run.accelerator, writer.finish)
+    return step_path(out, number)
+
+
+def _write(run: Run, out: Path, number: int, state: dict[str, Tensor]) -> None:
     """Write the checkpoint after step `number`, and drop what `keep` no longer wants."""
-    path = step_path(out, number)
-    state = capture(run.backbone, run.placement, run.averaged)
-
-    def write() -> None:
-        with staged(path) as folder:
-            weights = model_weights(run.backbone, state)
-            cast(Any, run.backbone).save_pretrained(folder, state_dict=weights)
-            run.modality.save(folder)
-            write_json(folder / PIPELINE, _pipeline(run))
-            save_file(state, folder / TENSORS)
-            write_json(folder / TRAINING, _training(run, number))
-        keep = run.recipe.train.keep
-        for old in steps(out)[:-keep] if keep else []:
-            # Renamed first: a kill amid the removal leaves what `sweep` clears, not half a step.
-            gone = step_path(out, old).rename(out / f".step-{old:06d}.tmp")
-            shutil.rmtree(gone)
-
-    _on_main(run.accelerator, write)
-    return path
+    with staged(step_path(out, number)) as folder:
+        weights = model_weights(run.backbone, state)
+        cast(Any, run.backbone).save_pretrained(folder, state_dict=weights)
+        run.modality.save(folder)
+        write_json(folder / PIPELINE, _pipeline(run))
+        save_file(state, folder / TENSORS)
+        write_json(folder / TRAINING, _training(run, number))
+    keep = run.recipe.train.keep
+    for old in steps(out)[:-keep] if keep else []:
+        # Renamed first: a kill amid the removal leaves what `sweep` clears, not half a step.
+        gone = step_path(out, old).rename(out / f".step-{old:06d}.tmp")
+        shutil.rmtree(gone)
 
 
 def _pipeline(run: Run) -> dict[str, Any]:

@@ -25,14 +25,18 @@ class Placement(Protocol):
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
         """The optimisers, of which a state names one by its number."""
 
+    @property
+    def may_be_read_beside_steps(self) -> bool:
+        """Whether another thread may look at the model, not at its values, while it trains."""
+
     def parts(self) -> dict[str, Tensor]:
         """What this process holds of every parameter, by name; steps write to it in place."""
 
     def shape(self, name: str) -> torch.Size:
         """The shape of a whole parameter."""
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
-        """A copy on the CPU of all of what `part` is this process's share of.
+    def whole(self, name: str, part: Tensor, *, into: Tensor | None) -> Tensor:
+        """A copy on the CPU of all of what `part` is this process's share of; see `copied`.
 
         `name` is the parameter that it is cut like. Where tensors are cut, every process calls.
         """
@@ -56,6 +60,8 @@ class Placement(Protocol):
 class TorchPlacement:
     """Parameters that are plain tensors, or DTensors as FSDP2 makes them."""
 
+    may_be_read_beside_steps = True
+
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.model, self.optimizers = model, optimizers
 
@@ -67,10 +73,10 @@ class TorchPlacement:
         """See `Placement`."""
         return self.model.get_parameter(name).shape
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def whole(self, name: str, part: Tensor, *, into: Tensor | None) -> Tensor:
         """See `Placement`."""
         part = part.detach()
-        return copied(part.full_tensor() if isinstance(part, DTensor) else part)
+        return copied(part.full_tensor() if isinstance(part, DTensor) else part, into=into)
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
         """See `Placement`."""
@@ -104,9 +110,12 @@ class TorchPlacement:
             self.optimizers[index].state[self.model.get_parameter(owner)][key] = value
 
 
-def copied(tensor: Tensor) -> Tensor:
-    """A copy on the CPU."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def copied(tensor: Tensor, *, into: Tensor | None) -> Tensor:
+    """A copy on the CPU, in the memory of `into` where that fits."""
+    tensor = tensor.detach()
+    if into is not None and into.shape == tensor.shape and into.dtype == tensor.dtype:
+        return into.copy_(tensor)
+    return tensor.to("cpu", copy=True).contiguous()
 
 
 def state_name(name: str) -> tuple[int, str, str]:
@@ -121,22 +130,32 @@ def state_name(name: str) -> tuple[int, str, str]:
 
 
 def capture(
-    model: nn.Module, placement: Placement, averaged: AveragedWeights | None
-) -> dict[str, Tensor]:
+    model: nn.Module, placement: Placement, averaged: AveragedWeights | None,
+    *, into: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Copies of the weights, their averages and the optimisers' state, by flat names.
 
     `weights/NAME`, `averaged/NAME`, `optim/INDEX/NAME/KEY`; complete also where they are cut
-    over processes, all of which must call this.
+    over processes, all of which must call this. `into` is what an earlier call gave, whose
+    memory is written over: fresh memory takes twice as long as the copies.
     """
-    found = {f"weights/{name}": copied(buffer) for name, buffer in _buffers(model).items()}
+    # Each with the parameter that it is cut like; None is whole already.
+    parts: dict[str, tuple[str | None, Tensor]] = {}
     for name, part in placement.parts().items():
-        found[f"weights/{name}"] = placement.whole(name, part)
+        parts[f"weights/{name}"] = (name, part)
+    for name, buffer in _buffers(model).items():
+        parts[f"weights/{name}"] = (None, buffer)
     for name, part in averaged.tensors.items() if averaged is not None else ():
-        found[f"averaged/{name}"] = placement.whole(name, part)
+        parts[f"averaged/{name}"] = (name, part)
     for name, part in placement.states().items():
-        owner = state_name(name)[1]
-        found[f"optim/{name}"] = placement.whole(owner, part) if part.dim() else copied(part)
-    return found
+        parts[f"optim/{name}"] = (state_name(name)[1] if part.dim() else None, part)
+    memory = into or {}
+    return {
+        name: copied(part, into=memory.get(name))
+        if like is None
+        else placement.whole(like, part, into=memory.get(name))
+        for name, (like, part) in parts.items()
+    }
 
 
 def restore(

@@ -113,6 +113,9 @@ class Joined(torch.optim.Optimizer):
 class ZeroPlacement:
     """Parameters in slices; see `mdiff.training_state.Placement`."""
 
+    # Within a forward pass the engine gathers what a module is asked for, by all processes.
+    may_be_read_beside_steps = False
+
     def __init__(self, model: nn.Module, joined: Joined, package: Any) -> None:
         self.optimizers = joined.optimizers
         self.joined, self.package = joined, package
@@ -127,9 +130,9 @@ class ZeroPlacement:
         """See `Placement`."""
         return torch.Size(self.parameters[name].ds_shape)
 
-    def whole(self, name: str, part: Tensor) -> Tensor:
+    def whole(self, name: str, part: Tensor, *, into: Tensor | None) -> Tensor:
         """See `Placement`."""
-        return copied(whole_of(self.parameters[name], part))
+        return copied(whole_of(self.parameters[name], part), into=into)
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
         """See `Placement`."""

@@ -10,7 +10,7 @@ import torch
 from mdiff.conditioning import GivenParts, drop_condition, hideable_places
 from mdiff.config import parse_recipe
 from mdiff.errors import ConfigError
-from mdiff.objective import truncated_normal
+from mdiff.hiding import truncated_normal
 from mdiff.schedule import Linear
 from mdiff.stepping import LossOf
 from mdiff.tokens import TokenSpace

@@ -26,7 +26,8 @@ FLOORS = [
     {"kernels"},
     {"errors"},
     {"data", "denoiser", "schedule", "tokens"},
-    {"block_cache", "conditioning", "filling", "layers", "objective", "ops", "other_start"},
+    {"block_cache", "bound", "conditioning", "filling", "hidden_loss", "hiding", "layers",
+     "objective", "ops", "other_start"},
     {"adaln_layers", "backbones", "bit_order", "canvas", "canvas_parts", "captions", "codec",
      "codec_beside", "codec_networks", "codec_training", "codecs", "decoder_layers",
      "diffusers_layers", "editing", "emoji", "expert_layers", "files", "find", "modalities",
@@ -34,7 +35,8 @@ FLOORS = [
      "published_codec", "published_grid", "request_lines", "safe_yaml", "samplers", "shard_writing",
      "shards", "sources", "text_encoder", "tokenizer", "uvit_layers", "vqgan_networks", "weights"},
     {"amused", "checkpoint", "config", "conversion", "families", "inspection", "journal",
-     "loading", "locate", "optim", "placing", "training_state", "zero", "zero_slices"},
+     "loading", "locate", "optim", "placing", "saving", "training_state", "transformers_model",
+     "zero", "zero_slices"},
     {"bench", "bench_draw", "bench_generation", "bench_loss", "bench_sides", "bench_timing",
      "evaluate", "generation", "judge", "machine", "metrics", "offline", "offline_plan",
      "offline_shards", "offline_workers", "peers", "picture_figures",
@@ -43,9 +45,9 @@ FLOORS = [
     {"__main__", "cli"},
 ]  # fmt: skip
 ROOMS = {"modalities", "codecs", "backbones", "samplers"}
-CORE = ["tokens", "schedule", "objective", "denoiser", "ops", "filling", "data", "train",
-        "stepping", "run", "order", "conditioning", "optim", "checkpoint",
-        "training_state", "zero", "zero_slices"]  # fmt: skip
+CORE = ["tokens", "schedule", "objective", "hiding", "hidden_loss", "bound", "denoiser", "ops",
+        "filling", "data", "train", "stepping", "run", "order", "conditioning", "optim",
+        "checkpoint", "training_state", "saving", "zero", "zero_slices"]  # fmt: skip
 MODALITY_WORDS = re.compile(r"\b(images?|texts?|pixels?|prompts?|pictures?|captions?)\b", re.I)
 
 

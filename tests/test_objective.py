@@ -16,14 +16,9 @@ from mdiff.backbones.bit_transformer import bit_transformer
 from mdiff.backbones.transformer import TransformerForMaskedLM, transformer
 from mdiff.denoiser import from_logits
 from mdiff.errors import ConfigError
+from mdiff.hiding import stratified_times
 from mdiff.kernels.loss_heads import MatrixHead
-from mdiff.objective import (
-    corrupt,
-    masked_diffusion_loss,
-    nll_bound,
-    stratified_times,
-    token_nll,
-)
+from mdiff.objective import corrupt, masked_diffusion_loss, nll_bound, token_nll
 from mdiff.schedule import SCHEDULES, Cosine, Linear, named_schedule
 from mdiff.tokens import TokenSpace
 

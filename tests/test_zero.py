@@ -206,7 +206,7 @@ def test_states_come_back_from_their_wholes_and_only_if_all_are_at_one_step(rank
     cut = [p for flat in joined.flats for p in flat.parameters]
     placement = ZeroPlacement(nn.ParameterDict(dict(zip(names, cut))), joined, package=None)
     states = {
-        name: placement.whole(name.split("/")[1], part) if part.dim() else part.clone()
+        name: placement.whole(name.split("/")[1], part, into=None) if part.dim() else part.clone()
         for name, part in placement.states().items()
     }
     assert {name.rpartition("/")[0] for name in states} == {"0/one", "0/two", "1/three"}

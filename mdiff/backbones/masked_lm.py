@@ -166,8 +166,11 @@ def _loaded(source: str, dtype: torch.dtype | str | None) -> PreTrainedModel:
             source, dtype="auto" if dtype is None else dtype, use_safetensors=True,
             output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from error
+    except MemoryError:
+        raise
+    # Whatever the library raises on a file: it is not one that it can load.
+    except Exception as error:
+        raise CheckpointError(f"{source}: {str(error).strip() or type(error).__name__}") from error
     if report["missing_keys"]:
         raise CheckpointError(f"{source} lacks weights: {sorted(report['missing_keys'])[:3]}")
     return model

@@ -21,6 +21,7 @@ from hashed import GOLDEN, golden_weights
 from mutations import mutate
 from PIL import Image
 from safetensors.torch import save_file
+from test_train import recipe
 
 import mdiff
 from mdiff.backbones.transformer import transformer
@@ -36,10 +37,12 @@ from mdiff.modalities.image import image
 from mdiff.modalities.text import text
 from mdiff.pictures import Pictures, read_pictures
 from mdiff.pipeline import Pipeline
+from mdiff.request_lines import read_requests
 from mdiff.shard_writing import write_shards
 from mdiff.shards import file_digest, open_shards
-from mdiff.sources import Source
+from mdiff.sources import Source, read_bytes
 from mdiff.tokenizer import BytePairs, Pretrained
+from mdiff.train import train
 
 ROOT = GOLDEN.parent.parent
 PUBLISHED = (
@@ -50,9 +53,10 @@ PUBLISHED_CODECS = ("maskbit_tokenizer", "vq_llamagen", "vqgan_taming")
 # What these need to be loaded without an option.
 COMPLETED = {"gidd": {"p_uniform": 0.0}, "llada_moe": {"mask_id": 3}, "llada2_moe": {"mask_id": 3}}
 # Files that a person names: a pipe or a device there (`<(...)`, /dev/stdin) is what was asked for.
-NAMED_FILES = ("recipe", "requests", "documents", "pictures")
+NAMED_FILES = ("recipe", "requests", "request lines", "documents", "pictures")
 WORDS = "to be or not to be that is the question "
 Load = Callable[[Path], Any]
+RUN = recipe(steps=1, save_every=1, ema=None, optim__name="adamw")
 
 
 def pixels(count: int = 12) -> torch.Tensor:
@@ -122,6 +126,11 @@ def make_recipes(folder: Path) -> None:
         shutil.copy(path, folder)
 
 
+def make_run(folder: Path) -> None:
+    """The directory of a training run after one of two steps."""
+    train(RUN, folder, report=print_nothing)
+
+
 def make_bpe(folder: Path) -> None:
     text(tokenizer="bpe", vocab_size=260).fit([WORDS * 3]).save(folder)
 
@@ -133,6 +142,12 @@ def make_pretrained(folder: Path) -> None:
 def make_requests(folder: Path) -> None:
     rows = [{"prompt": "a face", "label": "7"}, {"image": "x.png"}, {"label": "sneaker"}]
     (folder / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_request_lines(folder: Path) -> None:
+    rows = [{"id": "a", "prompt": "to be", "length": 9}, {"infill": "a[MASK:2]b", "seed": 1},
+            {"id": 7, "chat": "what?"}]  # fmt: skip
+    (folder / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_documents(folder: Path) -> None:
@@ -197,6 +212,18 @@ def load_model(folder: Path) -> None:
     mdiff.load(str(folder), device="cpu")
 
 
+def load_run(folder: Path) -> None:
+    """Go on from what is there, by one step; nothing of it is kept."""
+    train(RUN.model_copy(update={"train": RUN.train.model_copy(update={"steps": 2})}), folder,
+          report=print_nothing)  # fmt: skip
+    # What a valid run has become would be loaded without a step the next time.
+    shutil.rmtree(folder / "step-000002", ignore_errors=True)
+
+
+def print_nothing(line: str) -> None:
+    """No progress."""
+
+
 def load_tensors(folder: Path) -> None:
     read_tensors(folder / "x.safetensors")
 
@@ -205,14 +232,32 @@ def load_picture_folder(folder: Path) -> None:
     read_pictures({"source": str(folder), "captions": "data"}, channels=3)
 
 
+def seal(folder: Path) -> None:
+    """Make the manifest of a model anew: as a hostile author would have made it."""
+    if (folder / MANIFEST).is_file() and b"shards" not in (folder / MANIFEST).read_bytes():
+        files = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
+        digests = {p.relative_to(folder).as_posix(): file_digest(p) for p in files}
+        write_json(folder / MANIFEST, {"format": 1, "files": digests})
+
+
 def sealed(load: Load) -> Load:
-    """Loading after the manifest was made anew: as a hostile author would have made it."""
+    """Loading after the manifest was made anew."""
 
     def seal_and_load(folder: Path) -> None:
-        if (folder / MANIFEST).is_file() and b"shards" not in (folder / MANIFEST).read_bytes():
-            files = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
-            digests = {p.relative_to(folder).as_posix(): file_digest(p) for p in files}
-            write_json(folder / MANIFEST, {"format": 1, "files": digests})
+        seal(folder)
+        load(folder)
+
+    return seal_and_load
+
+
+def sealed_runs(load: Load) -> Load:
+    """Loading after the manifests of checkpoints were made anew, in about half of the trials."""
+
+    def seal_and_load(folder: Path) -> None:
+        if sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()) % 2:
+            for checkpoint in folder.glob("step-*"):
+                if checkpoint.is_dir() and not checkpoint.is_symlink():
+                    seal(checkpoint)
         load(folder)
 
     return seal_and_load
@@ -234,6 +279,9 @@ CASES: dict[str, tuple[Callable[[Path], None], Load, int]] = {
     "bpe tokenizer": (make_bpe, BytePairs.read, 5),
     "pretrained tokenizer": (make_pretrained, lambda folder: Pretrained(str(folder)), 5),
     "requests": (make_requests, lambda folder: requests_of(folder / "requests.jsonl"), 6),
+    "request lines": (make_request_lines,
+                      lambda folder: read_requests(read_bytes(folder / "lines.jsonl")), 4),
+    "run": (make_run, sealed_runs(load_run), 6),
     "documents": (make_documents, load_documents, 5),
     "pictures": (make_pictures, load_each_picture, 12),
     "picture folder": (make_picture_folder, load_picture_folder, 5),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -56,13 +57,17 @@ def mutated_json(data: bytes, chance: random.Random) -> bytes:
     if chance.random() < 0.2:
         return mutated_bytes(data, chance)
     try:
-        value = json.loads(data)
+        return _with_one_change(json.loads(data), chance)
     except (ValueError, RecursionError):
-        # It was mutated before.
+        # It was mutated before, or is nested too deep to be written again.
         return mutated_bytes(data, chance)
+
+
+def _with_one_change(value: Any, chance: random.Random) -> bytes:
+    """The value as JSON with one value, key or level changed; ValueError where there is none."""
     spots = list(_spots(value)) if isinstance(value, dict | list) else []
     if not spots:
-        return mutated_bytes(data, chance)
+        raise ValueError
     holder, key = chance.choice(spots)
     kind = chance.randrange(10)
     if kind == 0:
@@ -85,7 +90,7 @@ def mutated_json(data: bytes, chance: random.Random) -> bytes:
         holder[key] = chance.choice((holder[key] + change, holder[key] * change, -holder[key]))
     elif kind == 6:
         other, there = chance.choice(spots)
-        holder[key] = json.loads(json.dumps(other[there]))
+        holder[key] = copy.deepcopy(other[there])
     else:
         holder[key] = chance.choice(HOSTILE)
     return json.dumps(value).encode()

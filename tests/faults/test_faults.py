@@ -94,10 +94,14 @@ def test_a_dataset_that_has_vanished_is_named_and_nothing_is_written(tmp_path, c
 
 
 class DyingRows(toy_medium.ToyRows):
-    """Rows whose reader is killed from the second call in another process on."""
+    """Rows whose reader, where it is another process than the trainer, dies at row 13."""
+
+    def __init__(self, *given, **options):
+        super().__init__(*given, **options)
+        self.trainer = os.getpid()
 
     def batch(self, rows, epoch):
-        if os.getpid() != int(os.environ["MDIFF_TEST_PARENT"]) and (rows == 13).any():
+        if os.getpid() != self.trainer and (rows == 13).any():
             os.kill(os.getpid(), signal.SIGKILL)
         return super().batch(rows, epoch)
 
@@ -110,8 +114,7 @@ def dying_marks():
     return Dying()
 
 
-def test_a_worker_that_dies_is_said_and_the_run_goes_on_without(tmp_path, monkeypatch):
-    monkeypatch.setenv("MDIFF_TEST_PARENT", str(os.getpid()))
+def test_a_worker_that_dies_is_said_and_the_run_goes_on_without(tmp_path):
     whole = train(recipe(), tmp_path / "whole", **QUIET)
     out = tmp_path / "run"
     settings = {"save_every": 1, "modality__name": "test_faults:dying_marks"}

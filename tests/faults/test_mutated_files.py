@@ -6,15 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from figures import record
+from figures import check
 
 BATCH = Path(__file__).parent / "batch.py"
-# What issue 7 allows a file: CPU seconds, and bytes of resident memory above those before.
-MOST_SECONDS, MOST_BYTES = 2.0, 512 * 2**20
 # Without an answer for so long the child hangs where Python cannot interrupt it.
 PATIENCE_SECONDS = 580
 
@@ -38,23 +35,6 @@ def trials(tmp_path, first, stop):
         done.append({"number": number, "kind": "?", "seconds": 0.0, "bytes": 0, "ended": ended})
         first = number + 1
     return done
-
-
-def check(done, name):
-    """No undocumented end, no slow and no large one."""
-    ends = Counter(row["ended"].split(":")[0] for row in done)
-    record(name, {
-        "trials": len(done), "ends": dict(ends),
-        "most CPU seconds": max(row["seconds"] for row in done),
-        "most MiB": max(row["bytes"] for row in done) / 2**20,
-    })  # fmt: skip
-    known = {"loaded", "CheckpointError", "ConfigError", "DataError", "BackendError"}
-    wrong = [
-        row
-        for row in done
-        if row["ended"] not in known or row["seconds"] > MOST_SECONDS or row["bytes"] > MOST_BYTES
-    ]
-    assert not wrong, json.dumps(wrong[:5], indent=1)
 
 
 def test_1000_mutated_files_end_in_a_load_or_a_documented_error(tmp_path):

@@ -27,15 +27,14 @@ def say(line: str) -> None:
 
 
 def tell_of_saves() -> None:
-    """Say so when a save has returned."""
-    save = training._save
+    """Say so when a save is complete."""
+    write = training._write
 
-    def saved(run: Any, out: Path, number: int) -> Path:
-        path = save(run, out, number)
+    def written(run: Any, out: Path, number: int, state: Any) -> None:
+        write(run, out, number, state)
         say(f"saved {number}")
-        return path
 
-    training._save = saved
+    training._write = written
 
 
 def tell_of_first(line: str) -> None:

@@ -1,0 +1,76 @@
+"""A masked language model in the layout of transformers: one of our own or of any other."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mdiff.denoiser import Denoiser
+from mdiff.errors import CheckpointError, MdiffError
+from mdiff.files import read_json
+from mdiff.find import find, names
+from mdiff.locate import CONFIG, check_weights
+from mdiff.weights import headers
+
+# What the model_type of our own architectures begins with.
+OURS = "mdiff-"
+# A model has up to twice the weights of its files, where tied ones are saved once.
+MOST_OVER_FILES, SPARE = 4, 2**20
+
+
+def transformers_model(folder: Path, dtype: torch.dtype | None, *, mask_id: int) -> Denoiser:
+    """The model with its weights; every one of its tensors is in the files.
+
+    Raises CheckpointError where transformers cannot load it, or its files lack something.
+    """
+    from transformers import AutoConfig, AutoModelForMaskedLM, logging
+
+    # Importing an architecture of ours makes it known to transformers. Its model_type is the
+    # name of its file; any other name in a file imports nothing.
+    kind = str(read_json(folder / CONFIG).get("model_type"))
+    if kind.startswith(OURS) and kind.removeprefix(OURS).replace("-", "_") in names("backbones"):
+        find("backbones", kind.removeprefix(OURS))
+    logging.disable_progress_bar()
+    options = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        described = AutoConfig.from_pretrained(str(folder), **options)
+        with torch.device("meta"):
+            _check_size(folder, AutoModelForMaskedLM.from_config(described))
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            str(folder), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True,
+            **options,
+        )  # fmt: skip
+    except (MdiffError, MemoryError):
+        raise
+    # Whatever the library raises on a file: it is not one that it can load.
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise CheckpointError(f"{folder} cannot be loaded: {first}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report[problem]:
+            absent = sorted(map(str, report[problem]))
+            raise CheckpointError(f"{folder}: {problem.replace('_', ' ')}: {', '.join(absent[:4])}")
+    if isinstance(model, Denoiser):
+        return model
+    wrapped: Denoiser = find("backbones", "masked_lm")(model, mask_id=mask_id)
+    return wrapped
+
+
+def _check_size(folder: Path, skeleton: Any) -> None:
+    """Raise CheckpointError where the settings describe far more weights than the files hold.
+
+    transformers makes all of them before it finds that they are of other shapes.
+    """
+    described = sum(parameter.numel() for parameter in skeleton.parameters())
+    held = sum(
+        math.prod(entry["shape"])
+        for header in headers(check_weights(folder)).values()
+        for entry in header.values()
+    )
+    if described > MOST_OVER_FILES * held + SPARE:
+        raise CheckpointError(
+            f"{folder / CONFIG} describes {described:,} weights, the files hold {held:,}"
+        )
