@@ -36,15 +36,18 @@ from mdiff.ops import masked_cross_entropy
 Problem = tuple[Tensor, nn.Linear, Tensor, Tensor]
 
 
-def problem(rows: int, width: int, vocab: int, dtype: torch.dtype = torch.float32) -> Problem:
+def problem(
+    rows: int, width: int, vocab: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Problem:
     """Random features and a random matrix whose logits have about unit variance."""
     generator = torch.Generator().manual_seed(0)
     head = nn.Linear(width, vocab, bias=False)
     with torch.no_grad():
         head.weight.normal_(std=width**-0.5, generator=generator)
-    features = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
-    targets = torch.randint(vocab, (rows,), generator=generator)
-    return features, head.to(dtype), targets, torch.rand(rows, generator=generator) < 0.5
+    features = torch.randn(rows, width, generator=generator).to(device, dtype).requires_grad_()
+    targets = torch.randint(vocab, (rows,), generator=generator).to(device)
+    hidden = (torch.rand(rows, generator=generator) < 0.5).to(device)
+    return features, head.to(device, dtype), targets, hidden
 
 
 def chunked(features: Tensor, head: nn.Linear, targets: Tensor, hidden: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import os
 import sys
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -26,10 +27,17 @@ PIECES = 8
 GROUP = 4
 # Iterations that are loaded ahead, and warps of a program without and with filters.
 STAGES, WARPS, FILTER_WARPS = 3, 4, 8
-# Registers of a thread without filters: eight programs of 128 threads fill a multiprocessor.
-REGISTERS = 64
-# Pieces that the filters look at together, at a tile of 1,024: 4,096 logits.
-QUEUE = 32
+# Registers of a thread without and with filters: a multiprocessor holds eight programs of 128
+# threads or three of 256, and by ptxas no more than a few bytes of them are put aside.
+REGISTERS, FILTER_REGISTERS = 64, 80
+# Pieces that the filters look at together, at a tile of 1,024: 1,024 logits.
+QUEUE = 8
+# One in so many columns of a row is in each half of the sample of top_p; bounds of a half.
+SAMPLED, LEAST_SAMPLED, MOST_SAMPLED = 64, 16, 1024
+# Bytes of the lists of ids that the filters make: rows with more are drawn in turns.
+LIST_BYTES = 1 << 30
+# Planes of a tile's figures: those of tiles_triton, without and with a second law and levels.
+ONE_LAW, TWO_LAWS, WITH_LEVELS, LEVELS = 3, 5, 9, 4
 # Programs that keep a multiprocessor busy: rows are split until there are so many of each.
 PROGRAMS = 8
 LOWEST = -3e38
@@ -90,9 +98,9 @@ def draw_triton(
 
     float32, bfloat16 and float16 logits, float32 inside, masses of tiles added in float64; what
     `by_torch` names goes to `draw_torch`. Every logit is read once; looked at again are the tile
-    of the maximum, the tile that wins and, with a filter, the pieces of the row that reach its
-    bound: once for min_p, some sixteen times for each of top_k and top_p, out of a cache where
-    they are few. `tile` is a power of two. Nothing waits for the device.
+    of the maximum, the tile that wins and, with a filter, once, the pieces of the row that reach
+    its bound: few for top_k and min_p, and at most all of them for top_p. The rest is done on a
+    list of ids. `tile` is a power of two. Nothing waits for the device.
 
     Raises RuntimeError where `why_not` has a reason, ValueError for another tile.
     """
@@ -107,18 +115,28 @@ def draw_triton(
         raise RuntimeError(reason)
     if tile < 1 or tile & (tile - 1):
         raise ValueError(f"tile={tile}: need a power of two")
-    rows, device = len(logits_NV), logits_NV.device
-    tokens = torch.empty(rows, dtype=torch.int64, device=device)
-    figures = torch.empty((3, rows), dtype=torch.float32, device=device)
-    if rows:
-        with torch.cuda.device_of(logits_NV):  # type: ignore[no-untyped-call]
-            _launch(
-                _unit_stride(logits_NV), tokens, figures, tile,
-                (seed, position, sample, step), (temperature, top_k, top_p, min_p), forbidden,
-                None if span is None else _unit_stride(span), measure == "drawn",
-                None if unconditional is None else _unit_stride(unconditional), scale,
-            )  # fmt: skip
-    return Draw(tokens, *figures.unbind())
+    of_rows = [seed, position, sample, step, _unit_stride(span), _unit_stride(unconditional), scale]
+    device, drawn = logits_NV.device, []
+    for part in _turns(logits_NV, any(each is not None for each in (top_k, top_p, min_p))):
+        logits = logits_NV[part]
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=device)
+        figures = torch.empty((3, len(logits)), dtype=torch.float32, device=device)
+        if len(logits):
+            with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+                _launch(
+                    _unit_stride(logits), tokens, figures, tile,
+                    [None if each is None else each[part] for each in of_rows],
+                    (temperature, top_k, top_p, min_p), forbidden, measure == "drawn",
+                )  # fmt: skip
+        drawn.append(Draw(tokens, *figures.unbind()))
+    return drawn[0] if len(drawn) == 1 else Draw(*(torch.cat(field) for field in zip(*drawn)))
+
+
+def _turns(logits_NV: Tensor, filters: bool) -> list[slice]:
+    """The rows that are drawn at once: all of them, or as many as have room for their lists."""
+    rows, vocab = logits_NV.shape
+    most = max(1, LIST_BYTES // max(8 * vocab, 1)) if filters else max(1, rows)
+    return [slice(first, first + most) for first in range(0, max(1, rows), most)]
 
 
 def _launch(
@@ -126,20 +144,20 @@ def _launch(
     tokens: Tensor,
     figures: Tensor,
     tile: int,
-    counter: tuple[Tensor, Tensor, Tensor, Tensor],
+    of_rows: list[Tensor | None],
     options: tuple[float, int | None, float | None, float | None],
     forbidden: tuple[int, ...],
-    span: Tensor | None,
     drawn: bool,
-    unconditional: Tensor | None,
-    scale: Tensor | None,
 ) -> None:
-    """Start the kernel, once where every row is one program, else once for each of its parts."""
+    """Start the kernel, once where every row is one program, else once for each of its parts.
+
+    `of_rows`: seed, position, sample, step, span, unconditional and scale.
+    """
     from mdiff.kernels.onepass_triton import draw_kernel
 
     rows, vocab = logits_NV.shape
-    device = logits_NV.device
-    temperature, top_k, top_p, min_p = options
+    device, (temperature, top_k, top_p, min_p) = logits_NV.device, options
+    *counter, span, unconditional, scale = of_rows
     heat = min(max(temperature, COLDEST), HOTTEST) if temperature > 0 else 1.0
     use = {
         "TOP_K": top_k is not None and top_k < vocab,
@@ -149,26 +167,24 @@ def _launch(
     two_laws = heat != 1 and not drawn
     tiles = -(-vocab // tile)
     pieces = min(PIECES, tile)
-    filters = any(use.values())
-    memory = _memory(rows, tiles, 5 if two_laws else 3, pieces if filters else 0, device)
-    next_id, holds = _forbidden_map(forbidden, vocab, tile, device)
+    filters, levels = any(use.values()), use["TOP_P"] and not use["TOP_K"]
+    planes = WITH_LEVELS if levels else TWO_LAWS if two_laws else ONE_LAW
+    next_id, holds = forbidden_map(forbidden, vocab, tile, device)
     group = GROUP // 2 if two_laws or scale is not None else GROUP
     run, runs = _runs(rows, tiles, group, device)
     arguments = (
-        logits_NV, logits_NV.stride(0),
-        unconditional, 0 if unconditional is None else unconditional.stride(0),
-        scale, 0 if scale is None else scale.stride(0), span, 0 if span is None else span.stride(0),
-        next_id, holds, *(part for c in counter for part in (c, c.stride(0))),
-        tokens, figures, *memory, rows, vocab, tiles, run,
-        math.log2(math.e) / heat, heat, top_k or 0, top_p or 1.0,
-        max(heat * math.log((1 - top_p) / vocab), LOWEST) if use["TOP_P"] and top_p else 0.0,
-        max(heat * math.log(min_p), LOWEST) if min_p else 0.0,
+        logits_NV, logits_NV.stride(0), *_with_stride(unconditional), *_with_stride(scale),
+        *_with_stride(span), next_id, holds, *(part for c in counter for part in _with_stride(c)),
+        tokens, figures, torch.empty((planes, rows, tiles), dtype=torch.float32, device=device),
+        *_lists(rows, vocab, tiles * pieces if filters else 0, levels, device),
+        rows, vocab, tiles, run, top_k or 0, *_numbers(vocab, heat, top_p, min_p),
     )  # fmt: skip
     settings = {
         **use, "GREEDY": temperature == 0, "DRAWN": drawn, "TWO_LAWS": two_laws,
         "TILES": _power_of_two(tiles), "PIECES": pieces, "TILE": tile, "GROUP": group,
-        "QUEUE": QUEUE, "STAGES": STAGES, "num_warps": FILTER_WARPS if filters else WARPS,
-        "maxnreg": None if filters else REGISTERS,
+        "QUEUE": QUEUE, "SAMPLE": _sample(vocab), "STAGES": STAGES,
+        "num_warps": FILTER_WARPS if filters else WARPS,
+        "maxnreg": FILTER_REGISTERS if filters else REGISTERS,
     }  # fmt: skip
     if runs == 1:
         draw_kernel[(rows, 1)](*arguments, READ=True, FINISH=True, **settings)
@@ -177,16 +193,38 @@ def _launch(
         draw_kernel[(rows, 1)](*arguments, READ=False, FINISH=True, **settings)
 
 
-def _memory(
-    rows: int, tiles: int, planes: int, pieces: int, device: torch.device
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What the kernel notes: figures of the tiles, maxima of their pieces, a list of pieces."""
-    scratch = torch.empty((planes, rows, tiles), dtype=torch.float32, device=device)
+def _numbers(
+    vocab: int, heat: float, top_p: float | None, min_p: float | None
+) -> tuple[float, ...]:
+    """slope, heat, top_p, what it leaves out, and the bounds below which no filter keeps an id."""
+    left_out = 1 - top_p if top_p is not None and top_p < 1 else 1.0
+    tail = max(heat * math.log(left_out / vocab), LOWEST)
+    floor = max(heat * math.log(min_p), LOWEST) if min_p else 0.0
+    return math.log2(math.e) / heat, heat, top_p or 1.0, left_out, tail, floor
+
+
+def _with_stride(table: Tensor | None) -> tuple[Tensor | None, int]:
+    return table, 0 if table is None else table.stride(0)
+
+
+def _lists(
+    rows: int, vocab: int, pieces: int, levels: bool, device: torch.device
+) -> list[Tensor | None]:
+    """What the filters note: maxima of pieces, a list of pieces, one of ids, and the levels."""
     if not pieces:
-        return scratch, None, None
-    shape = (rows, tiles * pieces)
-    maxima = torch.empty(shape, dtype=torch.float32, device=device)
-    return scratch, maxima, torch.empty(shape, dtype=torch.int32, device=device)
+        return [None] * 5
+    lists: list[Tensor | None] = [
+        torch.empty((rows, columns), dtype=kind, device=device)
+        for columns in (pieces, vocab)
+        for kind in (torch.float32, torch.int32)
+    ]
+    shape = (rows, LEVELS)
+    return [*lists, torch.empty(shape, dtype=torch.float32, device=device) if levels else None]
+
+
+def _sample(vocab: int) -> int:
+    """The columns in each half of the sample of a row, a power of two."""
+    return min(max(_power_of_two(vocab // SAMPLED + 1) // 2, LEAST_SAMPLED), MOST_SAMPLED)
 
 
 def _runs(rows: int, tiles: int, group: int, device: torch.device) -> tuple[int, int]:
@@ -206,7 +244,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=16)
-def _forbidden_map(
+def forbidden_map(
     forbidden: tuple[int, ...], vocab: int, tile: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
     """The lowest permitted id from each id on, (V + 1,) int32, and which tiles hold forbidden ones.
@@ -223,9 +261,15 @@ def _forbidden_map(
     return next_id, holds
 
 
-def _unit_stride(table: Tensor) -> Tensor:
+@overload
+def _unit_stride(table: Tensor) -> Tensor: ...
+@overload
+def _unit_stride(table: None) -> None: ...
+def _unit_stride(table: Tensor | None) -> Tensor | None:
     """The table with its columns side by side, rows anywhere."""
-    return table if table.shape[1] == 1 or table.stride(1) == 1 else table.contiguous()
+    if table is None or table.shape[1] == 1 or table.stride(1) == 1:
+        return table
+    return table.contiguous()
 
 
 def _power_of_two(number: int) -> int:

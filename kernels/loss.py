@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.kernels.loss_heads import Head, LinearMap, MatrixHead, ModuleHead, linear_map, wide_of
+from mdiff.kernels.loss_rows import Rows, outside_of
 
 # The most that the logits of a chunk take, in bytes. Each chunk reads the head's matrix three
 # times and rewrites its gradient, so that more rows cost less, up to where memory counts.
 CHUNK_BYTES = {"cpu": 24 << 20}
-CHUNK_BYTES_ELSEWHERE = 64 << 20
+CHUNK_BYTES_ELSEWHERE = 60 << 20
 
 
 class CrossEntropy(NamedTuple):
@@ -51,7 +52,7 @@ def row_nll(
         blocked[list(forbidden)] = True
     blocked = blocked[None]
     if span is not None:
-        blocked = blocked | _outside(span, logits_NV.shape[1])
+        blocked = blocked | outside_of(span, logits_NV.shape[1])
     if span is not None or forbidden:
         logits_NV = logits_NV.masked_fill(blocked, -torch.inf)
     log_p_NV = logits_NV.log_softmax(1)
@@ -73,6 +74,7 @@ def chunked_cross_entropy(
     span: Tensor | None = None,
     smoothing: float = 0.0,
     chunk: int | None = None,
+    by_triton: bool = False,
 ) -> CrossEntropy:
     """The sum over rows of weight times smoothed -log p(target), and -log p(target) of each.
 
@@ -80,6 +82,7 @@ def chunked_cross_entropy(
     the weights and the head's parameters. A head that is a matrix (see `linear_map`) is
     multiplied here; any other module is called on each chunk. A graph that is kept for a
     second backward has its gradients computed anew then (a head that draws noise draws again).
+    `by_triton` takes the losses and the logits' gradients in Triton, but of float64 logits.
 
     Raises RuntimeError where the head's logits depend on tensors that are not its parameters,
     and in a backward that is asked for a second derivative.
@@ -97,8 +100,9 @@ def chunked_cross_entropy(
         head=head,
         linear=linear,
         names=tuple(parameters),
-        rows=_Rows(target_N, _indices(forbidden, target_N.device), span, smoothing),
+        rows=Rows(target_N, forbidden, span, smoothing),
         chunk=chunk,
+        by_triton=by_triton,
         autocast=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
     )
     inputs = (features_ND, weight_N, *parameters.values())
@@ -157,8 +161,9 @@ class _Chunks:
     head: nn.Module
     linear: LinearMap | None
     names: tuple[str, ...]
-    rows: _Rows
+    rows: Rows
     chunk: int | None
+    by_triton: bool
     autocast: torch.dtype | None
 
     def run(
@@ -187,12 +192,19 @@ class _Chunks:
         smooth_N = torch.empty_like(weight_N)
         for start in range(0, len(features_ND), chunk):
             part = slice(start, start + chunk)
-            logits_CV = head.logits(part)
-            nll_N[part], smooth_N[part], total_C1 = self.rows.loss_(
-                logits_CV, part, differentiate=bool(sums)
-            )
+            logits_CV, scale_C1 = head.logits(part), None
+            if self.by_triton and logits_CV.dtype != torch.float64:
+                nll_N[part], smooth_N[part] = self.rows.by_triton_(
+                    logits_CV, weight_N[part], part, differentiate=bool(sums)
+                )
+            else:
+                logits_CV = head.widened(logits_CV)
+                nll_N[part], smooth_N[part], total_C1 = self.rows.loss_(
+                    logits_CV, part, differentiate=bool(sums)
+                )
+                scale_C1 = weight_N[part, None] / total_C1
             if sums:
-                head.take(logits_CV, weight_N[part, None] / total_C1, part)
+                head.take(logits_CV, scale_C1, part)
         return nll_N, smooth_N, sums
 
     def _even_chunk(self, features_ND: Tensor) -> int:
@@ -203,81 +215,8 @@ class _Chunks:
             # A module does not say how many logits it gives; its largest parameter does.
             columns = max((p.shape[0] for p in self.head.parameters() if p.dim()), default=1)
         room = CHUNK_BYTES.get(features_ND.device.type, CHUNK_BYTES_ELSEWHERE)
-        most = max(1, room // (columns * wide_of(features_ND.dtype).itemsize))
+        kind = self.autocast or features_ND.dtype
+        kind = kind if self.by_triton else wide_of(features_ND.dtype)
+        most = max(1, room // (columns * kind.itemsize))
         chunks = max(1, -(-len(features_ND) // most))
         return max(1, -(-len(features_ND) // chunks))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows' targets (N,), the forbidden ids (K,), spans (N, 2) and the smoothing."""
-
-    targets: Tensor
-    forbidden: Tensor | None
-    span: Tensor | None
-    smoothing: float
-
-    def loss_(
-        self, logits_CV: Tensor, part: slice, *, differentiate: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """-log p and its smoothed form (C,) of wide logits, which become their gradient.
-
-        What is written over them is the gradient of the smoothed form times the row's total
-        S = sum of exp(x - peak), returned third, (C, 1): S (p - (1 - a) target - a / K) over K
-        permitted ids. Who multiplies by weight / S elsewhere spares a pass over the chunk.
-        """
-        target_C1, columns = self.targets[part, None], logits_CV.shape[1]
-        span = None if self.span is None else self.span[part]
-        outside = None if span is None else _outside(span, columns)
-        self._fill_(logits_CV, outside, -torch.inf)
-        logits_CV.sub_(logits_CV.amax(1, keepdim=True))
-        log_weight_C1 = logits_CV.gather(1, target_C1)
-        if self.smoothing:
-            permitted = self._permitted(span, columns)
-            self._fill_(logits_CV, outside, 0.0)
-            mean_C1 = logits_CV.sum(1, keepdim=True) / permitted
-            self._fill_(logits_CV, outside, -torch.inf)
-        total_C1 = logits_CV.exp_().sum(1, keepdim=True)
-        log_total_C1 = total_C1.log()
-        nll_C1 = log_total_C1 - log_weight_C1
-        smooth_C1 = nll_C1
-        if self.smoothing:
-            spread_C1 = log_total_C1 - mean_C1
-            smooth_C1 = (1 - self.smoothing) * nll_C1 + self.smoothing * spread_C1
-        if differentiate:
-            if self.smoothing:
-                logits_CV.sub_(total_C1 * self.smoothing / permitted)
-            left_C1 = logits_CV.gather(1, target_C1) - (1 - self.smoothing) * total_C1
-            logits_CV.scatter_(1, target_C1, left_C1)
-            self._fill_(logits_CV, outside, 0.0)
-        return nll_C1[:, 0], smooth_C1[:, 0], total_C1
-
-    def _fill_(self, values_CV: Tensor, outside: Tensor | None, value: float) -> None:
-        """Write one value at the ids that are not permitted."""
-        if self.forbidden is not None:
-            values_CV.index_fill_(1, self.forbidden, value)
-        if outside is not None:
-            values_CV.masked_fill_(outside, value)
-
-    def _permitted(self, span: Tensor | None, columns: int) -> int | Tensor:
-        """How many ids each row permits: one number, or (C, 1)."""
-        forbidden_K = self.forbidden
-        if span is None:
-            return columns - (0 if forbidden_K is None else len(forbidden_K))
-        span = span.clamp(0, columns)
-        first, stop = span[:, :1], span[:, 1:]
-        inside: Tensor = (stop - first).clamp(min=0)
-        if forbidden_K is not None:
-            barred = (forbidden_K >= first) & (forbidden_K < stop)
-            inside = inside - barred.sum(1, keepdim=True)
-        return inside
-
-
-def _outside(span: Tensor, columns: int) -> Tensor:
-    """Which columns lie outside of each row's span, (N, V) bool."""
-    column = torch.arange(columns, device=span.device)
-    return (column < span[:, :1]) | (column >= span[:, 1:])
-
-
-def _indices(ids: tuple[int, ...], device: torch.device) -> Tensor | None:
-    return torch.tensor(ids, dtype=torch.int64, device=device) if ids else None

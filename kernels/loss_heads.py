@@ -18,6 +18,10 @@ from torch.func import functional_call
 # preparations would cost more than they save.
 ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 TILE, ONEDNN_ROWS = 1024, 32
+# Rows of logits elsewhere than on a CPU begin at multiples of so many: an odd vocabulary would
+# leave the matrix products their slowest kernels, and the loss loads of one logit each.
+ALIGNED = {"cpu": 1}
+ALIGNED_ELSEWHERE = 16
 
 
 class LinearMap(NamedTuple):
@@ -69,14 +73,17 @@ def wide_of(kind: torch.dtype) -> torch.dtype:
 class Head(Protocol):
     """The logits of the rows of a chunk, and the sums of gradients over chunks.
 
-    `logits(part)` are wide, (C, V), the caller's to overwrite; `take(gradient, scale, part)`
-    adds what scale (C, 1) times gradient (C, V) gives, by the rows of the same part, to the
-    sums by name that the head was made with.
+    `logits(part)` are (C, V), of the head's type and the caller's to overwrite, `widened` they
+    are wide; `take(gradient, scale, part)` adds what scale (C, 1), or 1 for None, times gradient
+    (C, V) gives, by the rows of the same part, to the sums by name that the head was made with.
+    A gradient may be of the head's type, without a scale, or wide.
     """
 
     def logits(self, part: slice) -> Tensor: ...
 
-    def take(self, gradient_CV: Tensor, scale_C1: Tensor, part: slice) -> None: ...
+    def widened(self, logits_CV: Tensor) -> Tensor: ...
+
+    def take(self, gradient_CV: Tensor, scale_C1: Tensor | None, part: slice) -> None: ...
 
 
 class MatrixHead:
@@ -93,10 +100,11 @@ class MatrixHead:
         self.x_ND = features_ND.to(kind)
         self.weight_VD = linear.weight.to(kind)[: linear.columns]
         self.bias_V = None if bias is None else bias.to(kind)
-        shape, wide = (min(chunk, len(self.x_ND)), linear.columns), wide_of(kind)
-        self.raw_CV = self.x_ND.new_empty(shape)
-        # Logits of fewer bits are what the head would give; sums over them need more.
-        self.wide_CV = self.raw_CV if wide == kind else self.raw_CV.new_empty(shape, dtype=wide)
+        shape = (min(chunk, len(self.x_ND)), linear.columns)
+        apart = ALIGNED.get(features_ND.device.type, ALIGNED_ELSEWHERE)
+        width = -(-linear.columns // apart) * apart
+        self.raw_CV = self.x_ND.new_empty((shape[0], width))[:, : linear.columns]
+        self.wide_CV = self.raw_CV
         self.tiles: list[slice] = []
         on_cpu = features_ND.device.type == "cpu" and kind == torch.float32
         if ONEDNN and on_cpu and shape[0] >= ONEDNN_ROWS and self.weight_VD.is_contiguous():
@@ -107,7 +115,7 @@ class MatrixHead:
     def logits(self, part: slice) -> Tensor:
         """Those of the rows of `part`, in memory that the next call overwrites."""
         x_CD = self.x_ND[part]
-        raw_CV, wide_CV = self.raw_CV[: len(x_CD)], self.wide_CV[: len(x_CD)]
+        raw_CV = self.raw_CV[: len(x_CD)]
         if self.tiles:
             for tile in self.tiles:
                 bias = None if self.bias_V is None else self.bias_V[tile]
@@ -116,25 +124,38 @@ class MatrixHead:
             torch.mm(x_CD, self.weight_VD.T, out=raw_CV)
         else:
             torch.addmm(self.bias_V, x_CD, self.weight_VD.T, out=raw_CV)
-        return wide_CV if wide_CV.dtype == raw_CV.dtype else wide_CV.copy_(raw_CV)
+        return raw_CV
 
-    def take(self, gradient_CV: Tensor, scale_C1: Tensor, part: slice) -> None:
+    def widened(self, logits_CV: Tensor) -> Tensor:
+        """The logits in the type that sums over them need, in memory of their own if it is another.
+
+        Logits of fewer bits are what the head would give.
+        """
+        wide = wide_of(logits_CV.dtype)
+        if wide == logits_CV.dtype:
+            return logits_CV
+        if self.wide_CV.dtype != wide:
+            self.wide_CV = torch.empty_like(self.raw_CV, dtype=wide)
+        return self.wide_CV[: len(logits_CV)].copy_(logits_CV)
+
+    def take(self, gradient_CV: Tensor, scale_C1: Tensor | None, part: slice) -> None:
         """Add up the gradients of the features and of the matrix."""
         raw_CV = self.raw_CV[: len(gradient_CV)]
         features, weight, bias = (self.sums.get(name) for name in ("features", "weight", "bias"))
         pulled_CD = None if features is None else features[part]
         pushed_VD = None if weight is None else weight[: self.columns]
-        if raw_CV.dtype != gradient_CV.dtype:
-            raw_CV.copy_(gradient_CV.mul_(scale_C1))
+        if raw_CV.dtype != wide_of(raw_CV.dtype):
+            if scale_C1 is not None:
+                raw_CV.copy_(gradient_CV.mul_(scale_C1))
             if pulled_CD is not None:
                 pulled_CD.copy_(raw_CV @ self.weight_VD)
             if pushed_VD is not None:
                 pushed_VD += raw_CV.T @ self.x_ND[part]
             if bias is not None:
-                bias += gradient_CV.sum(0)
+                bias += gradient_CV.sum(0, dtype=bias.dtype)
             return
         # Scaling the rows of features spares a pass over those of logits.
-        scaled_CD = self.x_ND[part] * scale_C1
+        scaled_CD = self.x_ND[part] if scale_C1 is None else self.x_ND[part] * scale_C1
         for tile in self.tiles:
             # Both products would copy it otherwise.
             gradient = gradient_CV[:, tile].contiguous()
@@ -146,10 +167,12 @@ class MatrixHead:
             torch.mm(gradient_CV, self.weight_VD, out=pulled_CD)
         if not self.tiles and pushed_VD is not None:
             pushed_VD.addmm_(gradient_CV.T, scaled_CD)
-        if pulled_CD is not None:
+        if pulled_CD is not None and scale_C1 is not None:
             pulled_CD *= scale_C1
-        if bias is not None:
+        if bias is not None and scale_C1 is not None:
             bias.addmv_(gradient_CV.T, scale_C1[:, 0])
+        elif bias is not None:
+            bias += gradient_CV.sum(0)
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -183,15 +206,22 @@ class ModuleHead:
         ):
             self.raw_CV = functional_call(self.head, self.own, (self.x_CD,))
         self._check()
-        return self.raw_CV.detach().to(wide_of(self.raw_CV.dtype), copy=True)
+        # What the graph keeps of them is not the caller's.
+        return self.raw_CV.detach().clone()
 
-    def take(self, gradient_CV: Tensor, scale_C1: Tensor, part: slice) -> None:
+    def widened(self, logits_CV: Tensor) -> Tensor:
+        """The logits in the type that sums over them need."""
+        return logits_CV.to(wide_of(logits_CV.dtype))
+
+    def take(self, gradient_CV: Tensor, scale_C1: Tensor | None, part: slice) -> None:
         """Add up the gradients of the features and of the parameters."""
         if not self.raw_CV.requires_grad:
             return
         names = list(self.sums)
         inputs = [self.x_CD if name == "features" else self.own[name] for name in names]
-        upstream = gradient_CV.mul_(scale_C1).to(self.raw_CV.dtype)
+        if scale_C1 is not None:
+            gradient_CV = gradient_CV.mul_(scale_C1)
+        upstream = gradient_CV.to(self.raw_CV.dtype)
         found = torch.autograd.grad(self.raw_CV, inputs, upstream, allow_unused=True)
         for name, gradient in zip(names, found):
             if gradient is not None:

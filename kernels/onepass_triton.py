@@ -11,17 +11,11 @@ with few the rows are split and FINISH is a second launch.
 import triton
 import triton.language as tl
 
-from mdiff.kernels.kept_triton import (
-    LARGEST,
-    NO_ID,
-    bound_of,
-    cut,
-    is_kept,
-    kept_masses,
-    kept_sum,
-    list_pieces,
-)
+from mdiff.kernels.kept_triton import NO_ID, filtered, is_kept
+from mdiff.kernels.levels_triton import sample_levels
 from mdiff.kernels.tiles_triton import (
+    LEVEL_MASS,
+    LEVELS,
     LOG2E,
     MASS,
     MODEL_MASS,
@@ -41,60 +35,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def relative_to(peak, peak_K, mass_K, moment_K, slope):
-    """Masses of the tiles relative to the row's peak, float64, and the row's mass and moment."""
+    """Factors and masses of the tiles by the row's peak, float64; the row's mass and moment."""
     full = mass_K > 0.0
     shift_K = tl.where(full, (peak_K - peak).to(tl.float64) * slope, 0.0)
-    factor_K = tl.exp(shift_K * LN2)
+    factor_K = tl.where(full, tl.exp(shift_K * LN2), 0.0)
     mass_K = tl.where(full, mass_K.to(tl.float64) * factor_K, 0.0)
     moment_K = tl.where(full, moment_K.to(tl.float64) * factor_K + shift_K * mass_K, 0.0)
-    return mass_K, tl.sum(mass_K, 0), tl.sum(moment_K, 0)
-
-
-@triton.jit
-def filtered(source, next_id, row, range_, law, total, queues,
-             options, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
-             TILES: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
-             QUEUE: tl.constexpr):  # fmt: skip
-    """Edge and last id of what the filters keep; masses of the tiles, moment and count of it."""
-    maxima, listed = queues
-    top_k, top_p, tail, floor, heat = options
-    peak = law[0]
-    begin, end, first, stop = range_
-    piece = tl.arange(0, TILES * PIECES)
-    here = (piece >= begin * PIECES) & (piece < end * PIECES)
-    maximum = tl.load(maxima + piece, mask=here, other=-float("inf"))
-    lowest = peak * 0.0 - LARGEST
-    if TOP_K:
-        bound = bound_of(maximum, lowest, law, top_k, True)
-    elif TOP_P:
-        alone = (peak + (heat * tl.log(total) + tail)).to(tl.float32)
-        bound = bound_of(maximum, tl.maximum(alone, lowest), law, top_p * total, False)
-    else:
-        bound = tl.maximum(peak + floor, lowest)
-    # All have their maxima before any is overwritten.
-    tl.debug_barrier()
-    length = list_pieces(maximum, piece, bound, maxima, listed, here)
-    tl.debug_barrier()
-    reach = (listed, length, first, stop)
-    edge, last = bound, row * 0 + NO_ID
-    if TOP_K:
-        edge, last = cut(source, next_id, row, reach, law, edge, last, top_k, True, QUEUE, PIECE)
-    if TOP_P:
-        mass = total
-        if TOP_K:
-            mass = kept_sum(source, next_id, row, reach, law, edge, last, False, QUEUE, PIECE)
-        edge, last = cut(
-            source, next_id, row, reach, law, edge, last, top_p * mass, False, QUEUE, PIECE
-        )
-    if MIN_P:
-        last = tl.where(peak + floor > edge, NO_ID, last)
-        edge = tl.maximum(peak + floor, edge)
-    moment, count = kept_masses(source, next_id, row, reach, law, edge, last, maxima, QUEUE, PIECE)
-    tl.debug_barrier()
-    slot = tl.arange(0, TILES)[:, None] * PIECES + tl.arange(0, PIECES)[None, :]
-    there = (slot >= begin * PIECES) & (slot < end * PIECES)
-    mass_K = tl.sum(tl.load(maxima + slot, mask=there, other=0.0).to(tl.float64), 1)
-    return edge, last, mass_K, moment, count
+    return factor_K, mass_K, tl.sum(mass_K, 0), tl.sum(moment_K, 0)
 
 
 @triton.jit
@@ -116,14 +63,19 @@ def tile_at(source, next_id, row, tile, first, stop, TILE: tl.constexpr):
 
 
 @triton.jit
-def inside(x, column, slope, edge, last, pick, FILTERED: tl.constexpr,
-           TILE: tl.constexpr):  # fmt: skip
-    """The lane of the id in the winner: the inverse of the cumulative weight, in float64."""
-    # The tile's own largest logit serves, so that no winner underflows.
+def weights_inside(x, column, slope, edge, last, FILTERED: tl.constexpr):
+    """Weights of the ids of one tile, float64, by its own largest logit: none underflows whole."""
     weight = tl.exp2((x - tl.max(x, 0)) * slope)
     if FILTERED:
         weight = tl.where(is_kept(x, column, edge, last), weight, 0.0)
-    cumulative = tl.cumsum(weight.to(tl.float64), 0)
+    return weight.to(tl.float64)
+
+
+@triton.jit
+def inside(x, column, slope, edge, last, pick, FILTERED: tl.constexpr,
+           TILE: tl.constexpr):  # fmt: skip
+    """The lane of the id in the winner: the inverse of the cumulative weight, in float64."""
+    cumulative = tl.cumsum(weights_inside(x, column, slope, edge, last, FILTERED), 0)
     target = to_uniform(pick) * tl.max(cumulative, 0)
     return tl.minimum(tl.sum((cumulative <= target).to(tl.int32), 0), TILE - 1)
 
@@ -140,7 +92,7 @@ def peak_and_second(x, tile, peak, peak_K, TILES: tl.constexpr, TILE: tl.constex
 
 @triton.jit
 def finish_row(source, next_id, row, range_, figures, plane,
-               queues, stream, slope, options,
+               memory, levels, stream, slope, options,
                GREEDY: tl.constexpr, DRAWN: tl.constexpr, TWO_LAWS: tl.constexpr,
                TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
                TILES: tl.constexpr, PIECES: tl.constexpr, TILE: tl.constexpr,
@@ -156,12 +108,13 @@ def finish_row(source, next_id, row, range_, figures, plane,
     broken = tl.max((mass_K != mass_K).to(tl.int32), 0)
     peak = tl.max(peak_K, 0)
     sound = (broken == 0) & (peak > -float("inf")) & (peak < float("inf"))
-    mass_K, total, moment = relative_to(peak, peak_K, mass_K, moment_K, slope)
+    factor_K, mass_K, total, moment = relative_to(peak, peak_K, mass_K, moment_K, slope)
     edge, last, count = peak, row * 0 + NO_ID, row * 0 + 2
     if FILTERED:
         edge, last, mass_K, kept_moment, count = filtered(
-            source, next_id, row, range_, (peak, slope), total, queues, options,
-            TOP_K, TOP_P, MIN_P, TILES, PIECES, TILE // PIECES, QUEUE,
+            source, next_id, row, range_, (peak, slope), total, (tile_K, here_K, factor_K),
+            (figures + LEVEL_MASS * plane, plane), memory, levels, options,
+            DRAWN, TOP_K, TOP_P, MIN_P, PIECES, TILE // PIECES, TILES, QUEUE,
         )  # fmt: skip
         if DRAWN:
             total, moment = tl.sum(mass_K, 0), kept_moment
@@ -172,7 +125,7 @@ def finish_row(source, next_id, row, range_, figures, plane,
         model_K = tl.load(figures + MODEL_MASS * plane + tile_K, mask=here_K, other=0.0)
         moment_K = tl.load(figures + MODEL_MOMENT * plane + tile_K, mask=here_K, other=0.0)
         measured = slope * 0.0 + LOG2E
-        _, total, moment = relative_to(peak, peak_K, model_K, moment_K, measured)
+        _, _, total, moment = relative_to(peak, peak_K, model_K, moment_K, measured)
     best = tl.min(tl.where(peak_K == peak, tile_K, TILES - 1), 0)
     x, column = tile_at(source, next_id, row, best, first, stop, TILE)
     lane, second = peak_and_second(x, best, peak, peak_K, TILES, TILE)
@@ -199,18 +152,19 @@ def draw_kernel(
     scale_stride, span, span_stride, next_id, holds_forbidden,
     seed, seed_stride, position, position_stride, sample,
     sample_stride, step, step_stride, tokens, figures, scratch,
-    maxima, listed, rows, vocab, tiles, run, slope,
-    heat, top_k, top_p, tail, floor,
+    maxima, listed, value, column, levels,
+    rows, vocab, tiles, run, top_k, slope, heat, top_p, left_out, tail, floor,
     READ: tl.constexpr, FINISH: tl.constexpr, GREEDY: tl.constexpr, DRAWN: tl.constexpr,
     TWO_LAWS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     TILES: tl.constexpr, PIECES: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
-    QUEUE: tl.constexpr, STAGES: tl.constexpr,
+    QUEUE: tl.constexpr, SAMPLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Read the tiles of row program_id(0) in run program_id(1), finish the row, or both.
 
     `tokens` (N,) int64; `figures` (3, N) float32: log-probability, entropy and margin, nats.
-    `scratch` (planes, N, tiles) float32; `maxima` float32 and `listed` int32 (N, tiles * PIECES),
-    None without filters. All addresses of a row are 64-bit.
+    `scratch` (planes, N, tiles) float32. For filters, else None: `maxima` float32 and `listed`
+    int32 (N, tiles * PIECES), `value` float32 and `column` int32 (N, V); for top_p without top_k
+    `levels` (N, LEVELS) float32. All addresses of a row are 64-bit.
     """
     row = tl.program_id(0)
     far = row.to(tl.int64)
@@ -227,11 +181,21 @@ def draw_kernel(
     if maxima is not None:
         maxima += far * tiles * PIECES
         listed += far * tiles * PIECES
+        value += far * vocab
+        column += far * vocab
+    if levels is not None:
+        levels += far * LEVELS
     if READ:
         mine = tl.program_id(1) * run
         range_ = (tl.maximum(begin, mine), tl.minimum(end, mine + run), first, stop)
+        if levels is not None:
+            level_W = sample_levels(source, next_id, row, first, stop, slope, left_out, SAMPLE)
+            # Every run of a row finds the same levels.
+            tl.store(levels + tl.arange(0, LEVELS), level_W)
+            tl.debug_barrier()
         read_tiles(
-            source, (next_id, holds_forbidden), row, range_, scratch, plane, maxima, slope,
+            source, (next_id, holds_forbidden), row, range_, scratch, plane,
+            (maxima, scratch + LEVEL_MASS * plane, levels), slope,
             TWO_LAWS, PIECES, TILE, GROUP, STAGES,
         )  # fmt: skip
     if READ and FINISH:
@@ -243,8 +207,9 @@ def draw_kernel(
             tl.load(sample + far * sample_stride), tl.load(step + far * step_stride),
         )  # fmt: skip
         sound, token, log_prob, entropy, margin = finish_row(
-            source, next_id, row, (begin, end, first, stop), scratch, plane, (maxima, listed),
-            stream, slope, (top_k, top_p, tail, floor, heat),
+            source, next_id, row, (begin, end, first, stop), scratch, plane,
+            (maxima, listed, value, column), levels, stream, slope,
+            (top_k, top_p, tail, floor, heat),
             GREEDY, DRAWN, TWO_LAWS, TOP_K, TOP_P, MIN_P, TILES, PIECES, TILE, QUEUE,
         )  # fmt: skip
         lowest = first

@@ -11,12 +11,15 @@ import triton.language as tl
 
 # Planes of the tiles' figures, each (N, tiles) float32: the largest logit, then sums of weights
 # 2^((x - largest) * slope) and of weight times exponent, of the law drawn from and, where the
-# temperature is not 1, of the model's.
+# temperature is not 1, of the model's. With top_p there are LEVELS more, the masses from a level
+# on, at the end.
 PEAK = tl.constexpr(0)
 MASS = tl.constexpr(1)
 MOMENT = tl.constexpr(2)
 MODEL_MASS = tl.constexpr(3)
 MODEL_MOMENT = tl.constexpr(4)
+LEVEL_MASS = tl.constexpr(5)
+LEVELS = tl.constexpr(4)
 LOG2E = tl.constexpr(1.4426950408889634)
 # 2^-150 is 0 in float32; the floor keeps 0 * -inf out of the moments.
 LOWEST = tl.constexpr(-150.0)
@@ -69,10 +72,10 @@ def bounds(span, span_stride, row, vocab):
 
 @triton.jit
 def weigh(x, peak_G, slope):
-    """Mass and moment of the tiles of a group, relative to their largest logits; NaN stays."""
+    """Weights in a group, and mass and moment of its tiles by their largest logits; NaN stays."""
     z = tl.maximum((x - peak_G[:, None]) * slope, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     weight = tl.exp2(z)
-    return tl.sum(weight, 1), tl.sum(weight * z, 1)
+    return weight, tl.sum(weight, 1), tl.sum(weight * z, 1)
 
 
 @triton.jit
@@ -89,12 +92,13 @@ def inner_groups(range_, GROUP: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def read_group(source, forbidden, row, tile, range_, figures, plane, maxima, slope,
+def read_group(source, forbidden, row, tile, range_, figures, plane, filters, slope,
                WHOLE: tl.constexpr, TWO_LAWS: tl.constexpr, PIECES: tl.constexpr,
                TILE: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """Write the figures of GROUP tiles; WHOLE where all their columns are read."""
     next_id, holds_forbidden = forbidden
     begin, end, first, stop = range_
+    maxima, level_masses, levels = filters
     tile_G = tile + tl.arange(0, GROUP)
     here_G = (tile_G >= begin) & (tile_G < end)
     column = tile_G[:, None] * TILE + tl.arange(0, TILE)[None, :]
@@ -114,35 +118,40 @@ def read_group(source, forbidden, row, tile, range_, figures, plane, maxima, slo
     else:
         peak_G = tl.max(x, 1)
     origin_G = tl.where(peak_G == -float("inf"), 0.0, peak_G)
-    mass_G, moment_G = weigh(x, origin_G, slope)
+    weight, mass_G, moment_G = weigh(x, origin_G, slope)
     tl.store(figures + PEAK * plane + tile_G, peak_G, mask=here_G)
     tl.store(figures + MASS * plane + tile_G, mass_G, mask=here_G)
     tl.store(figures + MOMENT * plane + tile_G, moment_G, mask=here_G)
     if TWO_LAWS:
-        mass_G, moment_G = weigh(x, origin_G, LOG2E)
+        _, mass_G, moment_G = weigh(x, origin_G, LOG2E)
         tl.store(figures + MODEL_MASS * plane + tile_G, mass_G, mask=here_G)
         tl.store(figures + MODEL_MOMENT * plane + tile_G, moment_G, mask=here_G)
+    if levels is not None:
+        for j in tl.static_range(LEVELS):
+            mass_G = tl.sum(tl.where(x >= tl.load(levels + j), weight, 0.0), 1)
+            tl.store(level_masses + j * plane + tile_G, mass_G, mask=here_G)
 
 
 @triton.jit
-def read_tiles(source, forbidden, row, range_, figures, plane, maxima, slope,
+def read_tiles(source, forbidden, row, range_, figures, plane, filters, slope,
                TWO_LAWS: tl.constexpr, PIECES: tl.constexpr, TILE: tl.constexpr,
                GROUP: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Write the figures of the tiles from `begin` up to `end` of one row, GROUP at a time.
 
-    With `maxima` also the largest logit of each of the PIECES pieces of a tile, for the filters.
+    `filters` are None, or memory for the largest logit of each of the PIECES pieces of a tile,
+    and for top_p alone memory for the mass from each of the LEVELS levels on, and these.
     Groups of which every column is read take no mask, so that their loads are wide and early.
     """
     start, inner, outer, beyond = inner_groups(range_, GROUP, TILE)
     for tile in tl.range(inner, outer, GROUP, num_stages=STAGES):
         read_group(
-            source, forbidden, row, tile, range_, figures, plane, maxima, slope,
+            source, forbidden, row, tile, range_, figures, plane, filters, slope,
             True, TWO_LAWS, PIECES, TILE, GROUP,
         )  # fmt: skip
     for other in range(start, beyond - (outer - inner), GROUP):
         tile = tl.where(other < inner, other, other + (outer - inner))
         read_group(
-            source, forbidden, row, tile, range_, figures, plane, maxima, slope,
+            source, forbidden, row, tile, range_, figures, plane, filters, slope,
             False, TWO_LAWS, PIECES, TILE, GROUP,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,37 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def sweep(directory: Path) -> None:
-    """Remove what killed writers left in `directory`; call it with the lock in hand."""
-    for leftover in Path(directory).glob(".*.tmp"):
+def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file that is whole under its name, whenever the writer is killed.
+
+    It is written beside its place, flushed to the disk and renamed. Raises OSError where the
+    disk refuses; what was there then stays.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o666 & ~_umask())
+        Path(name).replace(path)
+        _fsync(path.parent)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def sweep(directory: Path, name: str = "") -> None:
+    """Remove what killed writers left in `directory`, of paths whose names start so.
+
+    Call it with the lock in hand under which they are written.
+    """
+    for leftover in Path(directory).glob(f".{name}*.tmp"):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from mdiff.pipeline import Pipeline
 from mdiff.request_lines import MOST_TOKENS, Failure, Request, read_requests
 
 PLAN, PLAN_FILE, LINES_FILE = "plan", "plan.json", "lines.sha256"
-SHARDS = "shards"
 FORMAT = 1
 # About so many shards, for workers to share, of at most so many batches, for a kill to cost.
 SHARDS_WANTED = 64
@@ -34,6 +33,9 @@ MOST_BATCHES = 32
 LINE_BYTES = 8
 # What a request can be to blame for; a disk, a memory or a device that fails is not among it.
 BLAMED = (MdiffError, ValueError, TypeError, LookupError, ArithmeticError)
+
+# Requests that are made, written and counted as one: what goes through the model together.
+Batches = tuple[tuple[Request, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -52,26 +54,14 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Batches of requests that are made, written and counted as one."""
-
-    number: int
-    batches: tuple[tuple[Request, ...], ...]
-
-    def place(self, out: Path) -> Path:
-        """Its directory."""
-        return out / SHARDS / f"shard-{self.number:06d}"
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What is to be made: `record` is what a later run must agree with."""
+    """What is to be made: `record` is what a later run must agree with; a shard is batches."""
 
     record: dict[str, Any]
     lines: bytes
     requests: list[Request]
     failures: list[Failure]
-    shards: list[Shard]
+    shards: list[Batches]
 
 
 def planned(
@@ -172,7 +162,7 @@ def _probe(pipeline: Pipeline, canvas: list[int], setting: Setting) -> None:
 
 def _shards(
     requests: Sequence[Request], sizes: dict[int, int], setting: Setting, *, window: int | None
-) -> list[Shard]:
+) -> list[Batches]:
     """Requests in batches of like length, batches in shards."""
 
     def group(request: Request) -> tuple[bool, bool]:
@@ -186,10 +176,7 @@ def _shards(
         alike = list(members)
         batches += [tuple(alike[first : first + most]) for first in range(0, len(alike), most)]
     each = min(MOST_BATCHES, max(1, len(batches) // SHARDS_WANTED))
-    return [
-        Shard(number, tuple(batches[first : first + each]))
-        for number, first in enumerate(range(0, len(batches), each))
-    ]
+    return [tuple(batches[first : first + each]) for first in range(0, len(batches), each)]
 
 
 def canvas_of(pipeline: Pipeline, request: Request, setting: Setting) -> list[int]:

@@ -8,47 +8,147 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from mdiff.checkpoint import complete, staged, verify
+import torch
+
+from mdiff.checkpoint import complete, replace_file, staged, sweep, verify
 from mdiff.errors import BackendError, CheckpointError
 from mdiff.generation import Generated
-from mdiff.offline_plan import BLAMED, Plan, Setting, Shard, canvas_of, failure_of, runs_of
-from mdiff.pipeline import Pipeline, row_seeds
+from mdiff.jobs import Make, Tell
+from mdiff.offline_plan import BLAMED, Batches, Plan, Setting, canvas_of, failure_of, runs_of
+from mdiff.pipeline import Pipeline, load, row_seeds
 from mdiff.request_lines import Failure, Request
+from mdiff.workers import ATTEMPTS
 
 RESULTS, FAILURES = "results.jsonl", "failures.jsonl"
+# The place after all batches: whoever dies there was not killed by a request.
+WRITING = "writing"
+
+# A request with its `n` samples, or with why it has none.
+Found = tuple[Request, list[Generated] | Failure]
 
 
-def make_shard(pipeline: Pipeline, shard: Shard, setting: Setting, out: Path) -> None:
+@dataclass(frozen=True)
+class RequestShard:
+    """Batches of requests and the directory of their results.
+
+    Makers have died at the batches numbered in `apart`, whose requests are made one by one, and
+    at the lone requests whose lines are in `fatal`, with how: these fail.
+    """
+
+    number: int
+    batches: Batches
+    path: Path
+    apart: frozenset[int] = frozenset()
+    fatal: dict[int, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"shard {self.number}, {sum(map(len, self.batches))} requests"
+
+    def is_whole(self) -> bool:
+        """Whether its directory is there, with every file's size as its manifest says."""
+        return complete(self.path)
+
+    def clear(self) -> None:
+        """Remove what killed makers have left, and the directory where it is damaged."""
+        sweep(self.path.parent, f"{self.path.name}.")
+        if self.path.exists():
+            try:
+                verify(self.path)
+            except CheckpointError:
+                shutil.rmtree(self.path)
+
+    def part(self) -> RequestShard:
+        """Itself: requests are short."""
+        return self
+
+    def without(self, place: Hashable, how: str) -> RequestShard | None:
+        """The same with the batch of a `Place` taken apart, or with its lone request failed."""
+        if not isinstance(place, Place):
+            return None
+        if place.line is None:
+            return replace(self, apart=self.apart | {place.batch})
+        return replace(self, fatal=self.fatal | {place.line: how})
+
+
+class Place(NamedTuple):
+    """Where the making of a shard is: at a whole batch, or at the request of a line, alone."""
+
+    batch: int
+    line: int | None = None
+
+
+@dataclass(frozen=True)
+class Generator:
+    """How a worker comes by a model: which one, loaded how; `setting` is the run's."""
+
+    model: str
+    dtype: str | None
+    device: str | None
+    mask_id: int | None
+    setting: Setting
+
+    def open(self, worker: int) -> Make:
+        """Load the model; of several GPUs each worker takes the next one."""
+        device, gpus = self.device, torch.cuda.device_count()
+        if device is None and gpus > 1:
+            device = f"cuda:{worker % gpus}"
+        pipeline = load(self.model, device=device, dtype=self.dtype, mask_id=self.mask_id)
+        return partial(make_shard, pipeline, self.setting)
+
+
+def make_shard(pipeline: Pipeline, setting: Setting, shard: RequestShard, tell: Tell) -> None:
     """Generate a shard and put it in its place, whole; one that is there is left."""
-    place = shard.place(out)
-    if complete(place):
+    if shard.is_whole():
         return
+    made: dict[int, list[Found]] = {}
+    # Where makers have died comes first: if another does, nothing else was made in vain.
+    for number in sorted(range(len(shard.batches)), key=lambda number: number not in shard.apart):
+        made[number] = list(_batch(pipeline, setting, shard, number, tell))
+    tell(WRITING)
     try:
         with (
-            staged(place) as folder,
+            staged(shard.path) as folder,
             (folder / RESULTS).open("w", encoding="utf-8") as results,
             (folder / FAILURES).open("w", encoding="utf-8") as failures,
         ):
-            for batch in shard.batches:
-                for request, made in filled(pipeline, batch, setting):
-                    if isinstance(made, Failure):
-                        failures.write(made.json())
+            for number in range(len(shard.batches)):
+                for request, found in made[number]:
+                    if isinstance(found, Failure):
+                        failures.write(found.json())
                     else:
-                        results.writelines(_lines(request, made))
+                        results.writelines(_lines(request, found))
     except (CheckpointError, OSError):
         # Another process was faster, with the same result.
-        if not complete(place):
+        if not shard.is_whole():
             raise
 
 
-def filled(
-    pipeline: Pipeline, batch: Sequence[Request], setting: Setting
-) -> Iterator[tuple[Request, list[Generated] | Failure]]:
+def _batch(
+    pipeline: Pipeline, setting: Setting, shard: RequestShard, number: int, tell: Tell
+) -> Iterator[Found]:
+    """What becomes of a batch: made as one, or request by request where makers died at it."""
+    batch = shard.batches[number]
+    if number not in shard.apart:
+        tell(Place(number))
+        yield from filled(pipeline, batch, setting)
+        return
+    for request in batch:
+        if request.line in shard.fatal:
+            how = f"{ATTEMPTS} workers died at it alone, the last by {shard.fatal[request.line]}"
+            yield request, Failure(request.line, request.id, how)
+        else:
+            tell(Place(number, request.line))
+            yield from filled(pipeline, [request], setting)
+
+
+def filled(pipeline: Pipeline, batch: Sequence[Request], setting: Setting) -> Iterator[Found]:
     """Each request of a batch with its `n` samples; one that spoils the batch fails alone."""
     try:
         samples = _samples(pipeline, batch, setting)
@@ -91,53 +191,27 @@ def _lines(request: Request, samples: Sequence[Generated]) -> Iterator[str]:
         yield json.dumps(found, ensure_ascii=False) + "\n"
 
 
-def sweep_shard(shard: Shard, out: Path) -> None:
-    """Remove what killed writers of a shard have left; call it where nobody else writes it."""
-    place = shard.place(out)
-    for leftover in place.parent.glob(f".{place.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def missing(shards: Sequence[Shard], out: Path) -> list[Shard]:
-    """The shards that are not there; what is left of killed writers and damaged ones is removed.
-
-    For the one process that is to make them, with its lock in hand.
-    """
-    found = []
-    for shard in shards:
-        place = shard.place(out)
-        sweep_shard(shard, out)
-        if place.exists():
-            try:
-                verify(place)
-                continue
-            except CheckpointError:
-                shutil.rmtree(place)
-        found.append(shard)
-    return found
-
-
-def merge(plan: Plan, out: Path) -> tuple[int, list[Failure]]:
+def merge(plan: Plan, shards: Sequence[RequestShard], out: Path) -> tuple[int, list[Failure]]:
     """Write the results in the order of the requests, and the failures: how many, and which.
 
     Every shard must be there. Only where a request's lines lie is kept in memory.
     """
     places: dict[str, list[tuple[Path, int, int]]] = {}
     failures = list(plan.failures)
-    for shard in plan.shards:
-        path = shard.place(out) / RESULTS
+    for shard in shards:
+        path = shard.path / RESULTS
         offset = 0
         with path.open("rb") as lines:
             for line in lines:
                 key = json.dumps(json.loads(line)["id"])
                 places.setdefault(key, []).append((path, offset, len(line)))
                 offset += len(line)
-        with (shard.place(out) / FAILURES).open(encoding="utf-8") as told:
+        with (shard.path / FAILURES).open(encoding="utf-8") as told:
             failures += [Failure(**json.loads(line)) for line in told]
     failures.sort(key=lambda failure: failure.line)
-    _replace(out / FAILURES, (failure.json().encode() for failure in failures))
+    replace_file(out / FAILURES, (failure.json().encode() for failure in failures))
     ordered = (place for request in plan.requests for place in places.get(request.key, ()))
-    _replace(out / RESULTS, (_at(*place) for place in ordered))
+    replace_file(out / RESULTS, (_at(*place) for place in ordered))
     return sum(map(len, places.values())), failures
 
 
@@ -145,13 +219,3 @@ def _at(path: Path, offset: int, size: int) -> bytes:
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(size)
-
-
-def _replace(path: Path, pieces: Iterator[bytes]) -> None:
-    """Write a file beside its place, flush it to the disk and rename it."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.writelines(pieces)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

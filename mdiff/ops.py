@@ -293,6 +293,7 @@ def masked_cross_entropy(
     span: Tensor | None = None,
     label_smoothing: float = 0.0,
     chunk: int | None = None,
+    backend: str | None = None,
 ) -> CrossEntropy:
     """The cross-entropy of head(features) at the chosen rows, without holding their logits.
 
@@ -305,10 +306,12 @@ def masked_cross_entropy(
 
     The value is differentiable once in the features, the weights and the head's parameters;
     gradients are computed in the forward, `chunk` rows of logits at a time (None: at most 24
-    MiB of them on a CPU, 64 MiB elsewhere). In float32, or float64 for float64 features; under
-    autocast the logits are those that the head gives there.
+    MiB of them on a CPU, 60 MiB elsewhere). In float32, or float64 for float64 features; under
+    autocast the logits are those that the head gives there. Where the `backend` of the draw is
+    triton (see `backend_name`) a kernel of its own goes from logits to their gradient, else torch.
 
-    Raises ConfigError for shapes, ids or options that do not fit.
+    Raises ConfigError for shapes, ids or options that do not fit, BackendError for a backend
+    that is not here.
 
     >>> masked_cross_entropy(torch.zeros(2, 3), nn.Linear(3, 1), torch.tensor([0, 0])).nll.tolist()
     [0.0, 0.0]
@@ -345,6 +348,7 @@ def masked_cross_entropy(
         span=span,
         smoothing=label_smoothing,
         chunk=chunk,
+        by_triton=backend_name(backend, device=features.device.type) == "triton",
     )
 
 

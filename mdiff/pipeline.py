@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from mdiff.canvas import stack, stack_conditions
-from mdiff.denoiser import Denoiser, guided
+from mdiff.denoiser import Denoiser
 from mdiff.editing import Edits
-from mdiff.errors import ConfigError, DataError
+from mdiff.errors import ConfigError
 from mdiff.filling import State
 from mdiff.generation import Ending, Generated, Generation
+from mdiff.guidance import Prompt, Push, told_without
 from mdiff.kernels import philox
 from mdiff.loading import Parts, load_parts, save_parts
 from mdiff.objective import Bound
-from mdiff.other_start import away_from, other_start
 from mdiff.representation import features as mean_features
 from mdiff.representation import features_at
 from mdiff.sampling import Sample as Sample
@@ -30,13 +30,9 @@ from mdiff.schedule import Linear, Schedule
 from mdiff.scoring import bound_of_rows, windows
 from mdiff.tokens import TokenSpace
 
-# The entry of `cond` that guidance reads: the places which the other branch hides.
-GIVEN = "given"
 BATCH = 32
 # Windows longer than this are not filled unasked: then a canvas has ANSWER tokens to write.
 LONG_WINDOW, ANSWER = 1024, 256
-# A prompt is a text, or a mapping of what is given by name.
-Prompt = str | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -240,19 +236,14 @@ class Pipeline:
         stop = getattr(self.modality, "eos_id", None) if end == "cut" else None
         defaults = self._defaults(sampler, canvases, asked, stop=stop)
         function, settings = resolve(sampler, defaults)
-        without = self._without(negative)
+        without = told_without(self.modality, negative)
         told = list(conditions or [{}] * len(canvases))
         if len(told) != len(canvases):
             raise ConfigError(f"{len(told)} conditions for {len(canvases)} canvases")
         if guidance_scale is not None and without and not any(told):
             raise ConfigError(f"guidance_scale without a condition: give {', '.join(without)}")
-        denoiser, guidance = self._guided(
-            guidance_scale,
-            guidance_schedule,
-            guidance_interval,
-            negative=negative,
-            canvases=canvases,
-        )
+        asked_push = Push(guidance_scale, guidance_schedule, guidance_interval, negative)
+        denoiser, told_by_guidance = asked_push.on(self, canvases)
         stack(canvases, space=self.space)
         seeds = row_seeds(seed, len(canvases))
         device = self.device
@@ -263,7 +254,7 @@ class Pipeline:
                 canvas = tokens.to(device)
                 valid = None if valid is None else valid.to(device)
                 cond = stack_conditions(told[first : first + batch_size], without)
-                cond |= guidance(canvas, valid)
+                cond |= told_by_guidance(canvas, valid)
                 part = seeds[first : first + batch_size]
                 states = function(
                     denoiser, canvas, space=space, seed=part.to(device), valid=valid,
@@ -274,59 +265,6 @@ class Pipeline:
                 )
 
         return batches()
-
-    def _guided(
-        self, scale: float | None, schedule: str, interval: tuple[float, float] | None, *,
-        negative: Prompt | None, canvases: Sequence[Sequence[int]],
-    ) -> tuple[Denoiser, Callable[[Tensor, Tensor | None], dict[str, Tensor]]]:  # fmt: skip
-        """The denoiser with its guidance, and what of a batch that is to be told."""
-        if scale is None:
-            if schedule != "constant" or interval is not None or negative is not None:
-                raise ConfigError(
-                    "guidance_schedule, guidance_interval and negative need a guidance_scale"
-                )
-            return self.denoiser, lambda canvas, valid: {}
-        options: dict[str, Any] = {
-            "guidance_scale": scale, "guidance_schedule": schedule, "interval": interval,
-            "space": self.space,
-        }  # fmt: skip
-        without = self._without(negative)
-        if negative is not None and not hasattr(self.modality, "about"):
-            start = self._start(negative, canvases)
-            away = away_from(self.denoiser, device=self.device, **options)
-            return away, lambda canvas, valid: other_start(
-                canvas, start, valid=valid, space=self.space
-            )
-        if without:
-            options["without"] = self._on_device(without)
-            return guided(self.denoiser, **options), lambda canvas, valid: {}
-        hiding = guided(self.denoiser, hide=GIVEN, **options)
-        return hiding, lambda canvas, valid: {GIVEN: canvas != self.space.mask_id}
-
-    def _without(self, negative: Prompt | None) -> dict[str, Tensor]:
-        """What the other branch of guidance is told, (1, ...); empty where there is no telling."""
-        about = getattr(self.modality, "about", None)
-        if negative is not None and about is not None:
-            told: dict[str, Tensor] = about(negative)
-            return told
-        known: dict[str, Tensor] = getattr(self.modality, "without", {})
-        return known
-
-    def _start(self, negative: Prompt, canvases: Sequence[Sequence[int]]) -> Tensor:
-        """The tokens (N,) of a negative prompt, which fits before what is to be drawn."""
-        if not negative or hasattr(self.modality, "part_names") or hasattr(self.denoiser, "cells"):
-            raise ConfigError(
-                "negative: expected what a text begins with; guidance without it hides the prompt"
-            )
-        start = torch.tensor(self.modality.canvas(negative), device=self.device)
-        self.space.check(start[None], None)
-        longest = max((list(one).count(self.space.mask_id) for one in canvases), default=0)
-        if self.window is not None and len(start) + longest > self.window:
-            raise DataError(
-                f"negative: {len(start)} tokens before {longest} that are drawn are more than "
-                f"the model's window of {self.window}"
-            )
-        return start
 
     def _on_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}

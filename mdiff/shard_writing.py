@@ -1,31 +1,34 @@
 """Writing tokenised pictures: in parallel, whole files only, and only what is missing.
 
 A shard says in its header which pictures and which codec made it: a second run over the same
-pictures finds it and leaves it.
+pictures finds it and leaves it. Who shares the work is for `volume` to say.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
+from mdiff.checkpoint import replace_file, sweep
 from mdiff.codec import Codec, Report, make_codec, save_codec
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import check_tensors
+from mdiff.jobs import Job, Make, Tell
 from mdiff.pictures import Pictures
 from mdiff.shards import FORMAT, MANIFEST, TEXTS, file_digest, fingerprint, packed
+from mdiff.volume import Launched, check_crew, make_all
 
 SHARD = "shard-{:06d}.safetensors"
 # One entry alone: the order of several in a header is the library's whim.
@@ -34,90 +37,164 @@ ORIGIN = "origin"
 ROWS = 4096
 LARGEST_INT16 = 2**15 - 1
 
-# A shard's pictures, where it goes, and what its header says of its origin.
-Job = tuple[Pictures, Path, str]
-# The codec of a worker process, made once when it starts.
-_own: dict[str, Any] = {}
-
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_shards` did: pictures in all, shards made and shards found made already."""
+    """What `write_shards` did: pictures in all, shards made and shards found made already.
+
+    Under a launcher, made is what this process made; the others' shards count as found.
+    """
 
     count: int
     made: int
     kept: int
 
 
+@dataclass(frozen=True)
+class PicturePart:
+    """What a shard is made from: `pixels` (N, C, H, W) uint8 as a plain array, and the rest.
+
+    `texts` has the columns of strings that there are, `origin` is what the header is to say.
+    """
+
+    path: Path
+    origin: str
+    pixels: Any
+    labels: list[int] | None
+    texts: dict[str, list[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class PictureShard:
+    """The pictures `first` to `stop` of all of them, and the file of their tokens."""
+
+    number: int
+    pictures: Pictures
+    first: int
+    stop: int
+    path: Path
+    origin: str
+
+    def __str__(self) -> str:
+        return self.path.name
+
+    def is_whole(self) -> bool:
+        """Whether its file is there, from these pictures and this codec."""
+        return _origin_of(self.path) == self.origin
+
+    def clear(self) -> None:
+        """Remove what killed makers have left; a file that is not whole is written over."""
+        sweep(self.path.parent, f"{self.path.name}.")
+
+    def part(self) -> PicturePart:
+        """The pictures, cut out when they are asked for: only those at work are held twice."""
+        cut = self.pictures.at(torch.arange(self.first, self.stop))
+        return PicturePart(
+            path=self.path, origin=self.origin, pixels=cut.pixels.numpy(),
+            labels=None if cut.labels is None else cut.labels.tolist(),
+            texts={name: texts for name in TEXTS if (texts := getattr(cut, name)) is not None},
+        )  # fmt: skip
+
+    def without(self, place: Hashable, how: str) -> None:
+        """None: pictures of one size cost the same, so that no one of them is to blame."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How a worker comes by a codec: its options, and the folder with what it has learnt."""
+
+    described: dict[str, Any]
+    folder: str
+
+    def open(self, worker: int) -> Make:
+        """Make the codec."""
+        return partial(encode_shard, make_codec(self.described, folder=self.folder))
+
+
 def write_shards(
     pictures: Pictures, out: Path, *, codec: Codec, rows: int = ROWS, workers: int | None = None,
-    report: Report | None = None,
+    patience: float | None = None, report: Report | None = None,
 ) -> Written:  # fmt: skip
     """Encode pictures into the folder `out`, whatever part of it is not there yet.
 
-    `rows` pictures a shard; `workers` processes (None: one a core) of one thread each. Raises
-    ConfigError where `out` holds tokens of another codec or other files, DataError where the
-    codec refuses the pictures.
+    `rows` pictures a shard; `workers` processes (None: one a core) of one thread each, which may
+    take `patience` seconds for a shard (see `volume.make_all`). Raises ConfigError where `out`
+    holds tokens of another codec or other files, CheckpointError while another process writes
+    there, DataError where the codec refuses the pictures.
     """
+    launched = Launched.here()
     if rows < 1 or (workers is not None and workers < 1):
         raise ConfigError(f"rows={rows}, workers={workers}: need at least 1 of each")
+    usual = os.cpu_count() or 1 if launched.world == 1 else 1
+    count = usual if workers is None else workers
+    check_crew(count, patience, launched)
     made_by = fingerprint(codec)
+    shards = _shards(pictures, out, made_by, rows)
+    crew = max(1, min(count, len(shards)))
+    with launched.held(out), tempfile.TemporaryDirectory() as folder:
+        _begin(shards, out, made_by, launched)
+        if crew > 1 or patience is not None:
+            save_codec(codec, folder)
+        job = Job(shards, partial(encode_shard, codec), Encoder(codec.config(), folder), out)
+        made = make_all(
+            job, launched, workers=crew, patience=patience, report=report or (lambda line: None)
+        )
+        if launched.rank == 0:
+            replace_file(out / MANIFEST, [_manifest(codec, made_by, pictures, shards)])
+    return Written(len(pictures), made, len(shards) - made)
+
+
+def _shards(pictures: Pictures, out: Path, made_by: str, rows: int) -> list[PictureShard]:
+    """All shards of the pictures, each with the digests of codec and pictures as its origin."""
+    found = []
+    for number, first in enumerate(range(0, len(pictures), rows)):
+        stop = min(first + rows, len(pictures))
+        origin = f"{made_by}:{_digest_of(pictures.at(torch.arange(first, stop)))}"
+        path = out / SHARD.format(number)
+        found.append(PictureShard(number, pictures, first, stop, path, origin))
+    return found
+
+
+def _begin(shards: Sequence[PictureShard], out: Path, made_by: str, launched: Launched) -> None:
+    """See that the folder may take these shards, and that what is not whole has no manifest."""
     known = _known(out, made_by)
-    parts = [
-        pictures.at(torch.arange(first, min(first + rows, len(pictures))))
-        for first in range(0, len(pictures), rows)
-    ]
-    names = [SHARD.format(number) for number in range(len(parts))]
-    origins = [f"{made_by}:{_digest_of(part)}" for part in parts]
-    jobs = [
-        (part, out / name, origin)
-        for part, name, origin in zip(parts, names, origins)
-        if known.get(name) != origin
-    ]
-    surplus = set(known) - set(names)
-    if jobs or surplus:
-        # From here to the end the folder is not whole.
+    # A later rank looks at its own shards alone: when it comes late, the first may have written
+    # the manifest since it looked at another's.
+    looked_at = launched.share(shards) if launched.rank else shards
+    surplus = set(known) - {shard.path.name for shard in shards} if launched.rank == 0 else set()
+    if surplus or any(known.get(shard.path.name) != shard.origin for shard in looked_at):
         (out / MANIFEST).unlink(missing_ok=True)
-    for name in surplus:
-        (out / name).unlink()
-    for done, path in enumerate(_finished(codec, jobs, workers), start=1):
-        if report is not None:
-            report(f"{path.name}: {done} of {len(jobs)}")
-    _write(out / MANIFEST, _manifest(codec, made_by, pictures, parts, out, names))
-    return Written(len(pictures), len(jobs), len(parts) - len(jobs))
+    if launched.rank == 0:
+        sweep(out, MANIFEST)
+        for name in surplus:
+            sweep(out, name)
+            (out / name).unlink()
 
 
 def _known(out: Path, made_by: str) -> dict[str, str]:
     """The origins of the shards in a folder, by name; "" of a damaged one.
 
-    Makes the folder. Raises ConfigError for another codec's tokens and for a folder of other
-    things.
+    Raises ConfigError for another codec's tokens and for a folder of other things.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob(".*.part"):
-        leftover.unlink()
-    found = sorted(out.glob(SHARD.replace("{:06d}", "*")))
-    # A hidden file is a lock or a desktop's own.
-    others = {path for path in out.iterdir() if not path.name.startswith(".")} - {*found}
-    if others - {out / MANIFEST} or (others and not found):
-        raise ConfigError(f"{out} holds {min(others).name}: name a new folder")
-    known = {}
-    for path in found:
-        known[path.name] = origin = _origin_of(path)
-        if origin and not origin.startswith(f"{made_by}:"):
-            raise ConfigError(f"{out} holds tokens of another codec: name a new folder")
+    # Looked at once: another rank may add to it. A hidden file is a lock or a desktop's own.
+    there = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    found = {name for name in there if fnmatch(name, SHARD.replace("{:06d}", "*"))}
+    if there - found - {MANIFEST} or (there and not found):
+        raise ConfigError(f"{out} holds {min(there - found)}: name a new folder")
+    known = {name: _origin_of(out / name) for name in sorted(found)}
+    if any(origin and not origin.startswith(f"{made_by}:") for origin in known.values()):
+        raise ConfigError(f"{out} holds tokens of another codec: name a new folder")
     return known
 
 
 def _origin_of(path: Path) -> str:
     """The digests of codec and pictures in a shard's header; "" where the file is not whole."""
-    try:
+    with suppress(CheckpointError, KeyError, OSError):
         check_tensors(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             return str(json.loads(file.read(length))["__metadata__"][ORIGIN])
-    except (CheckpointError, KeyError):
-        return ""
+    return ""
 
 
 def _digest_of(part: Pictures) -> str:
@@ -130,72 +207,24 @@ def _digest_of(part: Pictures) -> str:
     return total.hexdigest()
 
 
-def _finished(codec: Codec, jobs: list[Job], workers: int | None) -> Iterator[Path]:
-    """Each job's path when it is done; in this process where one is enough."""
-    count = min(workers or os.cpu_count() or 1, len(jobs))
-    if count <= 1:
-        for job in jobs:
-            yield encode_shard(codec, job)
-        return
-    # Spawned, not forked: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        save_codec(codec, folder)
-        with ProcessPoolExecutor(
-            count, mp_context=context, initializer=_start_worker, initargs=(codec.config(), folder)
-        ) as pool:
-            futures: list[Future[Path]] = [pool.submit(_encode_here, job) for job in jobs]
-            try:
-                for future in as_completed(futures):
-                    yield future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(described: dict[str, Any], folder: str) -> None:
-    """Make the codec, with one thread; an interrupt is the parent's to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    _own["codec"] = make_codec(described, folder=folder)
-
-
-def _encode_here(job: Job) -> Path:
-    return encode_shard(_own["codec"], job)
-
-
-def encode_shard(codec: Codec, job: Job) -> Path:
-    """Encode one shard and put it in its place, whole; its path."""
-    part, path, origin = job
-    ids = codec.encode(part.pixels)
+def encode_shard(codec: Codec, part: PicturePart, tell: Tell) -> None:
+    """Encode one shard and put it in its place, whole."""
+    ids = codec.encode(torch.from_numpy(part.pixels))
     small = codec.codebook_size - 1 <= LARGEST_INT16
     tensors = {"ids": ids.to(torch.int16 if small else torch.int32).contiguous()}
     if part.labels is not None:
-        tensors["labels"] = part.labels
-    for name in TEXTS:
-        texts = getattr(part, name)
-        if texts is not None:
-            tensors[name], tensors[f"{name}.ends"] = packed(texts)
-    _write(path, save(tensors, metadata={ORIGIN: origin}))
-    return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file beside its place, flush it to the disk and rename it."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+        tensors["labels"] = torch.tensor(part.labels, dtype=torch.int64)
+    for name, texts in part.texts.items():
+        tensors[name], tensors[f"{name}.ends"] = packed(texts)
+    replace_file(part.path, [save(tensors, metadata={ORIGIN: part.origin})])
 
 
 def _manifest(
-    codec: Codec, made_by: str, pictures: Pictures, parts: list[Pictures], out: Path,
-    names: list[str],
-) -> bytes:  # fmt: skip
-    shards = [
-        {"name": name, "rows": len(part), **file_digest(out / name)}
-        for name, part in zip(names, parts)
+    codec: Codec, made_by: str, pictures: Pictures, shards: Sequence[PictureShard]
+) -> bytes:
+    listed = [
+        {"name": shard.path.name, "rows": shard.stop - shard.first, **file_digest(shard.path)}
+        for shard in shards
     ]
     content = {
         "format": FORMAT,
@@ -206,6 +235,6 @@ def _manifest(
         "count": len(pictures),
         "label_names": pictures.label_names,
         "problems": pictures.problems,
-        "shards": shards,
+        "shards": listed,
     }
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()

@@ -18,16 +18,16 @@ def kernels_in_the_interpreter():
     before = os.environ.get(NAME)
     os.environ[NAME] = "1"
     try:
-        from mdiff.kernels import onepass_triton, select_triton
+        from mdiff.kernels import loss_triton, onepass_triton, select_triton
     finally:
         if before is None:
             del os.environ[NAME]
         else:
             os.environ[NAME] = before
-    return onepass_triton, select_triton
+    return onepass_triton, select_triton, loss_triton
 
 
-ONEPASS, SELECT = kernels_in_the_interpreter()
+ONEPASS, SELECT, LOSS = kernels_in_the_interpreter()
 
 
 @pytest.fixture(autouse=True)

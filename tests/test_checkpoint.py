@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import struct
@@ -22,6 +23,7 @@ from mdiff.checkpoint import (
     locked,
     read_json,
     read_tensors,
+    replace_file,
     staged,
     step_path,
     sweep,
@@ -300,3 +302,19 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
         os.waitpid(child, 0)
         for handle in (ready, tell_ready, done, tell_done):
             os.close(handle)
+
+
+def test_a_file_is_as_before_until_it_is_replaced_whole(tmp_path):
+    def pieces():
+        yield b"half"
+        raise OSError(errno.ENOSPC, "full")
+
+    path = tmp_path / "file"
+    replace_file(path, [b"be", b"fore"])
+    with pytest.raises(OSError, match="full"):
+        replace_file(path, pieces())
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"before"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from exactness import TOTAL_VARIATION, distributions, figures_agree, total_variation
 from scipy import stats
 
 from mdiff.errors import BackendError, ConfigError
-from mdiff.kernels import philox
-from mdiff.kernels.reference import Draw, draw_reference, kept_columns
+from mdiff.kernels import draw_torch, philox
+from mdiff.kernels.reference import TILE, Draw, draw_reference, kept_columns
 from mdiff.ops import BACKENDS, backend_name, draw
 
 FALSE_ALARM = 1e-6 / 32
@@ -82,17 +83,23 @@ def test_any_vocabulary_and_tile_agree_with_the_reference(backend, vocab, tile):
 
 
 @faster
-@pytest.mark.parametrize("kind", ["zipf", "flat", "peaked", "normal"])
-def test_the_figures_are_those_of_float64(backend, kind):
-    logits = logits_like(kind, rows=8, vocab=50_257)
-    fast = draw(logits, seed=2, backend=backend)
-    log_p = logits.double().log_softmax(1)
-    entropy = -(log_p.exp() * log_p).sum(1)
-    top = log_p.exp().topk(2).values
-    assert torch.allclose(fast.entropy.double(), entropy, atol=1e-3)
-    assert torch.allclose(fast.margin.double(), top[:, 0] - top[:, 1], atol=1e-4)
-    drawn = log_p.gather(1, fast.tokens[:, None])[:, 0]
-    assert torch.allclose(fast.log_prob.double(), drawn, atol=1e-4)
+@pytest.mark.parametrize("name", distributions(2))
+def test_the_figures_are_those_of_float64(backend, name):
+    logits = distributions()[name].expand(8, -1)
+    figures_agree(draw(logits, seed=2, backend=backend), logits)
+
+
+@pytest.mark.parametrize("name", distributions(2))
+def test_the_law_of_torch_is_that_of_float64(name):
+    """By its own arithmetic: masses of tiles, and weights of ids in them."""
+    logits = distributions()[name]
+    padded = torch.full((1, -(-len(logits) // TILE) * TILE), -torch.inf)
+    padded[0, : len(logits)] = logits - logits.max()
+    weights = draw_torch._Weights(padded, TILE, into=torch.empty_like(padded))
+    inside = weights.weight_NTK.double()
+    share = weights.mass_NT / weights.total_N[:, None]
+    p = share[:, :, None] * inside / inside.sum(2, keepdim=True)
+    assert total_variation(p.flatten()[: len(logits)], logits) < TOTAL_VARIATION
 
 
 @faster

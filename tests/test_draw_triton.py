@@ -98,7 +98,7 @@ def test_any_tile_of_a_power_of_two_agrees_with_the_reference(tile):
         draw_triton(normal(1), tile=48, **counters(1))
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 7, "top_p": 0.8}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"top_k": 7, "top_p": 0.8}, {"top_p": 0.9}], ids=str)
 def test_split_rows_give_what_whole_rows_give_bit_for_bit(options, monkeypatch):
     drawn = []
     for programs in (1, 4, 1000):
@@ -262,12 +262,12 @@ def test_the_kernels_compile_for_sm_90_without_a_gpu(tmp_path):
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
     )  # fmt: skip
     found = json.loads(run.stdout)
-    assert sorted(found) == ["every option fp32", "plain bf16", "reveal"]
+    assert len(found) == 6
     for name, ptx in found.items():
         assert ".target sm_90" in ptx, name
         assert ".address_size 64" in ptx, name
         # The offset of a row is a product of 64 bits.
         assert "mul.lo.s64" in ptx or "mul.wide.s32" in ptx, name
-    for name in ("plain bf16", "every option fp32"):
+    for name in set(found) - {"reveal"}:
         # Whole groups are loaded ahead, 16 bytes a thread.
         assert "cp.async.cg.shared.global" in found[name], name

@@ -18,11 +18,13 @@ LOGITS = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5, 1.5, 0.25]])
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "gpu", raising=False)
+    for name in ("gpu", "loss", "machine"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     import gpu
 
     yield gpu
-    monkeypatch.delitem(sys.modules, "gpu", raising=False)
+    for name in ("gpu", "loss", "machine"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 @pytest.mark.parametrize(("name", "rows"), [("llada", 100_000), ("mdlm", 100_000), ("race", 150)])
@@ -52,6 +54,7 @@ def test_verdicts_say_which_goals_are_met(bench):
         "draw": dict.fromkeys(names, draw),
         "baselines": {name: {"us": 1.0, "over_ours": 7.0} for name in "abcde"},
         "block step": {"us": 11.0},
+        "loss": {"times_faster": 4.5, "memory_share": 0.021},
     }
     met = {what: met for what, _, _, met in bench.verdicts(figures)}
     assert met["plain bfloat16, share of copy bandwidth"]
@@ -59,4 +62,30 @@ def test_verdicts_say_which_goals_are_met(bench):
     assert not met["temperature + top_k, a byte"]
     assert met["top_p, a byte"]
     assert met["block step of 32 rows, microseconds"]
+    assert met["loss over logits of all rows"]
+    assert not met["loss, share of their memory"]
     assert [met[f"over {name}"] for name in "abcde"] == [False, False, True, True, True]
+
+
+def test_both_losses_have_the_same_gradients_and_the_share_is_of_what_is_not_one(
+    bench, monkeypatch
+):
+    """A device that allocated 10,000 bytes at most, and the plain path 100,000."""
+    given = bench.problem(12, 5, 30, torch.float32, "cpu")
+    ours, plain = (bench.gradients(name, given) for name in ("chunked", "cross_entropy"))
+    for a, b in zip(ours, plain):
+        assert torch.allclose(a, b, atol=1e-6)
+    peaks = iter([10_000, 100_000])
+    monkeypatch.setattr(bench, "problem", lambda *shape: given)
+    monkeypatch.setattr(bench.triton.testing, "do_bench", lambda call, **options: call() and 2.0)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    found = bench.losses(12, 5, 30)
+    made = 4 * 5 * (12 + 30)
+    sums = 4 * 5 * (30 + int(given[3].sum()))
+    assert found["chunked"]["bytes"] == 10_000 - made - sums
+    assert found["cross_entropy"]["bytes"] == 100_000 - made
+    assert found["memory_share"] == (10_000 - made - sums) / (100_000 - made)
+    assert found["times_faster"] == 1

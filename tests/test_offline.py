@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,45 +13,42 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from toys import HashDenoiser
+from volume_runs import (
+    DEADLY,
+    SETTING,
+    DeadlyGenerator,
+    asked,
+    begin,
+    content,
+    results,
+    server,
+    started,
+    tiny_model,
+    written,
+)  # fmt: skip
 
-from mdiff import offline_workers
-from mdiff.backbones.transformer import transformer
+from mdiff import offline, workers
 from mdiff.checkpoint import locked
 from mdiff.cli import run
-from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError
+from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.modalities.text import text
-from mdiff.offline import generate_offline
 from mdiff.offline_plan import Setting
-from mdiff.offline_shards import filled
-from mdiff.pipeline import Pipeline, load
+from mdiff.offline_shards import WRITING, Place, RequestShard, filled, make_shard
+from mdiff.pipeline import Pipeline
 from mdiff.request_lines import Failure, Request, read_requests
 
-WINDOW = 48
-SETTING = Setting(seed=3, batch_size=3)
-SERVE = offline_workers._serve
-PRELOADED = ["mdiff.offline", "mdiff.backbones.transformer", "mdiff.modalities.text"]
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    torch.manual_seed(0)
-    modality = text()
-    denoiser = transformer(vocab_size=256, width=16, depth=1, heads=2, max_length=WINDOW)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    Pipeline(denoiser.eval(), modality.space, modality, window=WINDOW).save(folder)
-    return str(folder)
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def requests(tmp_path_factory):
-    """60 requests of several kinds and lengths, in a file."""
-    rows = [{"id": f"r{i}", "prompt": "ab " * (i % 4), "length": 24 + i % 7} for i in range(48)]
-    rows += [{"id": i, "infill": f"{i}[MASK:9]{'z' * (i % 3)}"} for i in range(11)]
-    rows.append({"prompt": "by its line", "length": 30, "seed": -1})
-    return written(tmp_path_factory.mktemp("in") / "in.jsonl", rows)
+    return written(tmp_path_factory.mktemp("in") / "in.jsonl", asked())
 
 
 @pytest.fixture(scope="module")
@@ -63,50 +59,10 @@ def clean(model, requests, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def server():
-    """Processes that start at once, with the package loaded already, and in no thread's midst."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
-
-
 @pytest.fixture
-def fast_workers(monkeypatch, server):
-    monkeypatch.setattr(offline_workers.multiprocessing, "get_context", lambda name: server)
-
-
-def written(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def begin(model, requests, out, *, rank=0, world=1, setting=SETTING, **options):
-    """One run from the start; also what a process of its own does."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-    try:
-        pipeline = load(model, device="cpu")
-        return generate_offline(
-            pipeline, Path(requests), Path(out), model=model, setting=setting, **options
-        )
-    finally:
-        del os.environ["RANK"], os.environ["WORLD_SIZE"]
-
-
-def started(server, *arguments, **options):
-    process = server.Process(target=begin, args=arguments, kwargs=options)
-    process.start()
-    return process
-
-
-def content(out):
-    """Every byte of what a run leaves but its lock, by name."""
-    files = {p.relative_to(out).as_posix(): p for p in Path(out).rglob("*") if p.is_file()}
-    return {name: p.read_bytes() for name, p in files.items() if p.name != ".lock"}
-
-
-def results(out):
-    return [json.loads(line) for line in (Path(out) / "results.jsonl").open(encoding="utf-8")]
+def fast_workers(monkeypatch):
+    context = server()
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda name: context)
 
 
 def test_there_is_one_result_a_request_in_the_order_of_the_file(clean, requests):
@@ -139,96 +95,58 @@ def test_a_shuffled_file_gives_each_request_the_same_bits(clean, model, requests
     assert list(found) == [line["id"] for line in lines]
 
 
-def test_killed_at_random_moments_the_output_is_that_of_one_clean_run(
-    clean, model, requests, server, tmp_path
-):
-    out, moments = tmp_path / "out", random.Random(1)
-    for killed in range(5):
-        process = started(server, model, requests, out)
-        while killed and process.is_alive() and not list((out / "shards").glob("[s.]*")):
-            time.sleep(0.005)
-        process.join(moments.uniform(0.02, 0.3))
-        process.kill()
-        process.join()
-    begin(model, requests, out)
-    assert content(out) == content(clean)
-
-
-def test_two_workers_of_which_one_is_killed_give_the_same_bytes(
-    clean, model, requests, tmp_path, fast_workers
-):
-    killed = []
-
-    def report(line):
-        workers = [p for p in multiprocessing.active_children() if p.name != "server"]
-        if not killed and workers:
-            os.kill(workers[0].pid, signal.SIGKILL)
-            killed.append(line)
-
-    begin(model, requests, tmp_path / "out", workers=2, report=report)
-    assert killed
-    assert content(tmp_path / "out") == content(clean)
-    assert not multiprocessing.active_children()
-
-
-def dying_at_shard_4(pipe, work, device):
-    make = offline_workers.make_shard
-
-    def make_or_die(pipeline, shard, setting, out):
-        if shard.number == 4:
-            (shard.place(out).parent / f".{shard.place(out).name}.{os.getpid()}.tmp").mkdir()
-            os.kill(os.getpid(), signal.SIGKILL)
-        make(pipeline, shard, setting, out)
-
-    offline_workers.make_shard = make_or_die
-    SERVE(pipe, work, device)
-
-
-def test_a_shard_that_kills_every_worker_is_given_up_and_the_rest_completes(
-    model, requests, tmp_path, fast_workers, monkeypatch
-):
-    monkeypatch.setattr(offline_workers, "_serve", dying_at_shard_4)
-    with pytest.raises(MdiffError, match=r"3 workers died at shard 4, the last by signal 9") as e:
-        begin(model, requests, tmp_path / "out", workers=2)
-    assert e.value.exit_code == 1
-    assert len(list((tmp_path / "out" / "shards").iterdir())) == 19
-    assert not (tmp_path / "out" / "results.jsonl").exists()
-
-
-def refusing(pipe, work, device):
-    pipe.recv()
-    pipe.send(offline_workers._portable(OSError(28, "No space left on device", "x")))
-    pipe.recv()
-
-
-def test_what_a_worker_raises_ends_the_run_with_its_own_error(
-    model, requests, tmp_path, fast_workers, monkeypatch
-):
-    monkeypatch.setattr(offline_workers, "_serve", refusing)
-    with pytest.raises(OSError, match="No space left") as found:
-        begin(model, requests, tmp_path / "out", workers=2)
-    assert found.value.errno == 28
-    assert not multiprocessing.active_children()
-
-
-def test_two_ranks_give_the_same_bytes(clean, model, requests, server, tmp_path):
+def test_two_ranks_give_the_same_bytes(clean, model, requests, tmp_path):
     out = tmp_path / "out"
-    ranks = [started(server, model, requests, out, rank=rank, world=2) for rank in (1, 0)]
+    ranks = [started(begin, model, requests, out, rank=rank, world=2) for rank in (1, 0)]
     for process in ranks:
         process.join(60)
     assert [process.exitcode for process in ranks] == [0, 0]
     assert content(out) == content(clean)
 
 
-def test_the_first_rank_makes_what_a_dead_one_left(clean, model, requests, server, tmp_path):
+def test_the_first_rank_makes_what_a_dead_one_left(clean, model, requests, tmp_path):
     out = tmp_path / "out"
-    late = started(server, model, requests, out, rank=1, world=2)
+    late = started(begin, model, requests, out, rank=1, world=2)
     while not (out / ".ranks" / "1" / ".lock").exists():
         time.sleep(0.01)
     late.kill()
     late.join()
     begin(model, requests, out, rank=0, world=2)
     assert content(out) == content(clean)
+
+
+def deadly(tmp_path, monkeypatch, rows, *places):
+    """The requests with some that take a worker down put before those places; their lines."""
+    rows = list(rows)
+    for place in places:
+        rows.insert(place, {"id": f"deadly {place}", "prompt": DEADLY, "length": 26})
+    monkeypatch.setattr(offline, "Generator", DeadlyGenerator)
+    path = written(tmp_path / "in.jsonl", rows)
+    return path, [number for number, row in enumerate(rows, 1) if "deadly" in str(row.get("id"))]
+
+
+def test_requests_that_take_their_workers_down_fail_alone_and_the_rest_completes(
+    model, tmp_path, fast_workers, monkeypatch
+):
+    path, lines = deadly(tmp_path, monkeypatch, asked()[:59], 7, 30)
+    begin(model, path, tmp_path / "clean")
+    said = []
+    found = begin(model, path, tmp_path / "out", workers=2, report=said.append)
+    assert [failure.line for failure in found.failures] == lines
+    for failure in found.failures:
+        assert failure.error.startswith("3 workers died at it alone, the last by signal 9")
+    # Both are of one length and one batch, with a third request.
+    assert sum("it is tried without what they died at" in line for line in said) == 3
+    clean = {row["id"]: row for row in results(tmp_path / "clean")}
+    made = {row["id"]: row for row in results(tmp_path / "out")}
+    assert list(made) == [name for name in clean if "deadly" not in str(name)]
+    other = {name for name in made if made[name] != clean[name]}
+    assert len(other) <= SETTING.batch_size - 1
+    for name in other:
+        assert made[name]["tokens"] == clean[name]["tokens"]
+        assert made[name]["log_prob"] == pytest.approx(clean[name]["log_prob"], rel=1e-5)
+    # What is complete stays so, with its failures.
+    assert begin(model, path, tmp_path / "out").failures == found.failures
 
 
 POISON = [
@@ -309,6 +227,24 @@ def test_a_request_that_spoils_its_batch_fails_alone():
             assert [s.seed for s in found[request.id]] == [s.seed for s in alone]
 
 
+def test_a_maker_tells_of_each_batch_of_each_lone_request_and_of_the_writing(tmp_path):
+    modality = text()
+    pipeline = Pipeline(HashDenoiser(modality.space), modality.space, modality, window=16)
+    requests = [Request(i, f"q{i}", "prompt", words) for i, words in enumerate("abcd")]
+    batches = (tuple(requests[:1]), tuple(requests[1:]))
+    shard = RequestShard(0, batches, tmp_path / "shard").without(Place(1), "x")
+    shard = shard.without(Place(1, 2), "signal 11")
+    told = []
+    make_shard(pipeline, Setting(length=9), shard, told.append)
+    # What killed comes first; what is told at the end is nobody's fault.
+    assert told == [Place(1, 1), Place(1, 3), Place(0), WRITING]
+    assert shard.without(WRITING, "x") is None
+    assert [row["id"] for row in results(shard.path)] == ["q0", "q1", "q3"]
+    failed = json.loads((shard.path / "failures.jsonl").read_text())
+    assert failed["line"] == 2
+    assert failed["error"] == "3 workers died at it alone, the last by signal 11"
+
+
 def test_a_seed_depends_on_the_id_and_the_seed_of_the_run_alone():
     one, two = (read_requests(line)[0][0] for line in (b'{"prompt":""}', b'\n{"prompt":"b"}'))
     assert one.seed(0) != two.seed(0) != two.seed(1)
@@ -384,6 +320,8 @@ def test_an_interrupt_keeps_what_is_complete(clean, model, requests, tmp_path):
     ("words", "message"),
     [
         (["--workers", "2"], "--workers needs --input"),
+        (["--patience", "9"], "--patience needs --input"),
+        (["--input", "IN", "--out", "o", "--patience", "-1"], "patience=-1: expected more than 0"),
         (["--out", "o"], "--out is for models of pictures; one of text takes it with --input"),
         (["--input", "IN", "--out", "o", "--workers", "0"], "workers=0"),
         (["--input", "IN", "--out", "o", "--stream"], "--stream does not go with"),
@@ -413,31 +351,6 @@ def volume(model, requests, out):
         "mdiff", "generate", model, "--input", str(requests), "--out", str(out), "--seed", "3",
         "--batch-size", "3", "--length", "40",
     ]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_the_command_killed_ten_times_with_two_workers_gives_the_bytes_of_one_clean_run(
-    model, tmp_path
-):
-    rows = [{"id": i, "prompt": "ab " * (i % 4), "length": 30 + i % 12} for i in range(300)]
-    requests = written(tmp_path / "in.jsonl", rows)
-    assert command(*volume(model, requests, tmp_path / "clean")).wait() == 0
-    out, moments = tmp_path / "out", random.Random(2)
-    for _ in range(10):
-        process = command(*volume(model, requests, out), "--workers", "2")
-        before = len(list((out / "shards").glob("shard-*")))
-        while process.poll() is None and len(list((out / "shards").glob("shard-*"))) == before:
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.2))
-        process.kill()
-        process.wait()
-        process.communicate()
-    process = command(*volume(model, requests, out), "--workers", "2")
-    told = process.communicate()[1]
-    assert process.returncode == 0
-    assert "shards are there already" in told
-    assert content(out) == content(tmp_path / "clean")
-    assert [row["id"] for row in results(out)] == list(range(300))
 
 
 def alive(group):

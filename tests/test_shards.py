@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from volume_runs import content, encode, started, tiny_pictures
 
+from mdiff.checkpoint import locked
+from mdiff.codec import save_codec
 from mdiff.codecs.bits import bits
 from mdiff.codecs.kmeans import KMeans, kmeans
 from mdiff.codecs.levels import levels
-from mdiff.errors import ConfigError, DataError
+from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import read_json, read_tensors
 from mdiff.pictures import Pictures
 from mdiff.shard_writing import write_shards
@@ -87,13 +91,13 @@ def test_a_second_run_makes_only_what_is_missing(folder: Path, codec: KMeans) ->
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:-5])
     (folder / MANIFEST).unlink()
-    (folder / ".shard-000000.safetensors.part").write_bytes(b"half")
+    (folder / ".shard-000000.safetensors.x.tmp").write_bytes(b"half")
     with pytest.raises(DataError, match="encode again"):
         open_shards(folder)
     again = write_shards(pictures(), folder, codec=codec, rows=10, workers=1)
     assert (again.made, again.kept) == (2, 1)
     assert stamps(folder)[kept.name] == before[kept.name]
-    assert not list(folder.glob(".*"))
+    assert not list(folder.glob(".*.tmp"))
     assert torch.equal(open_shards(folder).ids.long(), codec.encode(pictures().pixels))
 
 
@@ -116,6 +120,63 @@ def test_several_processes_write_the_same_bytes_as_one(folder: Path, codec: KMea
     assert done.made == 3
     for path in sorted(folder.iterdir()):
         assert (parallel / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_ranks_write_the_bytes_of_one_process(tmp_path: Path) -> None:
+    save_codec(kmeans(codebook_size=8).fit(tiny_pictures(20).pixels), tmp_path / "codec")
+    encode(tmp_path / "codec", 20, tmp_path / "one", workers=1)
+    encode(tmp_path / "codec", 30, tmp_path / "three", workers=1)
+    # Fewer pictures than before: the first rank takes away what is too much.
+    ranks = [
+        started(encode, tmp_path / "codec", 20, tmp_path / "three", rank=rank, world=3)
+        for rank in (2, 0, 1)
+    ]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0, 0]
+    assert content(tmp_path / "three") == content(tmp_path / "one")
+
+
+def test_a_rank_that_comes_late_leaves_the_manifest_where_it_is(tmp_path: Path) -> None:
+    save_codec(kmeans(codebook_size=8).fit(tiny_pictures(20).pixels), tmp_path / "codec")
+    out = tmp_path / "out"
+    first = encode(tmp_path / "codec", 20, out, rank=0, world=2)
+    assert (first.made, first.kept) == (10, 0)
+    before = content(out)
+    late = encode(tmp_path / "codec", 20, out, rank=1, world=2)
+    assert (late.made, late.kept) == (0, 10)
+    assert content(out) == before
+    # What the first rank has to make is not its business; before it makes its own shard it takes
+    # the manifest away.
+    (out / "shard-000002.safetensors").unlink()
+    assert encode(tmp_path / "codec", 20, out, rank=1, world=2).made == 0
+    assert (out / MANIFEST).exists()
+    (out / "shard-000003.safetensors").unlink()
+    assert encode(tmp_path / "codec", 20, out, rank=1, world=2).made == 1
+    assert not (out / MANIFEST).exists()
+    encode(tmp_path / "codec", 20, out)
+    assert content(out) == before
+
+
+def test_an_interrupt_says_what_is_complete_and_the_next_run_goes_on(
+    folder: Path, codec: KMeans
+) -> None:
+    out = folder.parent / "interrupted"
+
+    def report(line: str) -> None:
+        if line == "shard-000001.safetensors: 2 of 3":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="2 of 3 shards are complete; the same command"):
+        write_shards(pictures(), out, codec=codec, rows=10, workers=1, report=report)
+    assert not (out / MANIFEST).exists()
+    assert write_shards(pictures(), out, codec=codec, rows=10, workers=1).made == 1
+    assert content(out) == content(folder)
+
+
+def test_a_second_process_on_the_folder_is_refused_by_the_lock(folder: Path, codec: KMeans) -> None:
+    with locked(folder), pytest.raises(CheckpointError, match=f"process {os.getpid()}"):
+        write_shards(pictures(), folder, codec=codec)
 
 
 def test_another_codec_is_refused_for_writing_and_for_reading(folder: Path, codec: KMeans) -> None:

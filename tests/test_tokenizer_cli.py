@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from volume_runs import content, ranked
 
 from mdiff.cli import run
 from mdiff.codec import load_codec
@@ -127,6 +131,53 @@ def test_a_batch_goes_on_past_bad_files_and_reports_them_at_the_end(
     assert len(open_shards(tokens).manifest["problems"]) == 4
     assert run([*words, "--resize", "--size", "16"]) == 3
     assert len(open_shards(tokens)) == 11
+
+
+def test_a_later_process_of_a_launcher_makes_its_share_and_says_nothing(
+    faces: Path, codec: str, tmp_path: Path, capsys: Captured
+) -> None:
+    (faces / "glad" / "page.png").write_text("<html>")
+    tokens = tmp_path / "tokens"
+    words = ["tokenizer", "encode", codec, str(faces), "--out", str(tokens), "--rows", "4"]
+    with ranked(1, 2):
+        assert run(words) == 0
+        assert capsys.readouterr() == ("", "shard-000001.safetensors: 1 of 1\n")
+        assert run([*words, "--workers", "2"]) == 2
+        assert "1 in each process of a launcher" in capsys.readouterr().err
+    with ranked(0, 2):
+        assert run(words) == 3
+    assert "10 pictures: 2 shards made, 1 kept" in capsys.readouterr().err
+    assert len(open_shards(tokens)) == 10
+
+
+def test_a_patience_that_cannot_be_meant_is_one_line(
+    faces: Path, codec: str, tmp_path: Path, capsys: Captured
+) -> None:
+    words = ["tokenizer", "encode", codec, str(faces), "--out", str(tmp_path / "tokens")]
+    assert run([*words, "--patience", "0"]) == 2
+    assert capsys.readouterr().err == "error: patience=0: expected more than 0 seconds\n"
+    assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.slow
+def test_encoding_under_accelerate_launch_gives_the_same_bytes(
+    faces: Path, codec: str, tmp_path: Path
+) -> None:
+    words = ["tokenizer", "encode", codec, str(faces), "--rows", "2", "--out"]
+    assert run([*words, str(tmp_path / "one"), "--workers", "1"]) == 0
+    root = Path(__file__).parent.parent
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+        "configs/accelerate/cpu.yaml", "--num_processes", "2", "-m", "mdiff", *words,
+    ]  # fmt: skip
+    done = subprocess.run(
+        [*launch, str(tmp_path / "two")], cwd=root, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "two")
+    assert (tmp_path / "two" / ".ranks" / "1").exists()
+    assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
 def test_inspect_says_what_is_kept_of_pictures(faces: Path, codec: str, capsys: Captured) -> None:

@@ -59,18 +59,22 @@ def train_codec(
 
 def encode_pictures(
     codec: Codec, source: PictureSource, out: Path, *, size: tuple[int, int] | None,
-    rows: int | None, workers: int | None, as_json: bool,
+    rows: int | None, workers: int | None, patience: float | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write shards of the pictures; what could not be read is named at the end, DataError."""
-    from mdiff.checkpoint import locked
+    """Write shards of the pictures; what could not be read is named at the end, DataError.
+
+    Of a launcher's processes the first one says so.
+    """
     from mdiff.shard_writing import ROWS, write_shards
+    from mdiff.volume import Launched
 
     pictures = _read(source, codec, size)
-    with locked(out):
-        done = write_shards(
-            pictures, out, codec=codec, rows=ROWS if rows is None else rows, workers=workers,
-            report=message,
-        )  # fmt: skip
+    done = write_shards(
+        pictures, out, codec=codec, rows=ROWS if rows is None else rows, workers=workers,
+        patience=patience, report=message,
+    )  # fmt: skip
+    if Launched.here().rank:
+        return
     message(f"{done.count} pictures: {done.made} shards made, {done.kept} kept")
     if as_json:
         result_json({"out": str(out), **asdict(done), "problems": pictures.problems})

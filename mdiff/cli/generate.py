@@ -80,6 +80,7 @@ def generate(
         int | None,
         typer.Option(help="Processes that fill in --input for the folder --out, of text."),
     ] = None,
+    patience: ask.Patience = None,
 ) -> None:
     """Generate samples: text to stdout, pictures to files; figures go to stderr."""
     from mdiff.cli import pictures as shown
@@ -104,9 +105,11 @@ def generate(
     refuse_both({"--infill": infill, "--length": length})
     refuse_both({"--label": label or image, "--infill": infill, "--input": input_file})
 
-    if workers is not None and not volume:
-        raise ConfigError("--workers needs --input FILE and --out FOLDER, of a model of text")
-    place = device_of(device, workers or 1) if volume else device
+    if not volume:
+        of_volume = {"--workers": workers, "--patience": patience}
+        refuse_given(of_volume, "needs --input FILE and --out FOLDER, of a model of text")
+    apart = (workers or 1) > 1 or patience is not None
+    place = device_of(device, plans_only=apart) if volume else device
 
     from mdiff.pipeline import load
 
@@ -121,6 +124,7 @@ def generate(
                 "--length": length,
                 "--stream": stream or None,
                 "--workers": workers,
+                "--patience": patience,
             },
             f"is for models of text; {model} is one of pictures",
         )
@@ -148,7 +152,7 @@ def generate(
         at_volume(
             pipeline, input_file, out, model=model, n=n, length=length, options=options,
             dtype=dtype, device=device, mask_id=mask_id, as_json=as_json,
-            workers=1 if workers is None else workers,
+            workers=1 if workers is None else workers, patience=patience,
         )  # fmt: skip
         return
     if wanted.is_film:

@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from mdiff.pipeline import Pipeline
 
 
-def device_of(device: str | None, workers: int) -> str | None:
-    """Where this process loads the model: with workers it plans only, and leaves GPUs to them."""
-    from mdiff.offline import Launched
+def device_of(device: str | None, *, plans_only: bool) -> str | None:
+    """Where this process loads the model: where it plans only, it leaves GPUs to workers."""
+    from mdiff.volume import Launched
 
-    return "cpu" if workers > 1 else Launched.here().device(device)
+    return "cpu" if plans_only else Launched.here().device(device)
 
 
 def at_volume(
     pipeline: Pipeline, requests: Path, out: Path, *, model: str, n: int, length: int | None,
     options: dict[str, Any], dtype: str | None, device: str | None, mask_id: int | None,
-    workers: int, as_json: bool,
+    workers: int, patience: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Make what is missing in the folder; print where the results are.
 
@@ -37,7 +37,7 @@ def at_volume(
     start = time.monotonic()
     outcome = generate_offline(
         pipeline, requests, out, model=model, setting=setting, dtype=dtype, device=device,
-        mask_id=mask_id, workers=workers, report=message,
+        mask_id=mask_id, workers=workers, patience=patience, report=message,
     )  # fmt: skip
     if outcome is None:
         return

@@ -47,6 +47,10 @@ TokenizerName = Annotated[
     str | None,
     typer.Option("--tokenizer", help="A path or Hub id, for a checkpoint without a tokenizer."),
 ]
+Patience = Annotated[
+    float | None,
+    typer.Option(help="Seconds without a word after which a worker is killed; else never."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a sample.")]
 Trace = Annotated[
     Path | None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdiff.cli.console import message, result, result_json, writable
+from mdiff.cli.options import Patience
 from mdiff.errors import ConfigError, DataError, nearest
 from mdiff.find import names
 
@@ -112,6 +113,7 @@ def encode(
     captions: Captions = None,
     rows: Annotated[int | None, typer.Option(help="Pictures a shard (4096).")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one a core if not given.")] = None,
+    patience: Patience = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the ids of a text, or write those of pictures; a rerun writes what is missing."""
@@ -123,11 +125,12 @@ def encode(
             raise ConfigError(f"{name} encodes pictures: expected their paths, and --out DIR")
         encode_pictures(
             made, _pictures(written, resize=resize, captions=captions), out,
-            size=parsed_size(size), rows=rows, workers=workers, as_json=as_json,
+            size=parsed_size(size), rows=rows, workers=workers, patience=patience,
+            as_json=as_json,
         )  # fmt: skip
         return
     _refuse_for_text(name, out=out, size=size, captions=captions, rows=rows, workers=workers,
-                     resize=resize or None)  # fmt: skip
+                     patience=patience, resize=resize or None)  # fmt: skip
     if written and len(written) > 1:
         raise ConfigError(f"expected one text, got {len(written)} words: put it in quotes")
     ids = made.encode(_input(written[0] if written else None))

@@ -190,6 +190,7 @@ def make_shards(folder: Path) -> None:
                      labels=torch.arange(12) % 2, label_names=["a", "b"])  # fmt: skip
     folder.rmdir()
     write_shards(given, folder, codec=codec, rows=6, workers=1)
+    (folder / ".lock").unlink()
 
 
 def load_each_picture(folder: Path) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exactness import TAIL, distributions, figures_agree, two_levels
 from scipy import stats
 from test_draw_c import ROUNDING, distance_to_an_edge
 
 from mdiff.kernels import draw_triton as module
 from mdiff.kernels.draw_torch import draw_torch
 from mdiff.kernels.draw_triton import draw_triton, why_not
+from mdiff.kernels.loss_rows import Rows
 from mdiff.kernels.reference import TILE, Draw, draw_reference, kept_columns
 from mdiff.kernels.reveal_torch import reveal_torch
 from mdiff.kernels.reveal_triton import reveal_triton
+from mdiff.ops import masked_cross_entropy
 
 pytestmark = pytest.mark.gpu
 FALSE_ALARM = 1e-6 / 8
@@ -111,13 +114,17 @@ def test_the_law_is_softmax_by_chi_square(options):
     assert stats.chi2.sf(statistic, int(keep.sum()) - 1) > FALSE_ALARM
 
 
+@pytest.mark.parametrize("name", distributions(2))
+def test_the_figures_are_those_of_float64(name):
+    logits = distributions()[name].cuda().expand(64, -1)
+    figures_agree(draw_triton(logits, **counters(64)), logits)
+
+
 def test_a_tail_of_ids_of_6e_8_each_keeps_its_mass():
     """One likely id, 50,256 of probability 6e-8: 400,000 draws hit the tail 1,206 times."""
-    rows, vocab, each = 400_000, 50_257, 6e-8
-    log_p = torch.full((1, vocab), each, dtype=torch.float64, device="cuda").log()
-    log_p[0, 0] = torch.log1p(torch.tensor(-(vocab - 1) * each, dtype=torch.float64))
-    tokens = draw_triton(log_p.float().expand(rows, vocab), **counters(rows)).tokens
-    mean = rows * (vocab - 1) * each
+    rows, logits = 400_000, two_levels().cuda()
+    tokens = draw_triton(logits.expand(rows, -1), **counters(rows)).tokens
+    mean = rows * (len(logits) - 1) * TAIL
     assert abs(int((tokens != 0).sum()) - mean) < 5.5 * mean**0.5
 
 
@@ -181,3 +188,45 @@ def test_a_step_waits_for_nothing_and_a_graph_repeats_it():
         _, again = step()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(revealed, again))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1000, 50_257, 262_144])
+@pytest.mark.parametrize(
+    ("forbidden", "smoothing", "spans"), [((), 0.0, False), ((0, 7, 999), 0.1, True)]
+)
+def test_the_losses_and_their_gradient_are_those_of_float64(
+    kind, vocab, forbidden, smoothing, spans
+):
+    logits, count = normal(64, vocab, kind), 64
+    targets = torch.arange(count, device="cuda") + 100
+    span = torch.tensor([[0, vocab], [3, 990]], device="cuda").repeat(32, 1) if spans else None
+    weight = torch.rand(count, device="cuda")
+    rows, every = Rows(targets, forbidden, span, smoothing), slice(0, count)
+    wide = logits.double()
+    nll, smooth, total = rows.loss_(wide, every, differentiate=True)
+    wide *= weight[:, None] / total
+    found = rows.by_triton_(logits, weight, every, differentiate=True)
+    assert torch.allclose(found[0].double(), nll, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found[1].double(), smooth, rtol=1e-5, atol=1e-5)
+    # A gradient is rounded to the type of the logits.
+    rounding = 1e-5 if kind == torch.float32 else 2**-7
+    assert torch.allclose(logits.double(), wide, rtol=rounding, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_the_loss_of_a_head_has_the_gradients_of_torch(kind):
+    generator = torch.Generator("cuda").manual_seed(0)
+    features = torch.randn(3000, 64, generator=generator, device="cuda").to(kind)
+    targets = torch.arange(3000, device="cuda") * 7
+    head = torch.nn.Linear(64, 50_257).to("cuda", kind)
+    found = []
+    for backend in ("triton", "torch"):
+        given = features.clone().requires_grad_()
+        head.zero_grad()
+        out = masked_cross_entropy(given, head, targets, never=(5,), backend=backend)
+        out.value.backward()
+        found.append([out.value.detach(), out.nll, given.grad, head.weight.grad, head.bias.grad])
+    for mine, other in zip(*found):
+        rounding = 1e-5 if kind == torch.float32 else 1e-2
+        assert (mine - other).double().norm() <= rounding * other.double().norm()
