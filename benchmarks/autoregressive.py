@@ -118,7 +118,8 @@ def main() -> None:
         **recipe.model.options, **shape, max_length=recipe.data.length, causal=True
     ).train()
     made = optimizers(model, recipe.optim)
-    averaged = AveragedWeights(model, decay=recipe.train.ema) if recipe.train.ema else None
+    parameters = dict(model.named_parameters())
+    averaged = AveragedWeights(parameters, decay=recipe.train.ema) if recipe.train.ema else None
     best, kept, begun = math.inf, weights_of(model, averaged), time.perf_counter()
     best_step = 0
     curve = []
@@ -133,7 +134,7 @@ def main() -> None:
         torch.manual_seed(int(philox.derive(seed, number)))
         loss = step(model, made, data["train"].batch(rows, epochs).tokens, space.mask_id, recipe)
         if averaged is not None:
-            averaged.update(model, step=number)
+            averaged.update(parameters, step=number)
         if number % CHECK_EVERY == 0 or number == steps:
             weights = weights_of(model, averaged)
             with Swapped(model, weights):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,22 +66,36 @@ class Muon(torch.optim.Optimizer):
                 buffer = state["momentum_buffer"]
                 buffer.mul_(group["momentum"]).add_(weight.grad)
                 ahead = weight.grad.add(buffer, alpha=group["momentum"])
-                # A matrix that is cut over processes is put together, and cut again after.
-                sharded = isinstance(ahead, DTensor)
-                parts = (ahead.full_tensor() if sharded else ahead).chunk(group["parts"])
-                update = torch.cat([orthogonalised(part) for part in parts])
-                if sharded:
-                    update = distribute_tensor(
-                        update, ahead.device_mesh, ahead.placements, src_data_rank=None
-                    )
-                rows, columns = parts[0].shape
-                if group["rms"]:
-                    size = ADAMW_RMS * math.sqrt(max(rows, columns))
-                else:
-                    size = math.sqrt(max(1.0, rows / columns))
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update.to(weight.dtype), alpha=-group["lr"] * size)
+                self.move(weight, ahead, group)
         return loss
+
+    def move(self, weight: Tensor, ahead: Tensor, group: dict[str, Any]) -> None:
+        """Decay a weight and move it by s O of `ahead`, which is G + momentum B.
+
+        A matrix that is cut over processes is put together, and cut again after.
+        """
+        if isinstance(ahead, DTensor):
+            whole = orthogonal_parts(ahead.full_tensor(), group["parts"])
+            update: Tensor = distribute_tensor(
+                whole, ahead.device_mesh, ahead.placements, src_data_rank=None
+            )
+        else:
+            update = orthogonal_parts(ahead, group["parts"])
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(update.to(weight.dtype), alpha=-group["lr"] * update_size(weight.shape, group))
+
+
+def update_size(shape: torch.Size, group: dict[str, Any]) -> float:
+    """What O is multiplied by, of a weight (rows, columns) of `group["parts"]` matrices."""
+    rows, columns = math.ceil(shape[0] / group["parts"]), shape[1]
+    if group["rms"]:
+        return ADAMW_RMS * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def orthogonal_parts(weight: Tensor, parts: int) -> Tensor:
+    """Each of the `parts` matrices, one above the other, made orthogonal."""
+    return torch.cat([orthogonalised(part) for part in weight.chunk(parts)])
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
@@ -170,20 +185,21 @@ def rate_at(step: int, *, steps: int, settings: Optim) -> float:
 
 
 class AveragedWeights:
-    """An exponential moving average of a model's parameters, warmed up, by parameter name.
+    """An exponential moving average of parameters, or this process's parts of them, by name.
 
     After step n the decay is min(decay, (1 + n) / (10 + n)), so that early averages forget the
     initial weights (as in TensorFlow's ExponentialMovingAverage).
     """
 
-    def __init__(self, model: nn.Module, *, decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], *, decay: float) -> None:
         self.decay = decay
-        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.tensors = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, *, step: int) -> None:
+    def update(self, parameters: Mapping[str, Tensor], *, step: int) -> None:
         """Move the average towards the parameters after step 1, 2, ..."""
         keep = min(self.decay, (1 + step) / (10 + step))
-        now = dict(model.named_parameters())
         averages = list(self.tensors.values())
-        torch._foreach_lerp_(averages, [now[name].detach() for name in self.tensors], 1 - keep)
+        torch._foreach_lerp_(
+            averages, [parameters[name].detach() for name in self.tensors], 1 - keep
+        )

@@ -20,6 +20,8 @@ from mdiff.optim import AveragedWeights, optimizers
 from mdiff.schedule import Schedule, named_schedule
 from mdiff.stepping import LossOf, Stepper, StepRows
 from mdiff.tokens import TokenSpace
+from mdiff.training_state import Placement, TorchPlacement
+from mdiff.zero import ZeroAccelerator, refuse
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
@@ -35,7 +37,7 @@ class Run:
     space: TokenSpace
     schedule: Schedule
     backbone: nn.Module
-    optimizers: list[torch.optim.Optimizer]
+    placement: Placement
     averaged: AveragedWeights | None
     rows: StepRows
     stepper: Stepper
@@ -43,6 +45,8 @@ class Run:
 
 def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     """The parts of a run, the model with its initial weights by the seed."""
+    if isinstance(accelerator, ZeroAccelerator):
+        refuse(recipe.train)
     objective = recipe.objective
     schedule = named_schedule(objective.schedule.name, **objective.schedule.options)
     modality = _part("modalities", recipe.modality.name, recipe.modality.options)
@@ -82,13 +86,20 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     backbone = accelerator.unwrap_model(loss_of).backbone
     if recipe.train.compile:
         backbone.compile()
+    placement = _placement(accelerator, backbone, prepared)
     decay = recipe.train.ema
-    averaged = None if decay is None else AveragedWeights(backbone, decay=decay)
-    inner = [getattr(optimizer, "optimizer", optimizer) for optimizer in prepared]
+    averaged = None if decay is None else AveragedWeights(placement.parts(), decay=decay)
     return Run(
-        recipe, accelerator, modality, examples, space, schedule, backbone, inner, averaged,
-        rows, Stepper(accelerator, loss_of, backbone, prepared, averaged, recipe),
+        recipe, accelerator, modality, examples, space, schedule, backbone, placement, averaged,
+        rows, Stepper(accelerator, loss_of, placement, prepared, averaged, recipe),
     )  # fmt: skip
+
+
+def _placement(accelerator: Accelerator, backbone: nn.Module, prepared: list[Any]) -> Placement:
+    """Where the accelerator put the parameters, and their optimisers' states."""
+    if isinstance(accelerator, ZeroAccelerator):
+        return accelerator.placement(backbone)
+    return TorchPlacement(backbone, [getattr(o, "optimizer", o) for o in prepared])
 
 
 def _of_medium(modality: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from mdiff.optim import AveragedWeights, rate_at
 from mdiff.order import rows_of_step
 from mdiff.schedule import MIN_TIME, Schedule
 from mdiff.tokens import TokenSpace
+from mdiff.training_state import Placement
 
 # A part of a step's rows: their ids within the global batch (B,) int64, and the rows.
 MicroBatch = tuple[Tensor, Batch]
@@ -222,12 +223,12 @@ class Stepper:
         self,
         accelerator: Accelerator,
         loss_of: nn.Module,
-        backbone: nn.Module,
+        placement: Placement,
         optimizers: list[Any],
         averaged: AveragedWeights | None,
         recipe: Recipe,
     ) -> None:
-        self.accelerator, self.loss_of, self.backbone = accelerator, loss_of, backbone
+        self.accelerator, self.loss_of, self.placement = accelerator, loss_of, placement
         self.optimizers, self.averaged, self.recipe = optimizers, averaged, recipe
         self.whole: LossOf = accelerator.unwrap_model(loss_of)
 
@@ -302,4 +303,4 @@ class Stepper:
                 group["lr"] = group["initial_lr"] * rate
             optimizer.step()
         if self.averaged is not None:
-            self.averaged.update(self.backbone, step=number)
+            self.averaged.update(self.placement.parts(), step=number)

@@ -35,7 +35,7 @@ from mdiff.checkpoint import (
     write_json,
 )
 from mdiff.config import Recipe, differences, parse_recipe
-from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, MdiffError
+from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError
 from mdiff.files import read_json, read_tensors
 from mdiff.journal import Journal, to_stderr
 from mdiff.order import rows_of_step
@@ -43,6 +43,7 @@ from mdiff.run import Run, build_run
 from mdiff.saving import Writer
 from mdiff.stepping import Outcome
 from mdiff.training_state import capture, model_weights, restore
+from mdiff.zero import ZeroAccelerator, zero_was_asked_for
 
 FORMAT = 1
 PIPELINE = "pipeline.json"
@@ -74,12 +75,9 @@ def train(
     or SIGTERM, once the checkpoint is complete.
     """
     out = Path(out)
+    kind = ZeroAccelerator if zero_was_asked_for() else Accelerator
     # Said outright, processes without a GPU find each other under any launcher (by gloo).
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
-    if accelerator.distributed_type == "DEEPSPEED":
-        raise BackendError(
-            "DeepSpeed's shards cannot be saved: configs/accelerate/fsdp2.yaml cuts a model too"
-        )
+    accelerator = kind(mixed_precision="no", cpu=not torch.accelerator.is_available())
     # A launcher's file may set it; the recipe's micro-batches are the only accumulation here.
     accelerator.gradient_accumulation_steps = 1
     path, interrupted = _train(recipe, out, accelerator, resume=resume, report=report)
@@ -169,10 +167,12 @@ def _save(run: Run, out: Path, number: int, writer: Writer) -> Path:
     """
     _on_main(run.accelerator, writer.finish)
     state = writer.state = capture(
-        run.backbone, run.optimizers, run.averaged, into=writer.state
+        run.backbone, run.placement, run.averaged, into=writer.state
     )  # fmt: skip
     if run.accelerator.is_main_process:
         writer.begin(lambda: _write(run, out, number, state))
+    if not run.placement.may_be_read_beside_steps:
+        _on_main(run.accelerator, writer.finish)
     return step_path(out, number)
 
 
@@ -258,7 +258,7 @@ def _resume(run: Run, source: Path) -> int:
             f"the data is not that of {source}: {rows} rows with digest {fingerprint[:12]} -> "
             f"{len(run.examples)} rows with digest {run.examples.fingerprint[:12]}"
         )
-    restore(read_tensors(source / TENSORS), run.backbone, run.optimizers, run.averaged)
+    restore(read_tensors(source / TENSORS), run.backbone, run.placement, run.averaged)
     return int(step)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,84 +12,179 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mdiff.errors import CheckpointError
 from mdiff.optim import AveragedWeights
 
-Optimizers = Sequence[torch.optim.Optimizer]
 
+class Placement(Protocol):
+    """Where a model's parameters lie, and the states of their optimisers.
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, each once, and the buffers that are saved, by name."""
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
-    saved = model.state_dict(keep_vars=True).items()
-    buffers = {name: t for name, t in saved if not isinstance(t, nn.Parameter)}
-    return parameters | buffers
-
-
-def whole(tensor: Tensor, into: Tensor | None = None) -> Tensor:
-    """A copy on the CPU of all of a tensor, in the memory of `into` where that fits.
-
-    Where the tensor is sharded, every process must call.
+    A *part* is what this process holds of a tensor: all of it, or its share where an engine
+    cuts tensors over processes. Names are the model's; states are named INDEX/NAME/KEY by the
+    optimiser's number, the parameter and what is kept of it.
     """
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """The optimisers, of which a state names one by its number."""
+
+    @property
+    def may_be_read_beside_steps(self) -> bool:
+        """Whether another thread may look at the model, not at its values, while it trains."""
+
+    def parts(self) -> dict[str, Tensor]:
+        """What this process holds of every parameter, by name; steps write to it in place."""
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of a whole parameter."""
+
+    def whole(self, name: str, part: Tensor, *, into: Tensor | None) -> Tensor:
+        """A copy on the CPU of all of what `part` is this process's share of; see `copied`.
+
+        `name` is the parameter that it is cut like. Where tensors are cut, every process calls.
+        """
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """The part of this process of a tensor of parameter `name`'s shape, on its device."""
+
+    def load(self, wholes: dict[str, Tensor]) -> None:
+        """Give every parameter its value, of the parameter's shape."""
+
+    def states(self) -> dict[str, Tensor]:
+        """The parts of this process of what the optimisers keep; a scalar is whole."""
+
+    def load_states(self, wholes: dict[str, Tensor]) -> None:
+        """Put back what `states` gave, made whole.
+
+        CheckpointError, with nothing changed, where it cannot be.
+        """
+
+
+class TorchPlacement:
+    """Parameters that are plain tensors, or DTensors as FSDP2 makes them."""
+
+    may_be_read_beside_steps = True
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self.model, self.optimizers = model, optimizers
+
+    def parts(self) -> dict[str, Tensor]:
+        """See `Placement`."""
+        return dict(self.model.named_parameters())
+
+    def shape(self, name: str) -> torch.Size:
+        """See `Placement`."""
+        return self.model.get_parameter(name).shape
+
+    def whole(self, name: str, part: Tensor, *, into: Tensor | None) -> Tensor:
+        """See `Placement`."""
+        part = part.detach()
+        return copied(part.full_tensor() if isinstance(part, DTensor) else part, into=into)
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """See `Placement`."""
+        like = self.model.get_parameter(name)
+        if isinstance(like, DTensor):
+            return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+        return whole.to(like.device)
+
+    @torch.no_grad()
+    def load(self, wholes: dict[str, Tensor]) -> None:
+        """See `Placement`."""
+        for name, parameter in self.parts().items():
+            parameter.copy_(self.cut(name, wholes[name]))
+
+    def states(self) -> dict[str, Tensor]:
+        """See `Placement`."""
+        names = {id(parameter): name for name, parameter in self.parts().items()}
+        return {
+            f"{index}/{names[id(parameter)]}/{key}": value
+            for index, optimizer in enumerate(self.optimizers)
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_states(self, wholes: dict[str, Tensor]) -> None:
+        """See `Placement`."""
+        for name, tensor in wholes.items():
+            index, owner, key = state_name(name)
+            # AdamW keeps its scalar step count on the CPU, wherever the parameter is.
+            value = self.cut(owner, tensor) if tensor.dim() else tensor
+            self.optimizers[index].state[self.model.get_parameter(owner)][key] = value
+
+
+def copied(tensor: Tensor, *, into: Tensor | None) -> Tensor:
+    """A copy on the CPU, in the memory of `into` where that fits."""
     tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
     if into is not None and into.shape == tensor.shape and into.dtype == tensor.dtype:
         return into.copy_(tensor)
     return tensor.to("cpu", copy=True).contiguous()
 
 
+def state_name(name: str) -> tuple[int, str, str]:
+    """The optimiser's number, the parameter and the key of a state.
+
+    >>> state_name("0/head.weight/exp_avg")
+    (0, 'head.weight', 'exp_avg')
+    """
+    index, _, rest = name.partition("/")
+    owner, _, key = rest.rpartition("/")
+    return int(index), owner, key
+
+
 def capture(
-    model: nn.Module, optimizers: Optimizers, averaged: AveragedWeights | None,
+    model: nn.Module, placement: Placement, averaged: AveragedWeights | None,
     *, into: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Copies of the weights, their averages and the optimisers' state, by flat names.
 
-    `weights/NAME`, `averaged/NAME`, `optim/INDEX/NAME/KEY`; complete also where they are
-    sharded over processes, all of which must call this. `into` is what an earlier call gave,
-    whose memory is written over: fresh memory takes twice as long as the copies.
+    `weights/NAME`, `averaged/NAME`, `optim/INDEX/NAME/KEY`; complete also where they are cut
+    over processes, all of which must call this. `into` is what an earlier call gave, whose
+    memory is written over: fresh memory takes twice as long as the copies.
     """
-    found = {f"weights/{name}": tensor for name, tensor in model_tensors(model).items()}
-    if averaged is not None:
-        found |= {f"averaged/{name}": tensor for name, tensor in averaged.tensors.items()}
-    names = {id(p): name for name, p in model.named_parameters()}
-    for index, optimizer in enumerate(optimizers):
-        for parameter, state in optimizer.state.items():
-            prefix = f"optim/{index}/{names[id(parameter)]}"
-            found |= {f"{prefix}/{key}": value for key, value in state.items()}
-    return {name: whole(tensor, (into or {}).get(name)) for name, tensor in found.items()}
+    # Each with the parameter that it is cut like; None is whole already.
+    parts: dict[str, tuple[str | None, Tensor]] = {}
+    for name, part in placement.parts().items():
+        parts[f"weights/{name}"] = (name, part)
+    for name, buffer in _buffers(model).items():
+        parts[f"weights/{name}"] = (None, buffer)
+    for name, part in averaged.tensors.items() if averaged is not None else ():
+        parts[f"averaged/{name}"] = (name, part)
+    for name, part in placement.states().items():
+        parts[f"optim/{name}"] = (state_name(name)[1] if part.dim() else None, part)
+    memory = into or {}
+    return {
+        name: copied(part, into=memory.get(name))
+        if like is None
+        else placement.whole(like, part, into=memory.get(name))
+        for name, (like, part) in parts.items()
+    }
 
 
 def restore(
     tensors: dict[str, Tensor],
     model: nn.Module,
-    optimizers: Optimizers,
+    placement: Placement,
     averaged: AveragedWeights | None,
 ) -> None:
-    """Put back what `capture` gave.
+    """Put back what `capture` gave, whatever placement it was captured from.
 
     Raises CheckpointError, with nothing changed, where it does not fit.
     """
-    targets = {f"weights/{name}": tensor for name, tensor in model_tensors(model).items()}
+    parts, buffers = placement.parts(), _buffers(model)
+    shapes = {name: placement.shape(name) for name in parts}
+    expected = {f"weights/{name}": (b.shape, b.dtype) for name, b in buffers.items()}
+    expected |= {f"weights/{name}": (shapes[name], part.dtype) for name, part in parts.items()}
     if averaged is not None:
-        targets |= {f"averaged/{name}": tensor for name, tensor in averaged.tensors.items()}
-    states = {name: t for name, t in tensors.items() if name.startswith("optim/")}
-    _check(targets, {name: t for name, t in tensors.items() if name not in states})
-    parameters = dict(model.named_parameters())
-    placed = []
-    for name, tensor in states.items():
-        _, index, rest = name.split("/", 2)
-        owner, _, key = rest.rpartition("/")
-        if not index.isdecimal() or int(index) >= len(optimizers) or owner not in parameters:
-            raise CheckpointError(f"training state: {name!r} belongs to no parameter here")
-        parameter = parameters[owner]
-        if tensor.dim() and tensor.shape != parameter.shape:
-            raise CheckpointError(f"training state: {name!r} has shape {tuple(tensor.shape)}")
-        placed.append((optimizers[int(index)], parameter, key, tensor))
+        for name, part in averaged.tensors.items():
+            expected[f"averaged/{name}"] = (shapes[name], part.dtype)
+    states = {n.removeprefix("optim/"): t for n, t in tensors.items() if n.startswith("optim/")}
+    _check(expected, {n: t for n, t in tensors.items() if not n.startswith("optim/")})
+    _check_states(shapes, len(placement.optimizers), states)
+    placement.load_states(states)
+    placement.load({name: tensors[f"weights/{name}"] for name in parts})
     with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(_as(tensors[name], target))
-    for optimizer, parameter, key, tensor in placed:
-        # AdamW keeps its scalar step count on the CPU, wherever the parameter is.
-        value = _as(tensor, parameter) if tensor.dim() else tensor
-        optimizer.state[parameter][key] = value
+        for name, buffer in buffers.items():
+            buffer.copy_(tensors[f"weights/{name}"])
+        for name, part in averaged.tensors.items() if averaged is not None else ():
+            part.copy_(placement.cut(name, tensors[f"averaged/{name}"]))
 
 
 def model_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,22 +200,34 @@ def model_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     return {name: tensor for name, tensor in published.items() if tensor is not None}
 
 
-def _as(tensor: Tensor, like: Tensor) -> Tensor:
-    """The whole tensor on the device, or cut into the shards, of another."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-    return tensor.to(like.device)
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are saved, by name; no engine cuts them."""
+    saved = model.state_dict(keep_vars=True).items()
+    return {name: t for name, t in saved if not isinstance(t, nn.Parameter)}
 
 
-def _check(targets: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+def _check_states(
+    shapes: dict[str, torch.Size], optimizers: int, states: dict[str, Tensor]
+) -> None:
+    """Raise CheckpointError unless every state is of an optimiser and a parameter that exist."""
+    for name, tensor in states.items():
+        number, _, rest = name.partition("/")
+        owner = rest.rpartition("/")[0]
+        if not number.isdecimal() or int(number) >= optimizers or owner not in shapes:
+            raise CheckpointError(f"training state: 'optim/{name}' belongs to no parameter here")
+        if tensor.dim() and tensor.shape != shapes[owner]:
+            raise CheckpointError(f"training state: 'optim/{name}' has shape {tuple(tensor.shape)}")
+
+
+def _check(expected: dict[str, tuple[torch.Size, torch.dtype]], tensors: dict[str, Tensor]) -> None:
     """Raise CheckpointError unless names, shapes and types are the same."""
-    for name in sorted(targets.keys() ^ tensors.keys()):
-        where = "is not in the checkpoint" if name in targets else "is not in this model"
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        where = "is not in the checkpoint" if name in expected else "is not in this model"
         raise CheckpointError(f"training state: {name!r} {where}")
-    for name, target in targets.items():
+    for name, (shape, dtype) in expected.items():
         got = tensors[name]
-        if got.shape != target.shape or got.dtype != target.dtype:
+        if got.shape != shape or got.dtype != dtype:
             raise CheckpointError(
                 f"training state: {name!r} is {tuple(got.shape)} {got.dtype}, expected "
-                f"{tuple(target.shape)} {target.dtype}"
+                f"{tuple(shape)} {dtype}"
             )

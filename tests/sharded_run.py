@@ -50,7 +50,7 @@ class Sharding(Accelerator):
 def steps(run, numbers):
     for number in numbers:
         run.stepper.step(number, run.rows[number], stopping=lambda: False)
-    return capture(run.backbone, run.optimizers, run.averaged)
+    return capture(run.backbone, run.placement, run.averaged)
 
 
 def difference(one, two):
@@ -70,7 +70,7 @@ def main(optimizer):
     middle = steps(run, range(1, 4))
     whole = steps(run, range(4, 7))
     again = build_run(settings, Sharding(cpu=True))
-    restore(middle, again.backbone, again.optimizers, again.averaged)
+    restore(middle, again.backbone, again.placement, again.averaged)
     resumed = steps(again, range(4, 7))
     if difference(replicated, whole) > 1e-9 or difference(whole, resumed) != 0:
         raise SystemExit("a sharded model trains differently")

@@ -36,7 +36,7 @@ FLOORS = [
      "sources", "text_encoder", "tokenizer", "uvit_layers", "vqgan_networks", "weights"},
     {"amused", "checkpoint", "config", "conversion", "families", "inspection", "journal",
      "jobs", "loading", "locate", "optim", "placing", "saving", "training_state",
-     "transformers_model", "volume", "workers"},
+     "transformers_model", "volume", "workers", "zero", "zero_slices"},
     {"bench", "bench_draw", "bench_generation", "bench_loss", "bench_sides", "bench_timing",
      "evaluate", "generation", "guidance", "judge", "machine", "metrics", "offline", "offline_plan",
      "offline_shards", "peers", "picture_figures", "pipeline", "ranking", "representation", "run",
@@ -46,7 +46,7 @@ FLOORS = [
 ROOMS = {"modalities", "codecs", "backbones", "samplers"}
 CORE = ["tokens", "schedule", "objective", "hiding", "hidden_loss", "bound", "denoiser", "ops",
         "filling", "data", "train", "stepping", "run", "order", "conditioning", "optim",
-        "checkpoint", "training_state", "saving"]  # fmt: skip
+        "checkpoint", "training_state", "saving", "zero", "zero_slices"]  # fmt: skip
 MODALITY_WORDS = re.compile(r"\b(images?|texts?|pixels?|prompts?|pictures?|captions?)\b", re.I)
 
 

@@ -151,30 +151,77 @@ def launch(tmp_path, out, settings, *launcher, **options):
     )  # fmt: skip
 
 
-def test_two_processes_give_what_one_gives_and_one_continues_for_them(tmp_path):
-    settings = {
-        "precision": "fp64", "model__dropout": 0.0, "optim__name": "adamw", "micro_batch": 3,
-        "steps": 50, "save_every": 25,
-    }  # fmt: skip
-    one = train(recipe(**settings), tmp_path / "one", **QUIET)
-    config = HERE.parent / "configs" / "accelerate" / "cpu.yaml"
-    two = launch(
-        tmp_path, tmp_path / "two", settings, sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", str(config), "--main_process_port", "0",
+BY_TWO = {
+    "precision": "fp64", "model__dropout": 0.0, "optim__name": "adamw", "micro_batch": 3,
+    "steps": 50, "save_every": 25, "batch_size": 8, "data__count": 20,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """A run of two processes, and what each of them noted of it; see watched_run.py."""
+    folder = tmp_path_factory.mktemp("by_two")
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+         str(HERE.parent / "configs" / "accelerate" / "cpu.yaml"), "--main_process_port", "0",
+         str(HERE / "watched_run.py"), str(folder / "run"), str(folder), json.dumps(BY_TWO)],
+        capture_output=True, text=True, timeout=400, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    _, errors = two.communicate(timeout=400)
-    assert two.returncode == 0, errors
-    path = step_path(tmp_path / "two", 50)
+    assert done.returncode == 0, done.stderr
+    notes = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return folder / "run", notes
+
+
+def test_two_processes_give_what_one_gives_and_one_continues_for_them(tmp_path, by_two):
+    one = train(recipe(**BY_TWO), tmp_path / "one", **QUIET)
+    two, _ = by_two
+    path = step_path(two, 50)
     assert json.loads((path / "training.json").read_text())["processes"] == 2
     assert largest_difference(tensors(one), tensors(path)) < 1e-9
     assert [r["loss"] for r in log(tmp_path / "one")] == pytest.approx(
-        [r["loss"] for r in log(tmp_path / "two")], rel=1e-9
+        [r["loss"] for r in log(two)], rel=1e-9
     )
     fewer = train(
-        recipe(**settings), tmp_path / "fewer", resume=str(step_path(tmp_path / "two", 25)),
-        **QUIET,
+        recipe(**BY_TWO), tmp_path / "fewer", resume=str(step_path(two, 25)), **QUIET
     )  # fmt: skip
     assert largest_difference(tensors(one), tensors(fewer)) < 1e-9
+
+
+def test_two_processes_stratify_times_over_the_whole_batch(by_two):
+    size = BY_TWO["batch_size"]
+    _, notes = by_two
+    for number, shares in enumerate(zip(*(note["steps"] for note in notes)), start=1):
+        assert [len(share["samples"]) for share in shares] == [size // 2, size // 2]
+        assert all(share["timed"] == share["samples"] for share in shares)
+        # Each of the batch's strata is met once, by whichever process.
+        times = shares[0]["times"] + shares[1]["times"]
+        assert sorted(int(t * size) for t in times) == list(range(size)), f"step {number}"
+    # A process that stratified its own half would meet each of half as many strata once.
+    halves = [[int(t * size / 2) for t in share["times"]] for share in notes[0]["steps"]]
+    assert any(sorted(half) != list(range(size // 2)) for half in halves)
+
+
+def test_two_processes_read_every_row_once_an_epoch(by_two):
+    _, notes = by_two
+    seen = {}
+    for shares in zip(*(note["steps"] for note in notes)):
+        samples = [sample for share in shares for sample in share["samples"]]
+        assert sorted(samples) == list(range(BY_TWO["batch_size"]))
+        for share in shares:
+            for row, epoch in zip(share["rows"], share["epochs"], strict=True):
+                seen.setdefault(epoch, []).append(row)
+    # 50 steps of 8 rows are 20 epochs of 20 rows, whole ones, whose seams lie within steps.
+    assert sorted(seen) == list(range(20))
+    assert all(sorted(rows) == list(range(BY_TWO["data__count"])) for rows in seen.values())
+
+
+def test_one_of_two_processes_writes(by_two):
+    out, (first, second) = by_two
+    made = {path.removeprefix(f"{out}/").split("/")[0] for path in first["changed"]}
+    assert {".lock", "log.jsonl"} <= made
+    assert any(name.startswith(".step-000050") for name in made)
+    assert second["changed"] == []
 
 
 @pytest.mark.slow
@@ -412,7 +459,7 @@ def test_muon_takes_the_matrices_inside_and_adamw_the_rest():
 def test_averaged_weights_forget_the_first_ones_while_young():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    averaged = AveragedWeights(model, decay=0.999)
+    averaged = AveragedWeights(dict(model.named_parameters()), decay=0.999)
     nn.init.ones_(model.weight)
-    averaged.update(model, step=1)
+    averaged.update(dict(model.named_parameters()), step=1)
     assert float(averaged.tensors["weight"]) == pytest.approx(1 - 2 / 11)
