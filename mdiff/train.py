@@ -167,7 +167,8 @@ def _save(run: Run, out: Path, number: int, writer: Writer) -> Path:
     """
     _on_main(run.accelerator, writer.finish)
     state = writer.state = capture(
-        run.backbone, run.placement, run.averaged, into=writer.state
+        run.backbone, run.placement, run.averaged, keep=run.accelerator.is_main_process,
+        into=writer.state,
     )  # fmt: skip
     if run.accelerator.is_main_process:
         writer.begin(lambda: _write(run, out, number, state))

@@ -60,10 +60,13 @@ class Placement(Protocol):
 class TorchPlacement:
     """Parameters that are plain tensors, or DTensors as FSDP2 makes them."""
 
-    may_be_read_beside_steps = True
-
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.model, self.optimizers = model, optimizers
+
+    @property
+    def may_be_read_beside_steps(self) -> bool:
+        """See `Placement`. FSDP2 swaps a layer's parameters for whole ones while it runs."""
+        return not any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
     def parts(self) -> dict[str, Tensor]:
         """See `Placement`."""
@@ -131,13 +134,14 @@ def state_name(name: str) -> tuple[int, str, str]:
 
 def capture(
     model: nn.Module, placement: Placement, averaged: AveragedWeights | None,
-    *, into: dict[str, Tensor] | None = None,
+    *, keep: bool = True, into: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Copies of the weights, their averages and the optimisers' state, by flat names.
 
     `weights/NAME`, `averaged/NAME`, `optim/INDEX/NAME/KEY`; complete also where they are cut
-    over processes, all of which must call this. `into` is what an earlier call gave, whose
-    memory is written over: fresh memory takes twice as long as the copies.
+    over processes, all of which must call this, those without `keep` for their parts alone.
+    `into` is what an earlier call gave, whose memory is written over: fresh memory takes twice
+    as long as the copies.
     """
     # Each with the parameter that it is cut like; None is whole already.
     parts: dict[str, tuple[str | None, Tensor]] = {}
@@ -150,12 +154,15 @@ def capture(
     for name, part in placement.states().items():
         parts[f"optim/{name}"] = (state_name(name)[1] if part.dim() else None, part)
     memory = into or {}
-    return {
-        name: copied(part, into=memory.get(name))
-        if like is None
-        else placement.whole(like, part, into=memory.get(name))
-        for name, (like, part) in parts.items()
-    }
+    kept = {}
+    for name, (like, part) in parts.items():
+        if like is not None:
+            part = placement.whole(like, part, into=memory.get(name))
+        elif keep:
+            part = copied(part, into=memory.get(name))
+        if keep:
+            kept[name] = part
+    return kept
 
 
 def restore(

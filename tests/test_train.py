@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,16 +162,20 @@ BY_TWO = {
 def by_two(tmp_path_factory):
     """A run of two processes, and what each of them noted of it; see watched_run.py."""
     folder = tmp_path_factory.mktemp("by_two")
+    return folder / "run", launched_by_two(folder / "run", folder)
+
+
+def launched_by_two(out, notes):
+    """Train in `out` with two processes; what each of them noted in the folder `notes`."""
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
          str(HERE.parent / "configs" / "accelerate" / "cpu.yaml"), "--main_process_port", "0",
-         str(HERE / "watched_run.py"), str(folder / "run"), str(folder), json.dumps(BY_TWO)],
+         str(HERE / "watched_run.py"), str(out), str(notes), json.dumps(BY_TWO)],
         capture_output=True, text=True, timeout=400, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    notes = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    return folder / "run", notes
+    return [json.loads((notes / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 def test_two_processes_give_what_one_gives_and_one_continues_for_them(tmp_path, by_two):
@@ -186,6 +191,17 @@ def test_two_processes_give_what_one_gives_and_one_continues_for_them(tmp_path, 
         recipe(**BY_TWO), tmp_path / "fewer", resume=str(step_path(two, 25)), **QUIET
     )  # fmt: skip
     assert largest_difference(tensors(one), tensors(fewer)) < 1e-9
+
+
+def test_two_processes_that_go_on_give_bitwise_what_two_gave(tmp_path, by_two):
+    whole, _ = by_two
+    out = tmp_path / "run"
+    shutil.copytree(step_path(whole, 25), step_path(out, 25))
+    notes = launched_by_two(out, tmp_path)
+    assert same(tensors(step_path(whole, 50)), tensors(step_path(out, 50)))
+    assert log(out) == log(whole)[25:]
+    # No step at or before the checkpoint is run again.
+    assert [len(note["steps"]) for note in notes] == [25, 25]
 
 
 def test_two_processes_stratify_times_over_the_whole_batch(by_two):
