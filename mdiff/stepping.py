@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class StepRows(Dataset[list[MicroBatch]]):
         `if __name__ == "__main__"`.
         """
         if self.train.workers:
-            multiprocessing.set_forkserver_preload([__name__])
+            multiprocessing.set_forkserver_preload(["mdiff.loader_server"])
         loader = DataLoader(
             self,
             batch_size=None,
@@ -78,7 +79,7 @@ class StepRows(Dataset[list[MicroBatch]]):
             num_workers=self.train.workers,
             collate_fn=_as_is,
             multiprocessing_context="forkserver" if self.train.workers else None,
-            worker_init_fn=_leave_interrupts_to_the_trainer,
+            worker_init_fn=_leave_signals_to_the_trainer,
             # The loader seeds its workers from a generator: not from the global one.
             generator=torch.Generator(),
         )
@@ -98,9 +99,15 @@ def _as_is(batch: list[MicroBatch]) -> list[MicroBatch]:
     return batch
 
 
-def _leave_interrupts_to_the_trainer(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the step that is under way needs its rows."""
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C and a launcher's SIGTERM reach every process; the step under way needs its rows."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_next_time)
+
+
+def _end_next_time(number: int, frame: FrameType | None) -> None:
+    """The first SIGTERM is the group's, a second one is meant for this process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class LossOf(nn.Module):

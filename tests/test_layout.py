@@ -38,9 +38,10 @@ FLOORS = [
      "jobs", "loading", "locate", "optim", "placing", "saving", "training_state",
      "transformers_model", "volume", "workers", "zero", "zero_slices"},
     {"bench", "bench_draw", "bench_generation", "bench_loss", "bench_sides", "bench_timing",
-     "evaluate", "generation", "guidance", "judge", "machine", "metrics", "offline", "offline_plan",
-     "offline_shards", "peers", "picture_figures", "pipeline", "ranking", "representation", "run",
-     "sampling", "scoring", "selftest", "shard_writing", "stepping", "trace", "train"},
+     "evaluate", "generation", "guidance", "judge", "loader_server", "machine", "metrics",
+     "offline", "offline_plan", "offline_shards", "peers", "picture_figures", "pipeline",
+     "ranking", "representation", "run", "sampling", "scoring", "selftest", "shard_writing",
+     "stepping", "trace", "train"},
     {"__main__", "cli"},
 ]  # fmt: skip
 ROOMS = {"modalities", "codecs", "backbones", "samplers"}

@@ -138,7 +138,8 @@ def test_gradients_are_those_of_the_global_mean_over_maskable_tokens(tmp_path):
 LAUNCH = (
     "import json, sys; sys.path.insert(0, sys.argv[1])\n"
     "from test_train import recipe; from mdiff.train import train\n"
-    "train(recipe(**json.loads(sys.argv[3])), sys.argv[2])\n"
+    "if __name__ == '__main__':\n"
+    "    train(recipe(**json.loads(sys.argv[3])), sys.argv[2])\n"
 )
 
 
@@ -288,6 +289,22 @@ def test_an_interrupted_run_saves_its_step_and_says_so(tmp_path, number):
     assert "--resume auto goes on" in errors.splitlines()[-1]
     found = latest(tmp_path / "run")
     assert found is not None
+    done = steps(tmp_path / "run")[-1]
+    assert [record["step"] for record in log(tmp_path / "run")] == list(range(1, done + 1))
+
+
+def test_a_stop_told_to_a_whole_group_of_processes_saves_the_step_too(tmp_path):
+    settings = {
+        "steps": 10**6, "save_every": 10**6, "log__every": 1, "optim__schedule": "constant",
+        "workers": 1, "data__slow": True,
+    }  # fmt: skip
+    process = launch(tmp_path, tmp_path / "run", settings, sys.executable, start_new_session=True)
+    wait_for_line(process, "step 2/")
+    # It waits for rows now, which the loader still has to bring.
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=200)
+    assert "--resume auto goes on" in errors.splitlines()[-1]
+    verify(latest(tmp_path / "run"))
     done = steps(tmp_path / "run")[-1]
     assert [record["step"] for record in log(tmp_path / "run")] == list(range(1, done + 1))
 

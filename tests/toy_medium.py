@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -41,13 +42,22 @@ class ToyRows:
         return Batch(tokens=tokens, valid=valid)
 
 
+class SlowRows(ToyRows):
+    """Rows that take longer to read than a step takes."""
+
+    def batch(self, rows, epoch):
+        time.sleep(0.3)
+        return super().batch(rows, epoch)
+
+
 class Marks:
     """A medium of eight marks; id 8 may be given but is never generated."""
 
     space = TokenSpace(9, mask_id=9, never=(8,))
 
     def examples(self, data, *, length, split):
-        return ToyRows(
+        kind = SlowRows if data.get("slow") else ToyRows
+        return kind(
             data.get("count", 24), length, ragged=data.get("ragged", False),
             poison=data.get("poison"),
         )  # fmt: skip
