@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import inside as inside
 from mdiff.files import read_json as read_json
@@ -26,6 +28,7 @@ from mdiff.files import read_tensors as read_tensors
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 STEP_NAME = re.compile(r"step-(\d{6,})")
 
 # Files of locks that this process holds: a forked child must not keep one alive.
@@ -67,9 +70,21 @@ def staged(path: Path) -> Iterator[Path]:
             _fsync(Path(directory))
         folder.rename(path)
         _fsync(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        refused = _of_the_system(error, path)
+        if refused is not None:
+            raise refused from error
         raise
+
+
+def _of_the_system(error: BaseException, path: Path) -> OSError | None:
+    """What the system said to safetensors, whose error has it in words alone; None else."""
+    found = isinstance(error, SafetensorError) and SYSTEM_ERROR.search(str(error))
+    if not found:
+        return None
+    code = int(found[1])
+    return OSError(code, os.strerror(code), str(path))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -64,6 +64,8 @@ def _top(version: bool = typer.Option(False, "--version", help="Show the version
     pass
 
 
+# No room: on the disk, in a quota, or under a limit on the size of files.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # A path that cannot be written or made; what cannot be read has an error of its own.
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
@@ -124,7 +126,7 @@ def explained(error: BaseException) -> tuple[int, str]:
         return OUT_OF_DISK_OR_MEMORY, (
             "out of memory; a smaller --batch-size or --length needs less"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in FULL:
         return OUT_OF_DISK_OR_MEMORY, f"the disk is full: {text}"
     if isinstance(error, OSError) and error.errno in REFUSED:
         return USAGE, f"{error.filename or 'a file'}: {error.strerror}"

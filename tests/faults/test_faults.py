@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import toy_medium
+from safetensors import SafetensorError
 from test_train import QUIET, recipe, same, tensors
 
 import mdiff.checkpoint as checkpoint
@@ -73,8 +74,17 @@ def test_files_that_may_not_grow_leave_the_checkpoint_before(tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "File too large" in done.stderr
+    # As the system says it, whether Python wrote or safetensors.
+    assert "OSError: [Errno 27] File too large" in done.stderr
     goes_on(out, whole, 3)
+
+
+def test_a_full_disk_is_told_from_what_safetensors_makes_of_it(tmp_path):
+    words = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(OSError, match="No space left") as caught, checkpoint.staged(tmp_path / "x"):
+        raise SafetensorError(words)
+    assert explained(caught.value)[0] == 6
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dataset_that_has_vanished_is_named_and_nothing_is_written(tmp_path, capsys):
