@@ -31,6 +31,15 @@ FORMAT = 1
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 STEP_NAME = re.compile(r"step-(\d{6,})")
 
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# Read once: a process can only ask for it by setting it, and other threads make files meanwhile.
+UMASK = _umask()
 # Files of locks that this process holds: a forked child must not keep one alive.
 _held: set[int] = set()
 
@@ -61,12 +70,11 @@ def staged(path: Path) -> Iterator[Path]:
         manifest = {"format": FORMAT, "files": {n: _digest(folder / n) for n in _listed(folder)}}
         write_json(folder / MANIFEST, manifest)
         # Temporary directories and tensor files are made private: give them the usual rights.
-        umask = _umask()
         for directory, _, files in os.walk(folder):
             for name in files:
-                Path(directory, name).chmod(0o666 & ~umask)
+                Path(directory, name).chmod(0o666 & ~UMASK)
                 _fsync(Path(directory, name))
-            Path(directory).chmod(0o777 & ~umask)
+            Path(directory).chmod(0o777 & ~UMASK)
             _fsync(Path(directory))
         folder.rename(path)
         _fsync(path.parent)
@@ -105,7 +113,7 @@ def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_umask())
+        Path(name).chmod(0o666 & ~UMASK)
         Path(name).replace(path)
         _fsync(path.parent)
     except BaseException:
@@ -172,7 +180,7 @@ def steps(directory: Path) -> list[int]:
     """The steps with a directory of their name in `directory`, complete or not, ascending."""
     directory = Path(directory)
     entries = directory.iterdir() if directory.is_dir() else ()
-    matches = (STEP_NAME.fullmatch(entry.name) for entry in entries)
+    matches = (STEP_NAME.fullmatch(entry.name) for entry in entries if entry.is_dir())
     return sorted(int(match[1]) for match in matches if match)
 
 
@@ -190,7 +198,10 @@ def locked(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"{directory} is not a directory: expected one to write to") from None
-    handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    lock = directory / ".lock"
+    if os.path.lexists(lock) and not lock.is_file():
+        raise ConfigError(f"{lock} is not a plain file: expected one, or none")
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -262,9 +273,3 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

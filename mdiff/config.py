@@ -14,6 +14,8 @@ from mdiff.safe_yaml import parse_yaml
 MAX_RECIPE_BYTES = 2**16
 
 Positive = Annotated[float, Field(gt=0)]
+# Far above any that trains, and far below where float32 ends.
+Rate = Annotated[float, Field(gt=0, le=1e6)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -101,8 +103,8 @@ class Optim(Section):
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: Positive = 1e-3
-    adam_lr: Positive | None = None
+    lr: Rate = 1e-3
+    adam_lr: Rate | None = None
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.0

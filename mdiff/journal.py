@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mdiff.checkpoint import replace_file
 from mdiff.errors import BackendError, CheckpointError
 
 LOG = "log.jsonl"
@@ -116,9 +117,7 @@ def _truncate(path: Path, start: int) -> None:
                 break
             if record["step"] <= start and line.endswith("\n"):
                 kept.append(line)
-    partial = path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    replace_file(path, (line.encode() for line in kept))
 
 
 def _tensorboard(directory: Path, start: int) -> Any:

@@ -16,6 +16,7 @@ import torch
 from mdiff.checkpoint import sweep
 from mdiff.errors import BackendError
 from mdiff.jobs import Job, Report
+from mdiff.locate import locate
 from mdiff.offline_plan import PLAN, Plan, Setting, agree, model_digest, planned, write_plan
 from mdiff.offline_shards import RESULTS, Generator, RequestShard, make_shard, merge
 from mdiff.pipeline import Pipeline
@@ -53,7 +54,8 @@ def generate_offline(
 ) -> Outcome | None:
     """Every request of a JSONL file filled in, in `out`/results.jsonl; None in later ranks.
 
-    `model` is what `pipeline` was loaded from: workers load it themselves, and `patience` is how
+    `model` is what `pipeline` was loaded from, a checkpoint of its own where training goes on:
+    workers load it themselves, and `patience` is how
     many seconds one may take for a batch (see `volume.make_all`). What is there of an earlier
     run is kept. Raises ConfigError for other requests, options or another model than it was
     begun with, CheckpointError while another process writes there, MdiffError where workers
@@ -61,18 +63,17 @@ def generate_offline(
     """
     launched = Launched.here()
     check_crew(workers, patience, launched)
-    folder = Path(model).expanduser()
+    folder = locate(model)
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     told = {"dtype": dtype, "device": (device or usual).partition(":")[0], "mask_id": mask_id}
     plan = planned(
-        pipeline, read_bytes(requests), setting, model=model_digest(model), told=told
+        pipeline, read_bytes(requests), setting, model=model_digest(folder), told=told
     )  # fmt: skip
     shards = [
         RequestShard(number, batches, out / SHARDS / f"shard-{number:06d}")
         for number, batches in enumerate(plan.shards)
     ]
-    named = str(folder) if folder.is_dir() else model
-    maker = Generator(named, dtype, launched.device(device), mask_id, setting)
+    maker = Generator(str(folder), dtype, launched.device(device), mask_id, setting)
     job = Job(shards, partial(make_shard, pipeline, setting), maker, out)
     with launched.held(out):
         _begin(plan, out, launched)

@@ -19,7 +19,6 @@ import torch
 from mdiff.checkpoint import MANIFEST, staged, verify
 from mdiff.errors import ConfigError, DataError, MdiffError
 from mdiff.generation import Generation
-from mdiff.locate import locate
 from mdiff.modalities.text import HOLE
 from mdiff.pipeline import Pipeline
 from mdiff.request_lines import MOST_TOKENS, Failure, Request, read_requests
@@ -264,9 +263,8 @@ def write_plan(plan: Plan, out: Path) -> None:
         (folder / LINES_FILE).write_bytes(plan.lines)
 
 
-def model_digest(name: str) -> str:
+def model_digest(folder: Path) -> str:
     """SHA-256 of what a model's directory holds: of its manifest, or of its files themselves."""
-    folder = locate(name)
     if (folder / MANIFEST).exists():
         return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
     total = hashlib.sha256()

@@ -51,6 +51,15 @@ class Item:
     caption: str | None = None
 
 
+def check_words(item: Item) -> None:
+    """DataError where a name, label or caption holds half a character, which no file can hold."""
+    for kind, words in (("name", item.name), ("label", item.label), ("caption", item.caption)):
+        try:
+            str(words).encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{item.name}: its {kind} is not text in UTF-8") from None
+
+
 def as_array(picture: Any, *, channels: int, name: str = "the picture") -> Any:
     """A PIL image or an array as uint8 (H, W, channels); DataError for anything else."""
     if isinstance(picture, Image.Image):

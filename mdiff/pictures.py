@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mdiff.emoji import base_of, caption_of
 from mdiff.errors import ConfigError, DataError, nearest
-from mdiff.picture_files import MODES, Item, as_array, items_of, open_picture, sized
+from mdiff.picture_files import MODES, Item, as_array, check_words, items_of, open_picture, sized
 from mdiff.sources import SPLITS
 
 CAPTIONS = ("none", "data", "unicode")
@@ -205,6 +205,7 @@ class _Taken:
 
     def add(self, item: Item) -> None:
         try:
+            check_words(item)
             array = item.array if item.path is None else open_picture(item.path)
             plain = as_array(array, channels=self.channels, name=item.name)
             self.size = self.size or (plain.shape[0], plain.shape[1])

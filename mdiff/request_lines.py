@@ -117,7 +117,9 @@ def _id(value: Any) -> str | int:
     """The id; DataError where it is no short text or whole number."""
     if type(value) is int and abs(value) < 2**63:
         return value
-    if not isinstance(value, str) or not 1 <= len(value) <= MOST_ID:
+    # Half a character, as "\\ud800" is, cannot be written.
+    halves = isinstance(value, str) and any("\ud800" <= each <= "\udfff" for each in value)
+    if halves or not isinstance(value, str) or not 1 <= len(value) <= MOST_ID:
         raise DataError(
             f"id={str(value)[:80]!r}: expected a whole number or text of 1 to {MOST_ID} characters"
         )

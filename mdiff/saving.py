@@ -59,4 +59,13 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(wait=True)
+        while True:
+            try:
+                self._pool.shutdown(wait=True)
+                break
+            except KeyboardInterrupt:
+                # The lock of the run is let go of after this: nothing may write by then.
+                continue
+        if error is not None and self.failed:
+            # Whatever ended the steps: that the last save is not there is what has to be said.
+            self.finish()

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Hashable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,16 @@ from safetensors.torch import save
 from mdiff.checkpoint import replace_file, sweep
 from mdiff.codec import Codec, Report, make_codec, save_codec
 from mdiff.errors import CheckpointError, ConfigError
-from mdiff.files import check_tensors
+from mdiff.files import check_tensors, read_tensors
 from mdiff.jobs import Job, Make, Tell
 from mdiff.pictures import Pictures
 from mdiff.shards import FORMAT, MANIFEST, TEXTS, file_digest, fingerprint, packed
 from mdiff.volume import Launched, check_crew, make_all
 
 SHARD = "shard-{:06d}.safetensors"
-# One entry alone: the order of several in a header is the library's whim.
+SHARD_NAME = re.compile(r"shard-\d{6,}\.safetensors")
+# The digests of codec, pictures and content. One entry alone: the order of several in a header is
+# the library's whim.
 ORIGIN = "origin"
 # Pictures a shard: a few MB of ids at most.
 ROWS = 4096
@@ -80,11 +81,13 @@ class PictureShard:
 
     def is_whole(self) -> bool:
         """Whether its file is there, from these pictures and this codec."""
-        return _origin_of(self.path) == self.origin
+        return _said(self.path)[0] == self.origin
 
     def clear(self) -> None:
-        """Remove what killed makers have left; a file that is not whole is written over."""
+        """Remove what killed makers have left, and the file where its content was altered."""
         sweep(self.path.parent, f"{self.path.name}.")
+        if self.is_whole() and not _is_unaltered(self.path):
+            self.path.unlink()
 
     def part(self) -> PicturePart:
         """The pictures, cut out when they are asked for: only those at work are held twice."""
@@ -132,7 +135,9 @@ def write_shards(
     shards = _shards(pictures, out, made_by, rows)
     crew = max(1, min(count, len(shards)))
     with launched.held(out), tempfile.TemporaryDirectory() as folder:
-        _begin(shards, out, made_by, launched)
+        replaced = _begin(shards, out, made_by, launched)
+        if replaced and report is not None:
+            report(f"{replaced} shards of other pictures in {out} are replaced")
         if crew > 1 or patience is not None:
             save_codec(codec, folder)
         job = Job(shards, partial(encode_shard, codec), Encoder(codec.config(), folder), out)
@@ -155,8 +160,11 @@ def _shards(pictures: Pictures, out: Path, made_by: str, rows: int) -> list[Pict
     return found
 
 
-def _begin(shards: Sequence[PictureShard], out: Path, made_by: str, launched: Launched) -> None:
-    """See that the folder may take these shards, and that what is not whole has no manifest."""
+def _begin(shards: Sequence[PictureShard], out: Path, made_by: str, launched: Launched) -> int:
+    """See that the folder may take these shards, and that what is not whole has no manifest.
+
+    How many shards of other pictures it holds, which are written over or removed.
+    """
     known = _known(out, made_by)
     # A later rank looks at its own shards alone: when it comes late, the first may have written
     # the manifest since it looked at another's.
@@ -169,6 +177,8 @@ def _begin(shards: Sequence[PictureShard], out: Path, made_by: str, launched: La
         for name in surplus:
             sweep(out, name)
             (out / name).unlink()
+    wanted = {shard.path.name: shard.origin for shard in shards}
+    return sum(bool(origin) and wanted.get(name) != origin for name, origin in known.items())
 
 
 def _known(out: Path, made_by: str) -> dict[str, str]:
@@ -178,23 +188,52 @@ def _known(out: Path, made_by: str) -> dict[str, str]:
     """
     # Looked at once: another rank may add to it. A hidden file is a lock or a desktop's own.
     there = {path.name for path in out.iterdir() if not path.name.startswith(".")}
-    found = {name for name in there if fnmatch(name, SHARD.replace("{:06d}", "*"))}
+    found = {name for name in there if SHARD_NAME.fullmatch(name)}
+    known = {}
+    for name in sorted(found):
+        try:
+            known[name] = _said(out / name)[0]
+        except LookupError:
+            # A file of tensors that says nothing of where it comes from is somebody else's.
+            found.discard(name)
     if there - found - {MANIFEST} or (there and not found):
         raise ConfigError(f"{out} holds {min(there - found)}: name a new folder")
-    known = {name: _origin_of(out / name) for name in sorted(found)}
     if any(origin and not origin.startswith(f"{made_by}:") for origin in known.values()):
         raise ConfigError(f"{out} holds tokens of another codec: name a new folder")
     return known
 
 
-def _origin_of(path: Path) -> str:
-    """The digests of codec and pictures in a shard's header; "" where the file is not whole."""
-    with suppress(CheckpointError, KeyError, OSError):
+def _said(path: Path) -> tuple[str, str]:
+    """The origin in a shard's header, and its content's digest; "" where the file is not whole.
+
+    Raises LookupError for a whole file of tensors that is no shard.
+    """
+    try:
         check_tensors(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            return str(json.loads(file.read(length))["__metadata__"][ORIGIN])
-    return ""
+            said = json.loads(file.read(length)).get("__metadata__", {})[ORIGIN]
+    except (CheckpointError, OSError):
+        return "", ""
+    origin, _, content = str(said).rpartition(":")
+    return origin, content
+
+
+def _is_unaltered(path: Path) -> bool:
+    """Whether a shard's tensors are those that its header was written for."""
+    try:
+        return _content_digest(read_tensors(path)) == _said(path)[1]
+    except CheckpointError:
+        return False
+
+
+def _content_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors by their names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)}:".encode())
+        total.update(tensors[name].contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _digest_of(part: Pictures) -> str:
@@ -216,7 +255,8 @@ def encode_shard(codec: Codec, part: PicturePart, tell: Tell) -> None:
         tensors["labels"] = torch.tensor(part.labels, dtype=torch.int64)
     for name, texts in part.texts.items():
         tensors[name], tensors[f"{name}.ends"] = packed(texts)
-    replace_file(part.path, [save(tensors, metadata={ORIGIN: part.origin})])
+    said = f"{part.origin}:{_content_digest(tensors)}"
+    replace_file(part.path, [save(tensors, metadata={ORIGIN: said})])
 
 
 def _manifest(

@@ -22,6 +22,8 @@ SPLITS = ("train", "validation", "holdout")
 # Text in .gz shrinks some four times, pictures ten: what grows more, and to more, is a bomb.
 MOST_UNPACKED, MOST_GROWTH = 2**27, 50
 READ_AT_ONCE = 2**20
+# What a pipe or a device may give: it says no size, and may have no end.
+MOST_OF_A_PIPE = 2**30
 # Characters of one JSON line.
 MOST_OF_A_LINE = 2**23
 
@@ -169,7 +171,10 @@ def read_bytes(path: Path) -> bytes:
         if path.suffix == ".gz":
             with gzip.open(path, "rb") as file:
                 return b"".join(pieces(file, path))
-        return path.read_bytes()
+        if path.is_file():
+            return path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(MOST_OF_A_PIPE + 1)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file{_neighbour(path)}") from None
     except IsADirectoryError:
@@ -178,6 +183,9 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path} cannot be unpacked: {error}") from None
     except PermissionError:
         raise DataError(f"{path}: no permission to read it") from None
+    if len(content) > MOST_OF_A_PIPE:
+        raise DataError(f"{path} is no file, and gives more than {MOST_OF_A_PIPE:,} bytes")
+    return content
 
 
 def pieces(file: BufferedIOBase, path: Path) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -28,6 +29,7 @@ from mdiff.order import rows_of_step
 from mdiff.schedule import MIN_TIME, Schedule
 from mdiff.tokens import TokenSpace
 from mdiff.training_state import Placement
+from mdiff.workers import leave_with_parent
 
 # A part of a step's rows: their ids within the global batch (B,) int64, and the rows.
 MicroBatch = tuple[Tensor, Batch]
@@ -103,6 +105,8 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     """Ctrl-C and a launcher's SIGTERM reach every process; the step under way needs its rows."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_next_time)
+    # The trainer is the parent of their server, not theirs: torch looks out for the wrong one.
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _end_next_time(number: int, frame: FrameType | None) -> None:

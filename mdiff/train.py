@@ -190,7 +190,11 @@ def _write(run: Run, out: Path, number: int, state: dict[str, Tensor]) -> None:
     for old in steps(out)[:-keep] if keep else []:
         # Renamed first: a kill amid the removal leaves what `sweep` clears, not half a step.
         gone = step_path(out, old).rename(out / f".step-{old:06d}.tmp")
-        shutil.rmtree(gone)
+        if gone.is_symlink():
+            gone.unlink()
+        else:
+            # The new save is complete: what cannot be removed is left to the next start.
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _pipeline(run: Run) -> dict[str, Any]:
@@ -240,7 +244,12 @@ def _source(out: Path, resume: str) -> Path | None:
 
 def _resume(run: Run, source: Path) -> int:
     """Put the run back to where the checkpoint was made; the step it was made after."""
-    verify(source)
+    try:
+        verify(source)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; move {source} out of its run, and --resume auto goes on from the one before"
+        ) from None
     training = read_json(source / TRAINING)
     try:
         if training["format"] != FORMAT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from mdiff.weights import headers
 
 # What the model_type of our own architectures begins with.
 OURS = "mdiff-"
+# Settings that say how many layers there are, and the name of a tensor in one of several layers.
+LAYERS = re.compile(r"(^|_)n?_?(layers?|depth|blocks?)$")
+IN_A_LAYER = re.compile(r"\.\d+\.")
 # A model has up to twice the weights of its files, where tied ones are saved once.
 MOST_OVER_FILES, SPARE = 4, 2**20
 
@@ -30,7 +34,9 @@ def transformers_model(folder: Path, dtype: torch.dtype | None, *, mask_id: int)
 
     # Importing an architecture of ours makes it known to transformers. Its model_type is the
     # name of its file; any other name in a file imports nothing.
-    kind = str(read_json(folder / CONFIG).get("model_type"))
+    settings = read_json(folder / CONFIG)
+    _check_settings(folder, settings)
+    kind = str(settings.get("model_type"))
     if kind.startswith(OURS) and kind.removeprefix(OURS).replace("-", "_") in names("backbones"):
         find("backbones", kind.removeprefix(OURS))
     logging.disable_progress_bar()
@@ -53,10 +59,32 @@ def transformers_model(folder: Path, dtype: torch.dtype | None, *, mask_id: int)
         if report[problem]:
             absent = sorted(map(str, report[problem]))
             raise CheckpointError(f"{folder}: {problem.replace('_', ' ')}: {', '.join(absent[:4])}")
+    left_out = sorted(name for name in report["unexpected_keys"] if IN_A_LAYER.search(name))
+    if left_out:
+        raise CheckpointError(
+            f"{folder / CONFIG} leaves out layers that the files hold: {', '.join(left_out[:4])}"
+        )
     if isinstance(model, Denoiser):
         return model
     wrapped: Denoiser = find("backbones", "masked_lm")(model, mask_id=mask_id)
     return wrapped
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise CheckpointError for settings that cost far more to read than the files are worth.
+
+    Each layer has a tensor of its own at least; and code of the Hub is not run here.
+    """
+    tensors = sum(map(len, headers(check_weights(folder)).values()))
+    for name, value in settings.items():
+        if LAYERS.search(name) and type(value) is int and not 0 <= value <= tensors:
+            raise CheckpointError(
+                f"{folder / CONFIG}: {name}={value}: the files hold {tensors} tensors"
+            )
+        if name.endswith("_implementation") and "/" in str(value):
+            raise CheckpointError(
+                f"{folder / CONFIG}: {name}={value!r} is code of the Hub: refused"
+            )
 
 
 def _check_size(folder: Path, skeleton: Any) -> None:

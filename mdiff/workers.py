@@ -212,7 +212,7 @@ def _serve(pipe: Connection, maker: Maker, number: int) -> None:
     """
     # An interrupt is for the parent to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
         make = maker.open(number)
@@ -234,7 +234,7 @@ def _next(pipe: Connection) -> object:
         return None
 
 
-def _leave_with_parent() -> None:
+def leave_with_parent() -> None:
     """End this process when its parent has: what it would write is another run's by then."""
     parent = multiprocessing.parent_process()
     if parent is not None:

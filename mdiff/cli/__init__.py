@@ -67,7 +67,10 @@ def _top(version: bool = typer.Option(False, "--version", help="Show the version
 # No room: on the disk, in a quota, or under a limit on the size of files.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # A path that cannot be written or made; what cannot be read has an error of its own.
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
+REFUSED = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST,
+    errno.EISDIR, errno.ENOTEMPTY, errno.ELOOP,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

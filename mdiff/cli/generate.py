@@ -111,8 +111,12 @@ def generate(
     apart = (workers or 1) > 1 or patience is not None
     place = device_of(device, plans_only=apart) if volume else device
 
+    from mdiff.locate import locate
     from mdiff.pipeline import load
 
+    if volume:
+        # Of a run that is still being trained the newest step may be another one a moment later.
+        model = str(locate(model))
     pipeline = load(model, device=place, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer)
     if negative is not None:
         options["negative"] = negative if chat is None else {"chat": negative}

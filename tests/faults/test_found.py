@@ -1,0 +1,233 @@
+"""What people who tried to break things found: each stays mended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from test_train import HERE, LAUNCH, QUIET, recipe, same, tensors
+from transformers import BertConfig, BertForMaskedLM
+
+import mdiff.checkpoint as checkpoint
+import mdiff.offline as offline
+import mdiff.sources as sources
+import mdiff.train as training
+from mdiff.backbones.transformer import transformer
+from mdiff.checkpoint import latest, locked, step_path, steps, verify
+from mdiff.codecs.kmeans import kmeans
+from mdiff.errors import CheckpointError, ConfigError, DataError
+from mdiff.modalities.text import text
+from mdiff.offline_plan import Setting
+from mdiff.pictures import Pictures, read_pictures
+from mdiff.pipeline import Pipeline, load
+from mdiff.request_lines import read_requests
+from mdiff.shard_writing import write_shards
+from mdiff.shards import open_shards
+from mdiff.sources import read_bytes
+from mdiff.train import train
+
+
+def pictures(count=12, seed=1):
+    random_ = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 3, 8, 8), generator=random_, dtype=torch.uint8)
+    return Pictures(pixels=pixels, names=[str(number) for number in range(count)])
+
+
+def bert(folder, **changed):
+    """A small model of two layers, whose settings then say something else."""
+    torch.manual_seed(0)
+    settings = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+                          intermediate_size=16, max_position_embeddings=16)  # fmt: skip
+    BertForMaskedLM(settings).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    return str(folder)
+
+
+def test_workers_load_the_step_that_was_planned(tmp_path, monkeypatch):
+    modality = text()
+    denoiser = transformer(vocab_size=256, width=8, depth=1, heads=2, max_length=16).eval()
+    pipeline = Pipeline(denoiser, modality.space, modality, window=16)
+    pipeline.save(step_path(tmp_path / "run", 5))
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a", "length": 4}\n')
+    jobs = []
+
+    def later_step(job, launched, **options):
+        pipeline.save(step_path(tmp_path / "run", 9))
+        jobs.append(job)
+        return 0
+
+    monkeypatch.setattr(offline, "make_all", later_step)
+    monkeypatch.setattr(offline, "merge", lambda *given: (0, []))
+    offline.generate_offline(
+        pipeline, tmp_path / "in.jsonl", tmp_path / "out", model=str(tmp_path / "run"),
+        setting=Setting(), workers=2,
+    )  # fmt: skip
+    assert Path(jobs[0].maker.model) == step_path(tmp_path / "run", 5)
+
+
+def test_an_altered_shard_is_made_again_not_made_official(tmp_path):
+    codec = kmeans(codebook_size=8).fit(pictures().pixels)
+    write_shards(pictures(), tmp_path / "out", codec=codec, rows=4, workers=1)
+    path = sorted((tmp_path / "out").glob("*.safetensors"))[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DataError, match="altered"):
+        open_shards(tmp_path / "out")
+    done = write_shards(pictures(), tmp_path / "out", codec=codec, rows=4, workers=1)
+    assert (done.made, done.kept) == (1, 2)
+    assert path.read_bytes() == whole
+    open_shards(tmp_path / "out")
+
+
+def test_somebody_elses_tensors_are_not_written_over_and_other_pictures_are_told_of(tmp_path):
+    codec = kmeans(codebook_size=8).fit(pictures().pixels)
+    for name in ("shard-000000.safetensors", "shard-model.safetensors"):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"w": torch.zeros(2)}, folder / name)
+        with pytest.raises(ConfigError, match="name a new folder"):
+            write_shards(pictures(), folder, codec=codec, rows=4, workers=1)
+        assert (folder / name).exists()
+    write_shards(pictures(), tmp_path / "out", codec=codec, rows=4, workers=1)
+    lines = []
+    other = pictures(4, seed=2)
+    write_shards(other, tmp_path / "out", codec=codec, rows=4, workers=1, report=lines.append)
+    assert lines[0].startswith("3 shards of other pictures")
+    assert len(open_shards(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize("layers", [0, 1, -1])
+def test_layers_that_the_settings_leave_out_are_not_ignored(tmp_path, layers):
+    with pytest.raises(CheckpointError, match=r"leaves out layers|num_hidden_layers=-1"):
+        load(bert(tmp_path, num_hidden_layers=layers), mask_id=3)
+
+
+def test_absurd_layers_are_refused_before_they_are_built(tmp_path):
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match="num_hidden_layers=3000000: the files hold"):
+        load(bert(tmp_path / "bert", num_hidden_layers=3_000_000), mask_id=3)
+    ours = transformer(vocab_size=8, width=8, depth=1, heads=2)
+    ours.save_pretrained(tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config | {"depth": 100_000}))
+    with pytest.raises(CheckpointError, match="depth=100000"):
+        load(str(tmp_path / "ours"), mask_id=8)
+    assert time.process_time() - began < 10
+
+
+def test_settings_do_not_fetch_code(tmp_path):
+    with pytest.raises(CheckpointError, match="attn_implementation"):
+        load(bert(tmp_path, attn_implementation="kernels-community/flash-attn"), mask_id=3)
+
+
+def test_a_save_that_failed_is_told_of_whatever_ends_the_steps(tmp_path, monkeypatch):
+    def refuse(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "_write", refuse)
+    settings = {"data__poison": 13, "save_every": 1, "data__ragged": False, "steps": 40}
+    with pytest.raises(OSError, match="No space"):
+        train(recipe(**settings), tmp_path, **QUIET)
+
+
+def test_a_request_with_half_a_character_for_an_id_fails_alone():
+    lines = b'{"id": "\\ud800", "prompt": "a"}\n{"id": "b", "prompt": "c"}\n'
+    requests, failures = read_requests(lines)
+    assert [request.id for request in requests] == ["b"]
+    assert [failure.line for failure in failures] == [1]
+
+
+@pytest.mark.parametrize("row", [{"caption": "\ud800"}, {"label": "\ud800"}])
+def test_a_picture_with_half_a_character_in_its_words_is_a_problem_of_its_own(tmp_path, row):
+    words = {"caption": "fine", "label": "a"}
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    rows = [{"file_name": "a.png", **words, **row}, {"file_name": "b.png", **words}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"source": str(tmp_path), "captions": "data"}
+    found = read_pictures(source, channels=3, strict=False)
+    assert found.names == ["b.png"]
+    assert len(found.problems) == 1
+    (tmp_path / "metadata.jsonl").unlink()
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff.png")
+    assert len(read_pictures(str(tmp_path), channels=3, strict=False).problems) == 1
+
+
+def test_loader_processes_end_with_a_trainer_that_is_killed(tmp_path):
+    script = tmp_path / "launch.py"
+    script.write_text(LAUNCH)
+    settings = {"steps": 10**6, "save_every": 10**6, "workers": 2, "log__every": 1}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(HERE), str(tmp_path / "run"), json.dumps(settings)],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    next(line for line in process.stderr if line.startswith("step 2/"))
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 3
+    process.kill()
+    # Not `communicate`: what is left would hold its pipe open.
+    process.wait()
+    process.stderr.close()
+    _, left = psutil.wait_procs(family, timeout=20)
+    for each in left:
+        each.kill()
+    assert left == []
+
+
+def test_a_step_that_is_a_link_or_a_file_ends_no_run(tmp_path):
+    out = tmp_path / "run"
+    train(recipe(steps=2, save_every=1, keep=None), out, **QUIET)
+    elsewhere = step_path(out, 1).rename(tmp_path / "elsewhere")
+    step_path(out, 1).symlink_to(elsewhere)
+    (out / "step-000000").write_text("a note")
+    train(recipe(steps=4, save_every=1, keep=1), out, **QUIET)
+    assert steps(out) == [4]
+    verify(elsewhere)
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".lock", "log.jsonl", "step-000000", "step-000004",
+    ]  # fmt: skip
+
+
+def test_an_altered_checkpoint_says_how_to_go_on(tmp_path):
+    whole = train(recipe(), tmp_path / "whole", **QUIET)
+    train(recipe(), tmp_path / "run", **QUIET)
+    weights = latest(tmp_path / "run") / "training.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match=r"move .* out of its run, and --resume auto"):
+        train(recipe(), tmp_path / "run", **QUIET)
+    latest(tmp_path / "run").rename(tmp_path / "aside")
+    assert same(tensors(whole), tensors(train(recipe(), tmp_path / "run", **QUIET)))
+
+
+def test_a_save_leaves_the_mask_of_new_files_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("another thread makes files now"))
+    with checkpoint.staged(tmp_path / "x") as folder:
+        (folder / "a").write_text("a")
+    checkpoint.replace_file(tmp_path / "y", [b"b"])
+
+
+def test_a_device_without_an_end_is_not_read_to_it(monkeypatch):
+    monkeypatch.setattr(sources, "MOST_OF_A_PIPE", 2**20)
+    with pytest.raises(DataError, match="/dev/zero is no file, and gives more than"):
+        read_bytes(Path("/dev/zero"))
+
+
+def test_a_lock_that_is_a_directory_is_an_obstacle_that_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(ConfigError, match=r"\.lock is not a plain file"), locked(tmp_path):
+        pass
+
+
+def test_a_rate_beyond_float32_is_refused():
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        recipe(optim__lr=1e38)
