@@ -58,7 +58,10 @@ class RequestShard:
     def clear(self) -> None:
         """Remove what killed makers have left, and the directory where it is damaged."""
         sweep(self.path.parent, f"{self.path.name}.")
-        if self.path.exists():
+        if self.path.is_symlink() or self.path.is_file():
+            # Somebody put it there; what a link leads to stays.
+            self.path.unlink()
+        elif self.path.exists():
             try:
                 verify(self.path)
             except CheckpointError:

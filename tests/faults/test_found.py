@@ -27,6 +27,7 @@ from mdiff.codecs.kmeans import kmeans
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.modalities.text import text
 from mdiff.offline_plan import Setting
+from mdiff.offline_shards import RequestShard
 from mdiff.pictures import Pictures, read_pictures
 from mdiff.pipeline import Pipeline, load
 from mdiff.request_lines import read_requests
@@ -226,6 +227,16 @@ def test_a_lock_that_is_a_directory_is_an_obstacle_that_is_named(tmp_path):
     (tmp_path / ".lock").mkdir()
     with pytest.raises(ConfigError, match=r"\.lock is not a plain file"), locked(tmp_path):
         pass
+
+
+def test_a_link_or_a_file_in_the_place_of_a_shard_makes_way_for_it(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "kept").write_text("kept")
+    for put in (Path.touch, lambda place: place.symlink_to(tmp_path / "target")):
+        put(tmp_path / "shard")
+        RequestShard(0, (), tmp_path / "shard").clear()
+        assert not os.path.lexists(tmp_path / "shard")
+    assert (tmp_path / "target" / "kept").exists()
 
 
 def test_a_rate_beyond_float32_is_refused():
