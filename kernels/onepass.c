@@ -190,9 +190,12 @@ struct lanes {
     __m512 largest, mass, moment;
 };
 
-AVX512 void add_lanes(struct lanes *so_far, __m512 x, __m512 reference, __m512 inverse)
+AVX512 void add_lanes(struct lanes *so_far, __m512 x, __m512 reference, __m512 inverse,
+                      int heated)
 {
-    __m512 z = _mm512_mul_ps(_mm512_sub_ps(x, reference), inverse);
+    __m512 z = _mm512_sub_ps(x, reference);
+    if (heated)
+        z = _mm512_mul_ps(z, inverse);
     z = _mm512_max_ps(_mm512_set1_ps(LOWEST), z); /* in this order a NaN stays */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(z, _mm512_set1_ps(0x1.715476p0f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e43p-1f), z);
@@ -208,8 +211,9 @@ AVX512 void add_lanes(struct lanes *so_far, __m512 x, __m512 reference, __m512 i
     so_far->moment = _mm512_fmadd_ps(weight, z, so_far->moment);
 }
 
+/* `heated` where the temperature is not 1: to multiply by 1 is one of sixteen steps. */
 AVX512 struct sums sums_by_lanes(const void *logits, int64_t n, float reference, float inverse,
-                                 int format)
+                                 int format, int heated)
 {
     const __m512 origin = _mm512_set1_ps(reference), slope = _mm512_set1_ps(inverse);
     const int64_t size = format == BFLOAT16 ? 2 : 4;
@@ -230,7 +234,7 @@ AVX512 struct sums sums_by_lanes(const void *logits, int64_t n, float reference,
                                  _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)next)),
                                  16))
                            : _mm512_loadu_ps(next);
-            add_lanes(&so_far[half], x, origin, slope);
+            add_lanes(&so_far[half], x, origin, slope, heated);
         }
     }
     for (; j < n; j += LANES) {
@@ -240,7 +244,7 @@ AVX512 struct sums sums_by_lanes(const void *logits, int64_t n, float reference,
                       : format == BFLOAT16 ? float_of((uint32_t)((const uint16_t *)logits)[j + i]
                                                       << 16)
                                            : ((const float *)logits)[j + i];
-        add_lanes(&so_far[0], _mm512_loadu_ps(rest), origin, slope);
+        add_lanes(&so_far[0], _mm512_loadu_ps(rest), origin, slope, heated);
     }
     return (struct sums){
         _mm512_reduce_max_ps(_mm512_max_ps(so_far[1].largest, so_far[0].largest)),
@@ -253,8 +257,10 @@ __attribute__((target("avx512f"))) static struct sums
 sums_avx512(const void *logits, int64_t n, float reference, float inverse, int format)
 {
     if (format == BFLOAT16)
-        return sums_by_lanes(logits, n, reference, inverse, BFLOAT16);
-    return sums_by_lanes(logits, n, reference, inverse, FLOAT32);
+        return inverse == 1 ? sums_by_lanes(logits, n, reference, 1, BFLOAT16, 0)
+                            : sums_by_lanes(logits, n, reference, inverse, BFLOAT16, 1);
+    return inverse == 1 ? sums_by_lanes(logits, n, reference, 1, FLOAT32, 0)
+                        : sums_by_lanes(logits, n, reference, inverse, FLOAT32, 1);
 }
 
 #endif
