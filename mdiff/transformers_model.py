@@ -35,7 +35,10 @@ def transformers_model(folder: Path, dtype: torch.dtype | None, *, mask_id: int)
     # Importing an architecture of ours makes it known to transformers. Its model_type is the
     # name of its file; any other name in a file imports nothing.
     settings = read_json(folder / CONFIG)
-    _check_settings(folder, settings)
+    entries = [
+        entry for header in headers(check_weights(folder)).values() for entry in header.values()
+    ]
+    _check_settings(folder, settings, tensors=len(entries))
     kind = str(settings.get("model_type"))
     if kind.startswith(OURS) and kind.removeprefix(OURS).replace("-", "_") in names("backbones"):
         find("backbones", kind.removeprefix(OURS))
@@ -44,7 +47,8 @@ def transformers_model(folder: Path, dtype: torch.dtype | None, *, mask_id: int)
     try:
         described = AutoConfig.from_pretrained(str(folder), **options)
         with torch.device("meta"):
-            _check_size(folder, AutoModelForMaskedLM.from_config(described))
+            skeleton = AutoModelForMaskedLM.from_config(described)
+        _check_size(folder, skeleton, held=sum(math.prod(entry["shape"]) for entry in entries))
         model, report = AutoModelForMaskedLM.from_pretrained(
             str(folder), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True,
             **options,
@@ -70,12 +74,11 @@ def transformers_model(folder: Path, dtype: torch.dtype | None, *, mask_id: int)
     return wrapped
 
 
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+def _check_settings(folder: Path, settings: dict[str, Any], *, tensors: int) -> None:
     """Raise CheckpointError for settings that cost far more to read than the files are worth.
 
     Each layer has a tensor of its own at least; and code of the Hub is not run here.
     """
-    tensors = sum(map(len, headers(check_weights(folder)).values()))
     for name, value in settings.items():
         if LAYERS.search(name) and type(value) is int and not 0 <= value <= tensors:
             raise CheckpointError(
@@ -87,17 +90,12 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def _check_size(folder: Path, skeleton: Any) -> None:
+def _check_size(folder: Path, skeleton: Any, *, held: int) -> None:
     """Raise CheckpointError where the settings describe far more weights than the files hold.
 
     transformers makes all of them before it finds that they are of other shapes.
     """
     described = sum(parameter.numel() for parameter in skeleton.parameters())
-    held = sum(
-        math.prod(entry["shape"])
-        for header in headers(check_weights(folder)).values()
-        for entry in header.values()
-    )
     if described > MOST_OVER_FILES * held + SPARE:
         raise CheckpointError(
             f"{folder / CONFIG} describes {described:,} weights, the files hold {held:,}"
