@@ -92,8 +92,9 @@ def draw_c(
     if span is not None and span.stride(1) != 1:
         span = span.contiguous()
     columns = _columns(forbidden) if forbidden else None
-    tokens = torch.empty(rows, dtype=torch.int64)
-    figures = torch.empty(3, rows)
+    # C writes here: int64 and float32 on the CPU, whatever the process's defaults are.
+    tokens = torch.empty(rows, dtype=torch.int64, device="cpu")
+    figures = torch.empty(3, rows, dtype=torch.float32, device="cpu")
     log_prob, entropy, margin = figures.unbind()
     counter = (seed, sample, step, position)
     request = REQUEST.pack(
@@ -124,4 +125,4 @@ def _rows_whole(logits_NV: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _columns(forbidden: tuple[int, ...]) -> Tensor:
-    return torch.tensor(forbidden, dtype=torch.int64)
+    return torch.tensor(forbidden, dtype=torch.int64, device="cpu")

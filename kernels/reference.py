@@ -83,8 +83,8 @@ def draw_reference(
         rows.append((token, *_figures(measured, token)))
     tokens, *figures = zip(*rows) if rows else ((), (), (), ())
     return Draw(
-        torch.tensor(tokens, dtype=torch.int64),
-        *(torch.tensor(column, dtype=torch.float64) for column in figures),
+        torch.tensor(tokens, dtype=torch.int64, device="cpu"),
+        *(torch.tensor(column, dtype=torch.float64, device="cpu") for column in figures),
     )
 
 
@@ -99,7 +99,7 @@ def _reservoir(
         new_peak = max(peak, float(part.max()))
         if new_peak == -torch.inf:
             continue
-        mass *= float(torch.exp(torch.tensor(peak - new_peak, dtype=torch.float64)))
+        mass *= float(torch.exp(torch.tensor(peak - new_peak, dtype=torch.float64, device="cpu")))
         peak = new_peak
         weights = torch.exp(part - peak)
         total = float(weights.sum())

@@ -46,10 +46,12 @@ def stack(rows: Sequence[Sequence[int]], *, space: TokenSpace) -> tuple[Tensor, 
     """
     if not rows or not all(len(row) for row in rows):
         raise ConfigError("an empty canvas: need at least 1 row and 1 place in each")
-    sizes = torch.tensor([len(row) for row in rows])
-    valid = torch.arange(int(sizes.max())) < sizes[:, None]
-    tokens = torch.zeros(valid.shape, dtype=torch.int64)
-    tokens[valid] = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+    sizes = torch.tensor([len(row) for row in rows], device="cpu")
+    valid = torch.arange(int(sizes.max()), device="cpu") < sizes[:, None]
+    tokens = torch.zeros(valid.shape, dtype=torch.int64, device="cpu")
+    tokens[valid] = torch.tensor(
+        [token for row in rows for token in row], dtype=torch.int64, device="cpu"
+    )
     space.check(tokens, valid)
     return tokens, None if bool(valid.all()) else valid
 
@@ -64,7 +66,9 @@ def stack_conditions(
     if not any(told):
         return {}
     return {
-        name: torch.stack([torch.as_tensor(row.get(name, nothing[0])) for row in told])
+        name: torch.stack(
+            [torch.as_tensor(row.get(name, nothing[0]), device="cpu") for row in told]
+        )
         for name, nothing in without.items()
     }
 

@@ -71,7 +71,7 @@ class GivenParts:
         for name, row in zip(shares, hideable):
             if not bool(row.any()):
                 raise ConfigError(f"objective.given: {name!r} leaves nothing to hide")
-        weight = torch.tensor(list(shares.values()), dtype=torch.float64)
+        weight = torch.tensor(list(shares.values()), dtype=torch.float64, device="cpu")
         return cls(tuple(shares), weight.cumsum(0) / weight.sum(), hideable)
 
     def may_hide(self, *, seed: int, sample: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def hideable_places(
     >>> hideable_places("a", 3, space=space, part_names=["a", "b"]).tolist()
     [False, False, True]
     """
-    free = torch.ones(length, dtype=torch.bool)
+    free = torch.ones(length, dtype=torch.bool, device="cpu")
     for name in filter(None, given.split(JOINED)):
         if name not in part_names:
             raise ConfigError(f"unknown part {name!r}; {nearest(name, part_names)}")

@@ -223,7 +223,8 @@ class Guided:
         hidden = tokens == self.space.mask_id
         seen = torch.ones_like(hidden) if valid is None else valid
         share = (hidden & seen).sum(1).double() / seen.sum(1).clamp(min=1)
-        return 1 + (self.scale - 1) * torch.as_tensor(self.ramp(share)).expand(share.shape)
+        grown = torch.as_tensor(self.ramp(share), device=tokens.device)
+        return 1 + (self.scale - 1) * grown.expand(share.shape)
 
     def __call__(
         self,

@@ -37,7 +37,7 @@ def box_mask(box: str, size: tuple[int, int]) -> Tensor:
         raise DataError(
             f"mask {box}: expected a box inside {height} rows and {width} columns, not empty"
         )
-    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask = torch.zeros(height, width, dtype=torch.bool, device="cpu")
     mask[top:bottom, left:right] = True
     return mask
 
@@ -48,7 +48,7 @@ def pixel_mask(mask: Any, size: tuple[int, int]) -> Tensor:
     Raises DataError for a mask of another shape or type, or one that is empty.
     """
     if mask is None:
-        return torch.ones(size, dtype=torch.bool)
+        return torch.ones(size, dtype=torch.bool, device="cpu")
     if isinstance(mask, str):
         return box_mask(mask, size)
     found = torch.as_tensor(np.asarray(mask))
@@ -67,7 +67,7 @@ def hidden_share(may: Tensor, *, strength: float, seeds: Tensor) -> Tensor:
     """
     if isinstance(strength, bool) or not 0 <= strength <= 1:
         raise ConfigError(f"strength={strength}: expected 0 to 1")
-    place = torch.arange(len(may))
+    place = torch.arange(len(may), device=may.device)
     coin = philox.uniform(seeds[:, None], place, 0, 0, purpose=philox.CORRUPT)
     order = torch.where(may, coin, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
     return order < round(strength * int(may.sum()))

@@ -100,7 +100,7 @@ class Filling:
         # What every call costs a row; None where that depends on the canvas.
         varies = getattr(denoiser, "row_evaluations", None) is not None
         self.cost = None if varies else int(getattr(denoiser, "evaluations", 1))
-        self.blank = torch.zeros(canvas.shape, device=device)
+        self.blank = torch.zeros(canvas.shape, dtype=torch.float32, device=device)
         # The places of the last call, in the order of its draws: (N,) of B * L.
         self.place = torch.empty(0, dtype=torch.int64, device=device)
         self.active: tuple[int, ...] = ()
@@ -174,7 +174,7 @@ class Filling:
     def _on_device(self, active: tuple[int, ...]) -> Tensor:
         """The numbers of the rows as a tensor, kept until they change."""
         if active != self.active:
-            numbers = torch.tensor(active, dtype=torch.int64)
+            numbers = torch.tensor(active, dtype=torch.int64, device="cpu")
             if self.tokens.device.type == "cuda":
                 numbers = numbers.pin_memory().to(self.tokens.device, non_blocking=True)
             self.active, self.active_rows = active, numbers.to(self.tokens.device)

@@ -126,7 +126,9 @@ def layout_axes(layout: Sequence[Sequence[int]]) -> Tensor:
     """
     found, start = [], 0
     for h, w, each in layout:
-        row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        row, column = torch.meshgrid(
+            torch.arange(h, device="cpu"), torch.arange(w, device="cpu"), indexing="ij"
+        )
         places = torch.stack([row, column], -1).reshape(-1, 2) + start
         found.append(places.repeat_interleave(each, 0))
         start += max(h, w)

@@ -324,9 +324,9 @@ class Pipeline:
         bound = bound_of_rows(
             self, rows, estimator=estimator, draws=draws, seed=seed, batch_size=batch_size
         )
-        nats = torch.zeros(len(asked), dtype=torch.float64)
+        nats = torch.zeros(len(asked), dtype=torch.float64, device="cpu")
         variance = torch.zeros_like(nats)
-        owner = torch.tensor(rows.owner, dtype=torch.int64)
+        owner = torch.tensor(rows.owner, dtype=torch.int64, device="cpu")
         nats.index_add_(0, owner, bound.nats)
         variance.index_add_(0, owner, bound.stderr**2)
         return Bound(nats, variance.sqrt())
@@ -417,8 +417,8 @@ def row_seeds(seed: int | Tensor | torch.Generator, rows: int) -> Tensor:
             raise ConfigError(f"seed {tuple(plain.shape)} {plain.dtype}: expected ({rows},) int64")
         return plain
     signed = (plain + 2**63) % 2**64 - 2**63
-    number = torch.arange(rows)
-    first = torch.full((rows,), signed, dtype=torch.int64)
+    number = torch.arange(rows, device="cpu")
+    first = torch.full((rows,), signed, dtype=torch.int64, device="cpu")
     return torch.where(number == 0, first, philox.derive(signed, number))
 
 

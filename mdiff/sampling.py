@@ -119,7 +119,7 @@ def plain_seed(seed: Seed, rows: int) -> int | Tensor:
     if isinstance(seed, list | tuple):
         if len(seed) != rows or not all(isinstance(one, torch.Generator) for one in seed):
             raise ConfigError(f"seed: expected {rows} torch.Generators, one a row, got {len(seed)}")
-        return torch.tensor([_yielded(one) for one in seed], dtype=torch.int64)
+        return torch.tensor([_yielded(one) for one in seed], dtype=torch.int64, device="cpu")
     if isinstance(seed, bool) or not isinstance(seed, int | Tensor):
         raise ConfigError(f"seed={seed!r}: expected an int, (B,) int64 or torch.Generators")
     return seed

@@ -40,7 +40,7 @@ def _float64(formula: Callable[[Tensor], Tensor], value: Tensor | float) -> Tens
     """The formula in float64, in the floating type of `value` (float64 for a number)."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return formula(value.double()).to(value.dtype)
-    return formula(torch.as_tensor(value, dtype=torch.float64))
+    return formula(_as_float64(value))
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,10 @@ class Geometric:
 
 
 def _as_float64(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64)
+    """The value in float64, a number on the CPU whatever the default device is."""
+    if isinstance(value, Tensor):
+        return value.double()
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _positive(name: str, value: float) -> None:

@@ -75,9 +75,9 @@ def bound_of_rows(
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: need at least 1")
     device = pipeline.device
-    nats, stderr = torch.zeros(2, len(rows), dtype=torch.float64)
+    nats, stderr = torch.zeros(2, len(rows), dtype=torch.float64, device="cpu")
     for first in range(0, len(rows), batch_size):
-        number = torch.arange(first, min(first + batch_size, len(rows)))
+        number = torch.arange(first, min(first + batch_size, len(rows)), device="cpu")
         batch = rows.batch(number, torch.zeros_like(number))
         pipeline.space.check(batch.tokens, batch.valid, masks=False)
         may_hide = _may_hide(pipeline, batch, given)

@@ -12,6 +12,7 @@ from torch import Tensor
 from mdiff.errors import CheckpointError
 from mdiff.files import MAX_JSON_BYTES, inside, read_json
 from mdiff.published import CONFIG_FILE, MOST_IDS, MOST_LAYERS, Fields
+from mdiff.weights import TRANSFORMERS
 
 ARCHITECTURE = "CLIPTextModelWithProjection"
 # What a denoiser is told, by the names of diffusers: a vector of each token (B, S, E), one of the
@@ -93,9 +94,10 @@ def load_text_encoder(
 
 
 def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
     try:
+        with TRANSFORMERS:
+            from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
@@ -105,14 +107,15 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _model(folder: Path, dtype: torch.dtype | None) -> Any:
-    from transformers import CLIPTextModelWithProjection, logging
-
-    logging.disable_progress_bar()
     try:
-        model, report = CLIPTextModelWithProjection.from_pretrained(
-            str(folder), dtype=dtype or "auto", use_safetensors=True, local_files_only=True,
-            output_loading_info=True,
-        )  # fmt: skip
+        with TRANSFORMERS:
+            from transformers import CLIPTextModelWithProjection, logging
+
+            logging.disable_progress_bar()
+            model, report = CLIPTextModelWithProjection.from_pretrained(
+                str(folder), dtype=dtype or "auto", use_safetensors=True, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
     except MemoryError:
         raise
     # Whatever the library raises on a file: it is not one that it can load.

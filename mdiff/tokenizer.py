@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
 from mdiff.files import read_json, refuse_special
+from mdiff.weights import TRANSFORMERS
 
 BYTES = 256
 FILE = "tokenizer.json"
@@ -185,13 +186,8 @@ class Pretrained:
         if path.is_dir():
             refuse_special(path)
         try:
-            if path.is_file():
-                from transformers import PreTrainedTokenizerFast
-
-                self.inner: Any = PreTrainedTokenizerFast(tokenizer_file=name)
-            else:
-                with _quiet():
-                    self.inner = _class_of(path).from_pretrained(name, trust_remote_code=False)
+            with TRANSFORMERS:
+                self.inner = self._loaded(path)
             self._read_ids()
         except Exception as error:
             kind = CheckpointError if path.exists() else BackendError
@@ -200,6 +196,15 @@ class Pretrained:
                 f"tokenizer {name!r} cannot be loaded: {first}; "
                 "known: byte, char, bpe, a path, a Hub id"
             ) from error
+
+    @staticmethod
+    def _loaded(path: Path) -> Any:
+        if path.is_file():
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        with _quiet():
+            return _class_of(path).from_pretrained(str(path), trust_remote_code=False)
 
     def _read_ids(self) -> None:
         """The ids that the tokenizer names; of a damaged one, asking for them may fail."""

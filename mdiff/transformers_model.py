@@ -14,7 +14,7 @@ from mdiff.errors import CheckpointError, MdiffError
 from mdiff.files import read_json
 from mdiff.find import find, names
 from mdiff.locate import CONFIG, check_weights
-from mdiff.weights import headers
+from mdiff.weights import TRANSFORMERS, headers
 
 # What the model_type of our own architectures begins with.
 OURS = "mdiff-"
@@ -30,15 +30,23 @@ def transformers_model(folder: Path, dtype: torch.dtype | None, *, mask_id: int)
 
     Raises CheckpointError where transformers cannot load it, or its files lack something.
     """
-    from transformers import AutoConfig, AutoModelForMaskedLM, logging
-
-    # Importing an architecture of ours makes it known to transformers. Its model_type is the
-    # name of its file; any other name in a file imports nothing.
     settings = read_json(folder / CONFIG)
     entries = [
         entry for header in headers(check_weights(folder)).values() for entry in header.values()
     ]
     _check_settings(folder, settings, tensors=len(entries))
+    with TRANSFORMERS:
+        return _read(folder, settings, entries, dtype, mask_id)
+
+
+def _read(
+    folder: Path, settings: dict[str, Any], entries: list[Any], dtype: torch.dtype | None,
+    mask_id: int,
+) -> Denoiser:  # fmt: skip
+    from transformers import AutoConfig, AutoModelForMaskedLM, logging
+
+    # Importing an architecture of ours makes it known to transformers. Its model_type is the
+    # name of its file; any other name in a file imports nothing.
     kind = str(settings.get("model_type"))
     if kind.startswith(OURS) and kind.removeprefix(OURS).replace("-", "_") in names("backbones"):
         find("backbones", kind.removeprefix(OURS))

@@ -6,6 +6,7 @@ and without a second copy, so that a model takes little more memory than its fil
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ TYPES = {
 }  # fmt: skip
 # Names in a message; the others are counted.
 SHOWN = 4
+# Held around what transformers loads: it sets the default type of the whole process for that
+# time, and its first import is not for several threads.
+TRANSFORMERS = threading.RLock()
 
 
 def load_weights(

@@ -68,11 +68,11 @@ def _turns(hidden: Tensor, uniforms: Tensor) -> Tensor:
     Each is uniform among the places of `hidden` (B, L) that are left; `uniforms` (B, steps,
     per_call), one a reveal. No logit decides, so that the order is drawn before the first call.
     """
-    turn = torch.full(hidden.shape, -1, dtype=torch.int64)
+    turn = torch.full(hidden.shape, -1, dtype=torch.int64, device="cpu")
     for row, (hides, draws) in enumerate(zip(hidden.tolist(), uniforms.flatten(1).tolist())):
         left = [place for place, is_hidden in enumerate(hides) if is_hidden]
         order = [left.pop(int(u * len(left))) for u in draws[: len(left)]]
-        turn[row, order] = torch.arange(len(order))
+        turn[row, order] = torch.arange(len(order), device="cpu")
     return turn.to(hidden.device)
 
 

@@ -161,9 +161,9 @@ def _most_square(places: int) -> tuple[int, int]:
 @lru_cache(maxsize=64)
 def _order(h: int, w: int) -> Tensor:
     points = _power(2, 2 * h) * _power(3, 2 * w)
-    index = torch.arange(1, points + 1)
+    index = torch.arange(1, points + 1, device="cpu")
     cell = _radical_cell(index, 2, h) * w + _radical_cell(index, 3, w)
-    met = torch.full((h * w,), points + 1).scatter_reduce(0, cell, index, "amin")
+    met = torch.full((h * w,), points + 1, device="cpu").scatter_reduce(0, cell, index, "amin")
     return met.argsort()
 
 

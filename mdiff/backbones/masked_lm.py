@@ -19,6 +19,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from mdiff.denoiser import Condition
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.places import places_of
+from mdiff.weights import TRANSFORMERS
 
 
 class MaskedLM(nn.Module):
@@ -163,10 +164,11 @@ def masked_lm(
 
 def _loaded(source: str, dtype: torch.dtype | str | None) -> PreTrainedModel:
     try:
-        model, report = AutoModelForMaskedLM.from_pretrained(
-            source, dtype="auto" if dtype is None else dtype, use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
+        with TRANSFORMERS:
+            model, report = AutoModelForMaskedLM.from_pretrained(
+                source, dtype="auto" if dtype is None else dtype, use_safetensors=True,
+                output_loading_info=True,
+            )  # fmt: skip
     except MemoryError:
         raise
     # Whatever the library raises on a file: it is not one that it can load.

@@ -59,7 +59,9 @@ class Described(Image):
         `AESTHETIC_SCORE`.
         """
         height, width = self.size
-        numbers = torch.tensor([[width, height, 0.0, 0.0, AESTHETIC_SCORE]])
+        numbers = torch.tensor(
+            [[width, height, 0.0, 0.0, AESTHETIC_SCORE]], dtype=torch.float32, device="cpu"
+        )
         return {**self.encoder.told(text), MICRO: numbers}
 
     def condition(self, prompt: Any = "") -> dict[str, Tensor]:

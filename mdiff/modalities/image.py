@@ -115,7 +115,7 @@ class Image:
     @property
     def without(self) -> dict[str, Tensor]:
         """The condition that says nothing: the label after the last."""
-        return {"label": torch.tensor([self.classes])} if self.classes else {}
+        return {"label": torch.tensor([self.classes], device="cpu")} if self.classes else {}
 
     def _known_labels(self) -> list[str]:
         if not self.labels:
@@ -206,8 +206,8 @@ class Image:
             raise DataError("the picture to edit is the image: give other parts only")
         original = self.picture(picture)
         region = pixel_mask(mask, self.size)
-        canvas = torch.tensor(self.canvas({"image": picture, **given}))
-        may = torch.zeros(self.length, dtype=torch.bool)
+        canvas = torch.tensor(self.canvas({"image": picture, **given}), device="cpu")
+        may = torch.zeros(self.length, dtype=torch.bool, device="cpu")
         each = touched(self.codec, region).flatten().repeat_interleave(self.codec.splits)
         may[self.span("image")] = each
         canvases = [
@@ -225,7 +225,7 @@ class Image:
 
         Hidden places are grey.
         """
-        picture = self.shown(torch.tensor([ids]))[0]
+        picture = self.shown(torch.tensor([ids], device="cpu"))[0]
         said: dict[str, Any] = {}
         if "label" in self.part_names:
             said["label"] = self._said_label(ids[self.span("label").start])
