@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from machine import record
 from torch import Tensor, nn
 
-from mdiff.config import Recipe, load_recipe
 from mdiff.find import find
 from mdiff.kernels import philox
-from mdiff.optim import AveragedWeights, optimizers, rate_at
-from mdiff.order import rows_of_step
-from mdiff.sources import Source, cut_documents
+from mdiff.modalities.text.documents import Source, cut_documents
+from mdiff.training.batches import rows_of_step
+from mdiff.training.optim import AveragedWeights, optimizers, rate_at
+from mdiff.training.recipe import Recipe, load_recipe
 
 CHECK_EVERY = 100
 

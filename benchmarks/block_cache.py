@@ -21,9 +21,9 @@ from machine import record
 from torch import Tensor
 
 import mdiff
-from mdiff.block_cache import FinishedBlocks
-from mdiff.families import built
-from mdiff.published import Published
+from mdiff.backbones.layers.published import Published
+from mdiff.denoiser.block_cache import FinishedBlocks
+from mdiff.pipeline.published import built
 from mdiff.samplers.confidence import confidence
 from mdiff.tokens import TokenSpace
 

@@ -15,10 +15,10 @@ from hashlib import sha256
 
 from machine import RESULTS, record
 
-from mdiff.evaluate import evaluate
-from mdiff.locate import WEIGHTS, locate
-from mdiff.pipeline import load
-from mdiff.sources import Source, cut_documents
+from mdiff.evaluation.evaluate import evaluate
+from mdiff.files.locate import WEIGHTS, locate
+from mdiff.modalities.text.documents import Source, cut_documents
+from mdiff.pipeline.pipeline import load
 
 
 def baselines() -> dict[str, float]:

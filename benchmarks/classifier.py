@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from machine import commit, machine
 from torch import Tensor
 
-from mdiff.judge import Judge, load_judge
-from mdiff.pictures import Pictures, PictureSource, digest_of, read_pictures
+from mdiff.evaluation.classifier import Judge, load_judge
+from mdiff.modalities.image.data.images import Pictures, PictureSource, digest_of, read_pictures
 
 FOLDER = Path(__file__).parent / "classifier"
 LABELS = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from machine import record
 from torch import Tensor
 
-from mdiff.codec import make_codec
+from mdiff.modalities.image.codec import make_codec
 
 CODECS: dict[str, dict[str, Any]] = {
     "levels": {"name": "levels", "channels": 3},

@@ -19,10 +19,10 @@ import torch
 from machine import record
 from sklearn.neighbors import KNeighborsClassifier
 
-from mdiff.config import load_recipe
-from mdiff.objective import nll_bound
-from mdiff.pipeline import load
-from mdiff.train import train
+from mdiff.objective.bound import nll_bound
+from mdiff.pipeline.pipeline import load
+from mdiff.training.loop import train
+from mdiff.training.recipe import load_recipe
 
 RECIPE = Path(__file__).parent.parent / "configs" / "image" / "digits.yaml"
 NEIGHBOURS, SAMPLES, STEPS, SCALE = 3, 20, 32, 1.5

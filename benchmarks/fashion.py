@@ -30,12 +30,12 @@ from classifier import FOLDER, load_classifier, read_fashion
 from curves import Curve, write_curves
 from machine import RESULTS, record
 
-from mdiff.judge import Judge
-from mdiff.locate import locate
-from mdiff.metrics import classifier_agreement, diversity, frechet, nearest
-from mdiff.picture_figures import Drawn, draw_pictures, spread, with_model_labels
-from mdiff.pictures import Pictures
-from mdiff.pipeline import Pipeline, load
+from mdiff.evaluation.classifier import Judge
+from mdiff.evaluation.image_metrics import classifier_agreement, diversity, frechet, nearest
+from mdiff.evaluation.images import Drawn, draw_pictures, spread, with_model_labels
+from mdiff.files.locate import locate
+from mdiff.modalities.image.data.images import Pictures
+from mdiff.pipeline.pipeline import Pipeline, load
 
 SAMPLERS = ("confidence", "halton", "first_hitting", "ancestral")
 STEPS = (4, 8, 16, 32, 64)

@@ -25,8 +25,8 @@ from machine import record
 from safetensors.torch import load_file, save_file
 
 import mdiff
-from mdiff.families import built
-from mdiff.published import Published
+from mdiff.backbones.layers.published import Published
+from mdiff.pipeline.published import built
 
 WIDTH, VOCAB, SHARD = 2048, 8192, "256MB"
 CONFIG = {

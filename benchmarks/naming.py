@@ -4,7 +4,8 @@
 
 Each of N held-out pictures, drawn by a seed, is shown with the names of 20 held-out pictures, its
 own among them and all different; every name is scored with the same hidden places
-(`mdiff.ranking.rank`). Chance puts the right one among five in 25 percent. Captions are taken
+(`mdiff.evaluation.ranking.rank`). Chance puts the right one among five in 25 percent. Captions
+are taken
 from the files' code points, and a tenth of the bases is held out, as in the recipe.
 """
 
@@ -18,10 +19,10 @@ from hashlib import sha256
 import torch
 from machine import record
 
-from mdiff.locate import locate
-from mdiff.pictures import read_pictures
-from mdiff.pipeline import load
-from mdiff.ranking import rank
+from mdiff.evaluation.ranking import rank
+from mdiff.files.locate import locate
+from mdiff.modalities.image.data.images import read_pictures
+from mdiff.pipeline.pipeline import load
 
 CANDIDATES, BEST = 20, 5
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from machine import record
 
-from mdiff.bench_generation import step_seconds
-from mdiff.ops import backend_name
+from mdiff.evaluation.bench.generation import step_seconds
+from mdiff.ops.categorical import backend_name
 
 
 def main() -> None:

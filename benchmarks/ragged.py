@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from machine import record
 
-from mdiff.backbones.llada import llada
-from mdiff.canvas import stack
-from mdiff.sampling import sample
-from mdiff.tokens import TokenSpace
+from mdiff.backbones.published.llada import llada
+from mdiff.sampling.run import sample
+from mdiff.tokens import TokenSpace, stack
 
 SHAPE = {
     "architectures": ["LLaDAModelLM"], "model_type": "llada", "d_model": 512, "n_layers": 12,

@@ -24,12 +24,12 @@ from bound import baselines
 from machine import RESULTS
 
 from mdiff import builtin
-from mdiff.checkpoint import latest, staged
-from mdiff.config import load_recipe
+from mdiff.files.atomic import latest, staged
 from mdiff.find import find
 from mdiff.kernels import philox
-from mdiff.objective import corrupt
-from mdiff.pipeline import load
+from mdiff.objective.corruption import corrupt
+from mdiff.pipeline.pipeline import load
+from mdiff.training.recipe import load_recipe
 
 CARDS = {
     "shakespeare": {

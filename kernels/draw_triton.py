@@ -153,7 +153,7 @@ def _launch(
 
     `of_rows`: seed, position, sample, step, span, unconditional and scale.
     """
-    from mdiff.kernels.onepass_triton import draw_kernel
+    from mdiff.kernels.gpu.draw import draw_kernel
 
     rows, vocab = logits_NV.shape
     device, (temperature, top_k, top_p, min_p) = logits_NV.device, options

@@ -35,7 +35,7 @@ class Rows:
         As `loss_`, in one kernel, in the type that the logits have, float16, bfloat16 or
         float32: one read, and a second with a write where `differentiate` says so.
         """
-        from mdiff.kernels.loss_triton import loss_kernel
+        from mdiff.kernels.gpu.loss import loss_kernel
 
         rows, columns = logits_CV.shape
         found = torch.empty((2, rows), dtype=torch.float32, device=logits_CV.device)

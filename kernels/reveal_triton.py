@@ -36,7 +36,7 @@ def reveal_triton(
     reason = why_not(tokens_BL.device.type)
     if reason:
         raise RuntimeError(reason)
-    from mdiff.kernels.select_triton import reveal_kernel
+    from mdiff.kernels.gpu.reveal import reveal_kernel
 
     samples, length = tokens_BL.shape
     places = 1 << max(length - 1, 0).bit_length()

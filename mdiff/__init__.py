@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mdiff.errors import ConfigError as ConfigError
     from mdiff.errors import DataError as DataError
     from mdiff.errors import MdiffError as MdiffError
-    from mdiff.filling import State as State
     from mdiff.objective import Bound as Bound
     from mdiff.objective import Loss as Loss
     from mdiff.objective import corrupt as corrupt
@@ -27,9 +26,10 @@ if TYPE_CHECKING:
     from mdiff.ops import Draw as Draw
     from mdiff.ops import draw as draw
     from mdiff.pipeline import Pipeline as Pipeline
-    from mdiff.pipeline import Sample as Sample
     from mdiff.pipeline import load as load
-    from mdiff.pipeline import sample as sample
+    from mdiff.sampling import Sample as Sample
+    from mdiff.sampling import State as State
+    from mdiff.sampling import sample as sample
     from mdiff.schedule import Arccos as Arccos
     from mdiff.schedule import Cosine as Cosine
     from mdiff.schedule import Exponential as Exponential
@@ -44,12 +44,12 @@ __version__ = "0.1.0"
 _ROOM = {
     "denoiser": ("Denoiser", "from_logits", "guided"),
     "errors": ("BackendError", "CheckpointError", "ConfigError", "DataError", "MdiffError"),
-    "filling": ("State",),
     "objective": (
         "Bound", "Loss", "corrupt", "masked_diffusion_loss", "nll_bound", "token_nll",
     ),
     "ops": ("Draw", "draw"),
-    "pipeline": ("Pipeline", "Sample", "load", "sample"),
+    "pipeline": ("Pipeline", "load"),
+    "sampling": ("Sample", "State", "sample"),
     "schedule": (
         "Arccos", "Cosine", "Exponential", "Geometric", "Linear", "Polynomial", "Schedule",
     ),

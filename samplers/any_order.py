@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError, nearest
-from mdiff.filling import Counts, Filling, State, reveal_counts, reveal_in_turn, turns
 from mdiff.kernels import philox
+from mdiff.sampling import Counts, Filling, State, reveal_counts, reveal_in_turn, turns
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 

@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdiff.block_cache import FinishedBlocks, can_keep, own_blocks
-from mdiff.denoiser import Condition, Denoiser, Rows, evaluations, rows_of
+from mdiff.denoiser import (
+    Condition,
+    Denoiser,
+    FinishedBlocks,
+    Rows,
+    can_keep,
+    evaluations,
+    own_blocks,
+    rows_of,
+)
 from mdiff.errors import ConfigError
-from mdiff.filling import State, streams
 from mdiff.kernels import philox
 from mdiff.samplers.first_hitting import first_hitting
+from mdiff.sampling import State, streams
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace, ranks
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError, nearest
-from mdiff.filling import Counts, Filling, State, places_of_step, reveal_counts
 from mdiff.kernels import philox
+from mdiff.sampling import Counts, Filling, State, places_of_step, reveal_counts
 from mdiff.schedule import Cosine, Schedule
 from mdiff.tokens import TokenSpace
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
-from mdiff.filling import Filling, State
 from mdiff.kernels import philox
+from mdiff.sampling import Filling, State
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 

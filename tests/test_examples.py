@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import ROOT
 
-ROOT = Path(__file__).parent.parent
 MODULES = sorted(
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
     for path in (ROOT / "mdiff").rglob("*.py")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from folders import ROOT
 from interpreted import interpreter  # noqa: F401 (a fixture that pytest finds by name)
 from scipy import stats
 
-ROOT = Path(__file__).parent.parent
 FALSE_ALARM = 1e-6 / 3
 LOGITS = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5, 1.5, 0.25]])
 

@@ -10,7 +10,7 @@ import torch
 from toys import make_toy
 
 from mdiff.errors import ConfigError
-from mdiff.objective import nll_bound
+from mdiff.objective.bound import nll_bound
 from mdiff.schedule import (
     MIN_TIME,
     SCHEDULES,

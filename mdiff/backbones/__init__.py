@@ -1,1 +1,1 @@
-"""Architectures: each file holds one, and each is a Denoiser."""
+"""Networks that predict tokens, one a file."""

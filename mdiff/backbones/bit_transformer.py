@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers import initialization as init
 
+from mdiff.backbones.layers.bits import bits_of
+from mdiff.backbones.layers.transformer import Projection
 from mdiff.backbones.transformer import (
     Head,
     TransformerConfig,
@@ -22,10 +24,8 @@ from mdiff.backbones.transformer import (
     check_options,
     parameter_count,
 )
-from mdiff.bit_order import bits_of
 from mdiff.denoiser import Condition
 from mdiff.errors import ConfigError
-from mdiff.layers import Projection
 
 # A group's head has a column for each of its ids.
 MOST_BITS_A_GROUP = 16

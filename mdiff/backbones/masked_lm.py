@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
-from mdiff.denoiser import Condition
+from mdiff.denoiser import Condition, places_of
 from mdiff.errors import CheckpointError, ConfigError, DataError
-from mdiff.places import places_of
-from mdiff.weights import TRANSFORMERS
+from mdiff.files import TRANSFORMERS
 
 
 class MaskedLM(nn.Module):

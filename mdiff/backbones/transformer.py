@@ -17,10 +17,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, Pre
 from transformers import initialization as init
 from transformers.modeling_outputs import MaskedLMOutput
 
-from mdiff.denoiser import Condition
-from mdiff.errors import ConfigError, nearest
-from mdiff.kernels.loss_heads import LinearMap
-from mdiff.layers import (
+from mdiff.backbones.layers.transformer import (
     Block,
     Projection,
     RMSNorm,
@@ -32,7 +29,9 @@ from mdiff.layers import (
     rotary_tables,
     time_features,
 )
-from mdiff.places import places_of
+from mdiff.denoiser import Condition, places_of
+from mdiff.errors import ConfigError, nearest
+from mdiff.kernels.loss_heads import LinearMap
 
 TIME_FEATURES = 256
 BYTES_PER_WEIGHT = 4

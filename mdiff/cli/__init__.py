@@ -28,9 +28,9 @@ def app() -> typer.Typer:
     from mdiff.cli.convert import convert
     from mdiff.cli.demo import demo
     from mdiff.cli.doctor import doctor
-    from mdiff.cli.edit import edit
     from mdiff.cli.eval import evaluate
     from mdiff.cli.generate import generate
+    from mdiff.cli.images.edit import edit
     from mdiff.cli.inspect import inspect
     from mdiff.cli.tokenizer import tokenizer
     from mdiff.cli.train import train

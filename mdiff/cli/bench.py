@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mdiff.cli.console import message, result, result_json, writable
+from mdiff.cli.views.console import message, result, result_json, writable
 from mdiff.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from mdiff.bench_sides import Law
-    from mdiff.bench_timing import Row, Size
+    from mdiff.evaluation.bench import Law, Row, Size
 
 NAMES = ("draw", "loss", "generation", "overhead")
 # Columns of what is measured, and of running text.
@@ -66,14 +65,14 @@ def sized(*, quick: bool, full: bool) -> Size:
     """The sizes to run at; ConfigError for both options."""
     if quick and full:
         raise ConfigError("--quick and --full: give one of them")
-    from mdiff.bench_timing import DEFAULT, FULL, QUICK
+    from mdiff.evaluation.bench import DEFAULT, FULL, QUICK
 
     return QUICK if quick else FULL if full else DEFAULT
 
 
 def measure(report: dict[str, Any], sections: list[str], size: Size, *, show: bool) -> None:
     """Fill the report, and print what is known as soon as it is, where it is to be shown."""
-    from mdiff.bench import Bench
+    from mdiff.evaluation.bench import Bench
 
     begun = time.perf_counter()
     run = Bench(size, say=message)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mdiff.cli.console import message, result, result_json
+from mdiff.cli.views.console import message, result, result_json
 
 # So many names of what was left out are shown; the rest are counted.
 SHOWN = 8
@@ -32,7 +32,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Write config.json and model.safetensors of a published file; print the folder."""
-    from mdiff.conversion import convert as converted
+    from mdiff.pipeline import convert as converted
 
     done = converted(
         source, out, from_pickle=from_pickle, family=family, config=config, ema=ema, codec=codec

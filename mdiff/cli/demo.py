@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mdiff.cli.console import message, result, writable
+from mdiff.cli.views.console import message, result, writable
 
 if TYPE_CHECKING:
+    from mdiff.cli.views.trace import Record
     from mdiff.pipeline import Pipeline
-    from mdiff.trace import Record
 
 QUALITY_GATE = 7
 MODEL = "builtin:shakespeare"
@@ -41,8 +41,8 @@ def demo(
     pictures: Annotated[str, typer.Option(help="Another model of pictures.")] = PICTURES,
 ) -> None:
     """Generate text and pictures, and fill in one of each; write a page to scrub through."""
+    from mdiff.cli.views.trace import page
     from mdiff.pipeline import load
-    from mdiff.trace import page
 
     writable(out)
     beside = writable(out.with_suffix(".png"))
@@ -63,8 +63,8 @@ def demo(
 def written(pipeline: Pipeline, model: str, seed: int) -> list[Record]:
     """Print a page of text and a sentence filled in; typer.Exit where there are too few words."""
     from mdiff.cli.generate import figures
+    from mdiff.cli.views.trace import Recorder
     from mdiff.kernels.philox import derive
-    from mdiff.trace import Recorder
 
     records = []
 
@@ -95,15 +95,15 @@ def written(pipeline: Pipeline, model: str, seed: int) -> list[Record]:
 
 def is_here(model: str) -> bool:
     """Whether this installation holds the model "builtin:NAME"."""
-    from mdiff.locate import BUILTIN, PIPELINE
+    from mdiff.files import BUILTIN, PIPELINE
 
     return Path(str(files("mdiff.builtin")), model.removeprefix(BUILTIN), PIPELINE).exists()
 
 
 def drawn(pipeline: Pipeline, model: str, seed: int, beside: Path | None) -> list[Record]:
     """Draw pictures, then make a part of one anew; write all of them as one grid."""
-    from mdiff.cli.grid import enlarged, grid_of
-    from mdiff.cli.pictures import followed, shows_pictures, summary
+    from mdiff.cli.images.generate import followed, shows_pictures, summary
+    from mdiff.cli.views.grid import enlarged, grid_of
     from mdiff.errors import ConfigError
     from mdiff.kernels.philox import derive
 

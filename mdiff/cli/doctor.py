@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mdiff.cli.console import result, result_json
+from mdiff.cli.views.console import result, result_json
 
 QUALITY_GATE = 7
 PACKAGES = (
@@ -27,7 +27,7 @@ def doctor(
 ) -> None:
     """Show versions, device and backends, and test the samplers against an exact law."""
     from mdiff.errors import BackendError
-    from mdiff.selftest import check_samplers
+    from mdiff.evaluation import check_samplers
 
     start = time.perf_counter()
     report = environment()
@@ -122,7 +122,7 @@ def backend_checks() -> list[dict[str, Any]]:
 
 def builtins() -> list[str]:
     """The models that this installation holds."""
-    from mdiff.locate import BUILTIN, PIPELINE
+    from mdiff.files import BUILTIN, PIPELINE
 
     room = Path(str(files("mdiff.builtin")))
     return sorted(BUILTIN + entry.name for entry in room.iterdir() if (entry / PIPELINE).exists())
@@ -132,8 +132,8 @@ def picture_checks() -> list[dict[str, Any]]:
     """A lossless codec on every pixel value, an edit on what it must keep, an order on a grid."""
     import torch
 
-    from mdiff.codecs.levels import levels
-    from mdiff.editing import box_mask, pasted
+    from mdiff.modalities.image import box_mask, pasted
+    from mdiff.modalities.image.codecs.levels import levels
     from mdiff.samplers.halton import halton_order
 
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mdiff.cli.console import message, result, result_json
-from mdiff.cli.eval_pictures import Wanted, evaluate_pictures, samplers_own
-from mdiff.cli.eval_pictures import table as picture_table
+from mdiff.cli.images.eval import Wanted, evaluate_pictures, samplers_own
+from mdiff.cli.images.eval import table as picture_table
+from mdiff.cli.images.generate import shows_pictures
 from mdiff.cli.options import (
     Device,
     Dtype,
@@ -25,13 +25,13 @@ from mdiff.cli.options import (
     check_seed,
     parsed_options,
 )
-from mdiff.cli.pictures import shows_pictures
+from mdiff.cli.views.console import message, result, result_json
 from mdiff.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from mdiff.evaluate import Evaluation
+    from mdiff.evaluation import Evaluation
+    from mdiff.modalities.text import Source
     from mdiff.pipeline import Pipeline
-    from mdiff.sources import Source
 
 CHARACTERS = 20_000
 PICTURES = 1_000
@@ -122,7 +122,7 @@ def evaluate(
     if shows_pictures(pipeline):
         if window is not None:
             raise ConfigError("--window: a picture is one window")
-        from mdiff.pictures import PictureSource
+        from mdiff.modalities.image.data import PictureSource
 
         wanted = Wanted(
             metrics=asked, split=split or "holdout", limit=PICTURES if limit is None else limit,
@@ -141,7 +141,7 @@ def evaluate(
         return
     if asked != ("bound",):
         raise ConfigError(f"--metrics {metrics}: of text there is bound alone")
-    from mdiff.sources import Source
+    from mdiff.modalities.text import Source
 
     report["split"] = split or "all"
     found, drawn = _of_text(
@@ -172,10 +172,10 @@ def _of_text(
     samples: int, seed: int, batch_size: int, sampling: dict[str, Any], **options: Any,
 ) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
     """The bound of documents, and {"of_samples": figures} where samples are asked for."""
-    from mdiff.evaluate import evaluate as bound
-    from mdiff.evaluate import sample_figures
+    from mdiff.evaluation import evaluate as bound
+    from mdiff.evaluation import sample_figures
+    from mdiff.modalities.text import cut_documents
     from mdiff.sampling import resolve
-    from mdiff.sources import cut_documents
 
     documents = source.documents()
     if split != "all":

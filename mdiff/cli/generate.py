@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdiff.cli import options as ask
-from mdiff.cli.console import message, result, result_json
+from mdiff.cli.images.requests import combined, requests_of
 from mdiff.cli.offline import at_volume, device_of
-from mdiff.cli.requests import combined, requests_of
+from mdiff.cli.views.console import message, result, result_json
 from mdiff.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
-    from mdiff.generation import Generated
-    from mdiff.pipeline import Pipeline
+    from mdiff.pipeline import Generated, Pipeline
 
 INPUT_KEYS = ("prompt", "infill", "chat", "length")
 
@@ -83,7 +82,7 @@ def generate(
     patience: ask.Patience = None,
 ) -> None:
     """Generate samples: text to stdout, pictures to files; figures go to stderr."""
-    from mdiff.cli import pictures as shown
+    from mdiff.cli.images import generate as shown
 
     named = {
         "steps": steps, "temperature": temperature, "top_k": top_k, "top_p": top_p,
@@ -111,7 +110,7 @@ def generate(
     apart = (workers or 1) > 1 or patience is not None
     place = device_of(device, plans_only=apart) if volume else device
 
-    from mdiff.locate import locate
+    from mdiff.files import locate
     from mdiff.pipeline import load
 
     if volume:
@@ -208,8 +207,8 @@ def fill_in(
     **options: Any,
 ) -> list[Generated]:
     """Every canvas filled in, watched and recorded where asked for."""
-    from mdiff.cli.live import watched
-    from mdiff.trace import Recorder, page
+    from mdiff.cli.views.live import watched
+    from mdiff.cli.views.trace import Recorder, page
 
     samples: list[Generated] = []
     records = []
@@ -274,7 +273,7 @@ def requests(
 
 
 def _from_file(path: Path) -> list[tuple[str, str, int | None]]:
-    from mdiff.sources import json_lines, read_text
+    from mdiff.modalities.text import json_lines, read_text
 
     found: list[tuple[str, str, int | None]] = []
     for number, row in enumerate(json_lines(read_text(path), path), start=1):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mdiff.cli.console import result, result_json
+from mdiff.cli.views.console import result, result_json
 from mdiff.errors import MdiffError
 
 
@@ -20,8 +20,8 @@ def inspect(
     if is_codec(model):
         codec_inspected(model, as_json=as_json)
         return
-    from mdiff.inspection import is_foreign, loose, report
-    from mdiff.locate import locate
+    from mdiff.files import locate
+    from mdiff.pipeline import is_foreign, loose, report
 
     fault: MdiffError | None = None
     unknown = loose(Path(model).expanduser())
@@ -82,12 +82,9 @@ def inspected(name: str, folder: Path) -> dict[str, Any]:
     """
     from dataclasses import asdict
 
-    from mdiff.codec import PUBLISHED_TENSORS, TENSORS
-    from mdiff.codec_beside import CODEC_FOLDER
-    from mdiff.files import check_tensors
-    from mdiff.inspection import described_tensor, summed
-    from mdiff.locate import check_weights
-    from mdiff.pipeline import load
+    from mdiff.files import check_tensors, check_weights
+    from mdiff.modalities.image import PUBLISHED_TENSORS, TENSORS
+    from mdiff.pipeline import CODEC_FOLDER, described_tensor, load, summed
 
     pipeline = load(str(folder), device="cpu")
     module: Any = getattr(pipeline.denoiser, "model", pipeline.denoiser)
@@ -156,8 +153,8 @@ def of_pictures(modality: Any) -> dict[str, Any]:
 
 def is_codec(name: str) -> bool:
     """Whether the name is a folder of a codec alone."""
-    from mdiff.codec import SETTINGS, holds_codec
-    from mdiff.locate import CONFIG, PIPELINE
+    from mdiff.files import CONFIG, PIPELINE
+    from mdiff.modalities.image import SETTINGS, holds_codec
 
     path = Path(name)
     if (path / SETTINGS).exists():

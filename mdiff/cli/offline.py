@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdiff.cli.console import message, result, result_json
+from mdiff.cli.views.console import message, result, result_json
 from mdiff.errors import DataError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def device_of(device: str | None, *, plans_only: bool) -> str | None:
     """Where this process loads the model: where it plans only, it leaves GPUs to workers."""
-    from mdiff.volume import Launched
+    from mdiff.pipeline.batch import Launched
 
     return "cpu" if plans_only else Launched.here().device(device)
 
@@ -29,8 +29,7 @@ def at_volume(
 
     Raises DataError at the end where a request failed.
     """
-    from mdiff.offline import generate_offline
-    from mdiff.offline_plan import Setting
+    from mdiff.pipeline.batch import Setting, generate_offline
 
     rest = dict(options)
     setting = Setting(rest.pop("seed"), n, length, rest.pop("batch_size"), rest)

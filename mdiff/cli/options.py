@@ -75,7 +75,7 @@ def check_seed(seed: int) -> None:
 
 def parsed_options(pairs: list[str]) -> dict[str, Any]:
     """Sampler options from "k=v" words; v is read as a YAML value."""
-    from mdiff.safe_yaml import parse_yaml
+    from mdiff.files import parse_yaml
 
     found: dict[str, Any] = {}
     for pair in pairs:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mdiff.cli.console import message, result, result_json, writable
 from mdiff.cli.options import Patience
+from mdiff.cli.views.console import message, result, result_json, writable
 from mdiff.errors import ConfigError, DataError, nearest
 from mdiff.find import names
 
 if TYPE_CHECKING:
-    from mdiff.codec import Codec
+    from mdiff.modalities.image import Codec
     from mdiff.modalities.text import Text
 
 tokenizer = typer.Typer(
@@ -77,7 +77,7 @@ def train(
         raise ConfigError(f"{out} exists already: name a new folder")
     writable(out)
     if kind in codecs:
-        from mdiff.cli.codec import parsed_size, train_codec
+        from mdiff.cli.images.codec import parsed_size, train_codec
         from mdiff.cli.options import parsed_options
 
         given = {key.replace("-", "_"): n for key, n in numbers.items() if n is not None}
@@ -87,8 +87,7 @@ def train(
             size=parsed_size(size), seed=seed or 0,
         )  # fmt: skip
         return
-    from mdiff.modalities.text import text
-    from mdiff.sources import Source, cut_documents
+    from mdiff.modalities.text import Source, cut_documents, text
 
     ids = VOCAB_SIZE if vocab_size is None else vocab_size
     made = text(tokenizer=kind, eos=eos, vocab_size=ids if kind == "bpe" else None)
@@ -119,7 +118,7 @@ def encode(
     """Print the ids of a text, or write those of pictures; a rerun writes what is missing."""
     made = opened(name)
     if not _is_text(made):
-        from mdiff.cli.codec import encode_pictures, parsed_size
+        from mdiff.cli.images.codec import encode_pictures, parsed_size
 
         if not written or out is None:
             raise ConfigError(f"{name} encodes pictures: expected their paths, and --out DIR")
@@ -154,7 +153,7 @@ def decode(
     """Print the text of ids, or write the pictures of a folder of tokens."""
     made = opened(name)
     if not _is_text(made):
-        from mdiff.cli.codec import decode_tokens
+        from mdiff.cli.images.codec import decode_tokens
 
         if not ids or len(ids) > 1 or out is None:
             raise ConfigError(f"{name} decodes pictures: expected a folder of tokens, and --out")
@@ -194,7 +193,7 @@ def inspect(
         _refuse_for_text(name, size=size, resize=resize or None)
         report = _text_report(made, data)
     else:
-        from mdiff.cli.codec import codec_report, parsed_size
+        from mdiff.cli.images.codec import codec_report, parsed_size
 
         source = _pictures(data, resize=resize, captions=None) if data else None
         report = codec_report(made, source, size=parsed_size(size))
@@ -219,7 +218,7 @@ def _text_report(made: Text, data: list[str] | None) -> dict[str, Any]:
         "longest": sorted(pieces, key=lambda piece: (-len(piece), piece))[:SHOWN],
     }
     if data:
-        from mdiff.sources import Source
+        from mdiff.modalities.text import Source
 
         documents = Source(source=data).documents()
         tokens = sum(len(made.encode(document)) for document in documents)
@@ -230,7 +229,7 @@ def _text_report(made: Text, data: list[str] | None) -> dict[str, Any]:
 def _pictures(
     paths: list[str], *, resize: bool, captions: str | None, holdout: float = 0.0
 ) -> Any:  # fmt: skip
-    from mdiff.pictures import PictureSource
+    from mdiff.modalities.image.data import PictureSource
 
     return PictureSource(
         source=list(paths), resize=resize, captions=captions or "none", holdout=holdout
@@ -249,11 +248,11 @@ def _refuse_for_text(name: str, **options: Any) -> None:
 
 def opened(name: str) -> Any:
     """The text modality or the codec of a model, of a folder or of a name; trained already."""
-    from mdiff.locate import BUILTIN, PIPELINE, locate
+    from mdiff.files import BUILTIN, PIPELINE, locate
 
     path = Path(name)
     if name.startswith(BUILTIN) or (path.is_dir() and _holds_model(path, PIPELINE)):
-        from mdiff.loading import load_modality
+        from mdiff.pipeline import load_modality
 
         found = load_modality(locate(name))
         if _is_text(found):
@@ -262,11 +261,11 @@ def opened(name: str) -> Any:
         if codec is None:
             raise ConfigError(f"{name} is a model of {found.name}, which has no tokenizer")
         return codec
-    from mdiff.codec import holds_codec
+    from mdiff.modalities.image import holds_codec
 
     if holds_codec(path):
-        from mdiff.checkpoint import MANIFEST, verify
-        from mdiff.codec import load_codec
+        from mdiff.files import MANIFEST, verify
+        from mdiff.modalities.image import load_codec
 
         if (path / MANIFEST).exists():
             verify(path)

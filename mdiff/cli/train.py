@@ -20,15 +20,14 @@ def train(
     ] = "auto",
 ) -> None:
     """Train a model; print the path of its last checkpoint."""
-    from mdiff.config import load_recipe
+    from mdiff.training import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
 
     import transformers
 
-    from mdiff.journal import to_stderr
-    from mdiff.train import is_main_process
-    from mdiff.train import train as run
+    from mdiff.training import is_main_process, to_stderr
+    from mdiff.training import train as run
 
     # Its bars for the writing of weights would break up the lines of progress.
     transformers.utils.logging.disable_progress_bar()

@@ -1,1 +1,1 @@
-"""Modalities: media to integer tokens and back."""
+"""Media to tokens and back."""

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mdiff.canvas import continued
 from mdiff.errors import ConfigError, DataError
-from mdiff.packing import PackedRows
-from mdiff.sources import Source, cut_documents, digest, json_lines, read_text
-from mdiff.tokens import TokenSpace
+from mdiff.modalities.text.documents import Source, cut_documents, digest, json_lines, read_text
+from mdiff.modalities.text.packing import PackedRows
+from mdiff.tokens import TokenSpace, continued
 
 MASK = "_"
 FIELD = "tokens"

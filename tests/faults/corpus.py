@@ -21,28 +21,28 @@ from hashed import GOLDEN, golden_weights
 from mutations import mutate
 from PIL import Image
 from safetensors.torch import save_file
-from test_train import recipe
+from toy_training import recipe
 
 import mdiff
 from mdiff.backbones.transformer import transformer
-from mdiff.checkpoint import MANIFEST, verify, write_json
-from mdiff.cli.requests import requests_of
-from mdiff.codec import load_codec, save_codec
-from mdiff.codecs.bits import bits
-from mdiff.codecs.kmeans import kmeans
-from mdiff.codecs.vq import vq
-from mdiff.config import load_recipe
-from mdiff.files import read_tensors
-from mdiff.modalities.image import image
-from mdiff.modalities.text import text
-from mdiff.pictures import Pictures, read_pictures
-from mdiff.pipeline import Pipeline
-from mdiff.request_lines import read_requests
-from mdiff.shard_writing import write_shards
-from mdiff.shards import file_digest, open_shards
-from mdiff.sources import Source, read_bytes
-from mdiff.tokenizer import BytePairs, Pretrained
-from mdiff.train import train
+from mdiff.cli.images.requests import requests_of
+from mdiff.files.atomic import MANIFEST, verify, write_json
+from mdiff.files.untrusted import read_tensors
+from mdiff.modalities.image.codec import load_codec, save_codec
+from mdiff.modalities.image.codecs.bits import bits
+from mdiff.modalities.image.codecs.kmeans import kmeans
+from mdiff.modalities.image.codecs.vq import vq
+from mdiff.modalities.image.data.images import Pictures, read_pictures
+from mdiff.modalities.image.data.token_shards import file_digest, open_shards
+from mdiff.modalities.image.modality import image
+from mdiff.modalities.text.documents import Source, read_bytes
+from mdiff.modalities.text.modality import text
+from mdiff.modalities.text.tokenizers import BytePairs, Pretrained
+from mdiff.pipeline.batch.encoding import write_shards
+from mdiff.pipeline.batch.requests import read_requests
+from mdiff.pipeline.pipeline import Pipeline
+from mdiff.training.loop import train
+from mdiff.training.recipe import load_recipe
 
 ROOT = GOLDEN.parent.parent
 PUBLISHED = (

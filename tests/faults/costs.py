@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from mdiff.config import parse_recipe
-from mdiff.train import train
+from mdiff.training.loop import train
+from mdiff.training.recipe import parse_recipe
 
 BYTES = 200_000
 

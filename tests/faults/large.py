@@ -23,18 +23,18 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 
 import corpus  # noqa: E402
 import numpy as np  # noqa: E402
 from batch import valid  # noqa: E402
 from measured import limit_memory, measured  # noqa: E402
 
-from mdiff.config import load_recipe  # noqa: E402
-from mdiff.files import MAX_JSON_BYTES, read_json, read_tensors  # noqa: E402
-from mdiff.pictures import read_pictures  # noqa: E402
-from mdiff.request_lines import read_requests  # noqa: E402
-from mdiff.sources import Source  # noqa: E402
+from mdiff.files.untrusted import MAX_JSON_BYTES, read_json, read_tensors  # noqa: E402
+from mdiff.modalities.image.data.images import read_pictures  # noqa: E402
+from mdiff.modalities.text.documents import Source  # noqa: E402
+from mdiff.pipeline.batch.requests import read_requests  # noqa: E402
+from mdiff.training.recipe import load_recipe  # noqa: E402
 
 STRING = b"a" * 10**8
 

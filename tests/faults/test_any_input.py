@@ -9,10 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mdiff.errors import MOST_CHARACTERS, MdiffError
-from mdiff.files import check_tensors, inside
-from mdiff.request_lines import read_requests
-from mdiff.safe_yaml import parse_yaml
-from mdiff.sources import json_lines
+from mdiff.files.untrusted import check_tensors, inside
+from mdiff.files.yaml import parse_yaml
+from mdiff.modalities.text.documents import json_lines
+from mdiff.pipeline.batch.requests import read_requests
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 from figures import record
+from folders import ACCELERATE
 
-from mdiff.checkpoint import latest, verify
+from mdiff.files.atomic import latest, verify
 
 COSTS = Path(__file__).parent / "costs.py"
-CPU = Path(__file__).parent.parent.parent / "configs" / "accelerate" / "cpu.yaml"
+CPU = ACCELERATE / "cpu.yaml"
 LAUNCH = (
     "-m", "accelerate.commands.launch", "--config_file", str(CPU), "--main_process_port", "0",
 )  # fmt: skip

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 import toy_medium
+from folders import SUPPORT
 from safetensors import SafetensorError
-from test_train import QUIET, recipe, same, tensors
+from toy_training import QUIET, recipe, same, tensors
 
-import mdiff.checkpoint as checkpoint
-import mdiff.train as training
-from mdiff.checkpoint import latest, steps, verify
+import mdiff.files.atomic as checkpoint
+import mdiff.training.loop as training
 from mdiff.cli import explained, run
 from mdiff.errors import DataError
-from mdiff.train import train
+from mdiff.files.atomic import latest, steps, verify
+from mdiff.training.loop import train
 
 HERE = Path(__file__).parent
 
@@ -55,7 +56,7 @@ def test_a_disk_that_refuses_a_save_leaves_the_one_before(tmp_path, monkeypatch,
 
 LIMITED = (
     "import json, sys; sys.path.insert(0, sys.argv[1])\n"
-    "from test_train import recipe; from mdiff.train import train\n"
+    "from toy_training import recipe; from mdiff.training.loop import train\n"
     "train(recipe(), sys.argv[2], report=lambda line: None)\n"
 )
 
@@ -70,7 +71,7 @@ def test_files_that_may_not_grow_leave_the_checkpoint_before(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
 
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(HERE.parent), str(out)], preexec_fn=limit,
+        [sys.executable, "-c", LIMITED, str(SUPPORT), str(out)], preexec_fn=limit,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode != 0
@@ -140,7 +141,7 @@ def test_a_second_process_on_a_run_is_refused_by_the_command_line(tmp_path, caps
     out = tmp_path / "run"
     with checkpoint.locked(out):
         child = subprocess.run(
-            [sys.executable, "-c", LIMITED, str(HERE.parent), str(out)],
+            [sys.executable, "-c", LIMITED, str(SUPPORT), str(out)],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     assert child.returncode != 0
@@ -153,10 +154,10 @@ import json, sys
 from pathlib import Path
 import mdiff
 from mdiff import TokenSpace, sample
-from mdiff.checkpoint import verify
-from mdiff.denoiser import from_logits
+from mdiff.files.atomic import verify
+from mdiff.denoiser.protocol import from_logits
 from mdiff.errors import MdiffError
-from mdiff.files import parse_json
+from mdiff.files.untrusted import parse_json
 import torch
 ends = []
 for check in (

@@ -12,29 +12,30 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from folders import SUPPORT
 from PIL import Image
 from safetensors.torch import save_file
-from test_train import HERE, LAUNCH, QUIET, recipe, same, tensors
+from toy_training import LAUNCH, QUIET, recipe, same, tensors
 from transformers import BertConfig, BertForMaskedLM
 
-import mdiff.checkpoint as checkpoint
-import mdiff.offline as offline
-import mdiff.sources as sources
-import mdiff.train as training
+import mdiff.files.atomic as checkpoint
+import mdiff.modalities.text.documents as sources
+import mdiff.pipeline.batch.offline as offline
+import mdiff.training.loop as training
 from mdiff.backbones.transformer import transformer
-from mdiff.checkpoint import latest, locked, step_path, steps, verify
-from mdiff.codecs.kmeans import kmeans
 from mdiff.errors import CheckpointError, ConfigError, DataError
-from mdiff.modalities.text import text
-from mdiff.offline_plan import Setting
-from mdiff.offline_shards import RequestShard
-from mdiff.pictures import Pictures, read_pictures
-from mdiff.pipeline import Pipeline, load
-from mdiff.request_lines import read_requests
-from mdiff.shard_writing import write_shards
-from mdiff.shards import open_shards
-from mdiff.sources import read_bytes
-from mdiff.train import train
+from mdiff.files.atomic import latest, locked, step_path, steps, verify
+from mdiff.modalities.image.codecs.kmeans import kmeans
+from mdiff.modalities.image.data.images import Pictures, read_pictures
+from mdiff.modalities.image.data.token_shards import open_shards
+from mdiff.modalities.text.documents import read_bytes
+from mdiff.modalities.text.modality import text
+from mdiff.pipeline.batch.encoding import write_shards
+from mdiff.pipeline.batch.plan import Setting
+from mdiff.pipeline.batch.requests import read_requests
+from mdiff.pipeline.batch.shards import RequestShard
+from mdiff.pipeline.pipeline import Pipeline, load
+from mdiff.training.loop import train
 
 
 def pictures(count=12, seed=1):
@@ -169,7 +170,7 @@ def test_loader_processes_end_with_a_trainer_that_is_killed(tmp_path):
     script.write_text(LAUNCH)
     settings = {"steps": 10**6, "save_every": 10**6, "workers": 2, "log__every": 1}
     process = subprocess.Popen(
-        [sys.executable, str(script), str(HERE), str(tmp_path / "run"), json.dumps(settings)],
+        [sys.executable, str(script), str(SUPPORT), str(tmp_path / "run"), json.dumps(settings)],
         stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     next(line for line in process.stderr if line.startswith("step 2/"))

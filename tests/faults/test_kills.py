@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from figures import record
-from test_train import QUIET, log, recipe, same, tensors
+from toy_training import QUIET, log, recipe, same, tensors
 
-from mdiff.checkpoint import latest, step_path, steps, verify
-from mdiff.train import train
+from mdiff.files.atomic import latest, step_path, steps, verify
+from mdiff.training.loop import train
 
 HERE = Path(__file__).parent
 SETTINGS = {"steps": 100, "save_every": 4, "keep": 3, "log__every": 1000}

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import mdiff.files as files
-import mdiff.picture_files as picture_files
-import mdiff.sources as sources
+import mdiff.files.untrusted as files
+import mdiff.modalities.image.data.readers as picture_files
+import mdiff.modalities.text.documents as sources
 from mdiff.backbones.transformer import transformer
 from mdiff.errors import CheckpointError, ConfigError, DataError
-from mdiff.files import read_json, read_tensors
-from mdiff.picture_files import open_picture
-from mdiff.pictures import read_pictures
-from mdiff.pipeline import load
-from mdiff.sources import Source
+from mdiff.files.untrusted import read_json, read_tensors
+from mdiff.modalities.image.data.images import read_pictures
+from mdiff.modalities.image.data.readers import open_picture
+from mdiff.modalities.text.documents import Source
+from mdiff.pipeline.pipeline import load
 
 
 def test_an_archive_that_grows_too_much_is_refused_and_a_large_text_is_not(tmp_path, monkeypatch):
@@ -83,7 +83,7 @@ def test_settings_of_far_more_weights_than_the_files_hold_are_refused_first(tmp_
 
 
 def test_a_recipe_has_a_limit(tmp_path):
-    from mdiff.config import MAX_RECIPE_BYTES, load_recipe
+    from mdiff.training.recipe import MAX_RECIPE_BYTES, load_recipe
 
     (tmp_path / "x.yaml").write_text("a: " + "b" * MAX_RECIPE_BYTES)
     with pytest.raises(ConfigError, match="more than 65536 bytes"):

@@ -29,8 +29,8 @@ from volume_runs import (
     written,
 )
 
-from mdiff.codec import save_codec
-from mdiff.codecs.kmeans import kmeans
+from mdiff.modalities.image.codec import save_codec
+from mdiff.modalities.image.codecs.kmeans import kmeans
 
 PICTURES = 160
 # This share of the kills comes within so many seconds of the start, about when work begins.

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 
-from test_train import recipe  # noqa: E402
+from toy_training import recipe  # noqa: E402
 
-import mdiff.train as training  # noqa: E402
+import mdiff.training.loop as training  # noqa: E402
 
 
 def say(line: str) -> None:

@@ -1,0 +1,1 @@
+"""Architectures of other projects, one a file."""

@@ -1,0 +1,97 @@
+"""Causal language models adapted to a full mask: DiffuLLaMA (Gong et al. 2025), dLLM's "a2d".
+
+The weights are those of a Llama, Qwen2 or Qwen3 and so is the config, but for its architecture:
+dLLM's names say what the model is, and so does DiscreteDiffusionModel, the class of DiffuLLaMA
+(whose files have names of their own: put it where a config of them names Llama). A plain
+...ForCausalLM is taken only where its config.json also says "bidirectional": true; as it stands
+it predicts the next token and would give nonsense. "shifted": true or false there says whether
+the output at a place predicts the next one; without it DiffuLLaMA's is shifted and the others
+are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from mdiff.backbones.layers.decoder import Decoder, Shape
+from mdiff.backbones.layers.published import Fields
+from mdiff.errors import CheckpointError
+
+DIFFULLAMA = "DiscreteDiffusionModel"
+# The layout of each architecture.
+LAYOUTS = {
+    "A2DLlamaLMHeadModel": "llama", "A2DQwen2LMHeadModel": "qwen2", "A2DQwen3LMHeadModel": "qwen3",
+    "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
+    DIFFULLAMA: "llama",
+}  # fmt: skip
+ARCHITECTURES = tuple(LAYOUTS)
+
+
+class Adapted(Decoder):
+    """The model of the files; see `adapted`. With a `block_length` it is a block model."""
+
+    def __init__(self, fields: Fields, shape: Shape, *, shifted: bool) -> None:
+        super().__init__(fields, shape, shifted=shifted)
+        self.block_length: int | None = None
+
+
+class Tied(Adapted):
+    """The same, of files whose output matrix may be the embedding's."""
+
+    tied: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+class DiffuLLaMA(Adapted):
+    """The names that DiffuLLaMA's own code saves: embed_tokens, denoise_model, lm_head."""
+
+    def __init__(self, fields: Fields, shape: Shape, *, shifted: bool) -> None:
+        super().__init__(fields, shape, shifted=shifted)
+        whole = self.model
+        del self.model
+        self.embed_tokens = whole.pop("embed_tokens")
+        self.denoise_model = whole
+
+    @property
+    def trunk(self) -> Mapping[str, nn.Module]:
+        """The modules of the stream, by the names that `Decoder` has for them."""
+        return {**self.denoise_model, "embed_tokens": self.embed_tokens}
+
+
+def adapted(described: Mapping[str, Any]) -> Adapted:
+    """The model of an adapted config.json.
+
+    Raises CheckpointError for a causal model that is not said to be adapted, for sizes out of
+    range, a sliding window, or a model_type that is none of these layouts.
+    """
+    fields = Fields(described)
+    name = next(name for name in described["architectures"] if name in LAYOUTS)
+    layout = LAYOUTS[name]
+    if name.endswith("ForCausalLM") and not fields.flag("bidirectional", default=False):
+        raise CheckpointError(
+            f"{fields.origin}: {name} is a causal model, which is not supported; one that was "
+            'adapted to a full mask says so there by "bidirectional": true, "shifted": true or '
+            'false, and "mask_token_id"'
+        )
+    if name == DIFFULLAMA:
+        fields.choice("model_type", ("llama",))
+    fields.choice("use_sliding_window", (False,), default=False)
+    # Qwen2's projections always have a bias, its output none; the others' configs say.
+    bias = layout != "qwen2" and fields.flag("attention_bias", default=False)
+    if layout != "llama":
+        # Qwen's own code has other defaults than the numbers that follow from the width.
+        for own in ("num_key_value_heads", *(("head_dim",) if layout == "qwen3" else ())):
+            fields.whole(own)
+    shape = Shape.of(
+        fields, qkv_bias=bias or layout == "qwen2", out_bias=bias,
+        mlp_bias=layout == "llama" and fields.flag("mlp_bias", default=False),
+        qk_norm=layout == "qwen3",
+    )  # fmt: skip
+    shifted = fields.flag("shifted", default=name == DIFFULLAMA)
+    if name == DIFFULLAMA:
+        fields.choice("tie_word_embeddings", (False,), default=False)
+        return DiffuLLaMA(fields, shape, shifted=shifted)
+    kind = Tied if fields.flag("tie_word_embeddings", default=False) else Adapted
+    return kind(fields, shape, shifted=shifted)

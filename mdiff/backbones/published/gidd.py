@@ -1,0 +1,103 @@
+"""GIDD (von Rütte et al. 2025): masked, or masked and uniform, diffusion; dvruette/gidd-*."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdiff.backbones.layers.adaln import Sizes, Tables, Trunk
+from mdiff.backbones.layers.published import (
+    MOST_IDS,
+    MOST_LAYERS,
+    MOST_WIDTH,
+    Fields,
+    KeyValues,
+    PublishedLM,
+)
+from mdiff.errors import ConfigError
+
+ARCHITECTURES = ("DIT",)
+# The tables of query, key and value.
+KINDS = 3
+
+
+class StoredRotary(nn.Module):
+    """The rotary tables (1, L, 3, 1, D) of all positions, which the files hold."""
+
+    cos_cached: Tensor
+    sin_cached: Tensor
+
+    def __init__(self, length: int, size: int) -> None:
+        super().__init__()
+        self.register_buffer("cos_cached", torch.empty(1, length, KINDS, 1, size))
+        self.register_buffer("sin_cached", torch.empty(1, length, KINDS, 1, size))
+
+    def forward(self, positions: Tensor) -> Tables:
+        """The cos and signed sin (..., D) of positions (...) below L, for `rotate`."""
+        cos, sin = self.cos_cached[0, :, 0, 0][positions], self.sin_cached[0, :, 0, 0][positions]
+        below, above = sin.chunk(2, -1)
+        return cos, torch.cat([-below, above], -1)
+
+
+class GIDD(Trunk, PublishedLM):
+    """MDLM's transformer, told the time t itself, kept inside [t_eps, 1 - t_eps] as in training.
+
+    With `p_uniform` above 0 the noise also writes random tokens, so that every place is to be
+    predicted: its logits are here, that noise is not.
+    """
+
+    no_split = ("AdaLNBlock",)
+    uses_time = True
+
+    def __init__(
+        self, described: Mapping[str, Any], sizes: Sizes, *, window: int, edge: float,
+        p_uniform: float,
+    ) -> None:  # fmt: skip
+        PublishedLM.__init__(
+            self, described, vocab_size=sizes.vocab_size, mask_id=sizes.vocab_size - 1,
+            window=window,
+        )  # fmt: skip
+        self.edge, self.longest = edge, window
+        if p_uniform > 0:
+            self.refused = f"uniform noise (p_uniform={p_uniform:g}) does not exist here"
+        self.build(sizes, StoredRotary(window, sizes.width // sizes.heads))
+
+    @property
+    def head(self) -> nn.Module:  # type: ignore[override]
+        """The map to logits, with a bias."""
+        return self.output_layer.linear
+
+    def stream(
+        self, tokens: Tensor, positions: Tensor, sees: Tensor | None, *, t: Tensor | None,
+        cache: KeyValues | None,
+    ) -> Tensor:  # fmt: skip
+        """What `head` reads (B, L, D); ConfigError without `t` or for too long a canvas."""
+        if t is None:
+            raise ConfigError("this model uses the time: call it with t=")
+        if tokens.shape[1] > self.longest:
+            raise ConfigError(f"{tokens.shape[1]} tokens: this model has {self.longest} positions")
+        level = t.clamp(self.edge, 1 - self.edge)
+        return self.run(tokens, positions, sees, level=level, cache=cache)
+
+
+def gidd(described: Mapping[str, Any]) -> GIDD:
+    """The model of a config.json; its mask is the last id.
+
+    Source: dvruette/gidd, models/modeling_dit.py, and the defaults of configuration_dit.py.
+    """
+    fields = Fields(described)
+    window = fields.whole("max_seq_len", most=MOST_IDS, default=1024)
+    sizes = Sizes(
+        vocab_size=fields.whole("vocab_size", least=2, most=MOST_IDS, default=50258),
+        width=fields.whole("hidden_size", most=MOST_WIDTH, default=768),
+        layers=fields.whole("num_hidden_layers", most=MOST_LAYERS, default=12),
+        heads=fields.whole("num_attention_heads", default=12),
+        told=fields.whole("timestep_cond_dim", default=128),
+    )
+    return GIDD(
+        described, sizes, window=window, edge=fields.number("t_eps", most=0.5, default=1e-4),
+        p_uniform=fields.number("p_uniform", most=1.0, default=0.0),
+    )  # fmt: skip

@@ -1,0 +1,223 @@
+"""MaskBit's generator (Weber et al. 2024): `LFQBert`, a BERT over the bits of a place.
+
+config.json holds the constructor's arguments: img_size, input_stride, hidden_dim,
+codebook_size, codebook_splits, depth, heads, mlp_dim, nclass, use_prenorm. A place holds
+`codebook_splits` tokens, side by side in the canvas, each of as many bits, read as -1 or +1,
+the lowest first, and as zeros where hidden. The class follows the last place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdiff.backbones.layers.grid import class_of, grid_layout
+from mdiff.backbones.layers.published import (
+    MOST_IDS,
+    MOST_LAYERS,
+    MOST_WIDTH,
+    Fields,
+    KeyValues,
+    Published,
+)
+from mdiff.backbones.layers.transformer import attend
+from mdiff.denoiser import Condition
+from mdiff.errors import CheckpointError, ConfigError
+
+ARCHITECTURES = ("LFQBert",)
+EPSILON = 1e-12
+MOST_BITS, MOST_SIDE = 48, 512
+
+
+class Weights(nn.Module):
+    """A matrix and a bias under the names of torch's multi-head attention."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+
+class Attention(nn.Module):
+    """norm(x + attention(x)), or x + attention(norm(x)) with `before`."""
+
+    def __init__(self, width: int, heads: int, *, before: bool) -> None:
+        super().__init__()
+        self.mha = Weights(width)
+        self.norm = nn.LayerNorm(width, eps=EPSILON)
+        self.heads, self.before = heads, before
+
+    def forward(self, x: Tensor, sees: Tensor | None) -> Tensor:
+        """(B, L, D); `sees` (B, 1, L, L) bool or None."""
+        rows = self.norm(x) if self.before else x
+        rows = F.linear(rows, self.mha.in_proj_weight, self.mha.in_proj_bias)
+        query, key, value = (
+            each.view(*each.shape[:2], self.heads, -1).transpose(1, 2) for each in rows.chunk(3, -1)
+        )
+        mixed = attend(query, key, value, sees, causal=False).transpose(1, 2).flatten(2)
+        x = x + self.mha.out_proj(mixed)
+        result: Tensor = x if self.before else self.norm(x)
+        return result
+
+
+class FeedForward(nn.Module):
+    """norm(x + W gelu(V x)), or x + W gelu(V norm(x)) with `before`."""
+
+    def __init__(self, width: int, inner: int, *, before: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+        self.norm = nn.LayerNorm(width, eps=EPSILON)
+        self.before = before
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D)."""
+        x = x + self.net(self.norm(x) if self.before else x)
+        result: Tensor = x if self.before else self.norm(x)
+        return result
+
+
+class Transformer(nn.Module):
+    """The layers: attention and a feed-forward each."""
+
+    def __init__(self, width: int, depth: int, heads: int, inner: int, *, before: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList([
+                Attention(width, heads, before=before), FeedForward(width, inner, before=before)
+            ])
+            for _ in range(depth)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, sees: Tensor | None) -> Tensor:
+        """(B, L, D)."""
+        for layer in self.layers.children():
+            attention, feed_forward = layer.children()
+            x = feed_forward(attention(x, sees))
+        return x
+
+
+class GroupHead(nn.Module):
+    """One matrix for the heads of all groups, stored one below another.
+
+    Rows (N, splits D + splits) hold a place's features in their group's columns among zeros,
+    and a 1 in the group's own column, which picks its bias.
+    """
+
+    def __init__(self, width: int, splits: int, columns: int) -> None:
+        super().__init__()
+        self.splits = splits
+        self.weight = nn.Parameter(torch.empty(splits * columns, width))
+        self.bias = nn.Parameter(torch.empty(splits * columns))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits (N, V)."""
+        each = self.weight.view(self.splits, -1, self.weight.shape[1])
+        bias = self.bias.view(self.splits, -1)
+        return F.linear(x, torch.cat([each.transpose(0, 1).flatten(1), bias.mT], 1))
+
+
+class MaskBitGenerator(Published):
+    """The denoiser; see `maskbit_generator`. cond {"label": (B,)}; `classes` says none."""
+
+    no_split: ClassVar[tuple[str, ...]] = ("Attention", "FeedForward")
+
+    def __init__(
+        self, described: Mapping[str, Any], *, side: int, width: int, bits: int, splits: int,
+        depth: int, heads: int, inner: int, classes: int, before: bool,
+    ) -> None:  # fmt: skip
+        ids = 1 << bits // splits
+        super().__init__(described, vocab_size=ids, mask_id=ids, window=side**2 * splits)
+        self.cells, self.splits, self.classes = (side, side), splits, classes
+        self.bits_a_token, self.before = bits // splits, before
+        self.class_emb = nn.Embedding(classes + 1, width)
+        self.input_proj = nn.Linear(bits, width)
+        self.pos_emb = nn.Parameter(torch.empty(1, side**2 + 1, width))
+        self.first_layer = nn.Sequential(nn.LayerNorm(width, eps=EPSILON))
+        self.transformer = Transformer(width, depth, heads, inner, before=before)
+        if before:
+            self.norm_after_transformer = nn.LayerNorm(width, eps=EPSILON)
+        self.last_layer = nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, eps=EPSILON)
+        )
+        self.prediction_layer = GroupHead(width, splits, ids)
+        # The value of each bit: stored in the files, and the same in all of them.
+        self.register_buffer("bits_to_indices", torch.empty(bits // splits, dtype=torch.int32))
+
+    @property
+    def head(self) -> nn.Module:  # type: ignore[override]
+        """What makes logits of `hidden`."""
+        return self.prediction_layer
+
+    def hidden(
+        self, tokens: Tensor, *, valid: Tensor | None, documents: Tensor | None,
+        t: Tensor | None, cond: Condition | None, cache: KeyValues | None,
+    ) -> Tensor:  # fmt: skip
+        """What `head` reads (B, L, splits D + splits); ConfigError for a canvas that the model
+        cannot be given. Padding is of whole places.
+        """
+        label = class_of(cond, tokens, classes=self.classes)
+        if tokens.shape[1] % self.splits:
+            raise ConfigError(
+                f"a canvas of {tokens.shape[1]} tokens: expected {self.splits} for each place"
+            )
+        groups = tokens.view(len(tokens), -1, self.splits)
+        positions, sees = grid_layout(
+            groups[..., 0], valid=None if valid is None else valid.view(groups.shape).all(2),
+            documents=documents, cache=cache, window=self.pos_emb.shape[1] - 1, extra=1,
+        )  # fmt: skip
+        x = self.input_proj(self._signs(groups)) + self.pos_emb[0, positions]
+        told = self.class_emb(label)[:, None] + self.pos_emb[:, -1:]
+        x = self.transformer(self.first_layer(torch.cat([x, told], 1)), sees)
+        if self.before:
+            x = self.norm_after_transformer(x)
+        return self._grouped(self.last_layer(x[:, :-1]))
+
+    def _signs(self, groups: Tensor) -> Tensor:
+        """The bits (B, P, splits bits) of places (B, P, splits): -1, +1, or 0 where hidden."""
+        power = torch.arange(self.bits_a_token, device=groups.device)
+        signs = 2 * (groups[..., None] >> power & 1) - 1
+        hidden = groups == self.vocab_size
+        seen = signs.masked_fill(hidden[..., None], 0)
+        return seen.flatten(2).to(self.input_proj.weight.dtype)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """Features of places (B, P, D) as the head's rows of tokens (B, P splits, ...)."""
+        own = torch.eye(self.splits, dtype=x.dtype, device=x.device)
+        columns = torch.einsum("bpd,gh->bpghd", x, own).flatten(3)
+        rows = torch.cat([columns, own.expand(*x.shape[:2], -1, -1)], 3)
+        return rows.flatten(1, 2)
+
+
+def recognises(described: Mapping[str, Any]) -> bool:
+    """Whether these are the generator's arguments."""
+    return {"codebook_splits", "input_stride", "hidden_dim"} <= set(described)
+
+
+def maskbit_generator(described: Mapping[str, Any]) -> MaskBitGenerator:
+    """The denoiser of LFQBert's arguments; CheckpointError for what is not supported."""
+    fields = Fields(described)
+    codes = fields.whole("codebook_size", least=2, most=1 << MOST_BITS)
+    bits = codes.bit_length() - 1
+    splits = fields.whole("codebook_splits", most=MOST_BITS, default=1)
+    if codes != 1 << bits or bits % splits or 1 << bits // splits > MOST_IDS:
+        raise CheckpointError(
+            f"config.json: codebook_size={codes} in codebook_splits={splits}: expected a power of "
+            "two whose bits the splits divide"
+        )
+    width, heads = fields.whole("hidden_dim"), fields.whole("heads")
+    if width % heads:
+        raise CheckpointError(f"config.json: heads={heads} do not divide hidden_dim={width}")
+    stride = fields.whole("input_stride", default=16)
+    side = fields.whole("img_size", least=stride, most=MOST_SIDE * stride, default=256) // stride
+    return MaskBitGenerator(
+        described, side=side, width=width, bits=bits, splits=splits,
+        depth=fields.whole("depth", most=MOST_LAYERS), heads=heads,
+        inner=fields.whole("mlp_dim", most=8 * MOST_WIDTH),
+        classes=fields.whole("nclass", most=MOST_IDS, default=1000),
+        before=fields.flag("use_prenorm", default=False),
+    )  # fmt: skip

@@ -1,0 +1,210 @@
+"""aMUSEd's denoiser, UVit2DModel of the diffusers layout (Patil et al. 2024).
+
+ConvNeXt blocks and attention on the grid around a transformer, all told what to make by a
+text encoder. Project huggingface/diffusers, `models/unets/uvit_2d.py`, 0.42 (2026).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdiff.backbones.layers.published import MOST_IDS, MOST_LAYERS, Fields, KeyValues, Published
+from mdiff.backbones.layers.uvit import (
+    ConditionEmbedding,
+    GridBlock,
+    Linear,
+    Norm,
+    PlaceMap,
+    TransformerLayer,
+    waves,
+)
+from mdiff.denoiser import Condition
+from mdiff.errors import CheckpointError, ConfigError, DataError
+from mdiff.modalities.image import MICRO, POOLED, STATES
+
+CLASS_NAME = "UVit2DModel"
+MOST_SIDE = 4096
+
+
+class Embedding(nn.Module):
+    """Each token's vector, normalised and mapped to the width of the grid."""
+
+    def __init__(
+        self, ids: int, inner: int, width: int, *, bias: bool, epsilon: float, affine: bool
+    ) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(ids, inner)
+        self.layer_norm = Norm(inner, epsilon, affine=affine)
+        self.conv = PlaceMap(inner, width, bias=bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The vectors (..., width) of tokens (...)."""
+        embedded: Tensor = self.conv(self.layer_norm(self.embeddings(tokens)))
+        return embedded
+
+
+class Head(nn.Module):
+    """From a place's vector to its logits; every part of it is a map of the place alone."""
+
+    def __init__(
+        self, width: int, inner: int, ids: int, *, bias: bool, epsilon: float, affine: bool
+    ) -> None:
+        super().__init__()
+        self.conv1 = PlaceMap(width, inner, bias=bias)
+        self.layer_norm = Norm(inner, epsilon, affine=affine)
+        self.conv2 = PlaceMap(inner, ids, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits (..., ids) of `x` (..., width)."""
+        logits: Tensor = self.conv2(self.layer_norm(self.conv1(x)))
+        return logits
+
+
+class UVit(Published):
+    """The denoiser of a config; see `uvit`.
+
+    The canvas is a square grid row by row, and its mask is the id after the last code; in the
+    table of embeddings that is the last row, which the rows of ids without a code come before.
+    Dropout, which the files name, is not applied.
+    """
+
+    no_split = ("TransformerLayer", "GridBlock")
+    weights_name = "diffusion_pytorch_model"
+
+    def __init__(self, described: Mapping[str, Any]) -> None:
+        fields = Fields(described)
+        fields.choice("_class_name", (CLASS_NAME,))
+        codes = fields.whole("codebook_size", most=MOST_IDS)
+        rows = fields.whole("vocab_size", most=MOST_IDS)
+        side = fields.whole("sample_size", most=MOST_SIDE)
+        if rows <= codes:
+            raise CheckpointError(
+                f"config.json: vocab_size={rows}: expected more than the {codes} codes, for a mask"
+            )
+        super().__init__(described, vocab_size=codes, mask_id=codes, window=side * side)
+        self.mask_row = rows - 1
+        self.micro_size = fields.whole("micro_cond_encode_dim", least=2)
+        self.states_size = fields.whole("encoder_hidden_size")
+        self.pooled_size = fields.whole("cond_embed_dim")
+        micro = fields.whole("micro_cond_embed_dim")
+        self.micro_count = micro // self.micro_size
+        if micro % self.micro_size or self.micro_size % 2:
+            raise CheckpointError(
+                f"config.json: micro_cond_embed_dim={micro}: expected a multiple of "
+                f"micro_cond_encode_dim={self.micro_size}, which is even"
+            )
+        for name in ("hidden_dropout", "attention_dropout"):
+            fields.number(name, most=1, default=0.0)
+        self.halved = fields.flag("downsample", default=False)
+        if fields.flag("upsample", default=False) != self.halved:
+            raise CheckpointError("config.json: downsample and upsample: expected both or neither")
+        self._make(fields, rows, told=micro + self.pooled_size)
+
+    def _make(self, fields: Fields, rows: int, *, told: int) -> None:
+        """The layers, in the order of the files; `told` numbers go into the condition."""
+        width, grid = fields.whole("hidden_size"), fields.whole("block_out_channels")
+        inner = fields.whole("in_channels")
+        heads, grid_heads = fields.whole("num_attention_heads"), fields.whole("block_num_heads")
+        for count, size in ((heads, width), (grid_heads, grid)):
+            if size % count:
+                raise CheckpointError(f"config.json: {count} heads do not divide {size} channels")
+        bias = fields.flag("use_bias", default=False)
+        norm: dict[str, Any] = {
+            "epsilon": fields.number("layer_norm_eps", most=1, default=1e-6),
+            "affine": fields.flag("ln_elementwise_affine", default=True),
+        }
+        self.encoder_proj = Linear(self.states_size, width, bias=bias)
+        self.encoder_proj_layer_norm = Norm(width, **norm)
+        self.embed = Embedding(rows, inner, grid, bias=bias, **norm)
+        self.cond_embed = ConditionEmbedding(told, width, bias=bias)
+        blocks = {
+            "depth": fields.whole("num_res_blocks", most=MOST_LAYERS), "heads": grid_heads,
+            "told": width, "bias": bias, **norm,
+        }  # fmt: skip
+        self.down_block = GridBlock(grid, halves=self.halved, doubles=False, **blocks)
+        self.project_to_hidden_norm = Norm(grid, **norm)
+        self.project_to_hidden = Linear(grid, width, bias=bias)
+        gated = fields.whole("intermediate_size")
+        self.transformer_layers = nn.ModuleList(
+            TransformerLayer(width, heads, gated, bias=bias, **norm)
+            for _ in range(fields.whole("num_hidden_layers", most=MOST_LAYERS))
+        )
+        self.project_from_hidden_norm = Norm(width, **norm)
+        self.project_from_hidden = Linear(width, grid, bias=bias)
+        self.up_block = GridBlock(grid, halves=False, doubles=self.halved, **blocks)
+        self.mlm_layer = Head(grid, inner, self.vocab_size, bias=bias, **norm)
+
+    @property
+    def head(self) -> Head:  # type: ignore[override]
+        """From a place's vector to its logits."""
+        return self.mlm_layer
+
+    def hidden(
+        self, tokens: Tensor, *, valid: Tensor | None, documents: Tensor | None,
+        t: Tensor | None, cond: Condition | None, cache: KeyValues | None,
+    ) -> Tensor:  # fmt: skip
+        """What `head` reads (B, L, C).
+
+        Raises ConfigError for padding, packed documents, a cache or a condition that is missing
+        or of another shape, DataError for a canvas that is no square.
+        """
+        if valid is not None or documents is not None or cache is not None:
+            raise ConfigError("this model fills whole grids: no padding, documents or cache")
+        side = math.isqrt(tokens.shape[1])
+        if side * side != tokens.shape[1] or (self.halved and side % 2):
+            kind = "a square of an even side" if self.halved else "a square"
+            raise DataError(f"a canvas of {tokens.shape[1]} places: expected {kind}")
+        states, told = self._told(cond, len(tokens))
+        rows = torch.where(tokens == self.vocab_size, self.mask_row, tokens)
+        x = self.down_block(self.embed(rows).unflatten(1, (side, side)), states, told)
+        shape = x.shape[1:3]
+        x = self.project_to_hidden(self.project_to_hidden_norm(x.flatten(1, 2)))
+        for layer in self.transformer_layers:
+            x = layer(x, states, told)
+        x = self.project_from_hidden(self.project_from_hidden_norm(x))
+        done: Tensor = self.up_block(x.unflatten(1, shape), states, told)
+        return done.flatten(1, 2)
+
+    def _told(self, cond: Condition | None, batch: int) -> tuple[Tensor, Tensor]:
+        """The sequence (B, S, D) that is attended to, and the vector (B, D) that scales."""
+        given = cond or {}
+        sizes = {
+            STATES: (None, self.states_size), POOLED: (self.pooled_size,),
+            MICRO: (self.micro_count,),
+        }  # fmt: skip
+        for name, expected in sizes.items():
+            got = tuple(given[name].shape) if name in given else None
+            wanted = (batch, *(n or "S" for n in expected))
+            if (
+                got is None
+                or len(got) != len(wanted)
+                or any(isinstance(n, int) and n != m for n, m in zip(wanted, got))
+            ):
+                raise ConfigError(
+                    f"condition {name!r} {got}: expected ({', '.join(map(str, wanted))})"
+                )
+        kind = self.encoder_proj.weight.dtype
+        states = self.encoder_proj_layer_norm(self.encoder_proj(given[STATES].to(kind)))
+        micro = waves(given[MICRO], self.micro_size).flatten(1)
+        return states, self.cond_embed(torch.cat([given[POOLED].float(), micro], 1).to(kind))
+
+
+def recognises(described: Mapping[str, Any]) -> bool:
+    """Whether a config without architectures is of this model."""
+    return described.get("_class_name") == CLASS_NAME
+
+
+def uvit(described: Mapping[str, Any]) -> UVit:
+    """The denoiser of a config.json of the diffusers layout, `_class_name` UVit2DModel.
+
+    Its condition is that of `text_encoder`: the states of each token of a text, the one vector of
+    it, and the numbers that say how the picture is to be.
+
+    Raises CheckpointError for a config that cannot be meant.
+    """
+    return UVit(described)

@@ -1,0 +1,186 @@
+"""What `mdiff eval` does for models of pictures: bounds, figures of samples, probes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mdiff.cli.views.console import message, result
+from mdiff.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from mdiff.modalities.image.data import PictureSource
+    from mdiff.pipeline import Pipeline
+
+CONFIDENCE = 1.96
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure: `metrics` by name, on `split`, at most `limit` pictures of it (0: all).
+
+    `sampling` are options of `Pipeline.generate` for the `samples`; `classifier` a folder,
+    `inception` a file of weights; `mask_ratio` and `layer` those of the probe's features.
+    """
+
+    metrics: tuple[str, ...]
+    split: str
+    limit: int
+    draws: int
+    estimator: str | None
+    samples: int
+    seed: int
+    batch_size: int
+    classifier: str | None = None
+    inception: str | None = None
+    mask_ratio: float = 0.0
+    layer: int | None = None
+    sampling: dict[str, Any] = field(default_factory=lambda: {"sampler": "first_hitting"})
+
+
+def evaluate_pictures(pipeline: Pipeline, source: PictureSource, wanted: Wanted) -> dict[str, Any]:
+    """The report of every metric that is asked for."""
+    from mdiff.evaluation import (
+        OF_SAMPLES,
+        draw_pictures,
+        figures_of,
+        load_judge,
+        probe_figures,
+        require_inception,
+        spread,
+        with_model_labels,
+    )
+    from mdiff.modalities.image.data import holds_shards, read_pictures
+    from mdiff.sampling import resolve
+
+    modality, report = pipeline.modality, dict[str, Any]()
+    asked = [name for name in wanted.metrics if name in OF_SAMPLES]
+    # Before the long part: any of these may be refused.
+    judge = None if wanted.classifier is None else load_judge(wanted.classifier)
+    resolve(wanted.sampling["sampler"], samplers_own(wanted.sampling))
+    if asked and wanted.samples < 2:
+        raise ConfigError(f"--samples {wanted.samples}: metric {asked[0]} needs at least 2")
+    if "classifier" in asked and judge is None:
+        raise ConfigError("metric classifier needs --classifier FOLDER")
+    if wanted.inception is not None:
+        require_inception()
+    if any(holds_shards(path) for path in source.paths):
+        if wanted.metrics != ("bound",):
+            raise DataError("tokens have no pixels: only metric bound can be had of them")
+        rows = modality.examples(source, split=wanted.split)
+        return report | {"bounds": _bounds(pipeline, rows, wanted)}
+    everything = with_model_labels(
+        read_pictures(source, channels=modality.codec.channels, size=modality.size), modality
+    )
+    shares = {"holdout": source.holdout, "validation": source.validation}
+    test = everything.split(wanted.split, **shares)
+    few = spread(test, wanted.limit)
+    report |= {"pictures": len(few)}
+    if "bound" in wanted.metrics:
+        rows = modality.examples(few, split="all")
+        report |= {"bounds": _bounds(pipeline, rows, wanted)} | _codec_figures(modality, few)
+    if "probe" in wanted.metrics or asked:
+        train = everything.split("train", **shares)
+    if "probe" in wanted.metrics:
+        message("reading features")
+        report["probe"] = probe_figures(
+            pipeline, train=spread(train, wanted.limit), test=few, mask_ratio=wanted.mask_ratio,
+            layer=wanted.layer, seed=wanted.seed, batch_size=wanted.batch_size,
+        )  # fmt: skip
+    if asked:
+        message(f"drawing {wanted.samples} samples")
+        drawn = draw_pictures(
+            pipeline, wanted.samples, seed=wanted.seed, batch_size=wanted.batch_size,
+            **wanted.sampling,
+        )  # fmt: skip
+        report["of_samples"] = wanted.sampling | figures_of(
+            drawn, pipeline, train=train, test=test, metrics=asked, judge=judge,
+            inception=wanted.inception, limit=wanted.limit,
+        )  # fmt: skip
+    return report
+
+
+def samplers_own(sampling: dict[str, Any]) -> dict[str, Any]:
+    """The options that the sampler itself takes: not its name, nothing of guidance."""
+    return {
+        name: value
+        for name, value in sampling.items()
+        if name != "sampler" and not name.startswith("guidance_")
+    }
+
+
+def _bounds(pipeline: Pipeline, rows: Any, wanted: Wanted) -> list[dict[str, Any]]:
+    from mdiff.evaluation import conditional_bounds
+
+    return conditional_bounds(
+        pipeline, rows, estimator=wanted.estimator, draws=wanted.draws, seed=wanted.seed,
+        batch_size=wanted.batch_size,
+        progress=lambda done, of: message(f"{done} of {of} pictures"),
+    )  # fmt: skip
+
+
+def _codec_figures(modality: Any, pictures: Any) -> dict[str, Any]:
+    """What the codec loses of the pictures, which no bound counts; nothing where lossless."""
+    from mdiff.modalities.image import fidelity
+
+    if modality.codec.lossless:
+        return {}
+    found = fidelity(modality.codec, pictures.pixels)
+    return {"codec": {"psnr": found.psnr, "ssim": found.ssim}}
+
+
+def table(report: dict[str, Any]) -> None:
+    """The report for people, to stdout."""
+    for bound in report.get("bounds", ()):
+        given = f" given {bound['given']}" if bound["given"] else ""
+        shown = ", ".join(
+            f"{bound[f'bits_per_{unit}']:.4f} ± "
+            f"{CONFIDENCE * bound[f'bits_per_{unit}_stderr']:.4f} bits per {words}"
+            for unit, words in (
+                ("token", "token"), ("dim", "dim"), ("code_pixel", "pixel (of the code)"),
+                ("picture", "picture"),
+            )
+            if f"bits_per_{unit}" in bound
+        )  # fmt: skip
+        result(f"{bound['of']}{given}: {shown}")
+    if report.get("bounds"):
+        bound = report["bounds"][0]
+        result(
+            f"upper bounds (95 %) by {bound['estimator']}, {bound['draws']} draws, "
+            f"{bound['pictures']} pictures"
+        )
+    if "codec" in report:
+        result(f"the codec's PSNR: {report['codec']['psnr']:.2f} dB")
+    if "probe" in report:
+        found = report["probe"]
+        result(
+            f"probe: linear {found['linear']:.3f}, {found['neighbours']:.3f} by nearest "
+            f"neighbours, {found['commonest_label']:.3f} by the commonest label; "
+            f"{found['training_pictures']} pictures to learn from, {found['test_pictures']} to test"
+        )
+    if "of_samples" in report:
+        _samples_table(report["of_samples"])
+
+
+def _samples_table(found: dict[str, Any]) -> None:
+    result(f"{found['samples']} samples of {found['calls']:.1f} calls, {found['seconds']:.1f} s")
+    if "frechet" in found:
+        each = found["frechet"]
+        name, value = next((key, each[key]) for key in ("fid", "distance") if key in each)
+        result(
+            f"Frechet {name} {value:.4f} (training pictures {each['of_training_pictures']:.4f}), "
+            f"space: {each['space']}"
+        )
+    if "classifier" in found:
+        each = found["classifier"]
+        real = each.get("of_test_pictures")
+        beside = "" if real is None else f" (of test pictures {real:.3f})"
+        result(f"classifier: asked label given to {each['agreement']:.3f}{beside}")
+    if "diversity" in found:
+        result(f"diversity within a label: {found['diversity']:.3f} of the test pictures'")
+    if "nearest" in found:
+        each = found["nearest"]
+        result(
+            f"nearest training picture: {each['samples']:.3f} from samples, {each['test']:.3f} "
+            "from test pictures"
+        )

@@ -1,0 +1,134 @@
+"""What generate and edit are asked for pictures: options, files of requests, pictures to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdiff.cli.views.console import message
+from mdiff.errors import ConfigError, DataError, nearest
+
+# What can be given, by the option that gives it.
+OPTIONS = {"label": "--label", "caption": "--prompt", "image": "--image"}
+# So many unreadable files are named; the rest are counted.
+NAMED = 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is given, by name as in `Pipeline.generate`, and the file that a picture is from."""
+
+    given: dict[str, Any]
+    source: Path | None = None
+
+
+def combined(
+    labels: list[str] | None, prompts: list[str] | None, images: list[Path] | None
+) -> list[dict[str, str]]:
+    """What is asked for: options given once go with all, those given more often go in pairs."""
+    given = {"label": labels, "caption": prompts, "image": images}
+    told = {name: list(map(str, values)) for name, values in given.items() if values}
+    often = sorted({len(values) for values in told.values()} - {1})
+    if len(often) > 1:
+        counts = " and ".join(f"{OPTIONS[name]} {len(v)} times" for name, v in told.items())
+        raise ConfigError(f"{counts}: give each once, or equally often")
+    rows = often[0] if often else 1
+    found = [
+        {name: values[0 if len(values) == 1 else row] for name, values in told.items()}
+        for row in range(rows)
+    ]
+    # As with text, an empty prompt is none.
+    return [{name: v for name, v in one.items() if v or name != "caption"} for one in found]
+
+
+def requests_of(path: Path) -> list[dict[str, str]]:
+    """What a JSONL file asks for: a label, a prompt (the caption) and an image a line."""
+    from mdiff.modalities.text import json_lines, read_text
+
+    keys = {option.removeprefix("--"): name for name, option in OPTIONS.items()}
+    found = []
+    for number, row in enumerate(json_lines(read_text(path), path), start=1):
+        for key, value in row.items():
+            if key not in keys:
+                near = nearest(key, keys)
+                raise DataError(f"{path}, object {number} has an unknown key {key!r}; {near}")
+            if not isinstance(value, str):
+                raise DataError(f"{path}, object {number}: {key}={value!r}: expected a string")
+        found.append({keys[key]: value for key, value in row.items()})
+    if not found:
+        raise DataError(f"{path} holds no object")
+    return found
+
+
+def refuse_unknown(modality: Any, asked: Sequence[dict[str, str]]) -> None:
+    """Raise ConfigError for an option that this model cannot take."""
+    for name in {name for one in asked for name in one}:
+        if name not in modality.takes:
+            takes = ", ".join(OPTIONS[each] for each in modality.takes)
+            raise ConfigError(f"{OPTIONS[name]}: this model knows no {name}; it takes {takes}")
+
+
+def with_pictures(
+    modality: Any, asked: Sequence[dict[str, str]], *, resize: bool
+) -> tuple[list[Request], list[str]]:
+    """The requests with their pictures read, and a line for each that cannot be.
+
+    Raises DataError where that leaves nothing.
+    """
+    requests, problems = [], []
+    for given in asked:
+        if "image" not in given:
+            requests.append(Request(dict(given)))
+            continue
+        source = Path(given["image"])
+        try:
+            pixels = read_picture(source, modality, resize=resize)
+            requests.append(Request({**given, "image": pixels}, source))
+        except DataError as error:
+            problems.append(str(error))
+    if not requests:
+        refuse_problems(problems, 0)
+    return requests, problems
+
+
+def read_picture(path: Path, modality: Any, *, resize: bool = False) -> Any:
+    """The pixels (H, W, C) uint8 of a file, clear parts on white; DataError where it is unfit."""
+    from mdiff.modalities.image.data import PictureSource, as_array, open_picture, read_pictures
+
+    channels, (height, width) = modality.codec.channels, modality.size
+    opened = open_picture(path)
+    if opened.size == (width, height):
+        pixels = as_array(opened, channels=channels, name=str(path))
+    elif resize:
+        source = PictureSource(source=str(path), resize=True)
+        read = read_pictures(source, channels=channels, size=modality.size)
+        pixels = read.pixels[0].permute(1, 2, 0).numpy()
+    else:
+        raise DataError(
+            f"{path} has {opened.height} x {opened.width} pixels, this model's have {height} x "
+            f"{width}; --resize crops and scales it"
+        )
+    try:
+        # What a codec cannot take is to be known before anything is made.
+        modality.codes(modality.picture(pixels)[None])
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return pixels
+
+
+def refuse_problems(problems: Sequence[str], done: int) -> None:
+    """Name the files that were left out, and raise DataError if there are any."""
+    if not problems:
+        return
+    if not done and len(problems) == 1:
+        raise DataError(problems[0])
+    for problem in problems[:NAMED]:
+        message(f"left out: {problem}")
+    if len(problems) > NAMED:
+        message(f"and {len(problems) - NAMED} more")
+    raise DataError(
+        f"{len(problems)} of {len(problems) + done} pictures were left out; "
+        f"the first: {problems[0]}"
+    )

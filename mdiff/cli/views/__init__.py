@@ -1,0 +1,1 @@
+"""What a terminal or a file shows of a run."""

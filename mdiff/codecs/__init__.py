@@ -1,1 +1,0 @@
-"""Codecs: pictures to ids and back, one file each."""

@@ -1,0 +1,17 @@
+"""Evaluation: bounds, image metrics, ranking and the self-test."""
+
+from __future__ import annotations
+
+from mdiff.evaluation.classifier import load_judge as load_judge
+from mdiff.evaluation.evaluate import Evaluation as Evaluation
+from mdiff.evaluation.evaluate import evaluate as evaluate
+from mdiff.evaluation.evaluate import sample_figures as sample_figures
+from mdiff.evaluation.image_metrics import require_inception as require_inception
+from mdiff.evaluation.images import OF_SAMPLES as OF_SAMPLES
+from mdiff.evaluation.images import conditional_bounds as conditional_bounds
+from mdiff.evaluation.images import draw_pictures as draw_pictures
+from mdiff.evaluation.images import figures_of as figures_of
+from mdiff.evaluation.images import probe_figures as probe_figures
+from mdiff.evaluation.images import spread as spread
+from mdiff.evaluation.images import with_model_labels as with_model_labels
+from mdiff.evaluation.selftest import check_samplers as check_samplers

@@ -1,0 +1,243 @@
+"""Whole generations timed against the samplers of MDLM, and what a step costs outside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdiff.backbones.transformer import transformer
+from mdiff.evaluation.bench.baselines import mdlm_draw, mdlm_probabilities, mdlm_sampler
+from mdiff.evaluation.bench.laws import MDLM, MDLM_FLOAT32, Law, failures
+from mdiff.evaluation.bench.timing import CLOCKS, Row, Size, Timing, cpu_seconds
+from mdiff.ops import backend_name
+from mdiff.samplers.first_hitting import first_hitting
+from mdiff.tokens import TokenSpace, hidden_canvas
+
+# How many times faster at least, and at most so many percent of a step outside the model.
+ANCESTRAL_TARGET, CACHED_TARGET, OUTSIDE_TARGET = 30.0, 20.0, 1.0
+# The shape of builtin:shakespeare, but for the vocabulary; its first calls warm up.
+OVERHEAD_SHAPE = {"width": 256, "depth": 8, "heads": 4, "mlp_width": 704}
+WARM = 5
+
+
+class Timed:
+    """A Denoiser that adds up the seconds spent in another and its head, by each of `CLOCKS`."""
+
+    def __init__(self, denoiser: Any) -> None:
+        self.denoiser = denoiser
+        self.uses_time = denoiser.uses_time
+        self.seconds = [0.0] * len(CLOCKS)
+
+    def __call__(self, tokens: Tensor, **rest: Any) -> Tensor:
+        """The other's logits."""
+        return self._timed(lambda: self.denoiser(tokens, **rest))
+
+    def features(self, tokens: Tensor, **rest: Any) -> Tensor:
+        """What the other's head reads."""
+        return self._timed(lambda: self.denoiser.features(tokens, **rest))
+
+    def head(self, x: Tensor) -> Tensor:
+        """The logits of features."""
+        return self._timed(lambda: self.denoiser.head(x))
+
+    def taken(self) -> tuple[float, ...]:
+        """The seconds since this was last asked."""
+        seconds, self.seconds = self.seconds, [0.0] * len(CLOCKS)
+        return tuple(seconds)
+
+    def _timed(self, run: Callable[[], Tensor]) -> Tensor:
+        begun = [clock() for clock in CLOCKS.values()]
+        result = run()
+        for i, clock in enumerate(CLOCKS.values()):
+            self.seconds[i] += clock() - begun[i]
+        return result
+
+
+def step_seconds(
+    *, vocab: int, length: int, samples: int = 1
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds of each step of first hitting, and those of them inside the model, by clock.
+
+    The model has the shape of builtin:shakespeare and random weights; the first steps are left
+    out.
+    """
+    space = TokenSpace(vocab, mask_id=vocab)
+    model = Timed(transformer(vocab_size=vocab, max_length=length, **OVERHEAD_SHAPE).eval())
+    steps, inside = [], []
+    with torch.inference_mode():
+        begun = [clock() for clock in CLOCKS.values()]
+        for _ in first_hitting(model, hidden_canvas(samples, length, space=space), space=space):
+            steps.append(tuple(c() - b for c, b in zip(CLOCKS.values(), begun)))
+            inside.append(model.taken())
+            begun = [clock() for clock in CLOCKS.values()]
+    return {
+        name: ([s[i] for s in steps[WARM:]], [s[i] for s in inside[WARM:]])
+        for i, name in enumerate(CLOCKS)
+    }
+
+
+def overhead_row(size: Size, say: Callable[[str], None]) -> Row:
+    """The share of a step of first hitting that is not spent in the model, one sample."""
+    say(f"overhead, V = {size.vocab:,}, L = {size.length}")
+    torch.manual_seed(0)
+    whole, inside = step_seconds(vocab=size.vocab, length=size.length)["thread"]
+    outside = [w - i for w, i in zip(whole, inside)]
+    step, rest = Timing(tuple(whole)), Timing(tuple(outside))
+    return Row(
+        "overhead", f"outside the model, V = {size.vocab:,}, L = {size.length}: share of a step",
+        100 * rest.minimum / step.minimum, 100 * rest.median / step.median, unit="%",
+        target=OUTSIDE_TARGET, at_least=False,
+        detail={"backend": backend_name(), "step_seconds": whole, "outside_seconds": outside},
+    )  # fmt: skip
+
+
+class Generation:
+    """One model and a stretch of each sampler at a time, all in seconds a step.
+
+    The baselines run at `size.timed` times spread evenly over [0, 1], each on a canvas with the
+    share of hidden places of that time, or whole, stretch after stretch, with `size.full`.
+    """
+
+    def __init__(self, size: Size) -> None:
+        torch.manual_seed(0)
+        self.size = size
+        # The mask is a column, as MDLM has it; our draw forbids it.
+        self.space = TokenSpace(size.vocab, mask_id=size.vocab - 1)
+        self.model = transformer(
+            vocab_size=size.vocab, mask_id=size.vocab - 1, width=size.width, depth=size.depth,
+            max_length=size.length,
+        ).eval()  # fmt: skip
+        self.start = hidden_canvas(1, size.length, space=self.space)
+        times = torch.linspace(1, 0, size.steps + 1, dtype=torch.float64).tolist()
+        self.ours = first_hitting(self.model, self.start, space=self.space)
+        self.whole = {
+            cached: mdlm_sampler(
+                self.model, self.start, mask_id=self.space.mask_id, times=times, dtype=dtype,
+                cached=cached,
+            )
+            for cached, dtype in ((False, torch.float64), (True, torch.float32))
+        }  # fmt: skip
+        self.calls = {False: 0, True: 0}
+
+    def our_calls(self, stretch: int) -> int:
+        """How many of the L calls of first hitting fall into a stretch."""
+        timed, length = self.size.timed, self.size.length
+        return (stretch + 1) * length // timed - stretch * length // timed
+
+    def first_hitting(self, stretch: int) -> float:
+        """Seconds a call of the calls of this stretch."""
+        calls = self.our_calls(stretch)
+        return cpu_seconds(lambda: [next(self.ours) for _ in range(calls)]) / calls
+
+    def stretch(self, number: int, *, cached: bool) -> float:
+        """Seconds a step of a baseline over its share of all steps."""
+        steps = self.size.steps // self.size.timed
+
+        def run() -> None:
+            for _ in range(steps):
+                self.calls[cached] += next(self.whole[cached])[1]
+
+        return cpu_seconds(run) / steps
+
+    def one_step(self, number: int, *, cached: bool) -> float:
+        """Seconds of one step of a baseline in the middle of its share of all steps.
+
+        Of the cached one, the draw, which every step has, and the call as often as it is expected.
+        """
+        size, mask_id = self.size, self.space.mask_id
+        t = 1 - (number + 0.5) / size.timed
+        s = t - 1 / size.steps
+        canvas = self.start.clone()
+        given = torch.randperm(size.length)[round(t * size.length) :]
+        canvas[0, given] = torch.randint(mask_id, (len(given),))
+        if not cached:
+            sampler = mdlm_sampler(
+                self.model, canvas, mask_id=mask_id, times=(t, s), dtype=torch.float64,
+                cached=False,
+            )  # fmt: skip
+            return cpu_seconds(lambda: next(sampler))
+        found: list[Tensor] = []
+
+        def call() -> None:
+            logits = self.model(canvas)[0]
+            found.append(
+                mdlm_probabilities(logits, canvas[0], mask_id=mask_id, dtype=torch.float32)
+            )
+
+        called = cpu_seconds(call)
+        drawn = cpu_seconds(
+            lambda: torch.equal(mdlm_draw(found[0], canvas[0], mask_id=mask_id, t=t, s=s), canvas)
+        )
+        return drawn + called * expected_calls(size.steps, size.length) / size.steps
+
+
+def expected_calls(steps: int, length: int) -> float:
+    """How many steps of m(t) = t change something, on average: each place picks one of them.
+
+    >>> round(expected_calls(1000, 256), 1)
+    226.0
+    """
+    return steps * (1 - (1 - 1 / steps) ** length)
+
+
+def generation_rows(
+    size: Size, checked: Mapping[str, Law], say: Callable[[str], None]
+) -> Iterator[Row]:
+    """First hitting against 1,000 ancestral steps, and against those with a cache of the call."""
+    run = Generation(size)
+    baseline = run.stretch if size.full else run.one_step
+    seconds: dict[str, list[float]] = {"ours": [], MDLM: [], MDLM_FLOAT32: []}
+    with torch.inference_mode():
+        for cached in (False, True):
+            run.one_step(0, cached=cached)
+        for number in range(size.timed):
+            say(f"generation, stretch {number + 1} of {size.timed}")
+            seconds["ours"].append(run.first_hitting(number))
+            seconds[MDLM].append(baseline(number, cached=False))
+            seconds[MDLM_FLOAT32].append(baseline(number, cached=True))
+    expected = round(expected_calls(size.steps, size.length))
+    for name, label, calls, target in (
+        (MDLM, "ancestral float64 steps", size.steps, ANCESTRAL_TARGET),
+        (MDLM_FLOAT32, "cached float32 steps", expected, CACHED_TARGET),
+    ):
+        yield _generation_row(
+            size, label, seconds["ours"], seconds[name], target=target,
+            calls=run.calls[name == MDLM_FLOAT32] if size.full else calls,
+            note=failures(checked, backend_name(), name),
+        )  # fmt: skip
+
+
+def _generation_row(
+    size: Size,
+    label: str,
+    ours: list[float],
+    other: list[float],
+    *,
+    note: str,
+    target: float,
+    calls: int,
+) -> Row:
+    """The row of one baseline, from seconds a step in each stretch.
+
+    Stretches are not repeats (what a step costs depends on the time), so that the figure is of
+    the whole, not of minima.
+    """
+    how = "" if size.full else f" ({size.timed} timed)"
+    steps = size.length, size.steps
+    whole = [sum(each) / len(each) * n for each, n in zip((ours, other), steps)]
+    middle = [Timing(tuple(each)).median * n for each, n in zip((ours, other), steps)]
+    return Row(
+        "generation",
+        f"generation, V = {size.vocab:,}, L = {size.length}, against {size.steps:,} {label}{how}",
+        whole[1] / whole[0], middle[1] / middle[0], target=target, note=note,
+        detail={
+            "backend": backend_name(), "extrapolated": not size.full,
+            "steps_timed": size.steps if size.full else size.timed, "whole_seconds": whole,
+            "calls": (size.length, calls), "rows_of_head": (size.length, calls * size.length),
+            "rows_drawn": (size.length, size.steps * size.length),
+            "mdiff": {"seconds_a_call": ours}, "other": {"seconds_a_step": other},
+        },
+    )  # fmt: skip

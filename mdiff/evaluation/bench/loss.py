@@ -1,0 +1,133 @@
+"""The loss, forward and backward, against logits of all rows: time, memory and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mdiff.evaluation.bench.timing import Row, Size, interleaved, times_faster
+from mdiff.ops import categorical as ops
+
+TIME_TARGET, MEMORY_TARGET, GRADIENT_TARGET = 4.0, 8.0, 1e-6
+BATCH = 4
+# The label of a place that F.cross_entropy leaves out.
+LEFT_OUT = -100
+
+Loss = Callable[..., tuple[Tensor, Tensor]]
+
+
+class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The most bytes of tensors that lived at once, of those made while it is on.
+
+    Every output of every operation of torch, forward and backward, as long as its storage lives;
+    not what an operation allocates and frees inside itself, nor memory that torch does not give.
+    """
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known = WeakSet(each.untyped_storage() for each in known)
+        self.live: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The operation's result, its storages noted."""
+        made = func(*args, **(kwargs or {}))
+        for each in tree_leaves(made):
+            if isinstance(each, Tensor) and each.untyped_storage() not in self.known:
+                self.live[each.untyped_storage()] = each.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(self.live.values()))
+        return made
+
+
+class Problem:
+    """Features of a batch, a head over V, targets, and which rows are hidden with which weight."""
+
+    def __init__(self, rows: int, width: int, vocab: int) -> None:
+        torch.manual_seed(0)
+        shape = (BATCH, rows // BATCH)
+        self.features = torch.randn(*shape, width, requires_grad=True)
+        self.head = nn.Linear(width, vocab, bias=False)
+        self.targets = torch.randint(vocab, shape)
+        self.rows = (torch.randperm(rows) < rows // 2).view(shape)
+        self.weights = torch.rand(shape) + 0.5
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What is differentiated: the features and the head's matrix."""
+        return self.features, self.head.weight
+
+    def gradients(self, loss: Callable[[], Tensor]) -> list[Tensor]:
+        """The gradients of the loss in `inputs`, by a forward and a backward."""
+        for each in self.inputs:
+            each.grad = None
+        loss().backward()  # type: ignore[no-untyped-call]
+        return [each.grad for each in self.inputs if each.grad is not None]
+
+    def plain(self) -> Tensor:
+        """The loss as most code has it: logits of all rows, and labels that leave some out."""
+        logits = self.head(self.features).float().flatten(0, 1)
+        labels = self.targets.masked_fill(~self.rows, LEFT_OUT).flatten()
+        nll = F.cross_entropy(logits, labels, ignore_index=LEFT_OUT, reduction="none")
+        return (nll * self.weights.flatten()).sum()
+
+    def peak_bytes(self, loss: Callable[[], Tensor]) -> int:
+        """The most bytes alive at once in a forward and backward, gradients too, inputs not."""
+        with PeakBytes(*self.inputs, self.targets, self.rows, self.weights) as mode:
+            self.gradients(loss)
+        return int(mode.peak)
+
+
+def loss_rows(
+    size: Size, say: Callable[[str], None], masked_cross_entropy: Loss | None = None
+) -> Iterator[Row]:
+    """Times, memory and gradients of `ops.masked_cross_entropy`, half of the rows hidden."""
+    kernel = masked_cross_entropy or ops.masked_cross_entropy
+    say(f"loss, {size.rows} rows, V = {size.vocab:,}")
+    case = Problem(size.rows, size.width, size.vocab)
+
+    def ours() -> Tensor:
+        value, _ = kernel(
+            case.features, case.head, case.targets, rows=case.rows, weights=case.weights
+        )
+        return value
+
+    where = f"loss, V = {size.vocab:,}, d = {size.width}, {size.rows:,} rows"
+    plain = "logits of all rows, then F.cross_entropy with ignore_index"
+    truth = case.gradients(case.plain)
+    errors = [
+        float((mine - true).norm() / true.norm())
+        for mine, true in zip(case.gradients(ours), truth, strict=True)
+    ]
+    del truth
+    yield Row(
+        "loss", f"{where}: gradients, relative error", max(errors), max(errors), unit="",
+        target=GRADIENT_TARGET, at_least=False,
+        detail={"features": errors[0], "head": errors[1], "other": plain},
+    )  # fmt: skip
+    used, others = case.peak_bytes(ours), case.peak_bytes(case.plain)
+    yield Row(
+        "loss", f"{where}: peak memory against all rows", others / used, others / used,
+        target=MEMORY_TARGET,
+        detail={
+            "measured": "most bytes of tensors alive at once, gradients too, inputs not",
+            "mdiff": {"bytes": used}, "other": {"bytes": others, "name": plain},
+        },
+    )  # fmt: skip
+    timings = interleaved(
+        {"ours": lambda: case.gradients(ours), "plain": lambda: case.gradients(case.plain)},
+        repeats=size.loss_repeats,
+    )
+    hidden = int(case.rows.sum())
+    yield times_faster(
+        "loss", f"{where}: time against all rows", timings["ours"], timings["plain"],
+        rows=(hidden, size.rows), target=TIME_TARGET, baseline=plain,
+    )  # fmt: skip

@@ -1,0 +1,248 @@
+"""What a model of pictures is worth: bounds by what is given, figures of samples, probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdiff.errors import ConfigError, DataError, nearest
+from mdiff.evaluation.classifier import Judge
+from mdiff.evaluation.evaluate import Evaluation
+from mdiff.evaluation.image_metrics import (
+    classifier_agreement,
+    diversity,
+    frechet,
+    inception_features,
+    pixel_features,
+)
+from mdiff.evaluation.image_metrics import nearest as nearest_pictures
+from mdiff.modalities.image.data import PictureRows, Pictures
+from mdiff.objective import JOINED
+from mdiff.pipeline import Pipeline, Progress, bound_of_rows, features, probe
+
+OF_SAMPLES = ("frechet", "classifier", "diversity", "nearest")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples: `pictures` (N, C, H, W) uint8, the asked `labels` (N,) int64, and their price."""
+
+    pictures: Tensor
+    labels: Tensor
+    calls: float
+    seconds: float
+
+
+def spread(pictures: Pictures, limit: int) -> Pictures:
+    """At most `limit` of the pictures, evenly spaced so that sorted labels stay in proportion."""
+    if not limit or len(pictures) <= limit:
+        return pictures
+    return pictures.at(torch.arange(limit) * len(pictures) // limit)
+
+
+def conditional_bounds(
+    pipeline: Pipeline,
+    rows: PictureRows,
+    *,
+    estimator: str | None = None,
+    draws: int = 64,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """The bound of rows of canvases, for each set of parts given: "of" what, "given" what.
+
+    In bits per picture and per token scored and, where the picture alone is scored, per
+    dimension if pixel values are the tokens, else in bits of its code a pixel: what a lossy
+    codec leaves out is in no bound. Each with its standard error over the draws.
+    """
+    modality, found = pipeline.modality, []
+    names: tuple[str, ...] = modality.part_names
+    for count in range(len(names)):
+        for given in combinations(names, count):
+            bound = bound_of_rows(
+                pipeline, rows, given=JOINED.join(given), estimator=estimator, draws=draws,
+                seed=seed, batch_size=batch_size, progress=progress,
+            )  # fmt: skip
+            of = [name for name in names if name not in given]
+            places = sum(len(range(*modality.span(name).indices(rows.length))) for name in of)
+            units = {"token": places * len(rows), "picture": len(rows)}
+            if of == ["image"]:
+                units |= _pixel_units(modality, len(rows))
+            figures = Evaluation.of(pipeline, bound, units, estimator=estimator, draws=draws)
+            told = [*given, *rows.cond]
+            found.append({"of": JOINED.join(of), "given": JOINED.join(told)} | figures.as_dict())
+    return found
+
+
+def _pixel_units(modality: Any, count: int) -> dict[str, int]:
+    """How many values count pictures have, or how many pixels their codes stand for."""
+    pixels = count * modality.size[0] * modality.size[1]
+    codec = modality.codec
+    return {"dim": pixels * codec.channels} if codec.lossless else {"code_pixel": pixels}
+
+
+def draw_pictures(
+    pipeline: Pipeline, n: int, *, seed: int = 0, batch_size: int = 32, **options: Any
+) -> Drawn:
+    """`n` samples, the model's labels asked for in turn; without labels all are of label 0.
+
+    `options` are those of `Pipeline.generate`.
+    """
+    modality = pipeline.modality
+    names: Sequence[str] = modality.labels if modality.label != "none" else []
+    labels = torch.arange(n) % max(1, len(names))
+    prompts: list[Any] = [{"label": names[i]} for i in labels.tolist()] if names else [""] * n
+    made = pipeline.generate(
+        prompts, length=modality.length, seed=seed, batch_size=batch_size, **options
+    )
+    shown = modality.shown(torch.tensor([sample.tokens for sample in made]))
+    return Drawn(
+        pictures=shown,
+        labels=labels,
+        calls=sum(sample.calls for sample in made) / n,
+        seconds=sum(sample.seconds for sample in made),
+    )
+
+
+def with_model_labels(pictures: Pictures, modality: Any) -> Pictures:
+    """The pictures with their labels by the model's numbers and names.
+
+    Names are looked up among the model's; numbers are taken to be its own. A model without
+    labels leaves them as they are. Raises DataError for a label that the model does not have.
+    """
+    if pictures.labels is None or modality.label == "none" or not modality.labels:
+        return pictures
+    own = modality.own_labels(pictures.labels, pictures.label_names)
+    return replace(pictures, labels=own, label_names=list(modality.labels))
+
+
+def figures_of(
+    drawn: Drawn,
+    pipeline: Pipeline,
+    *,
+    train: Pictures,
+    test: Pictures,
+    metrics: Collection[str],
+    judge: Judge | None = None,
+    inception: str | None = None,
+    limit: int = 0,
+) -> dict[str, Any]:
+    """Figures of samples against the test pictures; with what real pictures would get, beside.
+
+    frechet: the squared distance to the test pictures in the space named, and that of as many
+    training pictures. classifier: the share that the judge gives the asked label, and of test
+    pictures. diversity: see `metrics.diversity`, 1 being the test pictures'. nearest: mean
+    distances to the nearest training picture, of samples and of the test set. `limit` bounds the
+    test pictures, evenly spaced (0: all). Labels are the model's: see `with_model_labels`.
+
+    Raises ConfigError where the classifier is asked for and there is none.
+    """
+    test, modality = spread(test, limit), pipeline.modality
+    found: dict[str, Any] = {"samples": len(drawn.pictures), "test_pictures": len(test)}
+    found |= {"calls": drawn.calls, "seconds": drawn.seconds}
+    if "frechet" in metrics:
+        found["frechet"] = _frechet_figures(
+            drawn, spread(train, len(drawn.pictures)), test, judge=judge, inception=inception
+        )
+    labels = test.labels
+    if "classifier" in metrics:
+        found["classifier"] = _classifier_figures(drawn, test, modality, judge)
+    if "diversity" in metrics:
+        if modality.label == "none" or labels is None:
+            labels = torch.zeros(len(test), dtype=torch.int64)
+        found["diversity"] = diversity(
+            test.pixels, drawn.pictures, real_labels=labels, fake_labels=drawn.labels
+        )
+    if "nearest" in metrics:
+        apart = nearest_pictures(drawn.pictures, train=train.pixels, test=test.pixels)
+        found["nearest"] = apart._asdict()
+    return found
+
+
+def _frechet_figures(
+    drawn: Drawn, train: Pictures, test: Pictures, *, judge: Judge | None, inception: str | None
+) -> dict[str, Any]:
+    """The distance of samples and that of as many training pictures, in a space by its name."""
+    space: Callable[[Tensor], Tensor] = pixel_features
+    name = "pixels averaged to 8 x 8"
+    if inception is not None:
+        space, name = partial(inception_features, weights=inception), "Inception"
+    elif judge is not None:
+        space, name = judge.features, f"{judge.name}, {judge.width} features"
+    real = space(test.pixels)
+    return {
+        "fid" if inception is not None else "distance": frechet(real, space(drawn.pictures)),
+        "of_training_pictures": frechet(real, space(train.pixels)),
+        "space": name,
+    }
+
+
+def _classifier_figures(
+    drawn: Drawn, test: Pictures, modality: Any, judge: Judge | None
+) -> dict[str, Any]:
+    """The judge's agreement with the asked labels, and with those of the test pictures."""
+    if judge is None:
+        raise ConfigError("metric classifier needs a classifier: give the folder of one")
+    if modality.label == "none":
+        raise ConfigError("metric classifier: this model cannot be asked for a label")
+    for name in modality.labels:
+        if name not in judge.labels:
+            raise DataError(f"the classifier knows no {name!r}; {nearest(name, judge.labels)}")
+    number = torch.tensor([judge.labels.index(name) for name in modality.labels])
+    logits = judge.logits(drawn.pictures)
+    found = {"agreement": classifier_agreement(logits, number[drawn.labels])}
+    if test.labels is not None:
+        given = judge.logits(test.pixels)
+        found["of_test_pictures"] = classifier_agreement(given, number[test.labels])
+    return found
+
+
+def probe_figures(
+    pipeline: Pipeline,
+    *,
+    train: Pictures,
+    test: Pictures,
+    mask_ratio: float = 0.0,
+    layer: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """How well labels can be read off the denoiser's features of pictures; see `representation`.
+
+    Only the picture is shown, whatever other parts there are. Raises DataError without labels.
+    """
+    found, labels = [], []
+    for pictures in (train, test):
+        if pictures.labels is None:
+            raise DataError("metric probe: the pictures have no labels")
+        labels.append(pictures.labels)
+        canvases = picture_canvases(pipeline, pictures.pixels)
+        shown = features(
+            pipeline, canvases, mask_ratio=mask_ratio, layer=layer, seed=seed,
+            batch_size=batch_size,
+        )  # fmt: skip
+        found.append(shown)
+    result = probe(found[0], labels[0], found[1], labels[1])
+    most = int(labels[0].bincount().argmax())
+    return result._asdict() | {
+        "commonest_label": float((labels[1] == most).double().mean()),
+        "training_pictures": len(train),
+        "test_pictures": len(test),
+        "mask_ratio": mask_ratio,
+        "layer": layer,
+    }
+
+
+def picture_canvases(pipeline: Pipeline, pictures: Tensor) -> Tensor:
+    """Canvases (N, L) int64 that give the pictures (N, C, H, W) uint8 and nothing else."""
+    modality = pipeline.modality
+    canvases = torch.full((len(pictures), modality.length), pipeline.space.mask_id)
+    canvases[:, modality.span("image")] = modality.codes(pictures)
+    return canvases

@@ -1,0 +1,275 @@
+"""Checkpoints that survive: written whole or not at all, and read without trust.
+
+A checkpoint is a directory with `manifest.json`, the size and SHA-256 of every other file
+in it. It is written under a temporary name beside its place, flushed to the disk and then
+renamed, so that a directory of that name is complete whenever the writer was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from mdiff.errors import CheckpointError, ConfigError
+from mdiff.files.untrusted import inside as inside
+from mdiff.files.untrusted import read_json as read_json
+from mdiff.files.untrusted import read_tensors as read_tensors
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+STEP_NAME = re.compile(r"step-(\d{6,})")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# Read once: a process can only ask for it by setting it, and other threads make files meanwhile.
+UMASK = _umask()
+# Files of locks that this process holds: a forked child must not keep one alive.
+_held: set[int] = set()
+
+
+def _close_held() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_close_held)
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `path`, with its manifest, when the block succeeds.
+
+    Every file and the directories are fsynced before and after the rename; when the block
+    fails, the temporary directory is removed and nothing else has changed. Raises
+    CheckpointError where `path` exists already, OSError where the disk refuses.
+    """
+    path = Path(path)
+    if path.exists():
+        raise CheckpointError(f"{path} exists already: a checkpoint is never overwritten")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield folder
+        manifest = {"format": FORMAT, "files": {n: _digest(folder / n) for n in _listed(folder)}}
+        write_json(folder / MANIFEST, manifest)
+        # Temporary directories and tensor files are made private: give them the usual rights.
+        for directory, _, files in os.walk(folder):
+            for name in files:
+                Path(directory, name).chmod(0o666 & ~UMASK)
+                _fsync(Path(directory, name))
+            Path(directory).chmod(0o777 & ~UMASK)
+            _fsync(Path(directory))
+        folder.rename(path)
+        _fsync(path.parent)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        refused = _of_the_system(error, path)
+        if refused is not None:
+            raise refused from error
+        raise
+
+
+def _of_the_system(error: BaseException, path: Path) -> OSError | None:
+    """What the system said to safetensors, whose error has it in words alone; None else."""
+    found = isinstance(error, SafetensorError) and SYSTEM_ERROR.search(str(error))
+    if not found:
+        return None
+    code = int(found[1])
+    return OSError(code, os.strerror(code), str(path))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as indented JSON."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file that is whole under its name, whenever the writer is killed.
+
+    It is written beside its place, flushed to the disk and renamed. Raises OSError where the
+    disk refuses; what was there then stays.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o666 & ~UMASK)
+        Path(name).replace(path)
+        _fsync(path.parent)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def sweep(directory: Path, name: str = "") -> None:
+    """Remove what killed writers left in `directory`, of paths whose names start so.
+
+    Call it with the lock in hand under which they are written.
+    """
+    for leftover in Path(directory).glob(f".{name}*.tmp"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint `path`, after every file was found as it says.
+
+    Raises CheckpointError where there is no manifest, where a file is missing, of another
+    size or content, or not listed, and where the directory holds a link.
+    """
+    manifest = _manifest(path)
+    listed = manifest["files"]
+    problem = _shape_problem(path, listed)
+    if problem is not None:
+        raise CheckpointError(f"{path}: {problem}")
+    for name, entry in listed.items():
+        if _digest(path / name)["sha256"] != entry["sha256"]:
+            raise CheckpointError(f"{path / name} was altered: its SHA-256 is not the manifest's")
+    return manifest
+
+
+def complete(path: Path) -> bool:
+    """Whether the checkpoint has a manifest, and every file of it with its size."""
+    try:
+        return _shape_problem(path, _manifest(path)["files"]) is None
+    except CheckpointError:
+        return False
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest complete checkpoint `step-NNNNNN` in `directory`, or None.
+
+    Steps compare as numbers. That contents are unaltered is for `verify` to say.
+    """
+    paths = (step_path(directory, step) for step in reversed(steps(directory)))
+    return next(filter(complete, paths), None)
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies.
+
+    >>> step_path(Path("run"), 40).name
+    'step-000040'
+    """
+    return Path(directory) / f"step-{step:06d}"
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps with a directory of their name in `directory`, complete or not, ascending."""
+    directory = Path(directory)
+    entries = directory.iterdir() if directory.is_dir() else ()
+    matches = (STEP_NAME.fullmatch(entry.name) for entry in entries if entry.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """The right to write in `directory`, for one process at a time.
+
+    A dead process holds no lock: the kernel drops it, and the file that stays behind means
+    nothing. Raises CheckpointError where another process holds it.
+    """
+    import fcntl
+
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"{directory} is not a directory: expected one to write to") from None
+    lock = directory / ".lock"
+    if os.path.lexists(lock) and not lock.is_file():
+        raise ConfigError(f"{lock} is not a plain file: expected one, or none")
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+            raise CheckpointError(
+                f"{directory} is being written by process {owner}: wait for it or use another --out"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        _held.add(handle)
+        yield
+    finally:
+        _held.discard(handle)
+        os.close(handle)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    if not (path / MANIFEST).exists():
+        raise CheckpointError(f"{path} has no {MANIFEST}: it is incomplete or of another tool")
+    manifest = read_json(path / MANIFEST)
+    files = manifest.get("files")
+    if manifest.get("format") != FORMAT or not isinstance(files, dict):
+        raise CheckpointError(f"{path / MANIFEST}: expected format {FORMAT} with files")
+    for name, entry in files.items():
+        inside(path, name)
+        if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
+            raise CheckpointError(f"{path / MANIFEST}: {name[:80]!r} needs size and sha256 alone")
+    return manifest
+
+
+def _shape_problem(path: Path, listed: dict[str, Any]) -> str | None:
+    """What is wrong with the names, kinds and sizes of the files, or None."""
+    found = set(_listed(path))
+    for name in sorted(found | set(listed)):
+        if name not in listed:
+            return f"{name} is not in the manifest"
+        if name not in found:
+            return f"{name} is missing"
+        status = (path / name).lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{name} is not a plain file"
+        if status.st_size != listed[name]["size"]:
+            return f"{name} has {status.st_size} bytes, the manifest says {listed[name]['size']}"
+    return None
+
+
+def _listed(folder: Path) -> list[str]:
+    """Every file of the directory but the manifest, as sorted names with forward slashes."""
+    names = []
+    for directory, folders, files in os.walk(folder):
+        # A linked directory is not walked into: it is listed, and then refused.
+        links = [name for name in folders if Path(directory, name).is_symlink()]
+        names += [Path(directory, name).relative_to(folder).as_posix() for name in files + links]
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {
+            "size": os.fstat(file.fileno()).st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

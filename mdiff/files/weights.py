@@ -1,0 +1,167 @@
+"""Published weights into a module: every tensor accounted for, then read where it is to lie.
+
+Files are read tensor by tensor into the memory that the module keeps, without a map of the file
+and without a second copy, so that a model takes little more memory than its files.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdiff.errors import CheckpointError
+from mdiff.files.untrusted import check_tensors
+
+# The types of the safetensors format that torch has.
+TYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+# Names in a message; the others are counted.
+SHOWN = 4
+# Held around what transformers loads: it sets the default type of the whole process for that
+# time, and its first import is not for several threads.
+TRANSFORMERS = threading.RLock()
+
+
+def load_weights(
+    module: nn.Module,
+    paths: list[Path],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | Mapping[str, Any] | str = "cpu",
+    tied: Mapping[str, str] | None = None,
+) -> set[str]:
+    """Give a module made on the meta device its tensors from safetensors files.
+
+    The names of `module.state_dict()` are those of the files. `tied` names may be absent and
+    then share another's tensor, as they do where both are there and equal. Returns the names
+    that the files hold. `dtype` is what floating parameters become; None keeps what is stored,
+    as buffers (tables of positions, say) always do. `device` may map the name of a submodule
+    ("" is the whole) to its device. Raises CheckpointError, with nothing allocated, where a tensor
+    is missing, unexpected or of another shape, and lists them.
+    """
+    entries = headers(paths)
+    tied = dict(tied or {})
+    _account(module, entries, tied)
+    learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for path, header in entries.items():
+        with path.open("rb", buffering=0) as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                file.seek(start + entry["data_offsets"][0])
+                tensor = torch.empty(entry["shape"], dtype=TYPES[entry["dtype"]])
+                _fill(tensor, file, path)
+                cast = dtype is not None and tensor.is_floating_point() and name in learned
+                kind = dtype if cast else tensor.dtype
+                _put(module, name, tensor.to(device=_place(name, device), dtype=kind))
+    for name, source in tied.items():
+        own, other = _tensor_of(module, name), _tensor_of(module, source)
+        if own.is_meta or torch.equal(own, other):
+            owner, _, last = name.rpartition(".")
+            setattr(module.get_submodule(owner), last, other)
+    return {name for header in entries.values() for name in header}
+
+
+def headers(paths: list[Path]) -> dict[Path, dict[str, Any]]:
+    """The checked headers of safetensors files; CheckpointError for a name in two of them."""
+    entries = {path: check_tensors(path) for path in paths}
+    seen: set[str] = set()
+    for path, header in entries.items():
+        for name in header:
+            if name in seen:
+                raise CheckpointError(f"{path}: {name[:80]!r} is in another file too")
+            seen.add(name)
+    return entries
+
+
+def problems(
+    module: nn.Module, entries: dict[Path, dict[str, Any]], tied: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """The tensors that are not as the module needs them, by what is wrong with them, as said."""
+    wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    every = {name: entry for header in entries.values() for name, entry in header.items()}
+    found = {name: entry["shape"] for name, entry in every.items()}
+    return {
+        "missing": [n for n in wanted if n not in found and n not in tied],
+        "unexpected": [n for n in found if n not in wanted],
+        "of another shape": [
+            f"{n} {found[n]}, expected {wanted[n]}"
+            for n in wanted
+            if n in found and found[n] != wanted[n]
+        ],
+        "of a type that is not read": [
+            f"{n} {every[n]['dtype']}"
+            for n in wanted
+            if n in found and every[n]["dtype"] not in TYPES
+        ],
+        # A cast of whole numbers to weights would be other weights.
+        "of another type": [
+            f"{n} {every[n]['dtype']}, expected floating numbers"
+            for n, x in module.named_parameters()
+            if n in found
+            and x.is_floating_point()
+            and every[n]["dtype"] in TYPES
+            and not TYPES[every[n]["dtype"]].is_floating_point
+        ],
+    }
+
+
+def _account(module: nn.Module, entries: dict[Path, dict[str, Any]], tied: dict[str, str]) -> None:
+    """Raise CheckpointError unless the files hold just what the module needs."""
+    said = [
+        f"{kind}: {', '.join(n[:120] for n in some[:SHOWN])}"
+        + (f" and {len(some) - SHOWN} more" if len(some) > SHOWN else "")
+        for kind, some in problems(module, entries, tied).items()
+        if some
+    ]
+    if said:
+        raise CheckpointError(f"{next(iter(entries)).parent}: tensors {'; '.join(said)}")
+
+
+def _fill(tensor: Tensor, file: Any, path: Path) -> None:
+    """Read a contiguous CPU tensor's bytes."""
+    if tensor.numel() == 0:
+        return
+    numbers: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    view = memoryview(numbers)
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done:])
+        if not got:
+            raise CheckpointError(f"{path} is truncated or altered")
+        done += got
+
+
+def _tensor_of(module: nn.Module, name: str) -> Tensor:
+    owner, _, last = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(owner), last)
+    return tensor
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace the parameter or buffer of that name, keeping which of the two it is."""
+    owner, _, last = name.rpartition(".")
+    holder = module.get_submodule(owner)
+    if last in holder._parameters:
+        holder._parameters[last] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    else:
+        holder._buffers[last] = tensor
+
+
+def _place(name: str, device: torch.device | Mapping[str, Any] | str) -> torch.device:
+    """The device of a tensor: of the longest submodule name in the map that begins its own."""
+    if not isinstance(device, Mapping):
+        return torch.device(device)
+    parts = name.split(".")
+    for count in range(len(parts), -1, -1):
+        prefix = ".".join(parts[:count])
+        if prefix in device:
+            return torch.device(device[prefix])
+    raise CheckpointError(f"{name} has no device in the map")

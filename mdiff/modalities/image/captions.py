@@ -1,0 +1,85 @@
+"""Captions as a part of a canvas: byte pairs, a fixed number of places, an end that fills them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mdiff.errors import ConfigError, DataError, nearest
+from mdiff.modalities.text.tokenizers import BytePairs
+
+FOLDER = "captions"
+DEFAULTS = {"length": 16, "vocab_size": 512}
+
+
+class Captions:
+    """Captions to `length` ids below `size` and back; the last id ends one and fills the rest.
+
+    The byte pairs are learnt once, by `learn`, and read back from where `save` wrote.
+    """
+
+    def __init__(self, length: int, vocab_size: int, words: BytePairs | None = None) -> None:
+        self.length, self.vocab_size, self._words = length, vocab_size, words
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], folder: str | Path | None) -> Captions:
+        """From the modality's options, with what was learnt if it lies in `folder`.
+
+        Raises ConfigError for options that cannot be meant.
+        """
+        chosen = DEFAULTS | dict(options)
+        for key, value in chosen.items():
+            if key not in DEFAULTS:
+                raise ConfigError(f"unknown key modality.caption.{key}; {nearest(key, DEFAULTS)}")
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"modality.caption.{key}={value!r}: expected a whole number")
+        stored = None if folder is None else Path(folder) / FOLDER
+        words = BytePairs.read(stored) if stored is not None and stored.is_dir() else None
+        return cls(**chosen, words=words)
+
+    @property
+    def words(self) -> BytePairs:
+        """The byte pairs; ConfigError where they are not learnt yet."""
+        if self._words is None:
+            raise ConfigError("the captions' tokenizer is not trained yet: give it data first")
+        return self._words
+
+    @property
+    def learnt(self) -> bool:
+        """Whether the byte pairs are known."""
+        return self._words is not None
+
+    @property
+    def size(self) -> int:
+        """How many ids there are, the end included."""
+        return self.words.size + 1
+
+    def learn(self, captions: Sequence[str]) -> None:
+        """Learn the byte pairs of these captions, unless that is done."""
+        if not self.learnt:
+            self._words = BytePairs.learn(captions, size=self.vocab_size)
+
+    def encode(self, caption: str, *, cut: bool = False) -> list[int]:
+        """The caption's `length` ids; one that is too long is cut, or else a DataError."""
+        ids = self.words.encode(caption)
+        if len(ids) > self.length and not cut:
+            raise DataError(
+                f"the caption {caption!r} takes {len(ids)} tokens, at most {self.length} fit"
+            )
+        return ids[: self.length] + [self.words.size] * (self.length - len(ids))
+
+    def decode(self, ids: Sequence[int | None]) -> str:
+        """The caption up to its end; hidden places, None, are left out."""
+        end = self.words.size
+        stop = list(ids).index(end) if end in ids else len(ids)
+        return self.words.decode([token for token in ids[:stop] if token is not None])
+
+    def config(self) -> dict[str, int]:
+        """The options that `of` takes back."""
+        return {"length": self.length, "vocab_size": self.vocab_size}
+
+    def save(self, folder: Path) -> None:
+        """Write what was learnt into `folder`/captions."""
+        (folder / FOLDER).mkdir()
+        self.words.save(folder / FOLDER)

@@ -1,0 +1,265 @@
+"""The one contract of a codec: pictures to grids of ids and back, and what it costs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
+from mdiff.files import check_tensors, load_weights, read_json, read_tensors
+from mdiff.find import find, module_of, names
+
+SETTINGS = "codec.json"
+TENSORS = "codec.safetensors"
+# What a codec of another project consists of.
+PUBLISHED_CONFIG, PUBLISHED_TENSORS = "config.json", "model.safetensors"
+Report = Callable[[str], None]
+
+
+class Codec(Protocol):
+    """Pictures (B, C, H, W) uint8, 0 to 255, to ids and back.
+
+    `encode` gives ids (B, h, w) int64, or (B, h, w, splits) where a place has several codes,
+    each in [0, codebook_size); h = H / stride and w = W / stride. `decode` takes them back to
+    uint8. A picture's ids do not depend on the others of its batch. The tensors stay float32
+    whatever the generator's type.
+
+    `reach` is how many pixels beyond its own stride x stride patch a token's encoder reads,
+    each way; None where it reads the whole picture. `lossless` says that decode(encode(x)) is
+    x to the last bit.
+    """
+
+    name: str
+    channels: int
+    stride: int
+    splits: int
+    codebook_size: int
+    reach: int | None
+    lossless: bool
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The ids of pictures; DataError for a wrong shape, type or size."""
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """The pictures of ids; DataError for ids outside the codebook."""
+
+    def fit(self, images: Tensor, *, seed: int = 0, report: Report | None = None) -> Self:
+        """Learn from pictures (N, C, H, W) uint8; the same seed gives the same codec."""
+
+    def config(self) -> dict[str, Any]:
+        """The options that the part's function takes back, with the name."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What has been learnt, for a safetensors file."""
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state` gave; CheckpointError where it does not fit."""
+
+
+def check_pictures(images: Tensor, *, channels: int, stride: int) -> None:
+    """Raise DataError where `images` is not (B, channels, H, W) uint8 with sides of the stride."""
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
+        is_tensor = isinstance(images, Tensor)
+        got = f"{tuple(images.shape)} {images.dtype}" if is_tensor else type(images).__name__
+        raise DataError(f"pictures {got}: expected (B, {channels}, H, W) uint8")
+    height, width = images.shape[2:]
+    if images.shape[1] != channels:
+        raise DataError(f"pictures of {images.shape[1]} channels: this codec takes {channels}")
+    if not height or not width or height % stride or width % stride:
+        raise DataError(f"pictures of {height} x {width}: expected multiples of {stride} pixels")
+
+
+def check_ids(ids: Tensor, *, codebook_size: int, splits: int) -> None:
+    """Raise DataError where `ids` is not (B, h, w[, splits]) int64 in [0, codebook_size)."""
+    dims = 3 if splits == 1 else 4
+    if ids.dtype != torch.int64 or ids.dim() != dims or (dims == 4 and ids.shape[3] != splits):
+        expected = "(B, h, w)" if splits == 1 else f"(B, h, w, {splits})"
+        raise DataError(f"ids {tuple(ids.shape)} {ids.dtype}: expected {expected} int64")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < codebook_size:
+        wrong = int(ids.max() if int(ids.min()) >= 0 else ids.min())
+        raise DataError(f"id {wrong}: this codec has ids 0 to {codebook_size - 1}")
+
+
+def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
+    """The codec of a description {"name": ..., options}, or of the folder that holds one.
+
+    With `folder` what was learnt is read from there. Raises ConfigError for an unknown name or
+    option, CheckpointError for files that do not fit.
+    """
+    if isinstance(described, str | Path):
+        if any((Path(described) / name).exists() for name in (SETTINGS, PUBLISHED_CONFIG)):
+            return load_codec(described)
+        if len(Path(described).parts) != 1 or Path(described).exists():
+            raise CheckpointError(f"{described}: there is no codec: expected {SETTINGS} in it")
+        described = {"name": str(described)}
+    options = dict(described)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError("codec.name is missing: expected levels, kmeans, vq, bits or a folder")
+    build = find("codecs", name)
+    # What is of another project's sizes takes no memory before its files were seen to fit.
+    shell = folder is not None and name.replace("-", "_") in published_codecs()
+    path = None if folder is None else Path(folder) / TENSORS
+    try:
+        if path is not None and path.exists():
+            _check_sizes(build, options, path)
+        with torch.device("meta") if shell else nullcontext():
+            codec = build(**options)
+    except TypeError as error:
+        raise ConfigError(f"codec {name!r}: {error}") from None
+    if path is not None:
+        # A codec that has learnt something refuses a folder without it.
+        codec.load_state(read_tensors(path) if path.exists() else {})
+    return codec
+
+
+def _check_sizes(build: Any, options: dict[str, Any], path: Path) -> None:
+    """Raise CheckpointError, before memory is taken, where the options are not of these files."""
+    try:
+        with torch.device("meta"):
+            shell = build(**options)
+    except RuntimeError:
+        # A codec whose making asks for values, which that device has not, bounds its own sizes.
+        return
+    if isinstance(shell, nn.Module):
+        held = check_tensors(path)
+        for name, tensor in shell.state_dict().items():
+            if name in held and held[name]["shape"] != list(tensor.shape):
+                raise CheckpointError(
+                    f"{path}: {name} has shape {held[name]['shape']}, the settings need "
+                    f"{list(tensor.shape)}"
+                )
+
+
+def save_codec(codec: Codec, folder: Path | str) -> None:
+    """Write the codec's settings and tensors into a folder, made where it is not there."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    settings = json.dumps(codec.config(), indent=1)
+    (Path(folder) / SETTINGS).write_text(settings + "\n", encoding="utf-8")
+    state = {name: tensor.contiguous() for name, tensor in codec.state().items()}
+    if state:
+        save_file(state, Path(folder) / TENSORS)
+
+
+def load_codec(folder: Path | str) -> Any:
+    """The codec that `save_codec` wrote, or one of another project by its config.json.
+
+    Raises CheckpointError where its files are not valid.
+    """
+    if not (Path(folder) / SETTINGS).exists() and (Path(folder) / PUBLISHED_CONFIG).exists():
+        return _published(Path(folder))
+    settings = read_json(Path(folder) / SETTINGS)
+    name = settings.get("name")
+    # A name from a file may choose among the parts here; it may not import anything.
+    if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+        raise CheckpointError(f"{Path(folder) / SETTINGS}: {name!r} is not a codec of mdiff")
+    try:
+        return make_codec(settings, folder=folder)
+    except (ConfigError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{Path(folder) / SETTINGS} is not valid: {error}") from error
+
+
+def published_codecs() -> list[str]:
+    """The codecs of other projects."""
+    return [name for name in names("codecs") if hasattr(module_of("codecs", name), "recognises")]
+
+
+def published_codec_of(described: Mapping[str, Any]) -> str | None:
+    """The name of the codec whose config.json this is; None where no file claims it.
+
+    Raises CheckpointError where more than one does.
+    """
+    claims = [
+        name for name in published_codecs() if module_of("codecs", name).recognises(described)
+    ]
+    if len(claims) > 1:
+        raise CheckpointError(f"config.json could be of {' or of '.join(claims)}")
+    return claims[0] if claims else None
+
+
+def holds_codec(folder: Path | str) -> bool:
+    """Whether the folder holds a codec of ours, or one of another project that is known here."""
+    if (Path(folder) / SETTINGS).exists():
+        return True
+    config = Path(folder) / PUBLISHED_CONFIG
+    return config.is_file() and published_codec_of(read_json(config)) is not None
+
+
+def _published(folder: Path) -> Any:
+    """A codec of another project: every tensor is accounted for, then read as float32."""
+    described = read_json(folder / PUBLISHED_CONFIG)
+    name = published_codec_of(described)
+    if name is None:
+        raise CheckpointError(
+            f"{folder / PUBLISHED_CONFIG}: no codec known here has the keys "
+            f"{', '.join(sorted(described))[:200]}; known: taming (params.ddconfig), llamagen "
+            "(codebook_embed_dim, encoder_ch_mult), maskbit (quantizer_type, hidden_channels)"
+        )
+    path = folder / PUBLISHED_TENSORS
+    held = check_tensors(path)
+    with torch.device("meta"):
+        codec = find("codecs", name)(config=described)
+        for buffer in sorted(set(codec.optional()) & set(held)):
+            codec.keep(buffer)
+    load_weights(codec, [path], dtype=torch.float32)
+    return codec.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What a codec keeps of pictures.
+
+    `psnr` dB over all of them (inf where nothing is lost), `ssim` in [0, 1], `usage` the share
+    of the codebook that they use, `perplexity` 2^entropy of the ids, `bits_per_pixel` the
+    code's length.
+    """
+
+    psnr: float
+    ssim: float
+    usage: float
+    perplexity: float
+    bits_per_pixel: float
+
+
+def fidelity(codec: Codec, images: Tensor, *, batch_size: int = 256) -> Fidelity:
+    """How well the codec gives back `images` (N, C, H, W) uint8; BackendError without torchmetrics.
+
+    SSIM with the usual 11 x 11 Gaussian window (Wang et al. 2004), on 0 to 255.
+    """
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+    except ImportError:
+        raise BackendError(
+            "torchmetrics is not installed: pip install 'mdiff-toolkit[eval]'"
+        ) from None
+    squares = similarity = 0.0
+    counts = torch.zeros(codec.codebook_size, dtype=torch.int64)
+    places = 0
+    for some in torch.split(images, batch_size):
+        ids = codec.encode(some)
+        back = codec.decode(ids)
+        counts += ids.flatten().bincount(minlength=codec.codebook_size)
+        places = ids[0].numel()
+        squares += float((some.double() - back.double()).square().sum())
+        alike = ssim(back.float(), some.float(), data_range=255.0)
+        similarity += float(torch.as_tensor(alike)) * len(some)
+    error = squares / images.numel()
+    share = counts[counts > 0].double() / counts.sum()
+    entropy = -float((share * share.log2()).sum())
+    pixels = images.shape[2] * images.shape[3]
+    bits = places * torch.log2(torch.tensor(float(codec.codebook_size))).item() / pixels
+    return Fidelity(
+        psnr=float("inf") if error == 0 else 10 * float(torch.log10(torch.tensor(255**2 / error))),
+        ssim=similarity / len(images),
+        usage=float((counts > 0).double().mean()),
+        perplexity=2**entropy,
+        bits_per_pixel=bits,
+    )

@@ -1,0 +1,1 @@
+"""Images to grids of ids and back, one codec a file."""

@@ -1,0 +1,78 @@
+"""Rows of training made of pictures: one canvas a picture, in variants that look alike."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdiff.errors import ConfigError
+from mdiff.kernels import philox
+from mdiff.modalities.image.data.images import Pictures, PictureSource
+from mdiff.tokens import Batch
+
+SIDED = ("left", "right", "clockwise")
+
+
+class PictureRows:
+    """An `Examples` of canvases (N, variants, L) int64: each epoch picks a variant of each row.
+
+    `cond` are tensors (N, ...). `unit` and `units` are as in `Examples`; `slice_sha256` is the
+    digest of what was tokenised, for a model's card.
+    """
+
+    def __init__(
+        self, tokens: Tensor, *, cond: dict[str, Tensor], unit: str, units: float,
+        slice_sha256: str,
+    ) -> None:  # fmt: skip
+        if tokens.dim() != 3 or 0 in tokens.shape:
+            raise ConfigError(f"canvases {tuple(tokens.shape)}: expected (N, variants, L)")
+        self.tokens = tokens.to(torch.int32)
+        self.cond, self.unit, self.units = cond, unit, units
+        self.length = tokens.shape[2]
+        self.slice_sha256 = slice_sha256
+        digest = hashlib.sha256(f"canvases {tuple(tokens.shape)};".encode())
+        digest.update(self.tokens.numpy().astype("<i4").tobytes())
+        for name in sorted(cond):
+            digest.update(name.encode() + cond[name].numpy().astype("<i8").tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        """How many pictures there are."""
+        return len(self.tokens)
+
+    def batch(self, rows: Tensor, epoch: Tensor) -> Batch:
+        """Rows `rows` (B,) int64, in the variant that epoch `epoch` (B,) shows of each."""
+        share = philox.uniform(0, rows, 0, epoch, purpose=philox.SHUFFLE)
+        variant = (share * self.tokens.shape[1]).long()
+        return Batch(
+            tokens=self.tokens[rows, variant].to(torch.int64),
+            cond={name: tensor[rows] for name, tensor in self.cond.items()},
+        )
+
+
+def variants(pictures: Pictures, source: PictureSource) -> list[Tensor]:
+    """The pictures (N, C, H, W), shifted by up to `shift` pixels each way and flipped.
+
+    A shift repeats the border. What a caption calls left or right is not flipped.
+    """
+    reach = source.shift
+    height, width = pictures.pixels.shape[2:]
+    padded = F.pad(pictures.pixels.float(), (reach,) * 4, mode="replicate").to(torch.uint8)
+    plain = [(reach, reach)]
+    moves = plain + [
+        (down, right)
+        for down in range(2 * reach + 1)
+        for right in range(2 * reach + 1)
+        if (down, right) not in plain
+    ]
+    shifted = [padded[:, :, d : d + height, r : r + width] for d, r in moves]
+    if not source.flip:
+        return shifted
+    captions = pictures.captions or [""] * len(pictures)
+    sided = torch.tensor([any(word in caption for word in SIDED) for caption in captions])
+    return shifted + [
+        torch.where(sided[:, None, None, None], each, each.flip(3)) for each in shifted
+    ]

@@ -1,0 +1,129 @@
+"""Editing: which tokens a change of pixels touches, and the pixels that stay as they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mdiff.errors import ConfigError, DataError
+from mdiff.kernels import philox
+from mdiff.modalities.image.codec import Codec
+
+GREY = 200
+
+
+def box_mask(box: str, size: tuple[int, int]) -> Tensor:
+    """The pixels (H, W) bool of "ROWS,COLUMNS", each FIRST:STOP, half-open as in Python.
+
+    Raises ConfigError where it is not so written, DataError where it leaves the picture.
+
+    >>> int(box_mask("1:3,0:2", (4, 4)).sum())
+    4
+    """
+    try:
+        (top, bottom), (left, right) = (
+            (int(part) for part in side.split(":")) for side in box.split(",")
+        )
+    except ValueError:
+        raise ConfigError(f"mask {box[:60]!r}: expected ROWS,COLUMNS such as 8:24,8:24") from None
+    height, width = size
+    if not (0 <= top < bottom <= height and 0 <= left < right <= width):
+        raise DataError(
+            f"mask {box}: expected a box inside {height} rows and {width} columns, not empty"
+        )
+    mask = torch.zeros(height, width, dtype=torch.bool, device="cpu")
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def pixel_mask(mask: Any, size: tuple[int, int]) -> Tensor:
+    """The pixels (H, W) bool to make anew: all for None, a box by its text, or as given.
+
+    Raises DataError for a mask of another shape or type, or one that is empty.
+    """
+    if mask is None:
+        return torch.ones(size, dtype=torch.bool, device="cpu")
+    if isinstance(mask, str):
+        return box_mask(mask, size)
+    found = torch.as_tensor(np.asarray(mask))
+    if tuple(found.shape) != tuple(size) or found.dtype != torch.bool:
+        raise DataError(f"mask {tuple(found.shape)} {found.dtype}: expected {tuple(size)} bool")
+    if not bool(found.any()):
+        raise DataError("the mask is empty: there is nothing to make anew")
+    return found
+
+
+def hidden_share(may: Tensor, *, strength: float, seeds: Tensor) -> Tensor:
+    """Which of the places `may` (L,) bool to hide, (N, L): a share of exactly round(s n).
+
+    The places are chosen uniformly by each sample's own seed (N,) int64; strength 1 is all of
+    them. Raises ConfigError for a strength outside [0, 1].
+    """
+    if isinstance(strength, bool) or not 0 <= strength <= 1:
+        raise ConfigError(f"strength={strength}: expected 0 to 1")
+    place = torch.arange(len(may), device=may.device)
+    coin = philox.uniform(seeds[:, None], place, 0, 0, purpose=philox.CORRUPT)
+    order = torch.where(may, coin, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
+    return order < round(strength * int(may.sum()))
+
+
+def as_picture(pixels: Tensor) -> Image.Image:
+    """A picture (C, H, W) uint8 for people."""
+    array = pixels.permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Versions of a picture (C, H, W) uint8 to be made: canvases, and where pixels may change.
+
+    `mask` (H, W) bool is None where all of them may.
+    """
+
+    canvases: list[list[int]]
+    original: Tensor
+    mask: Tensor | None
+
+    def pasted(self, made: Image.Image) -> Image.Image:
+        """`made` with the original pixels outside the mask, bit for bit; `info` is kept."""
+        if self.mask is None:
+            return made
+        array = torch.from_numpy(np.array(made))
+        array = array[None] if array.dim() == 2 else array.permute(2, 0, 1)
+        found = as_picture(pasted(self.original, array, self.mask))
+        found.info.update(made.info)
+        return found
+
+
+def touched(codec: Codec, mask: Tensor) -> Tensor:
+    """The places (h, w) bool whose encoder reads a pixel of `mask` (H, W) bool.
+
+    A token reads its own patch and `reach` pixels beyond it, each way.
+    """
+    if codec.reach is None:
+        height, width = mask.shape
+        shape = height // codec.stride, width // codec.stride
+        return mask.any().expand(shape).clone()
+    padded = F.pad(mask[None, None].float(), (codec.reach,) * 4)
+    seen = F.max_pool2d(padded, codec.stride + 2 * codec.reach, stride=codec.stride)
+    return seen[0, 0] > 0
+
+
+def pasted(original: Tensor, made: Tensor, mask: Tensor) -> Tensor:
+    """`made` (B, C, H, W) inside the mask (H, W), the original (C, H, W) outside, exactly."""
+    return torch.where(mask, made, original)
+
+
+def shown_pictures(codec: Codec, places: Tensor, *, mask_id: int) -> Tensor:
+    """The pictures (B, C, H, W) uint8 of codes (B, h, w, splits), grey where one is hidden."""
+    hidden = places == mask_id
+    ids = torch.where(hidden, 0, places)
+    made = codec.decode(ids[..., 0] if codec.splits == 1 else ids)
+    cover = hidden.any(3).repeat_interleave(codec.stride, 1).repeat_interleave(codec.stride, 2)
+    return made.masked_fill(cover[:, None], GREY)

@@ -1,0 +1,90 @@
+"""Documents of tokens cut into rows of one length, each row a function of (row, epoch)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mdiff.errors import ConfigError, DataError
+from mdiff.kernels import philox
+from mdiff.tokens import Batch
+
+
+class PackedRows:
+    """Rows of `length` tokens cut from the documents laid end to end; an `Examples`.
+
+    With `shift` (training) an epoch starts its cuts at an offset of its own, so that windows
+    differ between epochs; a remainder shorter than two rows is left out of each epoch, another
+    one each time. Without (evaluation) the rows lie side by side from the first token to the
+    last, and the last row is padded.
+
+    `documents` ids keep packed documents apart; a source that is one document has none.
+    `fingerprint` is SHA-256 over tokens, document starts, length and manner of cutting.
+    `slice_sha256` is that of the text which was tokenised, for a model's card.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Sequence[int]],
+        *,
+        length: int,
+        shift: bool,
+        unit: str,
+        units: float,
+        slice_sha256: str = "",
+    ) -> None:
+        if length < 1:
+            raise ConfigError(f"length={length}: need at least 1")
+        documents = [document for document in documents if len(document)]
+        if not documents:
+            raise DataError("the data holds no token")
+        sizes = torch.tensor([len(document) for document in documents], dtype=torch.int64)
+        self.tokens = torch.cat(
+            [torch.tensor(document, dtype=torch.int32) for document in documents]
+        )
+        self.length, self.shift, self.unit, self.units = length, shift, unit, units
+        self.slice_sha256 = slice_sha256
+        self.starts = sizes.cumsum(0) - sizes
+        self.fingerprint = self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(f"rows of {self.length}, shift {self.shift};".encode())
+        for tensor in (self.tokens, self.starts):
+            digest.update(tensor.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        """How many rows an epoch has, at least 1."""
+        total = len(self.tokens)
+        if self.shift:
+            return max(1, (total - self.length + 1) // self.length)
+        return -(-total // self.length)
+
+    def offset(self, epoch: Tensor) -> Tensor:
+        """Where the first row of each epoch (B,) starts: uniform over the slack, (B,) int64."""
+        slack = max(0, len(self.tokens) - len(self) * self.length)
+        if not self.shift:
+            return torch.zeros_like(epoch)
+        share = philox.uniform(0, epoch, 0, 0, purpose=philox.SHUFFLE)
+        return (share * (slack + 1)).to(torch.int64)
+
+    def batch(self, rows: Tensor, epoch: Tensor) -> Batch:
+        """Rows `rows` (B,) int64 of epochs `epoch` (B,) int64, as (B, length)."""
+        places = (rows * self.length + self.offset(epoch))[:, None] + torch.arange(self.length)
+        valid = places < len(self.tokens)
+        places = places.clamp(max=len(self.tokens) - 1)
+        documents = None
+        if len(self.starts) > 1:
+            documents = torch.searchsorted(self.starts, places, right=True) - 1
+        # Whether padding is reported depends on the data set, not on which rows were asked for.
+        padded = len(self.tokens) < self.length or (
+            not self.shift and len(self.tokens) % self.length != 0
+        )
+        return Batch(
+            tokens=self.tokens[places].to(torch.int64),
+            valid=valid if padded else None,
+            documents=documents,
+        )

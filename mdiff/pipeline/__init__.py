@@ -1,0 +1,21 @@
+"""The front of the library: load, save, generate and score."""
+
+from __future__ import annotations
+
+from mdiff.pipeline.codec_beside import CODEC_FOLDER as CODEC_FOLDER
+from mdiff.pipeline.conversion import convert as convert
+from mdiff.pipeline.features import features as features
+from mdiff.pipeline.features import probe as probe
+from mdiff.pipeline.generation import Generated as Generated
+from mdiff.pipeline.generation import Generation as Generation
+from mdiff.pipeline.inspection import described_tensor as described_tensor
+from mdiff.pipeline.inspection import is_foreign as is_foreign
+from mdiff.pipeline.inspection import loose as loose
+from mdiff.pipeline.inspection import report as report
+from mdiff.pipeline.inspection import summed as summed
+from mdiff.pipeline.loading import load_modality as load_modality
+from mdiff.pipeline.pipeline import Pipeline as Pipeline
+from mdiff.pipeline.pipeline import load as load
+from mdiff.pipeline.scoring import Progress as Progress
+from mdiff.pipeline.scoring import bound_of_rows as bound_of_rows
+from mdiff.pipeline.scoring import windows as windows

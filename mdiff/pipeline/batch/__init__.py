@@ -1,0 +1,10 @@
+"""Offline generation and encoding over files and processes."""
+
+from __future__ import annotations
+
+from mdiff.pipeline.batch.encoding import ROWS as ROWS
+from mdiff.pipeline.batch.encoding import write_shards as write_shards
+from mdiff.pipeline.batch.offline import generate_offline as generate_offline
+from mdiff.pipeline.batch.plan import Setting as Setting
+from mdiff.pipeline.batch.volume import Launched as Launched
+from mdiff.pipeline.batch.workers import leave_with_parent as leave_with_parent

@@ -1,0 +1,276 @@
+"""Generation at volume, the plan: what is made together, and what a run has to agree with.
+
+A plan is a function of the file of requests, the model and the options alone: every process makes
+the same, and a run that is started again finds its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mdiff.errors import ConfigError, DataError, MdiffError
+from mdiff.files import MANIFEST, staged, verify
+from mdiff.modalities.text import HOLE
+from mdiff.pipeline.batch.requests import MOST_TOKENS, Failure, Request, read_requests
+from mdiff.pipeline.generation import Generation
+from mdiff.pipeline.pipeline import Pipeline
+
+PLAN, PLAN_FILE, LINES_FILE = "plan", "plan.json", "lines.sha256"
+FORMAT = 1
+# About so many shards, for workers to share, of at most so many batches, for a kill to cost.
+SHARDS_WANTED = 64
+MOST_BATCHES = 32
+# Bytes of a line's digest: what it takes to tell which line is another.
+LINE_BYTES = 8
+# What a request can be to blame for; a disk, a memory or a device that fails is not among it.
+BLAMED = (MdiffError, ValueError, TypeError, LookupError, ArithmeticError)
+
+# Requests that are made, written and counted as one: what goes through the model together.
+Batches = tuple[tuple[Request, ...], ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every shard of a run is made with.
+
+    `options` are those of `Pipeline.runs` but for seed, batch_size and echo; `length` is that of
+    requests without their own; `n` is samples a request, `batch_size` samples at a time.
+    """
+
+    seed: int = 0
+    n: int = 1
+    length: int | None = None
+    batch_size: int = 32
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be made: `record` is what a later run must agree with; a shard is batches."""
+
+    record: dict[str, Any]
+    lines: bytes
+    requests: list[Request]
+    failures: list[Failure]
+    shards: list[Batches]
+
+
+def planned(
+    pipeline: Pipeline, content: bytes, setting: Setting, *, model: str, told: dict[str, Any]
+) -> Plan:
+    """The plan of a JSONL file's `content`, the same whoever makes it.
+
+    `model` is the digest of the weights; `told` what else has to be the same in a later run, such
+    as the device. Requests are sorted by the length of their canvas and by their id, so that a
+    file in another order is made in the same batches. Raises ConfigError for options that the
+    sampler does not take, DataError for a file without a request.
+    """
+    for name in ("n", "batch_size"):
+        if getattr(setting, name) < 1:
+            raise ConfigError(f"{name}={getattr(setting, name)}: need at least 1")
+    requests, failures = read_requests(content)
+    if not requests and not failures:
+        raise DataError("the file of requests holds no object")
+    sizes, unfit = _sizes(pipeline, requests, setting)
+    failures = sorted(failures + unfit, key=lambda failure: failure.line)
+    good = [request for request in requests if request.line in sizes]
+    if not good:
+        first = failures[0]
+        raise DataError(
+            f"none of {len(failures)} requests can be met; line {first.line}: {first.error}"
+        )
+    shards = _shards(good, sizes, setting, window=pipeline.window)
+    lines = content.split(b"\n")
+    record = {
+        "format": FORMAT,
+        "requests": {"count": len(good), "sha256": hashlib.sha256(content).hexdigest()},
+        "model": model,
+        "seed": setting.seed,
+        "n": setting.n,
+        "length": setting.length,
+        "batch_size": setting.batch_size,
+        "options": setting.options,
+        **told,
+    }
+    digests = b"".join(hashlib.sha256(line).digest()[:LINE_BYTES] for line in lines)
+    # As it is read back: a tuple is a list then.
+    return Plan(json.loads(json.dumps(record, default=str)), digests, good, failures, shards)
+
+
+def _sizes(
+    pipeline: Pipeline, requests: Sequence[Request], setting: Setting
+) -> tuple[dict[int, int], list[Failure]]:
+    """The length of each request's canvas by its line, and the requests that do not fit."""
+    sizes: dict[int, int] = {}
+    failures = []
+    refused: dict[int, str] = {}
+    probed = False
+    for request in requests:
+        try:
+            canvas = canvas_of(pipeline, request, setting)
+        except BLAMED as error:
+            failures.append(failure_of(request, error))
+            continue
+        size = len(canvas)
+        if size not in refused:
+            refused[size] = _refusal(pipeline, size, setting)
+        if refused[size]:
+            failures.append(Failure(request.line, request.id, refused[size]))
+            continue
+        if not probed:
+            _probe(pipeline, canvas, setting)
+            probed = True
+        sizes[request.line] = size
+    return sizes, failures
+
+
+def _refusal(pipeline: Pipeline, size: int, setting: Setting) -> str:
+    """Why no canvas of this size can be filled in, or nothing.
+
+    Raises ConfigError where it is not the size that is to blame.
+    """
+    try:
+        runs_of(pipeline, [[pipeline.space.mask_id] * size], [0], setting)
+    except ConfigError as error:
+        if pipeline.window is None or size <= pipeline.window:
+            raise
+        return str(error)
+    return ""
+
+
+def _probe(pipeline: Pipeline, canvas: list[int], setting: Setting) -> None:
+    """Take one step: an option that cannot be meant is refused before there is a plan."""
+    try:
+        for run in runs_of(pipeline, [canvas], [0], setting):
+            with torch.no_grad():
+                next(iter(run), None)
+    except ConfigError:
+        raise
+    except BLAMED:
+        # Of this request alone: it fails in its turn.
+        return
+
+
+def _shards(
+    requests: Sequence[Request], sizes: dict[int, int], setting: Setting, *, window: int | None
+) -> list[Batches]:
+    """Requests in batches of like length, batches in shards."""
+
+    def group(request: Request) -> tuple[bool, bool]:
+        # Whether the canvas is shown whole, and whether the sampler moves a window along.
+        return request.kind == "chat", window is not None and sizes[request.line] > window
+
+    ordered = sorted(requests, key=lambda r: (group(r), sizes[r.line], r.key))
+    most = max(1, setting.batch_size // setting.n)
+    batches: list[tuple[Request, ...]] = []
+    for _, members in groupby(ordered, key=group):
+        alike = list(members)
+        batches += [tuple(alike[first : first + most]) for first in range(0, len(alike), most)]
+    each = min(MOST_BATCHES, max(1, len(batches) // SHARDS_WANTED))
+    return [tuple(batches[first : first + each]) for first in range(0, len(batches), each)]
+
+
+def canvas_of(pipeline: Pipeline, request: Request, setting: Setting) -> list[int]:
+    """The canvas of a request; DataError or ConfigError where there is none."""
+    if request.kind == "infill":
+        holes = sum(
+            min(int(hole[1] or 1), MOST_TOKENS + 1) for hole in HOLE.finditer(request.words)
+        )
+        if holes > MOST_TOKENS:
+            raise DataError(f"the gaps hold more than {MOST_TOKENS} tokens")
+        return pipeline.templates(request.words)[0]
+    prompt = {"chat": request.words} if request.kind == "chat" else request.words
+    return pipeline.canvases(prompt, length=request.length or setting.length)[0]
+
+
+def runs_of(
+    pipeline: Pipeline, canvases: list[list[int]], seeds: list[int], setting: Setting,
+    *, echo: bool = True,
+) -> Iterator[Generation]:  # fmt: skip
+    """The batches of canvases with a seed each; ConfigError as `Pipeline.runs` raises it."""
+    return pipeline.runs(
+        canvases, seed=torch.tensor(seeds), batch_size=setting.batch_size, echo=echo,
+        **setting.options,
+    )  # fmt: skip
+
+
+def failure_of(request: Request, error: BaseException) -> Failure:
+    """What is said of a request that an error met."""
+    text = " ".join(str(error).split())[:1000]
+    named = text if isinstance(error, MdiffError) else f"{type(error).__name__}: {text}"
+    return Failure(request.line, request.id, named)
+
+
+def agree(plan: Plan, out: Path) -> bool:
+    """Whether the folder `out` has this plan; False where it has none yet.
+
+    Raises ConfigError, with the difference, where it has another or holds other things.
+    """
+    folder = out / PLAN
+    if not folder.exists():
+        others = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+        if others:
+            raise ConfigError(f"{out} holds {min(others)} and no plan: name a new folder")
+        return False
+    verify(folder)
+    known = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+    if known == plan.record:
+        return True
+    told = [
+        f"{name} was {json.dumps(was)}, now {json.dumps(now)}"
+        for name, was, now in _differences(known, plan.record)
+        if not name.startswith("requests.")
+    ]
+    if known.get("requests") != plan.record["requests"]:
+        told.insert(0, _other_line((folder / LINES_FILE).read_bytes(), plan.lines))
+    raise ConfigError(
+        f"{out} was begun with another plan: {'; '.join(told)}; give the same, or another --out"
+    )
+
+
+def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Each value that differs, by its dotted name; what is missing counts as null."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in sorted(was.keys() | now.keys()):
+            yield from _differences(was.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+    elif was != now:
+        yield name, was, now
+
+
+def _other_line(was: bytes, now: bytes) -> str:
+    """Which line of the file of requests is the first that differs."""
+    starts = range(0, max(len(was), len(now)), LINE_BYTES)
+    first = next((s for s in starts if was[s : s + LINE_BYTES] != now[s : s + LINE_BYTES]), 0)
+    return (
+        f"the requests differ from line {first // LINE_BYTES + 1} on "
+        f"({len(was) // LINE_BYTES} lines then, {len(now) // LINE_BYTES} now)"
+    )
+
+
+def write_plan(plan: Plan, out: Path) -> None:
+    """Write the plan, whole, before anything is made."""
+    with staged(out / PLAN) as folder:
+        text = json.dumps(plan.record, indent=1) + "\n"
+        (folder / PLAN_FILE).write_text(text, encoding="utf-8")
+        (folder / LINES_FILE).write_bytes(plan.lines)
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 of what a model's directory holds: of its manifest, or of its files themselves."""
+    if (folder / MANIFEST).exists():
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"{path.relative_to(folder).as_posix()}:{digest}\n".encode())
+    return total.hexdigest()

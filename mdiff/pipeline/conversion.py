@@ -1,0 +1,298 @@
+"""Published pickles (.pth, .ckpt) into safetensors: the one place where one is ever opened.
+
+torch's restricted reader makes tensors and plain containers and nothing else; what a training
+run kept beside its weights is read as an inert thing or the file is refused. Nothing in it is
+called.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mdiff.errors import CheckpointError, ConfigError, nearest
+from mdiff.files import (
+    CONFIG,
+    MANIFEST,
+    PICKLE_STARTS,
+    PICKLE_SUFFIXES,
+    WEIGHTS,
+    parse_yaml,
+    read_json,
+    read_tensors,
+    staged,
+)
+from mdiff.modalities.image import holds_codec, load_codec, published_codec_of, published_codecs
+from mdiff.pipeline.codec_beside import CODEC_FOLDER
+from mdiff.pipeline.published import built, claimed, load_published, published_backbones
+
+FLAG = "--from-pickle"
+# Where training runs keep a state dict, the first that is there.
+NESTS = ("state_dict", "model_state_dict", "model")
+EMA, SHADOW = "ema", "shadow_params"
+# What wrappers put before every name, and what belongs to a training's loss.
+WRAPPERS, LOSSES = ("module.", "_orig_mod."), ("loss.",)
+# Names of a run's settings: read as inert things, as no weight depends on them.
+INERT = (
+    "argparse.Namespace", "builtins.dict", "builtins.int", "builtins.list", "builtins.str",
+    "collections.defaultdict", "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata",
+    "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig",
+    "omegaconf.nodes.AnyNode", "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "typing.Any",
+)  # fmt: skip
+CONFIG_NAMES = ("config.json", "config.yaml", "model.yaml")
+# How deep in a yaml a model's own node lies, such as model.vq_model.
+NODE_DEPTH = 3
+
+
+class Inert:
+    """Stands for what a run kept; it takes any arguments and keeps none."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Inert:
+        """An empty one."""
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Nothing is kept."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing is kept."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Nothing is kept."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written: the family, the tensors' names and what of the file was left out."""
+
+    family: str
+    tensors: list[str]
+    dropped: list[str] = field(default_factory=list)
+
+
+def convert(
+    source: Path, out: Path, *, from_pickle: bool = False, family: str | None = None,
+    config: Path | None = None, ema: bool = False, codec: Path | None = None,
+) -> Converted:  # fmt: skip
+    """Write the model in `source` as config.json and model.safetensors in the new folder `out`.
+
+    `from_pickle` says that a pickle may be opened. `family` is the name of the backbone or
+    codec where the config does not say. `config` is a JSON or YAML file, by default one beside
+    the source. `ema` takes the averaged weights. `codec` is copied beside a generator. Every
+    tensor is accounted for before `out` appears. Raises CheckpointError for what cannot be
+    read or does not fit, ConfigError for options that cannot be meant.
+    """
+    if family is not None and family not in (known := families()):
+        raise ConfigError(f"--family {family!r}; {nearest(family, known)}")
+    if not source.is_file():
+        raise CheckpointError(f"{source} is no file: expected the weights to convert")
+    if out.exists():
+        raise CheckpointError(f"{out} exists already: name a new folder")
+    if codec is not None and not holds_codec(codec):
+        raise CheckpointError(f"--codec {codec}: expected the folder of a codec")
+    room, described = _described(source, config, family)
+    content = _content(source, from_pickle=from_pickle)
+    tensors, dropped = weights_in(content, ema=ema, names=_parameters(room, described))
+    with staged(out) as folder:
+        (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        save_file(_apart(tensors), folder / WEIGHTS[0], metadata={"format": "pt"})
+        _check(room, folder, source)
+        if codec is not None:
+            shutil.copytree(codec, folder / CODEC_FOLDER, ignore=shutil.ignore_patterns(MANIFEST))
+            load_codec(folder / CODEC_FOLDER)
+    return Converted(room, sorted(tensors), dropped)
+
+
+def families() -> list[str]:
+    """The backbones and codecs of other projects."""
+    return sorted([*published_backbones(), *published_codecs()])
+
+
+def read_pickle(path: Path) -> Any:
+    """What a pickle holds, read by torch's restricted reader; CheckpointError where it needs
+    more than that.
+    """
+    inert: list[Any] = [(Inert, name) for name in INERT]
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(inert):
+            # It warns of pickles newer than its own, and reads or refuses them all the same.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except MemoryError:
+        raise
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        needs = f" ({named[1][:80]})" if named else ""
+        raise CheckpointError(
+            f"{path} needs more than weights{needs}: it is not opened, as that could run code"
+        ) from None
+    except Exception as error:
+        # A damaged file ends in whatever its bytes happen to mean.
+        raise CheckpointError(
+            f"{path} cannot be read as weights: {type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0][:120]}"
+        ) from None
+
+
+def weights_in(
+    content: Any, *, ema: bool = False, names: set[str] | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a checkpoint under their plain names, and what was left out.
+
+    A state dict lies at the top or under one of `NESTS`; `ema` takes the averages: a state
+    dict of their own, or a list in the order of the parameters, which `names` tells from
+    buffers. Raises CheckpointError where there is none.
+    """
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"the file holds a {type(content).__name__}: expected a state dict")
+    nest = next((name for name in NESTS if isinstance(content.get(name), Mapping)), None)
+    state = content if nest is None else content[nest]
+    dropped = [] if nest is None else [f"{key}" for key in content if key != nest]
+    found = _plain(state, dropped)
+    if ema:
+        averages = content.get(EMA)
+        if not isinstance(averages, Mapping):
+            raise CheckpointError(f"--ema: the file has no averages under {EMA!r}")
+        dropped = [key for key in dropped if key != EMA] + [nest or "the weights of the last step"]
+        if isinstance(averages.get(SHADOW), list):
+            found = found | _shadow(averages[SHADOW], found, names)
+        else:
+            found = _plain(averages, dropped)
+    if not found:
+        raise CheckpointError(
+            f"the file holds no tensors; its keys: {', '.join(map(str, content))}"
+        )
+    return found, dropped
+
+
+def _plain(state: Mapping[Any, Any], dropped: list[str]) -> dict[str, Tensor]:
+    """The tensors of a state dict without wrappers' prefixes; the others are told in `dropped`."""
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = str(key)
+        while name.startswith(WRAPPERS):
+            name = name.removeprefix(next(w for w in WRAPPERS if name.startswith(w)))
+        name = name.replace("._orig_mod.", ".")
+        if not isinstance(value, Tensor) or name.startswith(LOSSES):
+            dropped.append(str(key))
+        elif name in found:
+            raise CheckpointError(f"{name!r} is there twice, under different prefixes")
+        else:
+            found[name] = value
+    return found
+
+
+def _shadow(
+    averages: list[Any], found: Mapping[str, Tensor], names: set[str] | None
+) -> dict[str, Tensor]:
+    """A list of averages by the names of the parameters, in their order."""
+    own = [name for name in found if names is None or name in names]
+    same = len(own) == len(averages) and all(
+        isinstance(x, Tensor) and x.shape == found[name].shape for name, x in zip(own, averages)
+    )
+    if not same:
+        raise CheckpointError(
+            f"--ema: {len(averages)} averages do not fit the {len(own)} parameters in order"
+        )
+    return dict(zip(own, averages))
+
+
+def _content(source: Path, *, from_pickle: bool) -> Any:
+    """What the file holds: a safetensors file, or a pickle where that is allowed."""
+    if not source.is_file():
+        raise CheckpointError(f"{source}: expected a file such as model.ckpt")
+    with source.open("rb") as file:
+        start = file.read(4)
+    if source.suffix not in PICKLE_SUFFIXES and not start.startswith(PICKLE_STARTS):
+        return read_tensors(source)
+    if not from_pickle:
+        raise CheckpointError(
+            f"{source} is a pickle, which can run code: {FLAG} reads the weights of one that you "
+            "trust, with torch's restricted reader"
+        )
+    return read_pickle(source)
+
+
+def _described(source: Path, config: Path | None, family: str | None) -> tuple[str, dict[str, Any]]:
+    """The family and its config: the one node of the config file that a family claims."""
+    beside = [source.with_suffix(suffix) for suffix in (".json", ".yaml", ".yml")]
+    beside += [source.parent / name for name in CONFIG_NAMES]
+    path = config or next((path for path in beside if path.is_file()), None)
+    if path is None:
+        raise ConfigError(f"{source}: no config lies beside it: give --config FILE")
+    found: Any = (
+        parse_yaml(path.read_bytes(), origin=str(path))
+        if path.suffix in (".yaml", ".yml")
+        else read_json(path)
+    )
+    claims = [(room, node) for node in _nodes(found) for room in _claims(node)]
+    if family is not None:
+        claims = [(room, node) for room, node in claims if room == family]
+        named = published_backbones().get(family)
+        if not claims and named is not None and isinstance(found, dict):
+            return family, found | {"architectures": [named]}
+    if len(claims) != 1:
+        what = " or ".join(room for room, _ in claims) or "no known family"
+        raise CheckpointError(f"{path} is of {what}: give --family, one of {', '.join(families())}")
+    return claims[0]
+
+
+def _nodes(found: Any, depth: int = NODE_DEPTH) -> Iterator[dict[str, Any]]:
+    """The mappings of a config, outer ones first."""
+    if isinstance(found, dict) and depth:
+        yield found
+        for value in found.values():
+            yield from _nodes(value, depth - 1)
+
+
+def _claims(node: Mapping[str, Any]) -> list[str]:
+    """The families whose config this is."""
+    backbone = claimed(node)
+    if backbone is not None:
+        return [backbone]
+    codec = published_codec_of(node)
+    return [] if codec is None else [codec]
+
+
+def _parameters(room: str, described: Mapping[str, Any]) -> set[str] | None:
+    """The names of a backbone's parameters; None for a codec."""
+    if room not in published_backbones():
+        return None
+    return {name for name, _ in built(room, described).named_parameters()}
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without shared memory, which the format has not."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        found[name] = found[name].contiguous()
+        seen.add(place)
+    return found
+
+
+def _check(room: str, folder: Path, source: Path) -> None:
+    """Load what was written; CheckpointError, naming the source, where a tensor does not fit."""
+    try:
+        if room in published_backbones():
+            load_published(folder, room)
+        else:
+            load_codec(folder)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(folder), str(source))) from None

@@ -1,0 +1,120 @@
+"""What the files of a model are, told from their config and headers: no weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mdiff.errors import CheckpointError
+from mdiff.files import (
+    CONFIG,
+    MODEL_INDEX,
+    PIPELINE,
+    check_tensors,
+    check_weights,
+    headers,
+    inside,
+    problems,
+    read_json,
+)
+from mdiff.pipeline.codec_beside import CODEC_FOLDER
+from mdiff.pipeline.published import built, recognised, unsupported
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether the folder holds one model of another project that is no masked LM of transformers.
+
+    With a codec beside it, it is inspected as a model of pictures.
+    """
+    if (folder / PIPELINE).exists() or not (folder / CONFIG).exists():
+        return False
+    if (folder / CODEC_FOLDER).exists():
+        return False
+    return recognised(folder) is not None or unsupported(folder) is not None
+
+
+def report(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]:
+    """What a foreign model is, and why it cannot be loaded, if it cannot.
+
+    `used` of a tensor is "loaded" or what is wrong with it, such as "unexpected"; of a model
+    that is not supported "unknown". `missing` are tensors that the files lack. Raises
+    CheckpointError for files or a config that cannot be read.
+    """
+    described = read_json(folder / CONFIG)
+    entries = headers(check_weights(folder))
+    room = recognised(folder)
+    named = [str(name)[:80] for name in described.get("architectures") or []]
+    found: dict[str, Any] = {
+        "path": str(folder),
+        "architecture": ", ".join(named) or str(described.get("model_type", "not named"))[:80],
+        "family": room,
+        "supported": room is not None,
+        "sizes": {k: v for k, v in described.items() if type(v) is int},
+    }
+    used: dict[str, str] = {}
+    fault: CheckpointError | None = None
+    if room is None:
+        fault = unsupported(folder)
+    else:
+        module = built(room, described)
+        wrong = problems(module, entries, module.tied)
+        used = {line.split(" ")[0]: kind for kind, lines in wrong.items() for line in lines}
+        found |= {
+            "parameters": sum(math.prod(each.shape) for each in module.parameters()),
+            "space": {"vocab_size": module.vocab_size, "mask_id": module.mask_id, "never": []},
+            "window": module.window,
+            "shifted": module.shifted,
+            "uses_time": module.uses_time,
+            "block_length": getattr(module, "block_length", None),
+            "refused": module.refused,
+            "missing": wrong["missing"],
+        }
+        if any(wrong.values()):
+            said = "; ".join(f"{kind}: {len(some)}" for kind, some in wrong.items() if some)
+            fault = CheckpointError(f"{folder} does not load: tensors {said}")
+    tensors = [
+        described_tensor(name, entry, used.get(name, "unknown" if room is None else "loaded"))
+        for header in entries.values()
+        for name, entry in sorted(header.items())
+    ]
+    return found | summed(tensors), fault
+
+
+def loose(folder: Path) -> tuple[dict[str, Any], CheckpointError] | None:
+    """The tensors of a folder that holds safetensors files and no config; None for another."""
+    paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not paths or any((folder / name).exists() for name in (PIPELINE, CONFIG, MODEL_INDEX)):
+        return None
+    tensors = [
+        described_tensor(name, entry, "unknown")
+        for path in paths
+        for name, entry in sorted(check_tensors(inside(folder, path.name)).items())
+    ]
+    found = {
+        "path": str(folder),
+        "architecture": f"unknown: there is no {CONFIG}",
+        "supported": False,
+    }
+    return found | summed(tensors), CheckpointError(
+        f"{folder} has weights and no {CONFIG}: what they are is not known, so not supported"
+    )
+
+
+def summed(tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    """The tensors, their bytes, how many of each type, and whether every one is accounted for."""
+    strange = sorted(t["name"] for t in tensors if t["used"] not in ("loaded", "renamed"))
+    return {
+        "tensors": tensors,
+        "bytes": sum(tensor["bytes"] for tensor in tensors),
+        "types": dict(Counter(tensor["dtype"] for tensor in tensors)),
+        "not_used": strange,
+    }
+
+
+def described_tensor(name: str, entry: dict[str, Any], used: str) -> dict[str, Any]:
+    """A tensor of a file's header."""
+    begin, end = entry["data_offsets"]
+    kept = {key: entry[key] for key in ("shape", "dtype")}
+    return {"name": name, **kept, "used": used, "bytes": end - begin}

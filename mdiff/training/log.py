@@ -1,0 +1,141 @@
+"""A run's log: every step as a JSON line, a console line now and then, TensorBoard if wanted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mdiff.errors import BackendError, CheckpointError
+from mdiff.files import replace_file
+
+LOG = "log.jsonl"
+
+
+def to_stderr(line: str) -> None:
+    """Print a progress line where progress goes."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Journal:
+    """Writes `log.jsonl` of a run, from after step `start`; lines of later steps are dropped.
+
+    Each line is an object with `step`, `loss` and what else the step reports. `report` gets a
+    readable line at the first, at every `every`-th and at the last step, with losses averaged
+    since the line before.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        start: int,
+        steps: int,
+        every: int,
+        unit: str,
+        tensorboard: bool = False,
+        report: Callable[[str], None] = to_stderr,
+    ) -> None:
+        self.steps, self.every, self.unit, self.report = steps, every, unit, report
+        self.start = start
+        path = directory / LOG
+        _truncate(path, start)
+        self._board = _tensorboard(directory, start) if tensorboard else None
+        self._file = path.open("a", encoding="utf-8")
+        self._window: list[dict[str, Any]] = []
+        self._began = self._window_began = time.perf_counter()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Log one step: its `step`, and unless it was skipped `loss`, `tokens`, `bits_per_UNIT`."""
+        json.dump(record, self._file)
+        self._file.write("\n")
+        self._file.flush()
+        step = record["step"]
+        if record.get("skipped"):
+            self.report(f"step {step}/{self.steps} skipped: not finite in rows {record['rows']}")
+        else:
+            self._window.append(record)
+        if step % self.every == 0 or step in (self.start + 1, self.steps):
+            self._line(step)
+
+    def _line(self, step: int) -> None:
+        if not self._window:
+            return
+        now = time.perf_counter()
+        mean = {
+            key: sum(r[key] for r in self._window) / len(self._window)
+            for key in ("loss", f"bits_per_{self.unit}")
+        }
+        speed = sum(r["tokens"] for r in self._window) / max(now - self._window_began, 1e-9)
+        left = (now - self._began) / (step - self.start) * (self.steps - step)
+        self.report(
+            f"step {step}/{self.steps}  loss {mean['loss']:.4f} nats/token  "
+            f"{mean[f'bits_per_{self.unit}']:.3f} bits/{self.unit}  "
+            f"{speed:,.0f} tokens/s  ETA {_clock(left)}"
+        )
+        if self._board is not None:
+            last = self._window[-1]
+            for key, value in (mean | {k: last[k] for k in ("lr", "grad_norm")}).items():
+                self._board.add_scalar(key, value, step)
+            self._board.add_scalar("tokens_per_second", speed, step)
+        self._window, self._window_began = [], now
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _truncate(path: Path, start: int) -> None:
+    """Keep the lines of steps up to `start`, and no half-written one."""
+    if not os.path.lexists(path):
+        return
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a plain file")
+    kept = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                break
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                break
+            if record["step"] <= start and line.endswith("\n"):
+                kept.append(line)
+    replace_file(path, (line.encode() for line in kept))
+
+
+def _tensorboard(directory: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise BackendError(
+            "log.tensorboard needs the package tensorboard: pip install tensorboard"
+        ) from error
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> _clock(3725)
+    '1:02:05'
+    """
+    whole = math.ceil(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

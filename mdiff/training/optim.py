@@ -1,0 +1,205 @@
+"""Optimisers, rates and averaged weights: every rate is a function of the step alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mdiff.training.recipe import Optim
+
+# Newton-Schulz coefficients and steps of Jordan (2024): steep at zero, so that five suffice.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+# The root mean square of an AdamW update in practice (Liu et al. 2025, section 2.2).
+ADAMW_RMS = 0.2
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal (Jordan 2024), for matrices (rows, columns).
+
+    B <- momentum B + G; O = NewtonSchulz(G + momentum B); W <- (1 - lr decay) W - lr s O, with
+    s = 0.2 sqrt(max(rows, columns)) for scale "rms" (Liu et al. 2025, eq. 4) and
+    sqrt(max(1, rows / columns)) for "spectral". A weight that holds several matrices one above
+    the other says so by its attribute `parts`; each is then updated as one of its own. Unlike
+    torch.optim.Muon, whose iteration is always in bfloat16, float64 gradients are
+    orthogonalised in float64.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        scale: str = "rms",
+    ) -> None:
+        # A group for each number of parts: sharding replaces parameters and their attributes.
+        groups: dict[int, list[nn.Parameter]] = {}
+        for weight in params:
+            groups.setdefault(getattr(weight, "parts", 1), []).append(weight)
+        rms = scale == "rms"
+        super().__init__(
+            [{"params": weights, "parts": parts} for parts, weights in groups.items()],
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "rms": rms},
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every matrix with a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+                buffer = state["momentum_buffer"]
+                buffer.mul_(group["momentum"]).add_(weight.grad)
+                ahead = weight.grad.add(buffer, alpha=group["momentum"])
+                self.move(weight, ahead, group)
+        return loss
+
+    def move(self, weight: Tensor, ahead: Tensor, group: dict[str, Any]) -> None:
+        """Decay a weight and move it by s O of `ahead`, which is G + momentum B.
+
+        A matrix that is cut over processes is put together, and cut again after.
+        """
+        if isinstance(ahead, DTensor):
+            whole = orthogonal_parts(ahead.full_tensor(), group["parts"])
+            update: Tensor = distribute_tensor(
+                whole, ahead.device_mesh, ahead.placements, src_data_rank=None
+            )
+        else:
+            update = orthogonal_parts(ahead, group["parts"])
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(update.to(weight.dtype), alpha=-group["lr"] * update_size(weight.shape, group))
+
+
+def update_size(shape: torch.Size, group: dict[str, Any]) -> float:
+    """What O is multiplied by, of a weight (rows, columns) of `group["parts"]` matrices."""
+    rows, columns = math.ceil(shape[0] / group["parts"]), shape[1]
+    if group["rms"]:
+        return ADAMW_RMS * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def orthogonal_parts(weight: Tensor, parts: int) -> Tensor:
+    """Each of the `parts` matrices, one above the other, made orthogonal."""
+    return torch.cat([orthogonalised(part) for part in weight.chunk(parts)])
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Nearly U V^T of the matrix U S V^T: its singular values brought to about 1.
+
+    Five steps of X <- a X + (b A + c A A) X, A = X X^T, in bfloat16, or in float64 where the
+    matrix is.
+    """
+    a, b, c = NEWTON_SCHULZ
+    wide = matrix if matrix.dtype == torch.float64 else matrix.bfloat16()
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = wide.T if tall else wide
+    # The floor is for a gradient of zeros; any other matrix is far above it.
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = wide @ wide.T
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    result: Tensor = wide.T if tall else wide
+    return result
+
+
+def optimizers(model: nn.Module, settings: Optim) -> list[torch.optim.Optimizer]:
+    """The optimisers of the model's parameters, each group with its `initial_lr`.
+
+    Weight decay is for matrices that are not embeddings. Under "muon" the matrices of linear
+    layers inside the model are Muon's; embeddings, the head, vectors and the rest AdamW's.
+    """
+    outside = _embeddings_and_heads(model)
+    decayed, plain, hidden = [], [], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        matrix = parameter.dim() == 2 and id(parameter) not in outside
+        if matrix and settings.name == "muon":
+            hidden.append(parameter)
+        elif matrix:
+            decayed.append(parameter)
+        else:
+            plain.append(parameter)
+    made: list[torch.optim.Optimizer] = []
+    if hidden:
+        made.append(
+            Muon(
+                hidden,
+                lr=settings.lr,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+                scale=settings.muon_scale,
+            )
+        )
+    groups = [(decayed, settings.weight_decay), (plain, 0.0)]
+    rate = settings.lr if settings.name == "adamw" else settings.adam_lr or settings.lr
+    adam = [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+    if adam:
+        made.append(torch.optim.AdamW(adam, lr=rate, betas=settings.betas, eps=settings.eps))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return made
+
+
+def _embeddings_and_heads(model: nn.Module) -> set[int]:
+    """The ids of weights that hold one row for each token: embeddings and the output layer."""
+    found = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        output = getattr(module, "get_output_embeddings", lambda: None)()
+        head = output if output is not None else getattr(module, "head", None)
+        if isinstance(head, nn.Module):
+            found |= {id(parameter) for parameter in head.parameters()}
+    return found
+
+
+def rate_at(step: int, *, steps: int, settings: Optim) -> float:
+    """What the rates are multiplied by in step 1, 2, ..., `steps`.
+
+    (step / warm-up) up to the end of the warm-up, then from 1 down towards `final_lr`, which
+    the step after the last would have, along half a cosine or a line; or constant.
+    """
+    warm = settings.warmup_steps
+    if step <= warm:
+        return step / warm
+    if settings.schedule == "constant":
+        return 1.0
+    done = (step - 1 - warm) / max(1, steps - warm)
+    left = 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
+    return settings.final_lr + (1 - settings.final_lr) * left
+
+
+class AveragedWeights:
+    """An exponential moving average of parameters, or this process's parts of them, by name.
+
+    After step n the decay is min(decay, (1 + n) / (10 + n)), so that early averages forget the
+    initial weights (as in TensorFlow's ExponentialMovingAverage).
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], *, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, Tensor], *, step: int) -> None:
+        """Move the average towards the parameters after step 1, 2, ..."""
+        keep = min(self.decay, (1 + step) / (10 + step))
+        averages = list(self.tensors.values())
+        torch._foreach_lerp_(
+            averages, [parameters[name].detach() for name in self.tensors], 1 - keep
+        )

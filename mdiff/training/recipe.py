@@ -1,0 +1,257 @@
+"""Recipes: what a training run is, as a YAML file checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from mdiff.errors import ConfigError, nearest
+from mdiff.files import parse_yaml
+
+MAX_RECIPE_BYTES = 2**16
+
+Positive = Annotated[float, Field(gt=0)]
+# Far above any that trains, and far below where float32 ends.
+Rate = Annotated[float, Field(gt=0, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Settings with known names only; a value is not coerced into another type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Part(BaseModel):
+    """A part found by `name`; the other keys are its own options, checked where it is built."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.__pydantic_extra__)
+
+
+class Schedule(Part):
+    """The noise schedule, by name, with its own numbers."""
+
+    name: str = "linear"
+
+
+class Data(BaseModel):
+    """Where the rows come from. The keys are the modality's own, but `length`: tokens a row.
+
+    A null `length` leaves it to the modality, where the medium fixes it.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
+
+    length: Count | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but the length."""
+        return dict(self.__pydantic_extra__)
+
+
+class Ratio(Section):
+    """The share of hidden tokens drawn from a normal cut to [low, high], not from the schedule.
+
+    The defaults are those of MAGE (Li et al. 2023, section 3.1).
+    """
+
+    mean: float = 0.55
+    std: Positive = 0.25
+    low: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    high: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class Objective(Section):
+    """The loss. `max_weight` clips w(t); null leaves the bound as it is.
+
+    `cond_drop` is the probability with which a row's condition is left out. `given` says which
+    parts of a canvas are given, and how often: {"": 2, "a": 1, "a+b": 1}. `ratio` draws the
+    share of hidden tokens from a truncated normal; the weight is then "uniform".
+    """
+
+    schedule: Schedule = Schedule()
+    weight: Literal["bound", "uniform"] = "bound"
+    max_weight: Positive | None = None
+    label_smoothing: Fraction = 0.0
+    cond_drop: Fraction = 0.0
+    given: dict[str, Positive] | None = None
+    ratio: Ratio | None = None
+
+
+class Optim(Section):
+    """The optimiser: `adamw`, or `muon` for the hidden matrices with AdamW for the rest.
+
+    `lr` is the rate of the whole (adamw) or of the matrices (muon), `adam_lr` of the rest
+    under muon (null: `lr`). `muon_scale`: "rms" gives an update the size of AdamW's, so that
+    one rate serves both; "spectral" is the original. The rate rises over `warmup_steps`, then
+    falls towards `final_lr` times itself at the end along `schedule`, or stays.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Rate = 1e-3
+    adam_lr: Rate | None = None
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
+    momentum: Fraction = 0.95
+    muon_scale: Literal["rms", "spectral"] = "rms"
+    grad_clip: Positive | None = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Train(Section):
+    """The run. `batch_size` is global rows a step, over all processes and micro-batches.
+
+    `micro_batch`: rows a process holds at once (null: its whole share). `keep`: how many
+    checkpoints stay (null: all). `ema`: decay of the averaged weights (null: none). `workers`:
+    processes that prepare rows. `nonfinite`: what a step with NaN does, stop or be skipped.
+    """
+
+    steps: Count
+    batch_size: Count
+    micro_batch: Count | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    save_every: Count = 1000
+    keep: Count | None = 3
+    ema: Fraction | None = None
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    compile: bool = False
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    nonfinite: Literal["stop", "skip"] = "stop"
+
+
+class Log(Section):
+    """Progress: a console line `every` so many steps; TensorBoard too if asked for."""
+
+    every: Count = 10
+    tensorboard: bool = False
+
+
+class Recipe(Section):
+    """Everything that defines a training run."""
+
+    data: Data
+    modality: Part
+    model: Part
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    train: Train
+    log: Log = Log()
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the YAML file `path`, with `overrides` such as "train.steps=40" applied.
+
+    Raises ConfigError, one line with the dotted key and the nearest known one.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            text = file.read(MAX_RECIPE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: {error.strerror}") from None
+    if len(text) > MAX_RECIPE_BYTES:
+        raise ConfigError(f"recipe {path}: more than {MAX_RECIPE_BYTES} bytes")
+    content = parse_yaml(text, origin=f"recipe {path}")
+    if not isinstance(content, dict):
+        raise ConfigError(f"recipe {path}: expected sections {', '.join(Recipe.model_fields)}")
+    for override in overrides:
+        content = _overridden(content, override)
+    return parse_recipe(content)
+
+
+def parse_recipe(content: Mapping[str, Any]) -> Recipe:
+    """The recipe of nested plain values; ConfigError as in `load_recipe`."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def differences(
+    old: Recipe, new: Recipe, *, ignore: Iterable[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys whose values differ, with both; `ignore` names keys or sections."""
+    before, after = (dict(_leaves(recipe.model_dump(mode="json"))) for recipe in (old, new))
+    ignored = tuple(ignore)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before | after)
+        if before.get(key) != after.get(key)
+        and not any(key == name or key.startswith(f"{name}.") for name in ignored)
+    }
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for key, child in value.items():
+        yield from _leaves(child, f"{prefix}.{key}" if prefix else key)
+
+
+def _overridden(content: dict[str, Any], override: str) -> dict[str, Any]:
+    """A copy of `content` with "a.b=value" set, the value read as YAML."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override[:80]!r}: expected section.key=value")
+    value = parse_yaml(text.encode(), origin=f"override {override[:80]!r}")
+    changed = dict(content)
+    inner = changed
+    for part in parts[:-1]:
+        child = inner.get(part)
+        if child is not None and not isinstance(child, dict):
+            raise ConfigError(f"override {override[:80]!r}: {part} is not a section")
+        inner[part] = dict(child or {})
+        inner = inner[part]
+    inner[parts[-1]] = value
+    return changed
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first thing wrong: dotted key, what it got, what was expected, the nearest key."""
+    problems = error.errors(include_url=False, include_context=False)
+    first = problems[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = [".".join([*location[:-1], name]) for name in _fields(location[:-1])]
+        # A key that stands in the wrong section is nearest to its own name in the right one.
+        everywhere = [path for path in _known_keys() if path.split(".")[-1] == location[-1]]
+        return f"unknown key {key!r}; {nearest(key, everywhere or known)}"
+    if first["type"] == "missing":
+        return f"{key} is missing: the recipe must give it"
+    shown = repr(first["input"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}={shown[:60]}: {message}{more}".replace("\n", " ")
+
+
+def _fields(location: Sequence[str]) -> list[str]:
+    """The known keys of the section at `location`."""
+    section: Any = Recipe
+    for part in location:
+        section = section.model_fields[part].annotation
+        section = next(iter(get_args(section)), section)
+    return list(section.model_fields)
+
+
+def _known_keys() -> list[str]:
+    return [f"{section}.{key}" for section in Recipe.model_fields for key in _fields([section])]

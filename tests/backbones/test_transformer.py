@@ -1,0 +1,479 @@
+"""Our backbones: what they compute, how they are saved, and what they refuse."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mdiff.backbones.bit_transformer import (
+    BitTransformerForMaskedLM,
+    bit_parameter_count,
+    bit_transformer,
+)
+from mdiff.backbones.layers import transformer as layers
+from mdiff.backbones.layers.transformer import rms_norm, rotary_tables, rotate
+from mdiff.backbones.transformer import (
+    TransformerConfig,
+    TransformerForMaskedLM,
+    parameter_count,
+    transformer,
+)
+from mdiff.denoiser.protocol import Denoiser
+from mdiff.errors import ConfigError
+
+SMALL = {"vocab_size": 11, "width": 32, "depth": 2, "heads": 2}
+# Twelve tokens on six places.
+BITS = {"bits": 6, "groups": 2, "grid": [2, 3]}
+TOLERANCE = 1e-5
+
+SHAPES = [
+    {},
+    {"tie": True},
+    {"tie": True, "mask_id": 3},
+    {"grid": [3, 4]},
+    {"qk_norm": False, "mlp_width": 20},
+    {"uses_time": True},
+    {"classes": 4},
+    {"uses_time": True, "classes": 4, "causal": True},
+    BITS,
+    BITS | {"embedding": "table", "uses_time": True, "classes": 4},
+    BITS | {"groups": 3, "mask_vector": True, "qk_norm": False},
+]
+both = pytest.mark.parametrize("options", [{}, BITS], ids=["tokens", "bits"])
+
+
+def fresh(**options: object) -> TransformerForMaskedLM:
+    """A small model of these options; with `bits` the one that reads bits."""
+    torch.manual_seed(0)
+    if "bits" not in options:
+        return transformer(**{**SMALL, **options})
+    return bit_transformer(**{k: v for k, v in SMALL.items() if k != "vocab_size"}, **options)
+
+
+def randomised(**options: object) -> TransformerForMaskedLM:
+    """A small model whose weights, the zero ones too, are large enough to matter."""
+    model = fresh(**options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def canvas(rows: int = 2, length: int = 12, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, SMALL["vocab_size"], (rows, length), generator=generator)
+    tokens[:, ::3] = SMALL["vocab_size"]
+    return tokens
+
+
+def canvas_of(model: TransformerForMaskedLM, rows: int = 2, length: int = 12) -> Tensor:
+    """`canvas` in the ids of a model."""
+    tokens, config = canvas(rows, length), model.config
+    return torch.where(tokens == 11, config.mask_id, tokens % config.vocab_size)
+
+
+def told(options: dict[str, object], rows: int = 2) -> dict[str, object]:
+    """The time and the label that a model of these options wants."""
+    extra: dict[str, object] = {}
+    if options.get("uses_time"):
+        extra["t"] = torch.linspace(0.2, 0.9, rows)
+    if options.get("classes"):
+        extra["cond"] = {"label": torch.arange(rows)}
+    return extra
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_the_weights_are_counted_before_they_are_allocated(options):
+    model = fresh(**options)
+    count = bit_parameter_count if "bits" in options else parameter_count
+    assert count(model.config) == sum(p.numel() for p in model.parameters())
+    assert isinstance(model, Denoiser)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_a_saved_model_gives_the_same_bits(options, tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    model = randomised(**options)
+    tokens = canvas_of(model)
+    before = model(tokens, **told(options))
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is type(model)
+    assert not report["missing_keys"] | report["unexpected_keys"]
+    assert not loaded.training
+    assert torch.equal(loaded(tokens, **told(options)), before)
+    assert loaded.config.to_dict() | {"_name_or_path": ""} == model.config.to_dict() | {
+        "_name_or_path": ""
+    }
+
+
+def test_a_sharded_save_loads_to_the_same_bits(tmp_path):
+    model = randomised(depth=3)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = TransformerForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(canvas()), model(canvas()))
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_at_selects_rows_and_the_head_reads_only_those(options):
+    model = randomised(**options)
+    tokens = canvas_of(model)
+    at = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    seen = []
+    model.head.register_forward_hook(lambda _, given, __: seen.append(given[0].shape))
+    chosen = model(tokens, at=at, **told(options))
+    assert seen == [(int(at.sum()), model.head.in_features)]
+    whole = model(tokens, **told(options))
+    assert whole.shape == (*tokens.shape, model.config.vocab_size)
+    torch.testing.assert_close(chosen, whole[at], atol=TOLERANCE, rtol=0)
+    features = model.features(tokens, at=at, **told(options))
+    assert torch.equal(model.head(features), chosen)
+    nowhere = model(tokens, at=torch.zeros_like(at), **told(options))
+    assert nowhere.shape == (0, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_a_row_gets_the_logits_that_it_gets_alone(options):
+    model = randomised(**options).double()
+    tokens = canvas_of(model, 3)
+    extra = told(options, 3)
+    whole = model(tokens, **extra)
+    for row in range(3):
+        own = {name: value[row : row + 1] for name, value in extra.items() if name == "t"}
+        if "cond" in extra:
+            own["cond"] = {"label": extra["cond"]["label"][row : row + 1]}
+        alone = model(tokens[row : row + 1], **own)
+        torch.testing.assert_close(alone[0], whole[row], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"grid": [3, 4]}, {"causal": True}, BITS | {"grid": [13, 1]}]
+)
+def test_padding_on_either_side_or_inside_changes_nothing(options):
+    model = randomised(**options)
+    each = options.get("groups", 1)
+    alone = canvas_of(model, 1, 8 * each)
+    expected = model(alone)[0]
+    places = {
+        "right": range(8),
+        "left": range(5, 13),
+        "inside": [0, 1, 4, 5, 6, 9, 10, 12],
+    }
+    tokens = torch.full((3, 13, each), 7)
+    valid = torch.zeros(3, 13, each, dtype=torch.bool)
+    for row, where in enumerate(places.values()):
+        tokens[row, list(where)] = alone[0].view(8, each)
+        valid[row, list(where)] = True
+    tokens, valid = tokens.flatten(1), valid.flatten(1)
+    logits = model(tokens, valid=valid)
+    assert bool(logits.isfinite().all())
+    for row, name in enumerate(places):
+        torch.testing.assert_close(
+            logits[row][valid[row]], expected, atol=TOLERANCE, rtol=0, msg=name
+        )
+    everything = model(alone, valid=torch.ones_like(alone, dtype=torch.bool))
+    torch.testing.assert_close(everything[0], expected, atol=TOLERANCE, rtol=0)
+
+
+@both
+def test_a_row_of_nothing_but_padding_makes_no_nan(options):
+    model = randomised(**options)
+    valid = torch.tensor([[True], [False]]).expand(2, 12)
+    logits = model(canvas_of(model), valid=valid)
+    logits[valid].sum().backward()
+    assert bool(logits.isfinite().all())
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"grid": [2, 4]}, {"causal": True}, BITS | {"grid": [17, 1]}]
+)
+def test_a_packed_document_gets_the_logits_that_it_gets_alone(options):
+    model = randomised(**options)
+    each = options.get("groups", 1)
+    lengths = [5 * each, 7 * each, 3 * each]
+    kept = sum(lengths)
+    packed = canvas_of(model, 1, kept + 2 * each)
+    documents = torch.tensor([4, 1, 9, 9]).repeat_interleave(torch.tensor([*lengths, 2 * each]))
+    documents, valid = documents[None], torch.arange(kept + 2 * each)[None] < kept
+    logits = model(packed, documents=documents, valid=valid)[0]
+    parts = zip(packed[0, :kept].split(lengths), logits[:kept].split(lengths), strict=True)
+    for alone, part in parts:
+        torch.testing.assert_close(part, model(alone[None])[0], atol=TOLERANCE, rtol=0)
+    unpadded = model(packed[:, :kept], documents=documents[:, :kept])[0]
+    torch.testing.assert_close(unpadded, logits[:kept], atol=TOLERANCE, rtol=0)
+    mixed = model(packed[:, :kept])[0]
+    assert not torch.allclose(mixed, logits[:kept], atol=1e-2)
+
+
+def test_interleaved_documents_do_not_see_each_other():
+    model = randomised()
+    first, second = canvas(1, 6, 1), canvas(1, 6, 2)
+    packed = torch.stack([first, second], 2).flatten(1)
+    documents = torch.tensor([[0, 1] * 6])
+    logits = model(packed, documents=documents)[0]
+    torch.testing.assert_close(logits[::2], model(first)[0], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(logits[1::2], model(second)[0], atol=TOLERANCE, rtol=0)
+
+
+def test_a_causal_model_does_not_see_what_comes_after():
+    model = randomised(causal=True)
+    tokens = canvas()
+    changed = tokens.clone()
+    changed[:, 7] = 5
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
+    assert not torch.equal(randomised()(tokens)[:, 0], randomised()(changed)[:, 0])
+
+
+def test_rotation_makes_attention_depend_on_offsets_only():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 8, generator=generator)
+
+    def score(a: int, b: int, grid: tuple[int, int] | None) -> float:
+        cos, sin = rotary_tables(torch.tensor([a, b]), 8, grid=grid, base=10000.0)
+        return float(rotate(query, cos[0], sin[0]) @ rotate(key, cos[1], sin[1]))
+
+    assert score(2, 5, None) == pytest.approx(score(12, 15, None), abs=1e-5)
+    # On a grid four wide, 1 and 6 are as far apart as 9 and 14: one row and one column.
+    assert score(1, 6, (4, 4)) == pytest.approx(score(9, 14, (4, 4)), abs=1e-5)
+    assert score(3, 4, (4, 4)) != pytest.approx(score(1, 2, (4, 4)), abs=1e-2)
+
+
+def test_two_dimensional_positions_matter():
+    tokens = canvas()
+    outputs = [randomised(grid=grid)(tokens) for grid in (None, [3, 4], [4, 3])]
+    for one, other in itertools.combinations(outputs, 2):
+        assert not torch.allclose(one, other, atol=1e-2)
+    tall, twice = randomised(grid=[3, 4]), randomised(grid=[6, 4])
+    assert torch.equal(tall(tokens), twice(tokens))
+
+
+@both
+def test_the_time_and_the_label_have_an_effect(options):
+    model = randomised(uses_time=True, classes=3, **options)
+    tokens = canvas_of(model)
+    label = {"label": torch.tensor([0, 1])}
+    early, late = torch.tensor([0.1, 0.1]), torch.tensor([0.9, 0.9])
+    base = model(tokens, t=early, cond=label)
+    assert not torch.allclose(base, model(tokens, t=late, cond=label), atol=1e-2)
+    other = model(tokens, t=early, cond={"label": torch.tensor([0, 2])})
+    torch.testing.assert_close(base[0], other[0], atol=TOLERANCE, rtol=0)
+    assert not torch.allclose(base[1], other[1], atol=1e-2)
+    null = model(tokens, t=early, cond={"label": torch.tensor([3, 3])})
+    assert torch.equal(model(tokens, t=early), null)
+
+
+@both
+def test_a_fresh_conditional_model_is_the_unconditional_one(options):
+    plain = fresh(**options)
+    told_model = fresh(**options, uses_time=True, classes=3)
+    missing, unexpected = told_model.load_state_dict(plain.state_dict(), strict=False)
+    assert missing
+    assert not unexpected
+    tokens = canvas_of(plain)
+    assert torch.equal(told_model(tokens, t=torch.tensor([0.3, 0.6])), plain(tokens))
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_the_gradient_reaches_every_weight(options):
+    model = randomised(**options)
+    tokens = canvas_of(model)
+    model(tokens, at=tokens % 2 == 1, **told(options)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert bool((parameter.grad != 0).any()), name
+
+
+def test_branches_start_smaller_in_deep_models():
+    torch.manual_seed(0)
+    model = transformer(vocab_size=50, width=64, depth=8, heads=2)
+    assert float(model.blocks[3].mlp.out.weight.detach().std()) == pytest.approx(0.005, rel=0.05)
+    assert float(model.blocks[3].mlp.into.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_dropout_follows_the_generator_and_sleeps_in_evaluation():
+    model = randomised(dropout=0.5)
+    tokens = canvas()
+    still = model(tokens)
+    assert torch.equal(still, model(tokens))
+    model.train()
+    torch.manual_seed(5)
+    one = model(tokens)
+    other = model(tokens)
+    torch.manual_seed(5)
+    assert torch.equal(model(tokens), one)
+    assert not torch.allclose(one, other)
+
+
+@both
+def test_half_precision_stays_close_and_double_is_double(options):
+    model = randomised(**options)
+    tokens = canvas_of(model)
+    expected = model(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(tokens)
+    half = randomised(**options).to(torch.bfloat16)(tokens)
+    double = randomised(**options).double()(tokens)
+    assert (mixed.dtype, half.dtype, double.dtype) == (torch.bfloat16,) * 2 + (torch.float64,)
+    # bfloat16 keeps 8 bits: an error of 2^-8 of the logits' scale, a few layers deep.
+    scale = float(expected.detach().std())
+    for rough in (mixed, half):
+        assert float((rough.float() - expected).detach().abs().max()) < 0.1 * scale
+    torch.testing.assert_close(double.float(), expected, atol=1e-4, rtol=0)
+
+
+@both
+def test_it_answers_as_transformers_does(options):
+    model = randomised(**options)
+    tokens = canvas_of(model)
+    mask = torch.ones_like(tokens)
+    mask[0, 8:] = 0
+    labels = torch.full_like(tokens, -100)
+    labels[:, 3:6] = 2
+    output = model(input_ids=tokens, attention_mask=mask, labels=labels)
+    logits = model(tokens, valid=mask.bool())
+    assert torch.equal(output.logits, logits)
+    expected = -logits.log_softmax(-1)[:, 3:6, 2].mean()
+    torch.testing.assert_close(output.loss, expected)
+    assert torch.equal(model(input_ids=tokens, return_dict=False)[0], model(tokens))
+
+
+@pytest.mark.filterwarnings("ignore")
+@both
+def test_an_adapter_trains_and_merges(options):
+    from peft import LoraConfig, get_peft_model
+
+    base = randomised(**options)
+    tokens = canvas_of(base)
+    before = base(tokens)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["qkv", "into", "out"]))
+    assert isinstance(adapted, Denoiser)
+    assert adapted.uses_time is False
+    at = tokens == base.config.mask_id
+    torch.testing.assert_close(adapted(tokens, at=at), before[at], atol=TOLERANCE, rtol=0)
+    optimiser = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=0.1)
+    for _ in range(2):
+        adapted(tokens, at=at).square().mean().backward()
+        optimiser.step()
+    after = adapted(tokens, at=at)
+    assert not torch.allclose(after, before[at], atol=1e-3)
+    merged = adapted.merge_and_unload()
+    expected = BitTransformerForMaskedLM if options else TransformerForMaskedLM
+    assert type(merged) is expected
+    torch.testing.assert_close(merged(tokens, at=at), after, atol=1e-4, rtol=1e-4)
+
+
+def test_it_trains_through_distributed_data_parallel(tmp_path):
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    model, tokens = randomised(), canvas()
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        logits = DistributedDataParallel(model)(tokens, at=tokens == 11)
+        logits.square().mean().backward()
+    finally:
+        distributed.destroy_process_group()
+    assert logits.shape == (8, 11)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_norm_is_torchs_and_so_is_its_gradient(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 8, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(8, generator=generator).to(dtype).requires_grad_()
+    upstream = torch.randn(3, 5, 8, generator=generator).to(dtype)
+    ours = rms_norm(x, weight)
+    gradients = torch.autograd.grad(ours, (x, weight), upstream)
+    truth = nn.functional.rms_norm(x.double(), (8,), weight.double(), 1e-6)
+    expected = torch.autograd.grad(truth, (x, weight), upstream.double())
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    for one, other in zip((ours, *gradients), (truth, *expected), strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other.double(), atol=tolerance, rtol=tolerance)
+
+
+def test_a_row_of_zeros_normalises_to_zeros():
+    x = torch.zeros(2, 4, requires_grad=True)
+    rms_norm(x, torch.ones(4)).sum().backward()
+    assert torch.equal(rms_norm(x, torch.ones(4)), torch.zeros(2, 4))
+    assert bool(x.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "divisible"),
+        ({"heads": 8, "grid": [2, 2], "width": 40}, "divisible"),
+        ({"grid": [4]}, "h and w"),
+        ({"grid": [4, 0]}, "at least 1"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"mask_id": 12}, "mask_id=12: expected 0 to 11"),
+        ({"depth": -1}, "depth=-1"),
+        ({"depth": 2.0}, "depth=2.0"),
+        ({"width": True}, "width=True"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": "much"}, "expected a number"),
+        ({"uses_time": 1}, "true or false"),
+        ({"init_std": float("nan")}, "init_std=nan"),
+        ({"widht": 32}, "did you mean 'width'"),
+        ({"width": 2**30, "depth": 2**20}, "needs .* GiB"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        transformer(**{**SMALL, **options})
+
+
+def test_calls_that_cannot_be_meant_are_refused():
+    plain, timed, classy = randomised(), randomised(uses_time=True), randomised(classes=2)
+    tokens = canvas()
+    with pytest.raises(ConfigError, match="cache"):
+        plain(tokens, cache={})
+    with pytest.raises(ConfigError, match="without tokens"):
+        plain()
+    with pytest.raises(ConfigError, match="call it with t="):
+        timed(tokens)
+    with pytest.raises(ConfigError, match="no condition"):
+        plain(tokens, cond={"label": torch.zeros(2, dtype=torch.int64)})
+    with pytest.raises(ConfigError, match=r"'colour'.*'label' alone"):
+        classy(tokens, cond={"colour": torch.zeros(2)})
+
+
+def test_the_config_survives_json(tmp_path):
+    config = TransformerConfig(vocab_size=9, width=32, heads=2, grid=(3, 5), mask_id=2)
+    config.save_pretrained(tmp_path)
+    loaded = TransformerConfig.from_pretrained(tmp_path)
+    assert (loaded.grid, loaded.mask_id, loaded.mlp_width) == ([3, 5], 2, 96)
+    assert loaded.hidden_size == 32
+
+
+def test_the_product_of_onednn_is_the_product(monkeypatch):
+    """Large float32 products without gradients take it; all others take torch's own."""
+    ran = []
+    product = layers.ONEDNN
+    monkeypatch.setattr(layers, "ONEDNN", lambda *args: ran.append(1) or product(*args))
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in ((2, 70, 96), (500, 96)))
+    true = (x.double() @ weight.double().T).float()
+    with torch.no_grad():
+        assert torch.allclose(layers.linear(x, weight), true, atol=1e-4)
+        assert torch.allclose(layers.linear(x[:, ::2], weight[:490]), true[:, ::2, :490], atol=1e-4)
+        assert len(ran) == 2
+        layers.linear(x.double(), weight.double())
+        layers.linear(x[:, :1], weight[:20])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layers.linear(x, weight).dtype == torch.bfloat16
+    assert torch.allclose(layers.linear(x, weight.requires_grad_()), true, atol=1e-4)
+    assert len(ran) == 2

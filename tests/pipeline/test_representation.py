@@ -1,0 +1,185 @@
+"""Features of items and probes of them: means over given places, exact hiding, honest chance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys import HashDenoiser
+
+from mdiff.backbones.transformer import transformer
+from mdiff.errors import ConfigError, DataError
+from mdiff.modalities.text.modality import text
+from mdiff.pipeline.features import features, probe
+from mdiff.pipeline.pipeline import Pipeline
+from mdiff.schedule import Cosine
+from mdiff.tokens import TokenSpace
+
+SPACE = TokenSpace(6, mask_id=6)
+
+
+def random(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    model = transformer(vocab_size=6, width=16, depth=3, heads=2, init_std=0.3, **options)
+    return Pipeline(model.eval(), SPACE, modality=None, window=8)
+
+
+class Counter:
+    """Features that show the noisy tokens themselves: [1 where hidden, 1 where given, t]."""
+
+    def __init__(self, *, uses_time=False):
+        self.uses_time = uses_time
+        self.seen = []
+
+    def features(self, tokens, *, at=None, valid=None, t=None, cond=None, layer=None):
+        self.seen.append(tokens)
+        hidden = (tokens == SPACE.mask_id).double()
+        time = torch.zeros_like(hidden) if t is None else t.double()[:, None].expand_as(hidden)
+        return torch.stack([hidden, 1 - hidden, time], 2)
+
+
+def test_features_are_the_mean_over_the_places():
+    pipeline, rows = tiny(), torch.randint(0, 6, (5, 8), generator=random())
+    with torch.no_grad():
+        for layer in (None, 1, 2, 3):
+            shown = pipeline.denoiser.features(rows, layer=layer)
+            found = features(pipeline, rows, layer=layer, batch_size=2)
+            assert found.dtype == torch.float32
+            assert torch.allclose(found, shown.mean(1), atol=1e-6)
+            assert not found.requires_grad
+
+
+def test_the_layers_are_the_streams_between_the_blocks():
+    model, rows = tiny().denoiser, torch.randint(0, 6, (2, 8), generator=random())
+    streams = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _block, _given, stream: streams.append(stream))
+    with torch.no_grad():
+        last = model.features(rows)
+        passed = list(streams)
+        assert torch.equal(last, model.norm(passed[-1]))
+        at = torch.rand(rows.shape, generator=random(1)) < 0.4
+        for layer, stream in enumerate(passed, 1):
+            streams.clear()
+            assert torch.equal(model.features(rows, layer=layer), stream)
+            # What comes after the layer is not run.
+            assert len(streams) == layer
+            assert torch.allclose(model.features(rows, layer=layer, at=at), stream[at], atol=1e-6)
+        for layer in (0, 4, -1):
+            with pytest.raises(ConfigError, match="1 to 3"):
+                model.features(rows, layer=layer)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.9, 1.0])
+def test_exactly_the_asked_share_of_the_given_places_is_hidden(ratio):
+    rows = torch.randint(0, 6, (40, 20), generator=random())
+    rows[:, ::3] = SPACE.mask_id
+    given = int((rows[0] != SPACE.mask_id).sum())
+    pipeline = Pipeline(Counter(), SPACE, modality=None)
+    found = features(pipeline, rows, mask_ratio=ratio)
+    share = torch.full((40,), round(ratio * given) / given)
+    # Places that the row itself leaves hidden are in no mean.
+    assert torch.allclose(found[:, 0], share)
+    assert torch.allclose(found[:, 1], 1 - share)
+
+
+def test_hidden_places_depend_on_the_seed_and_the_row_and_not_on_the_batch():
+    rows, denoiser = torch.randint(0, 6, (9, 8), generator=random()), Counter()
+    pipeline = Pipeline(denoiser, SPACE, modality=None)
+    for size in (9, 4, 1):
+        features(pipeline, rows, mask_ratio=0.5, batch_size=size, seed=3)
+    whole, parts, ones = (torch.cat(denoiser.seen[a:b]) for a, b in ((0, 1), (1, 4), (4, 13)))
+    assert torch.equal(whole, parts)
+    assert torch.equal(whole, ones)
+    features(pipeline, rows, mask_ratio=0.5, seed=4)
+    assert not torch.equal(denoiser.seen[-1], whole)
+    hidden = whole == SPACE.mask_id
+    assert len(hidden.unique(dim=0)) > 1
+
+
+def test_a_denoiser_that_uses_the_time_is_told_the_one_of_the_share():
+    rows = torch.randint(0, 6, (3, 8), generator=random())
+    pipeline = Pipeline(Counter(uses_time=True), SPACE, modality=None, schedule=Cosine())
+    found = features(pipeline, rows, mask_ratio=0.5)
+    assert torch.allclose(found[:, 2], torch.full((3,), 1 / 3))
+    assert bool((features(pipeline, rows)[:, 2] < 1e-3).all())
+
+
+def test_rows_of_different_lengths_are_not_changed_by_padding():
+    pipeline, rows = tiny(), [[1, 2, 3], [4, 5, 0, 1, 2, 3, 4], [5]]
+    together = features(pipeline, rows)
+    alone = torch.cat([features(pipeline, [row]) for row in rows])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_a_pipeline_shows_features_of_items_and_of_tokens():
+    torch.manual_seed(0)
+    modality = text()
+    model = transformer(vocab_size=256, width=16, depth=2, heads=2).eval()
+    pipeline = Pipeline(model, modality.space, modality, window=8)
+    tokens = torch.tensor([modality.encode("abcd"), modality.encode("dcba")])
+    found = pipeline.features(["abcd", "dcba"], layer=1)
+    assert torch.equal(found, pipeline.features(tokens, layer=1))
+    assert torch.equal(found[:1], pipeline.features("abcd", layer=1))
+    at = torch.tensor([[True, False, False, True], [False, False, True, False]])
+    assert pipeline.features(tokens, at=at).shape == (3, 16)
+    with pytest.raises(ConfigError, match="tokens"):
+        pipeline.features(["abcd"], at=at)
+
+
+def test_features_refuse_what_cannot_be_meant():
+    pipeline, rows = tiny(), torch.zeros(2, 8, dtype=torch.int64)
+    for options in ({"mask_ratio": 1.1}, {"mask_ratio": -0.1}, {"layer": 4}, {"batch_size": 0}):
+        with pytest.raises(ConfigError):
+            features(pipeline, rows, **options)
+    with pytest.raises(DataError, match="row 1 gives nothing"):
+        features(pipeline, [[1, 2], [6, 6]])
+    with pytest.raises(DataError, match="nothing"):
+        features(pipeline, [])
+    with pytest.raises(ConfigError, match="no features"):
+        features(Pipeline(HashDenoiser(SPACE), SPACE, modality=None), rows)
+
+
+def test_probes_tell_separable_features_apart():
+    labels = torch.arange(300) % 3
+    centres = 6 * torch.randn(3, 10, generator=random(1))
+    found = centres[labels] + torch.randn(300, 10, generator=random(2))
+    result = probe(found[:200], labels[:200], found[200:], labels[200:])
+    assert result.linear == 1.0
+    assert result.neighbours == 1.0
+
+
+def test_probes_do_not_depend_on_the_units_of_the_features():
+    labels = torch.arange(300) % 3
+    centres = 2 * torch.randn(3, 5, generator=random(1))
+    found = centres[labels] + torch.randn(300, 5, generator=random(2))
+    scaled = found * torch.tensor([1.0, 1000.0, 0.01, 1.0, 30.0]) + 5
+    one = probe(found[:200], labels[:200], found[200:], labels[200:])
+    assert probe(scaled[:200], labels[:200], scaled[200:], labels[200:]) == one
+
+
+def test_probes_of_noise_are_at_chance():
+    """Labels are coins: of 1,000 guesses Binomial(1/2) are right; 5.2 deviations are allowed.
+
+    False alarm 2e-7 a figure, 4e-7 in all.
+    """
+    labels = torch.randint(0, 2, (2000,), generator=random(1))
+    noise = torch.randn(2000, 8, generator=random(2))
+    result = probe(noise[:1000], labels[:1000], noise[1000:], labels[1000:])
+    bound = 5.2 * 0.5 / 1000**0.5
+    assert abs(result.linear - 0.5) < bound
+    assert abs(result.neighbours - 0.5) < bound
+
+
+def test_probes_refuse_shapes_that_do_not_fit():
+    found, labels = torch.randn(20, 4, generator=random()), torch.arange(20) % 2
+    for bad in (
+        (found, labels[:5], found, labels), (found, labels, found[:, :3], labels),
+        (found, labels, found[:0], labels[:0]), (found[:, 0], labels, found, labels),
+        (found, labels * 0, found, labels),
+    ):  # fmt: skip
+        with pytest.raises(DataError):
+            probe(*bad)

@@ -1,0 +1,398 @@
+"""The laws that every sampler obeys, over the files in the room."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from toys import HashDenoiser
+
+from mdiff.errors import ConfigError, DataError
+from mdiff.find import find, names
+from mdiff.samplers.confidence import confidence
+from mdiff.sampling.unmasking import reveal_counts
+from mdiff.schedule import Cosine, Linear
+from mdiff.tokens import TokenSpace
+
+SPACE = TokenSpace(11, mask_id=5, never=(0, 9))
+SAMPLERS = names("samplers")
+OBLIVIOUS = ["ancestral", "any_order", "blocks", "first_hitting", "halton"]
+every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+
+
+def finish(name, canvas, *, denoiser=None, space=SPACE, **options):
+    """All states of a run, at least one where anything is hidden."""
+    denoiser = denoiser or HashDenoiser(space)
+    return list(find("samplers", name)(denoiser, canvas, space=space, **options))
+
+
+def mixed_canvas(rows=6, length=12):
+    """Rows with given tokens, `never` ids among them, and every share of hidden places."""
+    generator = torch.Generator().manual_seed(4)
+    canvas = torch.randint(0, 11, (rows, length), generator=generator)
+    canvas[canvas == SPACE.mask_id] = 0
+    hide = torch.rand(rows, length, generator=generator) < torch.linspace(0.2, 1, rows)[:, None]
+    return torch.where(hide, SPACE.mask_id, canvas)
+
+
+@every_sampler
+def test_given_tokens_are_never_changed_and_all_others_are_permitted(name):
+    canvas = mixed_canvas()
+    given = canvas != SPACE.mask_id
+    for state in finish(name, canvas, seed=1):
+        assert (state.tokens[given] == canvas[given]).all()
+        assert not (state.revealed & given).any()
+    new = state.tokens[~given]
+    assert not torch.isin(new, torch.tensor(SPACE.forbidden)).any()
+    assert ((new >= 0) & (new < 11)).all()
+
+
+@every_sampler
+def test_a_revealed_token_stays_and_is_revealed_once(name):
+    canvas = mixed_canvas()
+    seen = torch.zeros_like(canvas, dtype=torch.bool)
+    before = canvas
+    for state in finish(name, canvas, seed=2):
+        assert not (seen & state.revealed).any()
+        assert (state.tokens[seen] == before[seen]).all()
+        assert (state.log_prob[~state.revealed] == 0).all()
+        assert (state.entropy[~state.revealed] == 0).all()
+        seen, before = seen | state.revealed, state.tokens
+    assert (seen == (canvas == SPACE.mask_id)).all()
+
+
+@every_sampler
+def test_ids_outside_a_part_are_never_drawn(name):
+    space = TokenSpace(11, mask_id=11, never=(3,), parts=((4, 2, 6), (3, 7, 11)))
+    canvas = torch.full((5, 7), 11)
+    if name == "blocks":
+        with pytest.raises(ConfigError, match="parts"):
+            finish(name, canvas, space=space)
+        return
+    tokens = finish(name, canvas, space=space, seed=3)[-1].tokens
+    assert torch.isin(tokens[:, :4], torch.tensor([2, 4, 5])).all()
+    assert ((tokens[:, 4:] >= 7) & (tokens[:, 4:] < 11)).all()
+
+
+@every_sampler
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_sample_does_not_depend_on_its_batch_or_its_padding(name, side):
+    lengths = [3, 7, 12, 1, 9]
+    seeds = torch.tensor([5, 6, 7, 8, 9])
+    labels = torch.arange(5)
+    canvas, valid = torch.zeros(5, 12, dtype=torch.int64), torch.zeros(5, 12, dtype=torch.bool)
+    alone = []
+    for row, length in enumerate(lengths):
+        own = torch.full((1, length), SPACE.mask_id)
+        own[0, : length // 3] = 1
+        alone.append(
+            finish(name, own, seed=seeds[row : row + 1], cond={"label": labels[row : row + 1]})[-1]
+        )
+        place = slice(0, length) if side == "right" else slice(12 - length, 12)
+        canvas[row, place], valid[row, place] = own[0], True
+    together = finish(name, canvas, seed=seeds, valid=valid, cond={"label": labels})[-1]
+    for row, state in enumerate(alone):
+        assert together.tokens[row][valid[row]].tolist() == state.tokens[0].tolist()
+        assert together.calls[row] == state.calls[0]
+        assert together.tokens[row][~valid[row]].eq(0).all()
+
+
+@every_sampler
+def test_an_int_seed_makes_row_b_sample_b_whatever_the_batch_size(name):
+    canvas = torch.full((4, 6), SPACE.mask_id)
+    whole = finish(name, canvas, seed=7)[-1].tokens
+    assert (finish(name, canvas[:2], seed=7)[-1].tokens == whole[:2]).all()
+    assert len({tuple(row) for row in whole.tolist()}) == 4
+    assert (finish(name, canvas, seed=8)[-1].tokens != whole).any()
+
+
+@every_sampler
+def test_temperature_and_filters_do_not_change_how_many_tokens_a_step_writes(name):
+    canvas = mixed_canvas()
+    plain = [s.revealed.sum(1).tolist() for s in finish(name, canvas, seed=1)]
+    for options in (
+        {"temperature": 0.3},
+        {"temperature": 0.0},
+        {"top_k": 2},
+        {"top_p": 0.5},
+        {"min_p": 0.2},
+    ):
+        states = finish(name, canvas, seed=1, **options)
+        assert [s.revealed.sum(1).tolist() for s in states] == plain
+
+
+@pytest.mark.parametrize("name", OBLIVIOUS)
+def test_oblivious_orders_do_not_look_at_the_logits(name):
+    canvas = mixed_canvas()
+    one = finish(name, canvas, seed=1, denoiser=HashDenoiser(SPACE, seed=1))
+    two = finish(name, canvas, seed=1, denoiser=HashDenoiser(SPACE, seed=2))
+    assert all((a.revealed == b.revealed).all() for a, b in zip(one, two, strict=True))
+    assert (one[-1].tokens != two[-1].tokens).any()
+
+
+@pytest.mark.parametrize("name", OBLIVIOUS)
+def test_oblivious_orders_ask_for_the_revealed_rows_alone(name):
+    denoiser = HashDenoiser(SPACE)
+    canvas = mixed_canvas()
+    finish(name, canvas, denoiser=denoiser, seed=1)
+    assert denoiser.rows_seen == int((canvas == SPACE.mask_id).sum())
+
+
+@every_sampler
+def test_where_nothing_is_hidden_there_is_no_state_and_no_call(name):
+    denoiser = HashDenoiser(SPACE)
+    assert finish(name, torch.ones(2, 4, dtype=torch.int64), denoiser=denoiser) == []
+    assert denoiser.calls == 0
+
+
+@every_sampler
+def test_calls_count_what_each_sample_needed(name):
+    canvas = mixed_canvas()
+    last = finish(name, canvas, seed=1)[-1]
+    hidden = (canvas == SPACE.mask_id).sum(1)
+    assert (last.calls <= hidden).all()
+    assert (last.calls >= 1).all()
+
+
+def test_first_hitting_calls_exactly_the_hidden_count():
+    canvas = mixed_canvas()
+    hidden = (canvas == SPACE.mask_id).sum(1)
+    assert finish("first_hitting", canvas)[-1].calls.tolist() == hidden.tolist()
+    by_three = finish("first_hitting", canvas, per_call=3)[-1].calls
+    assert by_three.tolist() == (-(-hidden // 3)).tolist()
+
+
+def test_ancestral_calls_at_most_min_of_steps_and_hidden_and_idles_on_request():
+    canvas = torch.full((8, 12), SPACE.mask_id)
+    for steps in (1, 5, 300):
+        assert (finish("ancestral", canvas, steps=steps)[-1].calls <= min(steps, 12)).all()
+    every = finish("ancestral", canvas, steps=30, idle_calls=True)
+    quiet = finish("ancestral", canvas, steps=30)
+    assert (every[-1].calls > quiet[-1].calls).all()
+    assert (every[-1].tokens == quiet[-1].tokens).all()
+
+
+@every_sampler
+def test_time_reaches_models_that_use_it_and_falls(name):
+    class Timed(HashDenoiser):
+        uses_time = True
+        times: list[torch.Tensor]
+
+        def __call__(self, tokens, *, t=None, **rest):
+            assert t is not None
+            assert t.shape == (len(tokens),)
+            self.times.append(t)
+            return super().__call__(tokens, **rest)
+
+    denoiser = Timed(SPACE)
+    denoiser.times = []
+    states = finish(
+        name,
+        torch.full((1, 8), SPACE.mask_id),
+        denoiser=denoiser,
+        **({"block_length": 8} if name == "blocks" else {}),
+    )
+    times = torch.cat(denoiser.times)
+    assert (times[1:] < times[:-1]).all()
+    assert float(times[-1]) > 0
+    assert float(times[0]) <= 1
+    assert len(times) == len(states)
+
+
+def test_counts_are_exact_for_every_sample():
+    hidden = torch.tensor([0, 1, 5, 12])
+    for counts in ("schedule", "even"):
+        for steps in (1, 3, 12, 20):
+            table = reveal_counts(counts, hidden, steps=steps, schedule=Cosine())
+            assert table.sum(1).tolist() == hidden.tolist()
+            assert (table >= 0).all()
+    given = torch.tensor([[1, 2], [0, 3]])
+    assert reveal_counts(given, torch.tensor([3, 3]), steps=None, schedule=Linear()) is not None
+    for wrong in (torch.tensor([1, 1]), torch.tensor([-1, 4]), torch.tensor([1.0, 2.0]), "odd"):
+        with pytest.raises(ConfigError):
+            reveal_counts(wrong, torch.tensor([3, 3]), steps=2, schedule=Linear())
+
+
+def test_given_counts_are_obeyed_at_each_step():
+    canvas = torch.full((2, 6), SPACE.mask_id)
+    table = torch.tensor([[1, 5], [4, 2]])
+    for name in ("confidence", "any_order"):
+        seen = [s.revealed.sum(1) for s in finish(name, canvas, counts=table)]
+        assert torch.stack(seen, 1).tolist() == table.tolist()
+
+
+def test_a_users_permutation_is_the_order_of_reveal():
+    order = torch.tensor([[2, 0, 1, 3], [3, 2, 1, 0]])
+    states = finish("any_order", torch.full((2, 4), SPACE.mask_id), order=order)
+    assert torch.stack([s.revealed.long().argmax(1) for s in states], 1).tolist() == order.tolist()
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "sideways",
+        torch.tensor([0, 1, 2]),
+        torch.tensor([0, 1, 2, 2]),
+        torch.tensor([0.0, 1, 2, 3]),
+        torch.tensor([1, 2, 3, 4]),
+    ],
+    ids=str,
+)
+def test_anything_but_a_permutation_is_refused(order):
+    with pytest.raises(ConfigError):
+        finish("any_order", torch.full((2, 4), SPACE.mask_id), order=order)
+
+
+def test_confidence_keeps_the_places_that_score_highest():
+    canvas = torch.full((3, 6), SPACE.mask_id)
+    for score in ("confidence", "entropy", "margin"):
+        first = finish("confidence", canvas, score=score, steps=3, counts="even")[0]
+        assert first.revealed.sum(1).tolist() == [2, 2, 2]
+    greedy = finish("confidence", canvas, temperature=0, steps=6, counts="even")
+    denoiser = HashDenoiser(SPACE)
+    logits = denoiser(canvas)
+    logits[..., list(SPACE.forbidden)] = -torch.inf
+    surest = logits.log_softmax(2).amax(2)
+    assert (greedy[0].revealed.long().argmax(1) == surest.argmax(1)).all()
+
+
+def test_blocks_fill_in_turn_and_stop_at_the_end_of_the_text():
+    canvas = torch.full((64, 12), SPACE.mask_id)
+    canvas[:, :2] = 1
+    written = torch.stack([s.revealed for s in finish("blocks", canvas, block_length=5)])
+    when = written.long().argmax(0)[:, 2:]
+    assert (when[:, :5].amax(1) < when[:, 5:].amin(1)).all()
+    last = finish("blocks", canvas, block_length=5, stop=7)[-1]
+    ended = (last.tokens[:, 2:7] == 7).any(1)
+    assert ended.any()
+    assert not ended.all()
+    assert (last.tokens[ended, 7:] == 7).all()
+    assert (last.calls[ended] == 5).all()
+    assert (last.calls[~ended] == 10).all()
+
+
+def test_blocks_with_a_context_show_the_model_only_that_many_places():
+    widths = []
+
+    class Watched(HashDenoiser):
+        def __call__(self, tokens, *, valid=None, **rest):
+            widths.append(valid.sum(1))
+            return super().__call__(tokens, valid=valid, **rest)
+
+    canvas = torch.full((2, 20), SPACE.mask_id)
+    finish("blocks", canvas, denoiser=Watched(SPACE), block_length=4, context=8)
+    assert int(torch.stack(widths).max()) == 8
+    assert int(widths[0][0]) == 4
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("first_hitting", {"per_call": 0}),
+    ("ancestral", {"steps": 0}),
+    ("confidence", {"steps": 0}),
+    ("confidence", {"score": "magrin"}),
+    ("confidence", {"noise": -1.0}),
+    ("confidence", {"steps": 3, "counts": "evne"}),
+    ("blocks", {"block_length": 0}),
+    ("blocks", {"block_length": 8, "context": 4}),
+    ("blocks", {"stop": 11}),
+    ("first_hitting", {"temperature": -1.0}),
+    ("first_hitting", {"temperature": float("nan")}),
+    ("first_hitting", {"top_k": 0}),
+    ("first_hitting", {"top_p": 0.0}),
+    ("first_hitting", {"min_p": 1.5}),
+    ("first_hitting", {"seed": torch.tensor([1])}),
+    ("first_hitting", {"cond": {"label": torch.tensor([1])}}),
+])  # fmt: skip
+def test_options_out_of_range_are_refused_before_any_call(name, options):
+    denoiser = HashDenoiser(SPACE)
+    with pytest.raises(ConfigError):
+        finish(name, torch.full((2, 4), SPACE.mask_id), denoiser=denoiser, **options)
+    assert denoiser.calls == 0
+
+
+@every_sampler
+def test_a_canvas_that_does_not_fit_the_space_is_refused(name):
+    for canvas in (
+        torch.full((2, 4), 11),
+        torch.zeros(4, dtype=torch.int64),
+        torch.zeros(2, 4),
+        torch.full((1, 2), -1),
+    ):
+        with pytest.raises(DataError):
+            finish(name, canvas)
+
+
+def test_a_denoiser_with_another_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match="11 ids"):
+        finish("first_hitting", torch.full((1, 2), 5), denoiser=HashDenoiser(TokenSpace(7, 7)))
+
+
+@every_sampler
+def test_the_signature_is_the_one_of_the_room(name):
+    parameters = inspect.signature(find("samplers", name)).parameters
+    assert list(parameters)[:2] == ["denoiser", "canvas"]
+    common = ["space", "schedule", "seed", "valid", "cond"]
+    filters = ["temperature", "top_k", "top_p", "min_p"]
+    assert list(parameters)[2:11] == common + filters
+    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in list(parameters.values())[2:])
+
+
+def test_confidence_after_guidance_counts_both_branches():
+    from mdiff.denoiser.protocol import guided
+
+    model = guided(HashDenoiser(SPACE), guidance_scale=2.0, without={"label": torch.tensor(0)})
+    canvas = torch.full((2, 3), SPACE.mask_id)
+    *_, last = confidence(model, canvas, space=SPACE, cond={"label": torch.tensor([1, 2])})
+    assert last.calls.tolist() == [6, 6]
+
+
+def test_schedule_counts_are_not_moved_by_rounding():
+    """Products such as 0.29 * 100 fall just below the whole number that they mean."""
+    for hidden, steps in ((10, 5), (100, 100), (20, 10), (7, 7)):
+        table = reveal_counts("schedule", torch.tensor([hidden]), steps=steps, schedule=Linear())
+        assert table[0].tolist() == [hidden // steps] * steps
+
+
+def test_a_given_stop_id_does_not_end_a_sample():
+    canvas = torch.tensor([[5, 5, 5, 7, 5, 5, 5, 5]])
+    never_stops = TokenSpace(11, mask_id=5, never=(7,))
+    last = finish("blocks", canvas, space=never_stops, block_length=4, stop=7)[-1]
+    assert int(last.calls) == 7
+    assert (last.tokens[0, 4:] != 7).all()
+
+
+def test_blocks_tell_a_model_that_uses_time_the_share_it_sees_hidden():
+    seen = []
+
+    class Timed(HashDenoiser):
+        uses_time = True
+
+        def __call__(self, tokens, *, t=None, valid=None, **rest):
+            hidden = (tokens == SPACE.mask_id) & valid
+            seen.append((float(t), int(hidden.sum()), int(valid.sum())))
+            return super().__call__(tokens, valid=valid, **rest)
+
+    finish("blocks", torch.full((1, 8), 5), denoiser=Timed(SPACE), block_length=4)
+    assert [share for share, _, _ in seen] == [hidden / 8 for _, hidden, _ in seen]
+    seen.clear()
+    finish("blocks", torch.full((1, 8), 5), denoiser=Timed(SPACE), block_length=4, context=4)
+    assert all(places == 4 and share == hidden / 4 for share, hidden, places in seen)
+
+
+def test_blocks_of_blocks_and_counts_of_another_shape_are_refused():
+    canvas = torch.full((2, 4), 5)
+    with pytest.raises(ConfigError, match="inner"):
+        finish("blocks", canvas, inner=find("samplers", "blocks"))
+    with pytest.raises(ConfigError, match=r"first_hitting.* takes no steps"):
+        finish("blocks", canvas, steps=2)
+    for counts in (torch.tensor(4), torch.ones(3, 4).long(), torch.ones(2, 1, 1).long()):
+        with pytest.raises(ConfigError, match="counts"):
+            finish("confidence", canvas, counts=counts)
+
+
+def test_more_reveals_a_call_than_places_is_all_at_once():
+    assert finish("first_hitting", torch.full((2, 4), 5), per_call=10**9)[-1].calls.tolist() == [
+        1,
+        1,
+    ]

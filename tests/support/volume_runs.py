@@ -1,0 +1,171 @@
+"""Runs of generation and encoding at volume in processes that start at once, to be killed.
+
+A forkserver that has loaded the package forks them, in no thread's midst; the workers of a run
+come from the same server.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from mdiff.backbones.transformer import transformer
+from mdiff.modalities.image.codec import load_codec
+from mdiff.modalities.image.data.images import Pictures
+from mdiff.modalities.text.modality import text
+from mdiff.pipeline.batch import workers
+from mdiff.pipeline.batch.encoding import write_shards
+from mdiff.pipeline.batch.offline import generate_offline
+from mdiff.pipeline.batch.plan import Setting
+from mdiff.pipeline.batch.shards import Generator
+from mdiff.pipeline.pipeline import Pipeline, load
+
+# The server looks for modules where its interpreter does: not beside the tests.
+PRELOADED = [
+    "mdiff.pipeline.batch.offline", "mdiff.backbones.transformer", "mdiff.modalities.text.modality",
+    "mdiff.pipeline.batch.encoding", "mdiff.modalities.image.codecs.kmeans",
+]  # fmt: skip
+SETTING = Setting(seed=3, batch_size=3)
+WINDOW = 48
+DEADLY = "xxxxxx"
+
+
+def server():
+    """The context of such processes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def serve_workers(address):
+    """In a process of the server: have its workers from there too. Only its parent may ask
+    whether the server runs.
+    """
+    forkserver._forkserver._forkserver_address = address
+    forkserver._forkserver.ensure_running = lambda: None
+    context = multiprocessing.get_context("forkserver")
+    workers.multiprocessing = SimpleNamespace(
+        get_context=lambda kind: context, parent_process=multiprocessing.parent_process
+    )
+
+
+def tell_workers(path):
+    """Write the process id of each worker that is hired into a file, a line each."""
+    hired = workers._hired
+
+    def told(maker, number):
+        worker = hired(maker, number)
+        with open(path, "a") as file:
+            file.write(f"{worker.process.pid}\n")
+        return worker
+
+    workers._hired = told
+
+
+def launched(task, *arguments, address, pids, **options):
+    """What a process of the server does: a task, with workers of the server."""
+    serve_workers(address)
+    tell_workers(pids)
+    task(*arguments, **options)
+
+
+def started(task, *arguments, pids=os.devnull, **options):
+    """Such a process, running; the process ids of its workers go to the file `pids`."""
+    context = server()
+    forkserver.ensure_running()
+    options |= {"address": forkserver._forkserver._forkserver_address, "pids": pids}
+    process = context.Process(target=launched, args=(task, *arguments), kwargs=options)
+    process.start()
+    return process
+
+
+def tiny_model(folder):
+    """A model of bytes in a new folder; its name."""
+    torch.manual_seed(0)
+    modality = text()
+    denoiser = transformer(vocab_size=256, width=16, depth=1, heads=2, max_length=WINDOW)
+    Pipeline(denoiser.eval(), modality.space, modality, window=WINDOW).save(folder)
+    return str(folder)
+
+
+def written(path, rows):
+    """Rows as a file of JSON lines; its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def asked():
+    """60 requests of several kinds and lengths, 20 shards."""
+    rows = [{"id": f"r{i}", "prompt": "ab " * (i % 4), "length": 24 + i % 7} for i in range(48)]
+    rows += [{"id": i, "infill": f"{i}[MASK:9]{'z' * (i % 3)}"} for i in range(11)]
+    return [*rows, {"prompt": "by its line", "length": 30, "seed": -1}]
+
+
+@contextmanager
+def ranked(rank, world):
+    """Meanwhile this is that process of a launcher."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    try:
+        yield
+    finally:
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
+def begin(model, requests, out, *, rank=0, world=1, setting=SETTING, **options):
+    """One run of generation from the start."""
+    with ranked(rank, world):
+        pipeline = load(model, device="cpu")
+        return generate_offline(
+            pipeline, Path(requests), Path(out), model=model, setting=setting, **options
+        )
+
+
+def tiny_pictures(count):
+    """Pictures (count, 3, 4, 4) of fixed noise, named."""
+    random = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (count, 3, 4, 4), generator=random, dtype=torch.uint8)
+    return Pictures(pixels=pixels, names=[f"no. {i}" for i in range(count)])
+
+
+def encode(codec, count, out, *, rank=0, world=1, **options):
+    """One run of encoding from the start, two pictures a shard."""
+    with ranked(rank, world):
+        return write_shards(
+            tiny_pictures(count), Path(out), codec=load_codec(codec), rows=2, **options
+        )
+
+
+def content(out):
+    """Every byte of what a run leaves but its locks, by name."""
+    files = {p.relative_to(out).as_posix(): p for p in Path(out).rglob("*") if p.is_file()}
+    return {name: p.read_bytes() for name, p in files.items() if p.name != ".lock"}
+
+
+def results(out):
+    """The samples of a run of generation."""
+    return [json.loads(line) for line in (Path(out) / "results.jsonl").open(encoding="utf-8")]
+
+
+@dataclass(frozen=True)
+class DeadlyGenerator(Generator):
+    """A worker's model that takes its process down where a canvas starts with DEADLY."""
+
+    def open(self, worker):
+        """Load the model, and have it die."""
+        make = super().open(worker)
+
+        def die_or_go_on(module, given):
+            if (given[0][:, : len(DEADLY)] == ord("x")).all(1).any():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        make.args[0].denoiser.register_forward_pre_hook(die_or_go_on)
+        return make
