@@ -5,6 +5,9 @@ from __future__ import annotations
 from mdiff.denoiser.block_cache import FinishedBlocks as FinishedBlocks
 from mdiff.denoiser.block_cache import can_keep as can_keep
 from mdiff.denoiser.block_cache import own_blocks as own_blocks
+from mdiff.denoiser.condition_names import MICRO as MICRO
+from mdiff.denoiser.condition_names import POOLED as POOLED
+from mdiff.denoiser.condition_names import STATES as STATES
 from mdiff.denoiser.negative_condition import away_from as away_from
 from mdiff.denoiser.negative_condition import other_start as other_start
 from mdiff.denoiser.places import counted as counted

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdiff.backbones.layers import Fields, Published
+from mdiff.backbones.layers import Published
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import (
     CONFIG,
     MODEL_INDEX,
     TYPES,
+    Fields,
     check_tensors,
     check_weights,
     load_weights,

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from mdiff.backbones.layers import CONFIG_FILE, Published
+from mdiff.backbones.layers import Published
 from mdiff.errors import CheckpointError, nearest
-from mdiff.files import check_weights, load_weights, read_json
+from mdiff.files import CONFIG_FILE, check_weights, load_weights, read_json
 from mdiff.find import find, module_of, names
 
 # What AutoModelForMaskedLM takes, whatever comes before it.

@@ -19,11 +19,11 @@ from torch import Tensor
 import mdiff
 from mdiff.backbones.layers.uvit import waves
 from mdiff.cli import run
+from mdiff.denoiser import MICRO, POOLED, STATES
 from mdiff.denoiser.protocol import guided
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.modalities.image.codec import load_codec, save_codec
 from mdiff.modalities.image.codecs.vq_diffusers import vq_diffusers
-from mdiff.modalities.image.text_encoder import MICRO, POOLED, STATES
 from mdiff.pipeline.amused import amused
 from mdiff.pipeline.pipeline import Pipeline
 from mdiff.pipeline.published import built, load_published

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdiff.backbones.layers.published import MOST_IDS, MOST_LAYERS, Fields, KeyValues, PublishedLM
+from mdiff.backbones.layers.published import KeyValues, PublishedLM
 from mdiff.backbones.layers.transformer import attend, linear, rotate
 from mdiff.errors import CheckpointError
+from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
 
 # Where a config does not say, as in Llama's and Qwen's own code.
 ROPE_THETA = 10000.0

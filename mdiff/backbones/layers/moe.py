@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.published import MOST_EXPERTS, Fields, KeyValues
+from mdiff.backbones.layers.published import KeyValues
 from mdiff.backbones.layers.transformer import linear, rotate
 from mdiff.errors import CheckpointError
+from mdiff.files import MOST_EXPERTS, Fields
 
 # Twice what the largest published mixtures have, all layers together.
 MOST_EXPERTS_IN_ALL = 1 << 16

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from mdiff.backbones.layers.decoder import Decoder, Shape
-from mdiff.backbones.layers.published import Fields
 from mdiff.errors import CheckpointError
+from mdiff.files import Fields
 
 DIFFULLAMA = "DiscreteDiffusionModel"
 # The layout of each architecture.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mdiff.backbones.layers.adaln import Sizes
-from mdiff.backbones.layers.published import MOST_IDS, Fields
 from mdiff.backbones.published.mdlm import LEFT, MDLM, sizes_of
 from mdiff.errors import CheckpointError
+from mdiff.files import MOST_IDS, Fields
 
 ARCHITECTURES = ("BD3LM",)
 

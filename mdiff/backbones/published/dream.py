@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mdiff.backbones.layers.decoder import Decoder, Shape
-from mdiff.backbones.layers.published import Fields
 from mdiff.errors import ConfigError
+from mdiff.files import Fields
 
 ARCHITECTURES = ("DreamModel",)
 

@@ -9,15 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.adaln import Sizes, Tables, Trunk
-from mdiff.backbones.layers.published import (
-    MOST_IDS,
-    MOST_LAYERS,
-    MOST_WIDTH,
-    Fields,
-    KeyValues,
-    PublishedLM,
-)
+from mdiff.backbones.layers.published import KeyValues, PublishedLM
 from mdiff.errors import ConfigError
+from mdiff.files import MOST_IDS, MOST_LAYERS, MOST_WIDTH, Fields
 
 ARCHITECTURES = ("DIT",)
 # The tables of query, key and value.

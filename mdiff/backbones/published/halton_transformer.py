@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.grid import class_of, grid_layout
-from mdiff.backbones.layers.published import MOST_IDS, MOST_LAYERS, Fields, KeyValues, Published
+from mdiff.backbones.layers.published import KeyValues, Published
 from mdiff.backbones.layers.transformer import attend, modulated
 from mdiff.denoiser import Condition
 from mdiff.errors import CheckpointError
+from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
 
 ARCHITECTURES = ("HaltonTransformer",)
 EPSILON = 1e-5

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdiff.backbones.layers.decoder import Matrix, Norm, Rotary, mask_of, mixed
-from mdiff.backbones.layers.published import MOST_IDS, MOST_LAYERS, Fields, KeyValues, PublishedLM
+from mdiff.backbones.layers.published import KeyValues, PublishedLM
 from mdiff.backbones.layers.transformer import rotate
 from mdiff.errors import CheckpointError
+from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
 
 ARCHITECTURES = ("LLaDAModelLM",)
 # What OLMo's code can do beside, and no LLaDA does.

@@ -18,16 +18,10 @@ from mdiff.backbones.layers.moe import (
     only,
     router_logits,
 )
-from mdiff.backbones.layers.published import (
-    MOST_IDS,
-    MOST_LAYERS,
-    MOST_WIDTH,
-    Fields,
-    KeyValues,
-    PublishedLM,
-)
+from mdiff.backbones.layers.published import KeyValues, PublishedLM
 from mdiff.backbones.layers.transformer import rotary_tables
 from mdiff.errors import CheckpointError
+from mdiff.files import MOST_IDS, MOST_LAYERS, MOST_WIDTH, Fields
 
 ARCHITECTURES = ("LLaDA2MoeModelLM",)
 # What the published models were trained with; their config.json does not say it.

@@ -17,9 +17,10 @@ from mdiff.backbones.layers.moe import (
     only,
     router_logits,
 )
-from mdiff.backbones.layers.published import MOST_IDS, MOST_LAYERS, Fields, KeyValues, PublishedLM
+from mdiff.backbones.layers.published import KeyValues, PublishedLM
 from mdiff.backbones.layers.transformer import rotary_tables
 from mdiff.errors import CheckpointError
+from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
 
 # The published config.json has the model_type of the dense LLaDA: only this tells them apart.
 ARCHITECTURES = ("LLaDAMoEModelLM",)

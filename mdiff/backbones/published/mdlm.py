@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.adaln import Rotary, Sizes, Trunk
-from mdiff.backbones.layers.published import MOST_IDS, MOST_LAYERS, Fields, KeyValues, PublishedLM
+from mdiff.backbones.layers.published import KeyValues, PublishedLM
 from mdiff.errors import ConfigError
+from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
 
 ARCHITECTURES = ("MDLM",)
 # The class default of the published code, which a config that leaves it out means.

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.published import MOST_IDS, MOST_LAYERS, Fields, KeyValues, PublishedLM
+from mdiff.backbones.layers.published import KeyValues, PublishedLM
 from mdiff.backbones.layers.transformer import attend, rotate
 from mdiff.errors import CheckpointError
+from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
 
 NAMED = "Diff_LLaMA"
 KEYS = ("n_embd", "n_head", "n_layer")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.published import MOST_IDS, MOST_LAYERS, Fields, KeyValues, Published
+from mdiff.backbones.layers.published import KeyValues, Published
 from mdiff.backbones.layers.uvit import (
     ConditionEmbedding,
     GridBlock,
@@ -23,9 +23,9 @@ from mdiff.backbones.layers.uvit import (
     TransformerLayer,
     waves,
 )
-from mdiff.denoiser import Condition
+from mdiff.denoiser import MICRO, POOLED, STATES, Condition
 from mdiff.errors import CheckpointError, ConfigError, DataError
-from mdiff.modalities.image import MICRO, POOLED, STATES
+from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
 
 CLASS_NAME = "UVit2DModel"
 MOST_SIDE = 4096

@@ -22,8 +22,5 @@ from mdiff.modalities.image.inpainting import pasted as pasted
 from mdiff.modalities.image.inpainting import pixel_mask as pixel_mask
 from mdiff.modalities.image.modality import image as image
 from mdiff.modalities.image.text_encoder import ARCHITECTURE as ARCHITECTURE
-from mdiff.modalities.image.text_encoder import MICRO as MICRO
-from mdiff.modalities.image.text_encoder import POOLED as POOLED
-from mdiff.modalities.image.text_encoder import STATES as STATES
 from mdiff.modalities.image.text_encoder import load_text_encoder as load_text_encoder
 from mdiff.modalities.image.text_to_image import described as described

@@ -9,14 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdiff.backbones.layers import CONFIG_FILE, MOST_IDS, MOST_LAYERS, Fields
+from mdiff.denoiser import POOLED, STATES
 from mdiff.errors import CheckpointError
-from mdiff.files import MAX_JSON_BYTES, TRANSFORMERS, inside, read_json
+from mdiff.files import (
+    CONFIG_FILE,
+    MAX_JSON_BYTES,
+    MOST_IDS,
+    MOST_LAYERS,
+    TRANSFORMERS,
+    Fields,
+    inside,
+    read_json,
+)
 
 ARCHITECTURE = "CLIPTextModelWithProjection"
-# What a denoiser is told, by the names of diffusers: a vector of each token (B, S, E), one of the
-# whole text (B, P), and numbers on the picture (B, 5).
-STATES, POOLED, MICRO = "encoder_hidden_states", "pooled_text_emb", "micro_conds"
 MOST_TOKENS = 1 << 16
 # So many texts are kept with their vectors: a batch asks for the same ones again.
 KEPT = 256

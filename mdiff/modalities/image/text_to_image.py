@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdiff.denoiser import MICRO
 from mdiff.errors import ConfigError
 from mdiff.modalities.image.codec import Codec
 from mdiff.modalities.image.data.examples import PictureRows
 from mdiff.modalities.image.modality import Image
-from mdiff.modalities.image.text_encoder import MICRO, TextEncoder, write_files
+from mdiff.modalities.image.text_encoder import TextEncoder, write_files
 from mdiff.tokens import Batch
 
 # How pleasing a picture is to be, on LAION's scale; what aMUSEd asks for (Patil et al. 2024).

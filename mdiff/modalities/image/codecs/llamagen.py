@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers import MOST_IDS, Fields
+from mdiff.files import MOST_IDS, Fields
 from mdiff.modalities.image.codecs.networks.published import (
     PublishedCodec,
     multipliers,

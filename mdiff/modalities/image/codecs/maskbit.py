@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers import MOST_WIDTH, Fields
 from mdiff.errors import CheckpointError
+from mdiff.files import MOST_WIDTH, Fields
 from mdiff.modalities.image.codecs.networks.published import (
     MOST_BLOCKS,
     MOST_LEVELS,

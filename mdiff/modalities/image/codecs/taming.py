@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mdiff.backbones.layers import MOST_IDS, MOST_WIDTH, Fields
 from mdiff.errors import CheckpointError
+from mdiff.files import MOST_IDS, MOST_WIDTH, Fields
 from mdiff.modalities.image.codecs.networks.published import (
     MOST_BLOCKS,
     PublishedCodec,

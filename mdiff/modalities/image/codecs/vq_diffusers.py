@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mdiff.backbones.layers import CONFIG_FILE, MOST_IDS, MOST_LAYERS, Fields
 from mdiff.errors import CheckpointError, ConfigError
+from mdiff.files import CONFIG_FILE, MOST_IDS, MOST_LAYERS, Fields
 from mdiff.modalities.image.codec import Report, check_ids, check_pictures
 from mdiff.modalities.image.codecs.networks.diffusers import Decoder, Encoder
 from mdiff.modalities.image.codecs.networks.fit import take_state

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from mdiff.backbones.layers import CONFIG_FILE, Fields
 from mdiff.errors import CheckpointError, ConfigError
+from mdiff.files import CONFIG_FILE, Fields
 from mdiff.modalities.image.codec import PUBLISHED_TENSORS, Report, check_ids, check_pictures
 from mdiff.modalities.image.codecs.networks.fit import check_state
 from mdiff.modalities.image.codecs.networks.vqgan import GROUPS
