@@ -16,6 +16,8 @@ FOLDERS = {
 }
 # Here a part of several files is a folder; in other rooms folders hold what parts share.
 OF_FOLDERS = ("modalities",)
+# The contract of a room's parts lies beside them.
+CONTRACT = "protocol"
 
 
 def names(room: str) -> list[str]:
@@ -59,6 +61,7 @@ def _modules(room: str) -> dict[str, str]:
     for folder in FOLDERS.get(room, (room,)):
         package = import_module(f"mdiff.{folder}")
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            if not module.ispkg or room in OF_FOLDERS:
-                found[module.name.rpartition(".")[2]] = module.name
+            name = module.name.rpartition(".")[2]
+            if name != CONTRACT and (not module.ispkg or room in OF_FOLDERS):
+                found[name] = module.name
     return found

@@ -106,10 +106,12 @@ def drawn(pipeline: Pipeline, model: str, seed: int, beside: Path | None) -> lis
     from mdiff.cli.views.grid import enlarged, grid_of
     from mdiff.errors import ConfigError
     from mdiff.kernels.philox import derive
+    from mdiff.modalities.image import image_modality
 
-    modality = pipeline.modality
     if not shows_pictures(pipeline):
-        raise ConfigError(f"--pictures {model}: a model of {modality.name}, not of pictures")
+        name = pipeline.modality.name
+        raise ConfigError(f"--pictures {model}: a model of {name}, not of pictures")
+    modality = image_modality(pipeline.modality)
     message(f"{model}: {COUNT} pictures that do not exist")
     runs = pipeline.runs(pipeline.canvases(n=COUNT), seed=seed, **DRAWN)
     made, records = followed(modality, ((run, lambda row, each: each) for run in runs))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mdiff.cli.views.console import result, result_json
 from mdiff.errors import MdiffError
+
+if TYPE_CHECKING:
+    from mdiff.modalities.image import ImageModality
 
 
 def inspect(
@@ -83,14 +86,17 @@ def inspected(name: str, folder: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
     from mdiff.files import check_tensors, check_weights
-    from mdiff.modalities.image import PUBLISHED_TENSORS, TENSORS
+    from mdiff.modalities import HasFolders, ShowsImages
+    from mdiff.modalities.image import PUBLISHED_TENSORS, TENSORS, ImageModality
     from mdiff.pipeline import CODEC_FOLDER, described_tensor, load, summed
 
     pipeline = load(str(folder), device="cpu")
     module: Any = getattr(pipeline.denoiser, "model", pipeline.denoiser)
     # The modules of a directory of several parts, by folder.
-    first = getattr(pipeline.modality, "denoiser_folder", ".")
-    modules = {first: module, **getattr(pipeline.modality, "folders", {})}
+    modality = pipeline.modality
+    split = modality if isinstance(modality, HasFolders) else None
+    modules = {"." if split is None else split.denoiser_folder: module}
+    modules |= {} if split is None else split.folders
     own = {
         (part, key): list(value.shape)
         for part, each in modules.items()
@@ -105,13 +111,13 @@ def inspected(name: str, folder: Path) -> dict[str, Any]:
             used = "not used" if key in unused else "loaded" if loaded else "renamed"
             whole = key if part == "." else f"{part}/{key}"
             tensors.append(described_tensor(whole, entry, used))
-    beside = (folder, folder / CODEC_FOLDER) if hasattr(pipeline.modality, "codec") else ()
+    beside = (folder, folder / CODEC_FOLDER) if isinstance(modality, ShowsImages) else ()
     for path in (at / name for at in beside for name in (TENSORS, PUBLISHED_TENSORS)):
         if path.exists() and path != folder / PUBLISHED_TENSORS:
             # A codec takes all of its tensors or does not load.
             found = sorted(check_tensors(path).items())
             tensors += [described_tensor(f"codec.{key}", entry, "loaded") for key, entry in found]
-    settings = pipeline.modality.config()
+    settings = modality.config()
     return {
         "model": name,
         "path": str(folder),
@@ -120,17 +126,13 @@ def inspected(name: str, folder: Path) -> dict[str, Any]:
         "window": pipeline.window,
         "schedule": repr(pipeline.schedule),
         "modality": {key: value for key, value in settings.items() if key != "alphabet"},
-        **(
-            {"pictures": of_pictures(pipeline.modality)}
-            if hasattr(pipeline.modality, "shown")
-            else {}
-        ),
+        **({"pictures": of_pictures(modality)} if isinstance(modality, ImageModality) else {}),
         "space": asdict(pipeline.space),
         **summed(tensors),
     }
 
 
-def of_pictures(modality: Any) -> dict[str, Any]:
+def of_pictures(modality: ImageModality) -> dict[str, Any]:
     """What a modality of pictures is: its codec, and what a canvas holds, part by part."""
     codec = modality.codec
     reach = "the whole picture" if codec.reach is None else f"{codec.reach} pixels beyond"

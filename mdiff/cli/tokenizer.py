@@ -116,8 +116,10 @@ def encode(
     as_json: AsJson = False,
 ) -> None:
     """Print the ids of a text, or write those of pictures; a rerun writes what is missing."""
+    from mdiff.modalities.text import Text
+
     made = opened(name)
-    if not _is_text(made):
+    if not isinstance(made, Text):
         from mdiff.cli.images.codec import encode_pictures, parsed_size
 
         if not written or out is None:
@@ -151,8 +153,10 @@ def decode(
     as_json: AsJson = False,
 ) -> None:
     """Print the text of ids, or write the pictures of a folder of tokens."""
+    from mdiff.modalities.text import Text
+
     made = opened(name)
-    if not _is_text(made):
+    if not isinstance(made, Text):
         from mdiff.cli.images.codec import decode_tokens
 
         if not ids or len(ids) > 1 or out is None:
@@ -188,8 +192,10 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show a tokenizer's size and special ids, or a codec's; with data, what it does to them."""
+    from mdiff.modalities.text import Text
+
     made = opened(name)
-    if _is_text(made):
+    if isinstance(made, Text):
         _refuse_for_text(name, size=size, resize=resize or None)
         report = _text_report(made, data)
     else:
@@ -236,31 +242,28 @@ def _pictures(
     )
 
 
-def _is_text(made: Any) -> bool:
-    return getattr(made, "name", None) == "text"
-
-
 def _refuse_for_text(name: str, **options: Any) -> None:
     for option, value in options.items():
         if value is not None:
             raise ConfigError(f"--{option} is for pictures, {name} is a tokenizer of text")
 
 
-def opened(name: str) -> Any:
+def opened(name: str) -> Text | Codec:
     """The text modality or the codec of a model, of a folder or of a name; trained already."""
     from mdiff.files import BUILTIN, PIPELINE, locate
 
     path = Path(name)
     if name.startswith(BUILTIN) or (path.is_dir() and _holds_model(path, PIPELINE)):
+        from mdiff.modalities import ShowsImages
+        from mdiff.modalities.text import Text
         from mdiff.pipeline import load_modality
 
         found = load_modality(locate(name))
-        if _is_text(found):
+        if isinstance(found, Text):
             return found
-        codec: Codec | None = getattr(found, "codec", None)
-        if codec is None:
-            raise ConfigError(f"{name} is a model of {found.name}, which has no tokenizer")
-        return codec
+        if isinstance(found, ShowsImages):
+            return found.codec
+        raise ConfigError(f"{name} is a model of {found.name}, which has no tokenizer")
     from mdiff.modalities.image import holds_codec
 
     if holds_codec(path):
@@ -269,7 +272,8 @@ def opened(name: str) -> Any:
 
         if (path / MANIFEST).exists():
             verify(path)
-        return load_codec(path)
+        codec: Codec = load_codec(path)
+        return codec
     from mdiff.modalities.text import text
 
     if name in ("char", "bpe", *names("codecs")):

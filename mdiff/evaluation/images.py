@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -22,6 +22,7 @@ from mdiff.evaluation.image_metrics import (
     pixel_features,
 )
 from mdiff.evaluation.image_metrics import nearest as nearest_pictures
+from mdiff.modalities.image import ImageModality, image_modality
 from mdiff.modalities.image.data import PictureRows, Pictures
 from mdiff.objective import JOINED
 from mdiff.pipeline import Pipeline, Progress, bound_of_rows, features, probe
@@ -62,8 +63,8 @@ def conditional_bounds(
     dimension if pixel values are the tokens, else in bits of its code a pixel: what a lossy
     codec leaves out is in no bound. Each with its standard error over the draws.
     """
-    modality, found = pipeline.modality, []
-    names: tuple[str, ...] = modality.part_names
+    modality, found = image_modality(pipeline.modality), []
+    names = modality.part_names
     for count in range(len(names)):
         for given in combinations(names, count):
             bound = bound_of_rows(
@@ -81,7 +82,7 @@ def conditional_bounds(
     return found
 
 
-def _pixel_units(modality: Any, count: int) -> dict[str, int]:
+def _pixel_units(modality: ImageModality, count: int) -> dict[str, int]:
     """How many values count pictures have, or how many pixels their codes stand for."""
     pixels = count * modality.size[0] * modality.size[1]
     codec = modality.codec
@@ -95,8 +96,8 @@ def draw_pictures(
 
     `options` are those of `Pipeline.generate`.
     """
-    modality = pipeline.modality
-    names: Sequence[str] = modality.labels if modality.label != "none" else []
+    modality = image_modality(pipeline.modality)
+    names = (modality.labels or []) if modality.label != "none" else []
     labels = torch.arange(n) % max(1, len(names))
     prompts: list[Any] = [{"label": names[i]} for i in labels.tolist()] if names else [""] * n
     made = pipeline.generate(
@@ -111,7 +112,7 @@ def draw_pictures(
     )
 
 
-def with_model_labels(pictures: Pictures, modality: Any) -> Pictures:
+def with_model_labels(pictures: Pictures, modality: ImageModality) -> Pictures:
     """The pictures with their labels by the model's numbers and names.
 
     Names are looked up among the model's; numbers are taken to be its own. A model without
@@ -144,7 +145,7 @@ def figures_of(
 
     Raises ConfigError where the classifier is asked for and there is none.
     """
-    test, modality = spread(test, limit), pipeline.modality
+    test, modality = spread(test, limit), image_modality(pipeline.modality)
     found: dict[str, Any] = {"samples": len(drawn.pictures), "test_pictures": len(test)}
     found |= {"calls": drawn.calls, "seconds": drawn.seconds}
     if "frechet" in metrics:
@@ -185,17 +186,18 @@ def _frechet_figures(
 
 
 def _classifier_figures(
-    drawn: Drawn, test: Pictures, modality: Any, judge: Judge | None
+    drawn: Drawn, test: Pictures, modality: ImageModality, judge: Judge | None
 ) -> dict[str, Any]:
     """The judge's agreement with the asked labels, and with those of the test pictures."""
     if judge is None:
         raise ConfigError("metric classifier needs a classifier: give the folder of one")
     if modality.label == "none":
         raise ConfigError("metric classifier: this model cannot be asked for a label")
-    for name in modality.labels:
+    names = modality.labels or []
+    for name in names:
         if name not in judge.labels:
             raise DataError(f"the classifier knows no {name!r}; {nearest(name, judge.labels)}")
-    number = torch.tensor([judge.labels.index(name) for name in modality.labels])
+    number = torch.tensor([judge.labels.index(name) for name in names])
     logits = judge.logits(drawn.pictures)
     found = {"agreement": classifier_agreement(logits, number[drawn.labels])}
     if test.labels is not None:
@@ -242,7 +244,7 @@ def probe_figures(
 
 def picture_canvases(pipeline: Pipeline, pictures: Tensor) -> Tensor:
     """Canvases (N, L) int64 that give the pictures (N, C, H, W) uint8 and nothing else."""
-    modality = pipeline.modality
+    modality = image_modality(pipeline.modality)
     canvases = torch.full((len(pictures), modality.length), pipeline.space.mask_id)
     canvases[:, modality.span("image")] = modality.codes(pictures)
     return canvases

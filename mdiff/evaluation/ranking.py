@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mdiff.errors import ConfigError
+from mdiff.modalities import HasParts
 from mdiff.objective import nll_bound
 from mdiff.pipeline import Pipeline
 
@@ -38,7 +39,7 @@ def rank(
     if not candidates:
         raise ConfigError("candidates: need at least 1")
     modality = pipeline.modality
-    if not hasattr(modality, "span"):
+    if not isinstance(modality, HasParts):
         raise ConfigError(f"this is a model of {modality.name}: its canvas has no parts")
     where = modality.span(part)
     if part in given:

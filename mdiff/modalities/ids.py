@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,14 @@ class Ids:
         """The ids below `vocab_size`, and the mask."""
         return TokenSpace(self.vocab_size, mask_id=self.mask_id)
 
-    def encode(self, written: str | Sequence[int]) -> list[int]:
+    def encode(self, written: object) -> list[int]:
         """The ids of "3 1 2", or of a list of them; DataError for anything else."""
-        words = written.split() if isinstance(written, str) else list(written)
         try:
-            return [int(word) for word in words]
+            if isinstance(written, str):
+                return [int(word) for word in written.split()]
+            if isinstance(written, Iterable):
+                return [int(word) for word in written]
+            raise TypeError
         except (TypeError, ValueError):
             said = repr(written)[:60]
             raise DataError(f"{said}: this model takes token ids, such as '3 1 2'") from None
@@ -47,9 +50,9 @@ class Ids:
         """Each id with a space after it, None where it is masked."""
         return [None if token == self.mask_id else f"{token} " for token in tokens]
 
-    def canvas(self, given: str | Sequence[int] = "", length: int | None = None) -> list[int]:
-        """The given ids followed by masks, `length` places in all."""
-        return continued(self.encode(given), length, mask_id=self.mask_id)
+    def canvas(self, prompt: object = "", length: int | None = None) -> list[int]:
+        """The given ids followed by masks, `length` positions in all."""
+        return continued(self.encode(prompt), length, mask_id=self.mask_id)
 
     def template(self, written: str) -> list[int]:
         """The canvas of "3 _ _ 1", each "_" one token to fill in."""
@@ -60,7 +63,7 @@ class Ids:
 
     def examples(
         self,
-        data: Mapping[str, Any] | Source | str,
+        data: Mapping[str, object] | Source | str,
         *,
         length: int | None,
         split: str = "train",
@@ -81,11 +84,11 @@ class Ids:
             slice_sha256=digest([self.decode(row) for row in chosen]),
         )
 
-    def sizes(self, rows: Sequence[str | Sequence[int]]) -> dict[str, int]:
+    def sizes(self, items: Sequence[object]) -> dict[str, int]:
         """Nothing but tokens is known of ids."""
         return {}
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The settings that `ids` takes back, with the name."""
         return {"name": self.name, "vocab_size": self.vocab_size, "mask_id": self.mask_id}
 

@@ -29,6 +29,7 @@ from mdiff.files import (
     read_json,
 )
 from mdiff.find import find
+from mdiff.modalities import Modality
 from mdiff.modalities.image import ARCHITECTURE, described, load_text_encoder
 from mdiff.pipeline.published import load_published
 from mdiff.sampling import State, schedule_counts
@@ -98,7 +99,7 @@ class Directory:
 
     denoiser: Published
     space: TokenSpace
-    modality: Any
+    modality: Modality
 
 
 def load_directory(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> Directory:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mdiff.errors import ConfigError, nearest
+from mdiff.modalities import EndsText, Modality
 from mdiff.sampling import State, Tally
 from mdiff.tokens import TokenSpace
 
@@ -86,7 +87,7 @@ class Generation:
     canvas: Tensor
     valid: Tensor | None
     seeds: Tensor
-    modality: Any
+    modality: Modality
     states: Iterator[State]
     mask_id: int
     ending: Ending = Ending()
@@ -121,7 +122,9 @@ class Generation:
             return self.modality.decode(ids)
         canvas = self.canvas[row] if self.valid is None else self.canvas[row][self.valid[row]]
         shown = self.ending.shown(ids, (canvas == self.mask_id).tolist())
-        return self.modality.decode(shown, whole=True)
+        if isinstance(self.modality, EndsText):
+            return self.modality.decode(shown, whole=True)
+        return self.modality.decode(shown)
 
     def finished(self) -> list[Generated]:
         """Every sample of the batch, after running it to its end."""

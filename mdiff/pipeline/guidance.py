@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mdiff.denoiser import Denoiser, away_from, guided, other_start
 from mdiff.errors import ConfigError, DataError
+from mdiff.modalities import Conditional, HasParts, Modality, TextConditional
 from mdiff.tokens import TokenSpace
 
 # The entry of `cond` that guidance reads: the places which the other branch hides.
@@ -33,7 +34,7 @@ class Model(Protocol):
         """Its ids."""
 
     @property
-    def modality(self) -> Any:
+    def modality(self) -> Modality:
         """What its ids mean."""
 
     @property
@@ -73,7 +74,7 @@ class Push:
             "guidance_scale": self.scale, "guidance_schedule": self.schedule,
             "interval": self.interval, "space": model.space,
         }  # fmt: skip
-        if self.negative is not None and not hasattr(model.modality, "about"):
+        if self.negative is not None and not isinstance(model.modality, TextConditional):
             start = _start(model, self.negative, canvases)
             away = away_from(model.denoiser, device=model.device, **options)
             return away, lambda canvas, valid: other_start(
@@ -87,19 +88,18 @@ class Push:
         return hiding, lambda canvas, valid: {GIVEN: canvas != model.space.mask_id}
 
 
-def told_without(modality: Any, negative: Prompt | None) -> dict[str, Tensor]:
+def told_without(modality: Modality, negative: Prompt | None) -> dict[str, Tensor]:
     """What the other branch of guidance is told, (1, ...); empty where there is no telling."""
-    about = getattr(modality, "about", None)
-    if negative is not None and about is not None:
-        told: dict[str, Tensor] = about(negative)
-        return told
-    known: dict[str, Tensor] = getattr(modality, "without", {})
-    return known
+    if negative is not None and isinstance(modality, TextConditional):
+        if not isinstance(negative, str):
+            raise ConfigError(f"negative={negative!r:.60}: expected a text")
+        return modality.encode_condition(negative)
+    return modality.null_condition if isinstance(modality, Conditional) else {}
 
 
 def _start(model: Model, negative: Prompt, canvases: Sequence[Sequence[int]]) -> Tensor:
     """The tokens (N,) of a negative prompt, which fits before what is to be drawn."""
-    if not negative or hasattr(model.modality, "part_names") or hasattr(model.denoiser, "cells"):
+    if not negative or isinstance(model.modality, HasParts) or hasattr(model.denoiser, "cells"):
         raise ConfigError(
             "negative: expected what a text begins with; guidance without it hides the prompt"
         )

@@ -23,6 +23,7 @@ from mdiff.files import (
     write_json,
 )
 from mdiff.find import find
+from mdiff.modalities import HasFolders, Modality
 from mdiff.pipeline.amused import amused, load_directory
 from mdiff.pipeline.codec_beside import modality_beside
 from mdiff.pipeline.placing import AUTO, DeviceMap, planned, spread
@@ -53,7 +54,7 @@ class Parts:
 
     denoiser: Denoiser
     space: TokenSpace
-    modality: Any
+    modality: Modality
     schedule: Schedule
     window: int | None
     sampler: str | Callable[..., Iterator[State]] = "first_hitting"
@@ -145,7 +146,7 @@ def _written(space: TokenSpace) -> int:
     return space.vocab_size - (space.mask_id < space.vocab_size)
 
 
-def load_modality(folder: Path) -> Any:
+def load_modality(folder: Path) -> Modality:
     """The modality of a model that `save_parts` or training wrote, without its weights."""
     described = read_json(folder / PIPELINE)
     try:
@@ -157,9 +158,10 @@ def load_modality(folder: Path) -> Any:
         raise CheckpointError(f"{folder / PIPELINE} is not valid: {error}") from error
 
 
-def _modality(folder: Path, name: str, settings: dict[str, Any]) -> Any:
+def _modality(folder: Path, name: str, settings: dict[str, Any]) -> Modality:
     _check_part(folder, name)
-    return find("modalities", name)(**settings, folder=folder)
+    made: Modality = find("modalities", name)(**settings, folder=folder)
+    return made
 
 
 def _check_part(folder: Path, name: Any) -> None:
@@ -263,12 +265,12 @@ def save_parts(folder: Path, parts: Parts) -> None:
     model: Any = parts.denoiser
     if not hasattr(model, "save_pretrained"):
         raise ConfigError(f"{type(parts.denoiser).__name__} cannot be saved: it has no files")
-    own_folder = getattr(parts.modality, "denoiser_folder", None)
-    if own_folder is not None:
+    medium = parts.modality
+    if isinstance(medium, HasFolders):
         # A published directory: each part in the folder and the layout that it came in.
         with staged(folder) as inner:
-            model.save_pretrained(inner / own_folder)
-            parts.modality.save(inner)
+            model.save_pretrained(inner / medium.denoiser_folder)
+            medium.save(inner)
         return
     # A part lives in the module of its name.
     backbone = type(model).__module__.rpartition(".")[2]

@@ -14,6 +14,7 @@ from torch import Tensor
 from mdiff.denoiser import Denoiser
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
+from mdiff.modalities import Conditional, Editable, EndsText, HasGrid, Modality
 from mdiff.modalities.image import Edits
 from mdiff.objective import Bound
 from mdiff.pipeline.features import features as mean_features
@@ -43,7 +44,7 @@ class Pipeline:
 
     denoiser: Denoiser
     space: TokenSpace
-    modality: Any
+    modality: Modality
     schedule: Schedule = Linear()  # noqa: RUF009
     window: int | None = None
     sampler: str | Sampler = "first_hitting"
@@ -155,7 +156,7 @@ class Pipeline:
         **options: Any,
     ) -> tuple[Edits, Iterator[Generation]]:
         """What `edit` makes anew, and its batches as in `runs`; `Edits.pasted` finishes each."""
-        if not hasattr(self.modality, "edited"):
+        if not isinstance(self.modality, Editable):
             raise ConfigError(f"edit: this is a model of {self.modality.name}, not of pictures")
         if n < 1:
             raise ConfigError(f"n={n}: need at least 1")
@@ -185,12 +186,12 @@ class Pipeline:
 
     def conditions(
         self, prompts: Prompt | Sequence[Any] = "", *, n: int = 1
-    ) -> list[dict[str, Any]]:
+    ) -> list[Mapping[str, int | Tensor]]:
         """What the denoiser is told of each prompt beside its canvas, `n` times in a row."""
-        told = getattr(self.modality, "condition", None)
-        if told is None:
+        if not isinstance(self.modality, Conditional):
             return [{}] * (n * len(_asked(prompts)))
-        return [one for prompt in _asked(prompts) for one in [told(prompt)] * n]
+        told = map(self.modality.condition, _asked(prompts))
+        return [one for each in told for one in [each] * n]
 
     def templates(self, templates: str | Sequence[str], *, n: int = 1) -> list[list[int]]:
         """The canvas of each template with gaps, `n` times in a row."""
@@ -225,13 +226,14 @@ class Pipeline:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: need at least 1")
-        ending = Ending(tuple(getattr(self.modality, "end_ids", ())), end, echo)
+        text = self.modality if isinstance(self.modality, EndsText) else None
+        ending = Ending(() if text is None else text.end_ids, end, echo)
         space = ending.space(self.space)
         sampler, asked = in_blocks(
             self.sampler if sampler is None else sampler, options,
             own=getattr(self.denoiser, "block_length", None),
         )  # fmt: skip
-        stop = getattr(self.modality, "eos_id", None) if end == "cut" else None
+        stop = text.eos_id if text is not None and end == "cut" else None
         defaults = self._defaults(sampler, canvases, asked, stop=stop)
         function, settings = resolve(sampler, defaults)
         without = told_without(self.modality, negative)
@@ -285,9 +287,8 @@ class Pipeline:
             found.setdefault("block_length", block)
         if "stop" in known and stop is not None:
             found.setdefault("stop", stop)
-        grid = getattr(self.modality, "grid", None)
-        if "grid" in known and grid is not None:
-            found.setdefault("grid", grid)
+        if "grid" in known and isinstance(self.modality, HasGrid):
+            found.setdefault("grid", self.modality.grid)
         if self.denoiser.uses_time:
             # Its times mean what they meant in training.
             found.setdefault("schedule", self.schedule)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mdiff.errors import ConfigError
+from mdiff.modalities import Conditional, EndsText, HasParts
 from mdiff.objective import Bound, hideable_places, nll_bound
 from mdiff.tokens import Batch, Windows, stack_conditions
 
@@ -37,16 +38,17 @@ def windows(
     is a window of its own where neither says how long one is.
     """
     width = window or pipeline.window
-    eos = getattr(pipeline.modality, "eos_id", None) if end else None
+    modality = pipeline.modality
+    eos = modality.eos_id if end and isinstance(modality, EndsText) else None
     rows: list[list[int]] = []
     owner: list[int] = []
     for number, item in enumerate(items):
-        ids = [*pipeline.modality.encode(item), *([] if eos is None else [eos])]
+        ids = [*modality.encode(item), *([] if eos is None else [eos])]
         step = width or max(1, len(ids))
         rows += [ids[start : start + step] for start in range(0, len(ids), step)]
         owner += [number] * (len(rows) - len(owner))
     told = pipeline.conditions(items)
-    without: dict[str, Tensor] = getattr(pipeline.modality, "without", {})
+    without = modality.null_condition if isinstance(modality, Conditional) else {}
     cond = stack_conditions([told[number] for number in owner], without)
     return Windows(rows, owner, pipeline.space, cond)
 
@@ -100,10 +102,8 @@ def _may_hide(pipeline: Pipeline, batch: Batch, given: str) -> Tensor | None:
         return batch.may_hide
     if not pipeline.space.parts:
         raise ConfigError(f"given={given!r}: this model's canvas has no parts")
-    free = hideable_places(
-        given, batch.tokens.shape[1], space=pipeline.space,
-        part_names=getattr(pipeline.modality, "part_names", ()),
-    )  # fmt: skip
+    names = pipeline.modality.part_names if isinstance(pipeline.modality, HasParts) else ()
+    free = hideable_places(given, batch.tokens.shape[1], space=pipeline.space, part_names=names)
     if batch.may_hide is None:
         return free.expand_as(batch.tokens)
     return free & batch.may_hide

@@ -13,6 +13,7 @@ from torch import nn
 from mdiff.errors import ConfigError, MdiffError, nearest
 from mdiff.find import find
 from mdiff.kernels import philox
+from mdiff.modalities import Conditional, HasLayout, HasParts, Modality
 from mdiff.objective import GivenParts
 from mdiff.schedule import Schedule, named_schedule
 from mdiff.tokens import Examples, TokenSpace
@@ -31,7 +32,7 @@ class Run:
 
     recipe: Recipe
     accelerator: Accelerator
-    modality: Any
+    modality: Modality
     examples: Examples
     space: TokenSpace
     schedule: Schedule
@@ -48,7 +49,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
         refuse(recipe.train)
     objective = recipe.objective
     schedule = named_schedule(objective.schedule.name, **objective.schedule.options)
-    modality = _part("modalities", recipe.modality.name, recipe.modality.options)
+    modality: Modality = _part("modalities", recipe.modality.name, recipe.modality.options)
     # The first process prepares what is cached, the others then read it.
     with accelerator.main_process_first():
         examples = modality.examples(recipe.data.options, length=recipe.data.length, split="train")
@@ -74,11 +75,11 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     backbone.to(DTYPES[recipe.train.precision]).train()
     given = None
     if objective.given is not None:
-        names = getattr(modality, "part_names", ())
+        names = modality.part_names if isinstance(modality, HasParts) else ()
         given = GivenParts.of(objective.given, space=space, part_names=names)
     loss_of = LossOf(
         backbone, recipe, space=space, schedule=schedule, given=given,
-        without=getattr(modality, "without", None),
+        without=modality.null_condition if isinstance(modality, Conditional) else None,
     )  # fmt: skip
     made = optimizers(backbone, recipe.optim)
     loss_of, *prepared = accelerator.prepare(loss_of, *made)
@@ -101,10 +102,12 @@ def _placement(accelerator: Accelerator, backbone: nn.Module, prepared: list[Any
     return TorchPlacement(backbone, [getattr(o, "optimizer", o) for o in prepared])
 
 
-def _of_medium(modality: Any) -> dict[str, Any]:
-    """What a modality says of its canvases to a backbone, where it says anything."""
-    told = {name: getattr(modality, name, None) for name in ("layout", "classes")}
-    return {name: value for name, value in told.items() if value}
+def _of_medium(modality: Modality) -> dict[str, Any]:
+    """The options of a backbone that its modality sets."""
+    if not isinstance(modality, HasLayout):
+        return {}
+    found = {"layout": modality.layout, "classes": modality.classes}
+    return {name: value for name, value in found.items() if value}
 
 
 def _part(room: str, name: str, options: dict[str, Any], **given: Any) -> Any:

@@ -144,8 +144,10 @@ def test_words_are_encoded_as_officially(copy: Path, only_vocabulary: bool) -> N
 
 
 def test_guided_logits_are_those_of_the_official_pipeline(pipeline: Pipeline) -> None:
-    denoiser = guided(pipeline.denoiser, guidance_scale=4.0, without=pipeline.modality.without)
-    cond = pipeline.modality.about(PROMPTS[0])
+    denoiser = guided(
+        pipeline.denoiser, guidance_scale=4.0, without=pipeline.modality.null_condition
+    )
+    cond = pipeline.modality.encode_condition(PROMPTS[0])
     for seen, expected in zip(GOLDEN["pipe.sample_in"], GOLDEN["pipe.guided_logits"]):
         tokens = seen.flatten(1)
         tokens = torch.where(tokens == PUBLISHED_MASK, MASK, tokens)

@@ -67,6 +67,7 @@ def edit(
     """Make pictures anew in part; not one pixel outside the mask changes."""
     from mdiff.cli.images import generate as shown
     from mdiff.kernels.philox import derive
+    from mdiff.modalities.image import image_modality
     from mdiff.pipeline import load
 
     named = {
@@ -85,7 +86,7 @@ def edit(
     pipeline = load(model, device=device, dtype=dtype)
     if not shown.shows_pictures(pipeline):
         raise ConfigError(f"{model} is a model of {pipeline.modality.name}, not of pictures")
-    modality = pipeline.modality
+    modality = image_modality(pipeline.modality)
     (told,) = combined(
         None if label is None else [label], None if prompt is None else [prompt], None
     )

@@ -9,6 +9,7 @@ from mdiff.cli.views.console import message, result
 from mdiff.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from mdiff.modalities.image import ImageModality
     from mdiff.modalities.image.data import PictureSource
     from mdiff.pipeline import Pipeline
 
@@ -50,10 +51,11 @@ def evaluate_pictures(pipeline: Pipeline, source: PictureSource, wanted: Wanted)
         spread,
         with_model_labels,
     )
+    from mdiff.modalities.image import image_modality
     from mdiff.modalities.image.data import holds_shards, read_pictures
     from mdiff.sampling import resolve
 
-    modality, report = pipeline.modality, dict[str, Any]()
+    modality, report = image_modality(pipeline.modality), dict[str, Any]()
     asked = [name for name in wanted.metrics if name in OF_SAMPLES]
     # Before the long part: any of these may be refused.
     judge = None if wanted.classifier is None else load_judge(wanted.classifier)
@@ -119,7 +121,7 @@ def _bounds(pipeline: Pipeline, rows: Any, wanted: Wanted) -> list[dict[str, Any
     )  # fmt: skip
 
 
-def _codec_figures(modality: Any, pictures: Any) -> dict[str, Any]:
+def _codec_figures(modality: ImageModality, pictures: Any) -> dict[str, Any]:
     """What the codec loses of the pictures, which no bound counts; nothing where lossless."""
     from mdiff.modalities.image import fidelity
 

@@ -58,7 +58,9 @@ class Wanted:
 
 def shows_pictures(pipeline: Pipeline) -> bool:
     """Whether the model is one of pictures."""
-    return hasattr(pipeline.modality, "shown")
+    from mdiff.modalities import ShowsImages
+
+    return isinstance(pipeline.modality, ShowsImages)
 
 
 def generate_pictures(
@@ -66,7 +68,9 @@ def generate_pictures(
     resize: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     """`n` samples for each of what is asked; a file that cannot be read is reported at the end."""
-    modality = pipeline.modality
+    from mdiff.modalities.image import image_modality
+
+    modality = image_modality(pipeline.modality)
     refuse_unknown(modality, asked)
     requests, problems = with_pictures(modality, asked, resize=resize)
     given = [request.given for request in requests]
@@ -81,7 +85,7 @@ def generate_pictures(
     def told(run: Generation) -> Finish:
         def finish(row: int, picture: Image) -> Image:
             known = given[(run.first + row) // n]
-            if modality.classes and "label" in known:
+            if modality.classes and modality.labels and "label" in known:
                 picture.info["label"] = modality.labels[modality.label_id(known["label"])]
             return picture
 

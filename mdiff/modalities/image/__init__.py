@@ -20,7 +20,9 @@ from mdiff.modalities.image.inpainting import as_picture as as_picture
 from mdiff.modalities.image.inpainting import box_mask as box_mask
 from mdiff.modalities.image.inpainting import pasted as pasted
 from mdiff.modalities.image.inpainting import pixel_mask as pixel_mask
+from mdiff.modalities.image.modality import ImageModality as ImageModality
 from mdiff.modalities.image.modality import image as image
+from mdiff.modalities.image.modality import image_modality as image_modality
 from mdiff.modalities.image.text_encoder import ARCHITECTURE as ARCHITECTURE
 from mdiff.modalities.image.text_encoder import load_text_encoder as load_text_encoder
 from mdiff.modalities.image.text_to_image import described as described

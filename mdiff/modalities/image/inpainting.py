@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +41,7 @@ def box_mask(box: str, size: tuple[int, int]) -> Tensor:
     return mask
 
 
-def pixel_mask(mask: Any, size: tuple[int, int]) -> Tensor:
+def pixel_mask(mask: object, size: tuple[int, int]) -> Tensor:
     """The pixels (H, W) bool to make anew: all for None, a box by its text, or as given.
 
     Raises DataError for a mask of another shape or type, or one that is empty.

@@ -34,13 +34,14 @@ from mdiff.modalities.image.inpainting import (
     touched,
 )
 from mdiff.modalities.image.parts import CanvasParts, Part
+from mdiff.modalities.protocol import Modality
 from mdiff.tokens import TokenSpace
 
 SETTINGS = "modality.json"
 LABELS = ("none", "condition", "part")
 
 
-class Image:
+class ImageModality:
     """Pictures to tokens and back; see `image`.
 
     The canvas is the picture's places row by row, each with its codes side by side, then the
@@ -120,8 +121,8 @@ class Image:
         return len(self._known_labels()) if self.label == "condition" else 0
 
     @property
-    def without(self) -> dict[str, Tensor]:
-        """The condition that says nothing: the label after the last."""
+    def null_condition(self) -> dict[str, Tensor]:
+        """The null condition: the label after the last, {} where labels are no condition."""
         return {"label": torch.tensor([self.classes], device="cpu")} if self.classes else {}
 
     def _known_labels(self) -> list[str]:
@@ -129,7 +130,7 @@ class Image:
             raise ConfigError("the labels are not known yet: give modality.labels or data first")
         return self.labels
 
-    def picture(self, given: Any) -> Tensor:
+    def picture(self, given: object) -> Tensor:
         """A PIL image, array or path as (C, H, W) uint8 of this size; DataError otherwise."""
         if isinstance(given, str | Path):
             source = PictureSource(source=str(given))
@@ -162,7 +163,7 @@ class Image:
         known = self.captions
         return [] if known is None else [ids[i] for i in known.encode(caption, cut=cut)]
 
-    def encode(self, given: Any) -> list[int]:
+    def encode(self, given: object) -> list[int]:
         """The canvas of an item in full: a picture, or a mapping with every part."""
         prompt = given if isinstance(given, Mapping) else {"image": given}
         canvas = self.canvas(prompt)
@@ -170,7 +171,7 @@ class Image:
             raise DataError(f"expected {', '.join(self.part_names)}, got {', '.join(prompt)}")
         return canvas
 
-    def canvas(self, prompt: Mapping[str, Any] | str = "", length: int | None = None) -> list[int]:
+    def canvas(self, prompt: object = "", length: int | None = None) -> list[int]:
         """The canvas with what the prompt gives: "image", "label" or "caption" where a part.
 
         A string is a caption. Raises DataError for keys that this model does not take, and
@@ -189,23 +190,26 @@ class Image:
             canvas[self.span("caption")] = self.caption_ids(asked["caption"])
         return canvas
 
-    def condition(self, prompt: Mapping[str, Any] | str = "") -> dict[str, Any]:
+    def condition(self, prompt: object = "") -> Mapping[str, int | Tensor]:
         """What the backbone is told of a prompt: the label's number where it is a condition."""
         asked = self._asked(prompt)
         if not self.classes or "label" not in asked:
             return {}
         return {"label": self.label_id(asked["label"])}
 
-    def _asked(self, prompt: Mapping[str, Any] | str) -> dict[str, Any]:
+    def _asked(self, prompt: object) -> dict[str, Any]:
         if isinstance(prompt, str):
             prompt = {"caption": prompt} if prompt else {}
+        if not isinstance(prompt, Mapping):
+            raise DataError(f"prompt {prompt!r:.60}: expected a text or a mapping such as "
+                            f"{{{self.takes[0]!r}: ...}}")  # fmt: skip
         for key in prompt:
             if key not in self.takes:
                 raise DataError(f"this model takes no {key!r}; known: {', '.join(self.takes)}")
         return {key: value for key, value in prompt.items() if value is not None}
 
     def edited(
-        self, picture: Any, mask: Any, *, given: Mapping[str, Any], strength: float,
+        self, picture: object, mask: object, *, given: Mapping[str, object], strength: float,
         seeds: Tensor,
     ) -> Edits:  # fmt: skip
         """The canvases of a picture with what `mask` touches hidden; see `Pipeline.edit`."""
@@ -268,7 +272,7 @@ class Image:
 
     def examples(
         self,
-        data: Mapping[str, Any] | PictureSource | Pictures | str,
+        data: Mapping[str, object] | PictureSource | Pictures | str,
         *,
         length: int | None = None,
         split: str = "train",
@@ -383,14 +387,14 @@ class Image:
             slice_sha256=slice_sha256,
         )
 
-    def sizes(self, items: Sequence[Any]) -> dict[str, int]:
+    def sizes(self, items: Sequence[object]) -> dict[str, int]:
         """How many units the items have, beside their tokens."""
         pixels = len(items) * self.size[0] * self.size[1]
         if self.unit == "token":
             return {}
         return {"dim": pixels * self.codec.channels} if self.unit == "dim" else {"pixel": pixels}
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The settings that `image(**settings, folder=...)` takes back, with the name."""
         return {
             "name": self.name,
@@ -419,7 +423,7 @@ def image(
     label: str = "none",
     caption: Mapping[str, int] | None = None,
     folder: str | Path | None = None,
-) -> Image:
+) -> ImageModality:
     """The picture modality.
 
     `codec`: a folder that holds one, a description {"name": "levels", ...}, or a Codec. `size`
@@ -446,7 +450,16 @@ def image(
     made = _codec(codec, folder)
     if any(side % made.stride for side in sides):
         raise ConfigError(f"modality.size={sides}: the codec's places have {made.stride} pixels")
-    return Image(made, size=(sides[0], sides[1]), labels=labels, label=label, captions=captions)
+    return ImageModality(
+        made, size=(sides[0], sides[1]), labels=labels, label=label, captions=captions
+    )
+
+
+def image_modality(modality: Modality) -> ImageModality:
+    """The modality as one of images; ConfigError where it is another."""
+    if not isinstance(modality, ImageModality):
+        raise ConfigError(f"this is a model of {modality.name}, not of pictures")
+    return modality
 
 
 def _captions(items: Pictures | Shards, index: Tensor) -> list[str] | None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mdiff.denoiser import MICRO
 from mdiff.errors import ConfigError
 from mdiff.modalities.image.codec import Codec
 from mdiff.modalities.image.data.examples import PictureRows
-from mdiff.modalities.image.modality import Image
+from mdiff.modalities.image.modality import ImageModality
 from mdiff.modalities.image.text_encoder import TextEncoder, write_files
 from mdiff.tokens import Batch
 
@@ -21,7 +21,7 @@ from mdiff.tokens import Batch
 AESTHETIC_SCORE = 6.0
 
 
-class Described(Image):
+class Described(ImageModality):
     """Pictures told of in words; see `described`.
 
     `folders` are the parts of the published directory beside the denoiser's, which lies in
@@ -44,17 +44,17 @@ class Described(Image):
         return ("image", "caption")
 
     @property
-    def folders(self) -> dict[str, Any]:
+    def folders(self) -> dict[str, nn.Module]:
         """The modules beside the denoiser, by the folder that each lies in."""
         return {"vqvae": self.codec, "text_encoder": self.encoder.model}
 
     @property
-    def without(self) -> dict[str, Tensor]:
-        """What guidance pushes away from where nothing is named: the empty text."""
-        return self.about("")
+    def null_condition(self) -> dict[str, Tensor]:
+        """The null condition of guidance: that of the empty text."""
+        return self.encode_condition("")
 
-    def about(self, text: str) -> dict[str, Tensor]:
-        """What the denoiser is told of a text, each with a first axis of 1.
+    def encode_condition(self, text: str) -> dict[str, Tensor]:
+        """The condition of a text, each tensor (1, ...).
 
         The numbers on the picture are its width, its height, the corner (0, 0) it is cut at and
         `AESTHETIC_SCORE`.
@@ -65,12 +65,13 @@ class Described(Image):
         )
         return {**self.encoder.told(text), MICRO: numbers}
 
-    def condition(self, prompt: Any = "") -> dict[str, Tensor]:
+    def condition(self, prompt: object = "") -> dict[str, Tensor]:
         """What the denoiser is told of a prompt: of its caption, or of the empty text."""
         asked = self._asked(prompt) if isinstance(prompt, str | Mapping) else {}
-        return {name: told[0] for name, told in self.about(asked.get("caption", "")).items()}
+        made = self.encode_condition(asked.get("caption", ""))
+        return {name: tensor[0] for name, tensor in made.items()}
 
-    def canvas(self, prompt: Mapping[str, Any] | str = "", length: int | None = None) -> list[int]:
+    def canvas(self, prompt: object = "", length: int | None = None) -> list[int]:
         """The picture's places, with what a prompt gives of it; a caption is in none of them."""
         asked = self._asked(prompt)
         return super().canvas({k: v for k, v in asked.items() if k != "caption"}, length)
@@ -82,7 +83,7 @@ class Described(Image):
         plain = super()._rows(codes, labels, captions, length, slice_sha256)
         return DescribedRows(plain, self, captions or [""] * len(plain))
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """What it is made of."""
         read = self.encoder.model.config
         return {

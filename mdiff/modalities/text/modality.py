@@ -91,8 +91,10 @@ class Text:
         """The tokenizer's own padding id, or None; canvases are padded by `valid` instead."""
         return getattr(self.tokenizer, "pad_id", None)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: object) -> list[int]:
         """The ids of a text, with nothing added; DataError where it is not valid Unicode."""
+        if not isinstance(text, str):
+            raise DataError(f"{text!r:.60}: expected a text, got {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -117,9 +119,7 @@ class Text:
         eos = self.eos_id
         return len(ids) if eos is None or eos not in ids else list(ids).index(eos)
 
-    def canvas(
-        self, prompt: str | Mapping[str, Any] = "", length: int | None = None
-    ) -> list[int]:  # fmt: skip
+    def canvas(self, prompt: object = "", length: int | None = None) -> list[int]:
         """The prompt's tokens followed by masks, `length` places in all.
 
         A prompt {"chat": ...} is what a user says, or a list of {"role", "content"} messages,
@@ -129,7 +129,8 @@ class Text:
         if isinstance(prompt, Mapping):
             hole, ids = None, self._chat(prompt)
         else:
-            hole, ids = HOLE.search(prompt), self.encode(prompt)
+            ids = self.encode(prompt)
+            hole = HOLE.search(str(prompt))
         if hole or self.mask_id in ids:
             shown = hole[0] if hole else "the mask token"
             raise DataError(
@@ -182,7 +183,7 @@ class Text:
 
     def examples(
         self,
-        data: Mapping[str, Any] | Source | str,
+        data: Mapping[str, object] | Source | str,
         *,
         length: int | None,
         split: str = "train",
@@ -219,9 +220,9 @@ class Text:
             "byte": sum(len(text.encode()) for text in texts),
         }
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The settings that `text(**settings, folder=...)` takes back, with the name."""
-        settings: dict[str, Any] = {"name": self.name, "tokenizer": self.kind}
+        settings: dict[str, object] = {"name": self.name, "tokenizer": self.kind}
         if self._mask_id is not None:
             settings["mask_id"] = self._mask_id
         if isinstance(self._tokenizer, Characters):

@@ -112,7 +112,7 @@ def test_a_label_is_told_to_the_backbone_and_nothing_stands_for_none():
     made = image(codec=levels(levels=4, step=60), size=SIZE, label="condition")
     made.examples(pictures(captions=False), split="train")
     assert made.classes == 3
-    assert made.without["label"].tolist() == [3]
+    assert made.null_condition["label"].tolist() == [3]
     pipe = pipeline(made)
     with torch.no_grad():
         pipe.denoiser.label.weight.normal_(std=3.0)
