@@ -21,7 +21,7 @@ from machine import record
 from torch import Tensor
 
 import mdiff
-from mdiff.backbones.layers.published import Published
+from mdiff.backbones.layers.backbone import Backbone
 from mdiff.denoiser.block_cache import FinishedBlocks
 from mdiff.pipeline.published import built
 from mdiff.samplers.confidence import confidence
@@ -31,7 +31,7 @@ VOCAB, WIDTH, STEPS = 4096, 512, 4
 MASK = VOCAB - 1
 
 
-def model_of(options: argparse.Namespace) -> Published:
+def model_of(options: argparse.Namespace) -> Backbone:
     """The model in the layout of LLaDA2, with weights at random."""
     model = built("llada2_moe", {
         "hidden_size": WIDTH, "num_hidden_layers": options.layers, "num_attention_heads": 8,
@@ -53,7 +53,7 @@ class Whole:
 
     uses_time = False
 
-    def __init__(self, model: Published) -> None:
+    def __init__(self, model: Backbone) -> None:
         self.model, self.block_length = model, model.block_length
 
     def features(self, tokens: Tensor, **told: Any) -> Tensor:
@@ -89,7 +89,7 @@ def in_turns(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, lis
     return times
 
 
-def step_times(model: Published, options: argparse.Namespace, start: int) -> dict[str, list[float]]:
+def step_times(model: Backbone, options: argparse.Namespace, start: int) -> dict[str, list[float]]:
     """The seconds of a step on the block that begins at `start`."""
     tokens = torch.randint(0, MASK, (1, options.length))
     tokens[:, start:] = MASK
@@ -107,7 +107,7 @@ def step_times(model: Published, options: argparse.Namespace, start: int) -> dic
     return in_turns(sides, options.repeats)
 
 
-def generation_times(model: Published, options: argparse.Namespace) -> dict[str, list[float]]:
+def generation_times(model: Backbone, options: argparse.Namespace) -> dict[str, list[float]]:
     """The seconds of a generation of the whole canvas behind one given block."""
     canvas = torch.full((1, options.length), MASK)
     canvas[:, : options.block] = torch.randint(0, MASK, (1, options.block))

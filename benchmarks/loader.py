@@ -25,7 +25,7 @@ from machine import record
 from safetensors.torch import load_file, save_file
 
 import mdiff
-from mdiff.backbones.layers.published import Published
+from mdiff.backbones.layers.backbone import Backbone
 from mdiff.pipeline.published import built
 
 WIDTH, VOCAB, SHARD = 2048, 8192, "256MB"
@@ -54,7 +54,7 @@ def write(folder: Path, config: dict[str, Any]) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def loaded(way: str, folder: Path) -> Published:
+def loaded(way: str, folder: Path) -> Backbone:
     """The model by one of the ways."""
     if way == WAYS[2]:
         tensors: dict[str, torch.Tensor] = {}

@@ -61,7 +61,7 @@ def blocks(
     after the block that draws it, the row's later hidden places take that id without a call.
 
     With a block model of the same block_length the blocks are the model's own, counted from
-    the first place of the row. Where it can keep finished blocks (`PublishedLM`), no row has
+    the first place of the row. Where it can keep finished blocks (`SequenceBackbone`), no row has
     padding, and there is neither a condition nor a context, each step runs on its block alone:
     same logits, same calls. A finished block costs one pass more, over its own places, which is
     not counted as a call; what is given before the first hidden block shares one such pass.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdiff.backbones.layers import Published
+from mdiff.backbones.layers import Backbone
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import (
@@ -97,7 +97,7 @@ def amused(
 class Directory:
     """What a directory holds, loaded."""
 
-    denoiser: Published
+    denoiser: Backbone
     space: TokenSpace
     modality: Modality
 

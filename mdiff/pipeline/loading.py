@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mdiff.backbones.layers import Published
+from mdiff.backbones.layers import Backbone
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
 from mdiff.files import (
@@ -209,7 +209,7 @@ def _foreign(
 
 def _published(
     folder: Path, room: str, dtype: torch.dtype | None, place: torch.device | DeviceMap | str
-) -> Published:
+) -> Backbone:
     """Another project's model on its device or devices; ConfigError for one that is refused."""
     module = built(room, read_json(folder / CONFIG))
     if module.refused is not None:
@@ -242,7 +242,7 @@ def _text_of(folder: Path, mask_id: int | None, tokenizer: str | None) -> Any:
 
 
 def _columns(denoiser: Any) -> int:
-    if isinstance(denoiser, Published):
+    if isinstance(denoiser, Backbone):
         return denoiser.vocab_size
     config = getattr(denoiser, "config", None) or denoiser.model.config
     return int(config.vocab_size)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mdiff.backbones.layers import Published
+from mdiff.backbones.layers import Backbone
 from mdiff.errors import BackendError, CheckpointError
 from mdiff.files import TYPES, check_weights, headers
 from mdiff.pipeline.published import filled
@@ -27,7 +27,7 @@ DeviceMap = Mapping[str, Any]
 
 
 def planned(
-    module: Published,
+    module: Backbone,
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -61,8 +61,8 @@ def planned(
 
 
 def spread(
-    module: Published, folder: Path, places: DeviceMap, *, dtype: torch.dtype | None = None
-) -> Published:
+    module: Backbone, folder: Path, places: DeviceMap, *, dtype: torch.dtype | None = None
+) -> Backbone:
     """The module from `families.built` with its weights read to the devices of `places`.
 
     What lies on the CPU beside a GPU is copied there as it is used. A call takes tokens on
@@ -91,5 +91,5 @@ def spread(
     return module
 
 
-def _is_part(module: Published, name: str) -> bool:
+def _is_part(module: Backbone, name: str) -> bool:
     return any(n == name or n.startswith(f"{name}.") for n in module.state_dict())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mdiff.backbones.layers import Published
+from mdiff.backbones.layers import Backbone
 from mdiff.errors import CheckpointError, nearest
 from mdiff.files import CONFIG_FILE, check_weights, load_weights, read_json
 from mdiff.find import find, module_of, names
@@ -101,7 +101,7 @@ def load_published(
     dtype: torch.dtype | None = None,
     device: torch.device | Mapping[str, Any] | str = "cpu",
     root: Path | None = None,
-) -> Published:
+) -> Backbone:
     """The model in `folder`, whose backbone is `room`, with its weights on `device`.
 
     Links may lead anywhere in `root`, by default the cache that a snapshot of the Hub lies in.
@@ -111,13 +111,13 @@ def load_published(
 
 
 def filled(
-    module: Published,
+    module: Backbone,
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | Mapping[str, Any] | str = "cpu",
     root: Path | None = None,
-) -> Published:
+) -> Backbone:
     """The module from `built` with the weights in `folder`; see `load_weights`."""
     paths = check_weights(folder, root=root)
     stored = load_weights(
@@ -127,8 +127,8 @@ def filled(
     return module
 
 
-def built(room: str, described: Mapping[str, Any]) -> Published:
+def built(room: str, described: Mapping[str, Any]) -> Backbone:
     """The module of a config, without memory for its weights (on the meta device)."""
     with torch.device("meta"):
-        module: Published = find("backbones", room)(described)
+        module: Backbone = find("backbones", room)(described)
     return module

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from mdiff.backbones.layers.published import Published as Published
+from mdiff.backbones.layers.backbone import Backbone as Backbone
 from mdiff.backbones.layers.transformer import RMSNorm as RMSNorm
 from mdiff.backbones.layers.transformer import attend as attend

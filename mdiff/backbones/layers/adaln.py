@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.published import KeyValues
+from mdiff.backbones.layers.backbone import KeyValues
 from mdiff.backbones.layers.transformer import attend, modulated, rotate
 from mdiff.errors import CheckpointError
 

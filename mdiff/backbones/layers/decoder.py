@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mdiff.backbones.layers.published import KeyValues, PublishedLM
+from mdiff.backbones.layers.backbone import KeyValues, SequenceBackbone
 from mdiff.backbones.layers.transformer import attend, linear, rotate
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
@@ -224,7 +224,7 @@ class _Layer(nn.Module):
         return result
 
 
-class Decoder(PublishedLM):
+class Decoder(SequenceBackbone):
     """The layout of Llama, Qwen2 and Qwen3: model.layers and lm_head."""
 
     no_split: ClassVar[tuple[str, ...]] = ("_Layer",)

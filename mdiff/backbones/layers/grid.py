@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdiff.backbones.layers.published import KeyValues
+from mdiff.backbones.layers.backbone import KeyValues
 from mdiff.backbones.layers.transformer import attention_layout
 from mdiff.denoiser import Condition
 from mdiff.errors import ConfigError

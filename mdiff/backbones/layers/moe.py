@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.published import KeyValues
+from mdiff.backbones.layers.backbone import KeyValues
 from mdiff.backbones.layers.transformer import linear, rotate
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_EXPERTS, Fields

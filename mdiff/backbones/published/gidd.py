@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.adaln import Sizes, Tables, Trunk
-from mdiff.backbones.layers.published import KeyValues, PublishedLM
+from mdiff.backbones.layers.backbone import KeyValues, SequenceBackbone
 from mdiff.errors import ConfigError
 from mdiff.files import MOST_IDS, MOST_LAYERS, MOST_WIDTH, Fields
 
@@ -36,7 +36,7 @@ class StoredRotary(nn.Module):
         return cos, torch.cat([-below, above], -1)
 
 
-class GIDD(Trunk, PublishedLM):
+class GIDD(Trunk, SequenceBackbone):
     """MDLM's transformer, told the time t itself, kept inside [t_eps, 1 - t_eps] as in training.
 
     With `p_uniform` above 0 the noise also writes random tokens, so that every place is to be
@@ -50,7 +50,7 @@ class GIDD(Trunk, PublishedLM):
         self, described: Mapping[str, Any], sizes: Sizes, *, window: int, edge: float,
         p_uniform: float,
     ) -> None:  # fmt: skip
-        PublishedLM.__init__(
+        SequenceBackbone.__init__(
             self, described, vocab_size=sizes.vocab_size, mask_id=sizes.vocab_size - 1,
             window=window,
         )  # fmt: skip

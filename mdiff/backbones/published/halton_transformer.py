@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdiff.backbones.layers.backbone import Backbone, KeyValues
 from mdiff.backbones.layers.grid import class_of, grid_layout
-from mdiff.backbones.layers.published import KeyValues, Published
 from mdiff.backbones.layers.transformer import attend, modulated
 from mdiff.denoiser import Condition
 from mdiff.errors import CheckpointError
@@ -130,7 +130,7 @@ class LastNorm(nn.Module):
         return modulated(self.norm_final(x), shift, scale)
 
 
-class HaltonTransformer(Published):
+class HaltonTransformer(Backbone):
     """The denoiser; see `halton_transformer`. cond {"label": (B,)}; `classes` says none."""
 
     tied: ClassVar[dict[str, str]] = {"head.weight": "tok_emb.weight"}

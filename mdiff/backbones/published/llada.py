@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mdiff.backbones.layers.backbone import KeyValues, SequenceBackbone
 from mdiff.backbones.layers.decoder import Matrix, Norm, Rotary, mask_of, mixed
-from mdiff.backbones.layers.published import KeyValues, PublishedLM
 from mdiff.backbones.layers.transformer import rotate
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
@@ -59,7 +59,7 @@ class _Block(nn.Module):
         return result
 
 
-class LLaDA(PublishedLM):
+class LLaDA(SequenceBackbone):
     """The model of the files; see `llada`."""
 
     no_split: ClassVar[tuple[str, ...]] = ("_Block",)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mdiff.backbones.layers.backbone import KeyValues, SequenceBackbone
 from mdiff.backbones.layers.moe import (
     GatedLayer,
     Matrix,
@@ -18,7 +19,6 @@ from mdiff.backbones.layers.moe import (
     only,
     router_logits,
 )
-from mdiff.backbones.layers.published import KeyValues, PublishedLM
 from mdiff.backbones.layers.transformer import rotary_tables
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_IDS, MOST_LAYERS, MOST_WIDTH, Fields
@@ -45,7 +45,7 @@ def llada2_moe(described: Mapping[str, Any]) -> LLaDA2:
     return LLaDA2(fields)
 
 
-class LLaDA2(PublishedLM):
+class LLaDA2(SequenceBackbone):
     """Places see their own block of `block_length` and those before it."""
 
     no_split = ("Layer",)

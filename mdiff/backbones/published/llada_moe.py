@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mdiff.backbones.layers.backbone import KeyValues, SequenceBackbone
 from mdiff.backbones.layers.moe import (
     GatedLayer,
     Matrix,
@@ -17,7 +18,6 @@ from mdiff.backbones.layers.moe import (
     only,
     router_logits,
 )
-from mdiff.backbones.layers.published import KeyValues, PublishedLM
 from mdiff.backbones.layers.transformer import rotary_tables
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
@@ -39,7 +39,7 @@ def llada_moe(described: Mapping[str, Any]) -> LLaDAMoE:
     return LLaDAMoE(fields)
 
 
-class LLaDAMoE(PublishedLM):
+class LLaDAMoE(SequenceBackbone):
     """Every place sees every other. The published config does not say which id is the mask."""
 
     no_split = ("Layer",)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdiff.backbones.layers.backbone import Backbone, KeyValues
 from mdiff.backbones.layers.grid import class_of, grid_layout
-from mdiff.backbones.layers.published import KeyValues, Published
 from mdiff.backbones.layers.transformer import attend
 from mdiff.denoiser import Condition
 from mdiff.errors import CheckpointError, ConfigError
@@ -115,7 +115,7 @@ class GroupHead(nn.Module):
         return F.linear(x, torch.cat([each.transpose(0, 1).flatten(1), bias.mT], 1))
 
 
-class MaskBitGenerator(Published):
+class MaskBitGenerator(Backbone):
     """The denoiser; see `maskbit_generator`. cond {"label": (B,)}; `classes` says none."""
 
     no_split: ClassVar[tuple[str, ...]] = ("Attention", "FeedForward")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.adaln import Rotary, Sizes, Trunk
-from mdiff.backbones.layers.published import KeyValues, PublishedLM
+from mdiff.backbones.layers.backbone import KeyValues, SequenceBackbone
 from mdiff.errors import ConfigError
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
 
@@ -20,7 +20,7 @@ TOLD = 129
 LEFT = 1e-3
 
 
-class MDLM(PublishedLM):
+class MDLM(SequenceBackbone):
     """MDLM's transformer. Without `time_conditioning` it is told the level 0 at all times.
 
     With it, it is told sigma(t) = -ln(1 - (1 - 0.001) t), the total noise of the log-linear

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.published import KeyValues, PublishedLM
+from mdiff.backbones.layers.backbone import KeyValues, SequenceBackbone
 from mdiff.backbones.layers.transformer import attend, rotate
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
@@ -96,7 +96,7 @@ class SMDMBlock(nn.Module):
         return result
 
 
-class SMDM(PublishedLM):
+class SMDM(SequenceBackbone):
     """SMDM's transformer: one row of the embedding more than there are logits, for the mask."""
 
     no_split = ("SMDMBlock",)

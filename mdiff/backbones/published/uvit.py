@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.published import KeyValues, Published
+from mdiff.backbones.layers.backbone import Backbone, KeyValues
 from mdiff.backbones.layers.uvit import (
     ConditionEmbedding,
     GridBlock,
@@ -65,7 +65,7 @@ class Head(nn.Module):
         return logits
 
 
-class UVit(Published):
+class UVit(Backbone):
     """The denoiser of a config; see `uvit`.
 
     The canvas is a square grid row by row, and its mask is the id after the last code; in the

@@ -16,7 +16,7 @@ from decoder_checkpoints import (
 )
 from safetensors.torch import load_file
 
-from mdiff.backbones.layers.published import place_before
+from mdiff.backbones.layers.backbone import place_before
 from mdiff.backbones.published.dream import dream_counts
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.modalities.text.tokenizers import byte_alphabet

@@ -13,7 +13,7 @@ from folders import GOLDEN as GOLDEN
 from safetensors.torch import load_file, save_file
 
 import mdiff
-from mdiff.backbones.layers.published import KeyValues
+from mdiff.backbones.layers.backbone import KeyValues
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files.untrusted import read_json
 from mdiff.objective.bound import nll_bound

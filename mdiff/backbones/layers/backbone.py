@@ -75,7 +75,7 @@ def place_before(
     return torch.empty_like(order).scatter(1, order, before)
 
 
-class Published(nn.Module):
+class Backbone(nn.Module):
     """A Denoiser of another project's layout: `hidden` and `head` are what a family writes.
 
     `described` is its config.json as it was; `vocab_size` the number of logit columns;
@@ -167,7 +167,7 @@ class Published(nn.Module):
         )  # fmt: skip
 
 
-class PublishedLM(Published):
+class SequenceBackbone(Backbone):
     """A model of one line of tokens: `stream` is given positions and who sees whom.
 
     A block model has a `block_length`: a place sees its own block and those before it, in
