@@ -22,10 +22,11 @@ from mdiff.evaluation.image_metrics import (
     pixel_features,
 )
 from mdiff.evaluation.image_metrics import nearest as nearest_pictures
+from mdiff.evaluation.probe import probe
 from mdiff.modalities.image import ImageModality, image_modality
 from mdiff.modalities.image.data import PictureRows, Pictures
 from mdiff.objective import JOINED
-from mdiff.pipeline import Pipeline, Progress, bound_of_rows, features, probe
+from mdiff.pipeline import Pipeline, Progress, bound_of_rows, features
 
 OF_SAMPLES = ("frechet", "classifier", "diversity", "nearest")
 

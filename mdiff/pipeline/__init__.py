@@ -5,7 +5,6 @@ from __future__ import annotations
 from mdiff.pipeline.codec_beside import CODEC_FOLDER as CODEC_FOLDER
 from mdiff.pipeline.conversion import convert as convert
 from mdiff.pipeline.features import features as features
-from mdiff.pipeline.features import probe as probe
 from mdiff.pipeline.generation import Generated as Generated
 from mdiff.pipeline.generation import Generation as Generation
 from mdiff.pipeline.inspection import described_tensor as described_tensor

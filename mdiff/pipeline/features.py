@@ -1,9 +1,9 @@
-"""What a denoiser has learnt to see: its features of whole items, and probes of them."""
+"""Features of whole items: a denoiser's hidden states, averaged over the given positions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,16 +17,6 @@ if TYPE_CHECKING:
     from mdiff.pipeline.pipeline import Pipeline
 
 BATCH = 64
-NEIGHBOURS = 20
-# Enough for the solver on standardised features; it stops earlier where it has converged.
-SOLVER_STEPS = 500
-
-
-class Probe(NamedTuple):
-    """Shares of test items named rightly: by a linear probe, and by the nearest neighbours."""
-
-    linear: float
-    neighbours: float
 
 
 def features(
@@ -98,44 +88,3 @@ def _shown(pipeline: Pipeline) -> Any:
     if shown is None:
         raise ConfigError(f"{type(pipeline.denoiser).__name__} has no features to show")
     return shown
-
-
-def probe(
-    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
-) -> Probe:
-    """How well labels (N,) int64 can be read off features (N, D), by scikit-learn.
-
-    A logistic regression with its default penalty and the 20 nearest neighbours (fewer where
-    there are fewer), both on features standardised by the training set's mean and deviation.
-
-    Raises DataError where shapes do not fit or the training labels are all the same.
-    """
-    for name, found, labels in (
-        ("training", train_features, train_labels), ("test", test_features, test_labels),
-    ):  # fmt: skip
-        if found.dim() != 2 or labels.shape != found.shape[:1] or not len(found):
-            raise DataError(
-                f"{name} features {tuple(found.shape)} and labels {tuple(labels.shape)}: "
-                "expected (N, D) and (N,)"
-            )
-    if train_features.shape[1] != test_features.shape[1]:
-        raise DataError(
-            f"{train_features.shape[1]} training and {test_features.shape[1]} test features: "
-            "not one space"
-        )
-    if len(set(train_labels.tolist())) < 2:
-        raise DataError("the training labels are all the same: there is nothing to tell apart")
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(train_features.numpy())
-    learnt = scaler.transform(train_features.numpy())
-    unseen = scaler.transform(test_features.numpy())
-    known, truth = train_labels.numpy(), test_labels.numpy()
-    linear = LogisticRegression(max_iter=SOLVER_STEPS)
-    near = KNeighborsClassifier(min(NEIGHBOURS, len(known)))
-    return Probe(
-        linear=float(linear.fit(learnt, known).score(unseen, truth)),
-        neighbours=float(near.fit(learnt, known).score(unseen, truth)),
-    )
