@@ -16,7 +16,8 @@ from hashlib import sha256
 from machine import RESULTS, record
 
 from mdiff.evaluation.evaluate import evaluate
-from mdiff.files.locate import WEIGHTS, locate
+from mdiff.files.locate import locate
+from mdiff.files.model_files import WEIGHTS
 from mdiff.modalities.text.documents import Source, cut_documents
 from mdiff.pipeline.pipeline import load
 
@@ -51,7 +52,7 @@ def main() -> None:
         progress=lambda done, total: print(f"\r{done}/{total} windows", end="", file=sys.stderr),
     )
     print(file=sys.stderr)
-    weights = sha256((locate(options.model) / WEIGHTS[0]).read_bytes()).hexdigest()
+    weights = sha256((locate(options.model).folder / WEIGHTS[0]).read_bytes()).hexdigest()
     figures = {
         **found.as_dict(),
         "seconds": time.perf_counter() - begun,

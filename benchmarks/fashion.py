@@ -199,7 +199,7 @@ def main() -> None:
         curves, RESULTS / f"{options.name}.svg", x="calls of the model",
         y=f"Frechet distance, {options.n} samples (judge's features)", floor=real["frechet"],
     )  # fmt: skip
-    weights = (locate(options.model) / "model.safetensors").read_bytes()
+    weights = (locate(options.model).folder / "model.safetensors").read_bytes()
     card = {
         "model": options.model,
         "weights_sha256": sha256(weights).hexdigest(),

@@ -70,7 +70,7 @@ def main() -> None:
     record("naming", {
         "model": options.model,
         "weights_sha256": sha256(
-            (locate(options.model) / "model.safetensors").read_bytes()
+            (locate(options.model).folder / "model.safetensors").read_bytes()
         ).hexdigest(),
         "pictures": count, "draws": options.draws,
         "against_prior": not options.plain, "top_5_of_20": top5, "top_1_of_20": top1,

@@ -115,7 +115,7 @@ def generate(
 
     if volume:
         # Of a run that is still being trained the newest step may be another one a moment later.
-        model = str(locate(model))
+        model = str(locate(model).folder)
     pipeline = load(model, device=place, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer)
     if negative is not None:
         options["negative"] = negative if chat is None else {"chat": negative}

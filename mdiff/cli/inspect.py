@@ -12,6 +12,7 @@ from mdiff.cli.views.console import result, result_json
 from mdiff.errors import MdiffError
 
 if TYPE_CHECKING:
+    from mdiff.files import ModelFiles
     from mdiff.modalities.image import ImageModality
 
 
@@ -30,10 +31,10 @@ def inspect(
     unknown = loose(Path(model).expanduser())
     if unknown is not None:
         found, fault = unknown
-    elif is_foreign(folder := locate(model)):
-        found, fault = report(folder)
+    elif is_foreign(files := locate(model)):
+        found, fault = report(files)
     else:
-        found = inspected(model, folder)
+        found = inspected(model, files)
     found = {"model": model, **found}
     if as_json:
         result_json(found)
@@ -77,7 +78,7 @@ def _line(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def inspected(name: str, folder: Path) -> dict[str, Any]:
+def inspected(name: str, files: ModelFiles) -> dict[str, Any]:
     """What the files hold and what of it the model uses.
 
     A tensor is "loaded" where the model has one of its name and shape, "renamed" where the
@@ -85,11 +86,12 @@ def inspected(name: str, folder: Path) -> dict[str, Any]:
     """
     from dataclasses import asdict
 
-    from mdiff.files import check_tensors, check_weights
+    from mdiff.files import check_tensors
     from mdiff.modalities import HasFolders, ShowsImages
     from mdiff.modalities.image import PUBLISHED_TENSORS, TENSORS, ImageModality
     from mdiff.pipeline import CODEC_FOLDER, described_tensor, load, summed
 
+    folder = files.folder
     pipeline = load(str(folder), device="cpu")
     module: Any = getattr(pipeline.denoiser, "model", pipeline.denoiser)
     # The modules of a directory of several parts, by folder.
@@ -104,9 +106,9 @@ def inspected(name: str, folder: Path) -> dict[str, Any]:
     }
     unused = set(getattr(pipeline.denoiser, "unused_tensors", ()))
     tensors = []
-    for path in check_weights(folder):
+    for path, header in files.headers.items():
         part = path.parent.relative_to(folder).as_posix()
-        for key, entry in sorted(check_tensors(path).items()):
+        for key, entry in sorted(header.items()):
             loaded = own.get((part, key)) == entry["shape"]
             used = "not used" if key in unused else "loaded" if loaded else "renamed"
             whole = key if part == "." else f"{part}/{key}"

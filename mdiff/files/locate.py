@@ -1,4 +1,4 @@
-"""From a name to the directory of a model: builtin, here or on the Hub; checked, not loaded."""
+"""From a model's name to its checked files: a builtin, a directory or a repository of the Hub."""
 
 from __future__ import annotations
 
@@ -9,19 +9,10 @@ from pathlib import Path
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, nearest
 from mdiff.files.atomic import MANIFEST, STEP_NAME, latest, verify
-from mdiff.files.untrusted import check_tensors, inside, read_json
+from mdiff.files.model_files import CONFIG, MODEL_INDEX, PIPELINE, ModelFiles, read_model_files
+from mdiff.files.untrusted import inside, read_json
 
 BUILTIN = "builtin:"
-PIPELINE = "pipeline.json"
-CONFIG = "config.json"
-# What the weights in a folder are called, by transformers and by diffusers; with an index where
-# they are in shards.
-WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-INDEX_SUFFIX = ".index.json"
-# A directory of several models, each in a folder of its own.
-MODEL_INDEX = "model_index.json"
-DIRECTORIES = ("AmusedPipeline",)
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 # What a snapshot of the Hub is made of; pickles and code are never fetched.
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
@@ -29,8 +20,11 @@ WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.md")
 UNWANTED = ("*.fp16.safetensors",)
 
 
-def locate(name: str) -> Path:
-    """The directory of a model, verified against its manifest if it has one.
+def locate(name: str) -> ModelFiles:
+    """The checked files of a model: builtin, in a directory or on the Hub; no tensor is read.
+
+    A directory is verified against its manifest if it has one; of a run's directory it is the
+    latest complete checkpoint.
 
     A Hub id may name a commit, a tag or a branch: "org/name@revision".
 
@@ -78,82 +72,13 @@ def _step(path: Path) -> Path:
     raise CheckpointError(f"{path} holds no model: expected {PIPELINE}, {CONFIG} or {MODEL_INDEX}")
 
 
-def _verified(folder: Path) -> Path:
-    """The folder after its files were checked: by the manifest, and each tensor file's header."""
-    if (folder / MANIFEST).exists() or (folder / PIPELINE).exists():
-        verify(folder)
-    check_weights(folder)
-    return folder
+def _verified(folder: Path) -> ModelFiles:
+    """The files of a folder, verified against its manifest where it has or needs one."""
+    ours = (folder / MANIFEST).exists() or (folder / PIPELINE).exists()
+    return read_model_files(folder, manifest=verify(folder) if ours else None)
 
 
-def check_weights(folder: Path, *, root: Path | None = None) -> list[Path]:
-    """The safetensors files of a model, headers checked; no tensor is read.
-
-    `root` is by default the folder or, of a snapshot of the Hub, whose files are links, the
-    cache that it lies in. Raises CheckpointError where there is none (a pickle is named), where
-    one is truncated or altered, or where the index leads out of `root`.
-    """
-    root = _root(folder) if root is None else root
-    if (folder / MODEL_INDEX).exists():
-        return [
-            path
-            for part in model_parts(folder)
-            if (folder / part / CONFIG).exists()
-            for path in check_weights(folder / part, root=root)
-        ]
-    names = _weight_files(folder, root)
-    if not names:
-        for pickle in (path for pattern in PICKLES for path in folder.glob(pattern)):
-            check_tensors(pickle)
-        raise CheckpointError(f"{folder} holds no {' or '.join(WEIGHTS)}")
-    paths = [inside(folder, name, root=root) for name in names]
-    for path in paths:
-        check_tensors(path)
-    return paths
-
-
-def _root(folder: Path) -> Path:
-    """The folder, or the cache of the Hub whose snapshot it is."""
-    cache = folder.parent.parent
-    return cache if folder.parent.name == "snapshots" and (cache / "blobs").is_dir() else folder
-
-
-def _weight_files(folder: Path, root: Path | None) -> list[str]:
-    """The names of the files with a model's weights; none where there are none."""
-    for name in WEIGHTS:
-        index = name + INDEX_SUFFIX
-        if (folder / index).exists():
-            files = read_json(inside(folder, index, root=root)).get("weight_map")
-            if not isinstance(files, dict) or not all(isinstance(n, str) for n in files.values()):
-                raise CheckpointError(f"{folder / index}: expected a weight_map of file names")
-            return sorted(set(files.values()))
-    return [name for name in WEIGHTS if (folder / name).exists()][:1]
-
-
-def model_parts(folder: Path) -> dict[str, str]:
-    """The folders that a directory's index names, with the class of what is in each.
-
-    Raises CheckpointError for an index that is not valid, or of a kind that is not supported.
-    """
-    index = read_json(folder / MODEL_INDEX)
-    kind = str(index.get("_class_name"))
-    if kind not in DIRECTORIES:
-        raise CheckpointError(
-            f"{folder} is a {kind[:80]}, which is not supported; {nearest(kind, DIRECTORIES)}"
-        )
-    found = {}
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list):
-            continue
-        if len(entry) != 2 or not isinstance(entry[1], str | None):
-            raise CheckpointError(f"{folder / MODEL_INDEX}: {name[:80]!r}: expected [from, class]")
-        inside(folder, name)
-        if entry[1] is not None:
-            found[name] = entry[1]
-    return found
-
-
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str) -> ModelFiles:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -177,13 +102,15 @@ def _from_hub(name: str) -> Path:
     return snapshot(folder)
 
 
-def snapshot(folder: Path) -> Path:
-    """A snapshot of the Hub, checked: its files are links into the cache that holds it."""
+def snapshot(folder: Path) -> ModelFiles:
+    """The checked files of a snapshot of the Hub: links into the cache that it lies in."""
     root = folder.parent.parent
-    check_weights(folder, root=root)
+    manifest = None
     if (folder / PIPELINE).exists():
-        for name, entry in read_json(folder / MANIFEST).get("files", {}).items():
-            content = inside(folder, name, root=root).read_bytes()
-            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        manifest = read_json(folder / MANIFEST)
+        for name, entry in manifest.get("files", {}).items():
+            with inside(folder, name, root=root).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != entry["sha256"]:
                 raise CheckpointError(f"{folder / name} is not the file that the manifest lists")
-    return folder
+    return read_model_files(folder, root=root, manifest=manifest)

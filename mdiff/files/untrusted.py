@@ -11,7 +11,7 @@ import math
 import os
 import stat
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -41,6 +41,19 @@ ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
     "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+
+
+class TensorEntry(TypedDict):
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: str
+    shape: list[int]
+    # The bytes [begin, end) of the data after the header.
+    data_offsets: list[int]
+
+
+# The tensors of a safetensors file by name.
+Header = dict[str, TensorEntry]
 
 
 def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
@@ -144,7 +157,7 @@ def read_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str,
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
 
 
-def check_tensors(path: Path) -> dict[str, Any]:
+def check_tensors(path: Path) -> Header:
     """The header of the safetensors file `path`, checked against the size of the file.
 
     Raises CheckpointError; no tensor is read.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.errors import CheckpointError
-from mdiff.files.untrusted import check_tensors
+from mdiff.files.untrusted import Header
 
 # The types of the safetensors format that torch has.
 TYPES = {
@@ -32,7 +32,7 @@ TRANSFORMERS = threading.RLock()
 
 def load_weights(
     module: nn.Module,
-    paths: list[Path],
+    headers: Mapping[Path, Header],
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | Mapping[str, Any] | str = "cpu",
@@ -40,18 +40,18 @@ def load_weights(
 ) -> set[str]:
     """Give a module made on the meta device its tensors from safetensors files.
 
-    The names of `module.state_dict()` are those of the files. `tied` names may be absent and
-    then share another's tensor, as they do where both are there and equal. Returns the names
-    that the files hold. `dtype` is what floating parameters become; None keeps what is stored,
-    as buffers (tables of positions, say) always do. `device` may map the name of a submodule
-    ("" is the whole) to its device. Raises CheckpointError, with nothing allocated, where a tensor
-    is missing, unexpected or of another shape, and lists them.
+    `headers` are the checked headers of the files (see `read_headers`); their names are those of
+    `module.state_dict()`. `tied` names may be absent and then share another's tensor, as they do
+    where both are there and equal. Returns the names that the files hold. `dtype` is what
+    floating parameters become; None keeps what is stored, as buffers (tables of positions, say)
+    always do. `device` may map the name of a submodule ("" is the whole) to its device. Raises
+    CheckpointError, with nothing allocated, where a tensor is missing, unexpected or of another
+    shape, and lists them.
     """
-    entries = headers(paths)
     tied = dict(tied or {})
-    _account(module, entries, tied)
+    _account(module, headers, tied)
     learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    for path, header in entries.items():
+    for path, header in headers.items():
         with path.open("rb", buffering=0) as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -66,27 +66,15 @@ def load_weights(
         if own.is_meta or torch.equal(own, other):
             owner, _, last = name.rpartition(".")
             setattr(module.get_submodule(owner), last, other)
-    return {name for header in entries.values() for name in header}
-
-
-def headers(paths: list[Path]) -> dict[Path, dict[str, Any]]:
-    """The checked headers of safetensors files; CheckpointError for a name in two of them."""
-    entries = {path: check_tensors(path) for path in paths}
-    seen: set[str] = set()
-    for path, header in entries.items():
-        for name in header:
-            if name in seen:
-                raise CheckpointError(f"{path}: {name[:80]!r} is in another file too")
-            seen.add(name)
-    return entries
+    return {name for header in headers.values() for name in header}
 
 
 def problems(
-    module: nn.Module, entries: dict[Path, dict[str, Any]], tied: Mapping[str, str]
+    module: nn.Module, headers: Mapping[Path, Header], tied: Mapping[str, str]
 ) -> dict[str, list[str]]:
     """The tensors that are not as the module needs them, by what is wrong with them, as said."""
     wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    every = {name: entry for header in entries.values() for name, entry in header.items()}
+    every = {name: entry for header in headers.values() for name, entry in header.items()}
     found = {name: entry["shape"] for name, entry in every.items()}
     return {
         "missing": [n for n in wanted if n not in found and n not in tied],
@@ -113,16 +101,16 @@ def problems(
     }
 
 
-def _account(module: nn.Module, entries: dict[Path, dict[str, Any]], tied: dict[str, str]) -> None:
+def _account(module: nn.Module, headers: Mapping[Path, Header], tied: Mapping[str, str]) -> None:
     """Raise CheckpointError unless the files hold just what the module needs."""
     said = [
         f"{kind}: {', '.join(n[:120] for n in some[:SHOWN])}"
         + (f" and {len(some) - SHOWN} more" if len(some) > SHOWN else "")
-        for kind, some in problems(module, entries, tied).items()
+        for kind, some in problems(module, headers, tied).items()
         if some
     ]
     if said:
-        raise CheckpointError(f"{next(iter(entries)).parent}: tensors {'; '.join(said)}")
+        raise CheckpointError(f"{next(iter(headers)).parent}: tensors {'; '.join(said)}")
 
 
 def _fill(tensor: Tensor, file: Any, path: Path) -> None:

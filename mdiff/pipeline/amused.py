@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +21,8 @@ from mdiff.files import (
     MODEL_INDEX,
     TYPES,
     Fields,
-    check_tensors,
-    check_weights,
+    ModelFiles,
     load_weights,
-    model_parts,
     read_json,
 )
 from mdiff.find import find
@@ -102,29 +99,32 @@ class Directory:
     modality: Modality
 
 
-def load_directory(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> Directory:
+def load_directory(
+    files: ModelFiles, *, dtype: torch.dtype | None, device: torch.device
+) -> Directory:
     """The model in a directory with a model_index.json.
 
     `dtype` is that of the denoiser and the text encoder; the codec is float32. Raises
     CheckpointError for a directory of another kind, and where its parts are not sound or do not
     fit together.
     """
-    parts = model_parts(folder)
+    folder, found = files.folder, files.classes
     for part, kind in CLASSES.items():
         # Both forms of the tokenizer read the same files.
-        if parts.get(part, "").removesuffix("Fast") != kind:
-            raise CheckpointError(f"{folder / MODEL_INDEX}: {part}={parts.get(part)!r}: not {kind}")
-    denoiser = load_published(
-        folder / "transformer", "uvit", dtype=dtype, device=device, root=folder.parent.parent
-    )
+        if found.get(part, "").removesuffix("Fast") != kind:
+            raise CheckpointError(f"{folder / MODEL_INDEX}: {part}={found.get(part)!r}: not {kind}")
+    for part in ("transformer", "vqvae", "text_encoder"):
+        if part not in files.parts:
+            raise CheckpointError(f"{folder / part / CONFIG} is missing")
+    denoiser = load_published(files.parts["transformer"], "uvit", dtype=dtype, device=device)
     settings = Fields(read_json(folder / "scheduler" / SCHEDULER), SCHEDULER)
     settings.choice("masking_schedule", ("cosine",), default="cosine")
     row = int(denoiser.described["vocab_size"]) - 1
     if settings.whole("mask_token_id", least=0) != row:
         raise CheckpointError(f"{SCHEDULER}: mask_token_id: expected {row}, the transformer's last")
-    codec = load_codec(folder / "vqvae", device)
+    codec = load_codec(files.parts["vqvae"], device)
     encoder = load_text_encoder(
-        folder / "text_encoder", folder / "tokenizer", dtype=dtype, device=device
+        files.parts["text_encoder"], folder / "tokenizer", dtype=dtype, device=device
     )
     read, said = encoder.model.config, denoiser.described
     got = codec.codebook_size, read.hidden_size, read.projection_dim
@@ -135,22 +135,19 @@ def load_directory(folder: Path, *, dtype: torch.dtype | None, device: torch.dev
             f"transformer is for {wanted}"
         )
     side = int(said["sample_size"]) * codec.stride
-    files = {
+    kept = {
         part: {name: (folder / part / name).read_bytes()}
         for part, name in ((".", MODEL_INDEX), ("scheduler", SCHEDULER))
     }
-    modality = described(codec=codec, size=(side, side), encoder=encoder, files=files)
+    modality = described(codec=codec, size=(side, side), encoder=encoder, files=kept)
     space = TokenSpace(denoiser.vocab_size, mask_id=denoiser.vocab_size)
     return Directory(denoiser, space, modality)
 
 
-def load_codec(folder: Path, device: torch.device) -> Any:
+def load_codec(files: ModelFiles, device: torch.device) -> Any:
     """The VQModel in a folder of the diffusers layout, in float32."""
     with torch.device("meta"):
-        codec = find("codecs", "vq_diffusers")(described=read_json(folder / CONFIG))
-    paths = check_weights(folder, root=folder.parent.parent.parent)
-    load_weights(codec, paths, dtype=torch.float32, device=device)
-    codec.stored = {
-        name: TYPES[entry["dtype"]] for path in paths for name, entry in check_tensors(path).items()
-    }
+        codec = find("codecs", "vq_diffusers")(described=files.config)
+    load_weights(codec, files.headers, dtype=torch.float32, device=device)
+    codec.stored = {name: TYPES[entry["dtype"]] for name, entry in files.entries.items()}
     return codec.requires_grad_(False).eval()

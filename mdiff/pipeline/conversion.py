@@ -30,12 +30,13 @@ from mdiff.files import (
     WEIGHTS,
     parse_yaml,
     read_json,
+    read_model_files,
     read_tensors,
     staged,
 )
 from mdiff.modalities.image import holds_codec, load_codec, published_codec_of, published_codecs
 from mdiff.pipeline.codec_beside import CODEC_FOLDER
-from mdiff.pipeline.published import built, claimed, load_published, published_backbones
+from mdiff.pipeline.published import built, family_of, load_published, published_backbones
 
 FLAG = "--from-pickle"
 # Where training runs keep a state dict, the first that is there.
@@ -261,7 +262,7 @@ def _nodes(found: Any, depth: int = NODE_DEPTH) -> Iterator[dict[str, Any]]:
 
 def _claims(node: Mapping[str, Any]) -> list[str]:
     """The families whose config this is."""
-    backbone = claimed(node)
+    backbone = family_of(node)
     if backbone is not None:
         return [backbone]
     codec = published_codec_of(node)
@@ -291,7 +292,7 @@ def _check(room: str, folder: Path, source: Path) -> None:
     """Load what was written; CheckpointError, naming the source, where a tensor does not fit."""
     try:
         if room in published_backbones():
-            load_published(folder, room)
+            load_published(read_model_files(folder), room)
         else:
             load_codec(folder)
     except CheckpointError as error:

@@ -12,39 +12,35 @@ from mdiff.files import (
     CONFIG,
     MODEL_INDEX,
     PIPELINE,
+    ModelFiles,
+    TensorEntry,
     check_tensors,
-    check_weights,
-    headers,
     inside,
     problems,
-    read_json,
 )
 from mdiff.pipeline.codec_beside import CODEC_FOLDER
 from mdiff.pipeline.published import built, recognised, unsupported
 
 
-def is_foreign(folder: Path) -> bool:
-    """Whether the folder holds one model of another project that is no masked LM of transformers.
+def is_foreign(files: ModelFiles) -> bool:
+    """Whether they are of one model of another project that is no masked LM of transformers.
 
     With a codec beside it, it is inspected as a model of pictures.
     """
-    if (folder / PIPELINE).exists() or not (folder / CONFIG).exists():
+    if files.pipeline is not None or files.classes or (files.folder / CODEC_FOLDER).exists():
         return False
-    if (folder / CODEC_FOLDER).exists():
-        return False
-    return recognised(folder) is not None or unsupported(folder) is not None
+    return recognised(files) is not None or unsupported(files) is not None
 
 
-def report(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]:
+def report(files: ModelFiles) -> tuple[dict[str, Any], CheckpointError | None]:
     """What a foreign model is, and why it cannot be loaded, if it cannot.
 
     `used` of a tensor is "loaded" or what is wrong with it, such as "unexpected"; of a model
     that is not supported "unknown". `missing` are tensors that the files lack. Raises
     CheckpointError for files or a config that cannot be read.
     """
-    described = read_json(folder / CONFIG)
-    entries = headers(check_weights(folder))
-    room = recognised(folder)
+    described, folder = files.config, files.folder
+    room = recognised(files)
     named = [str(name)[:80] for name in described.get("architectures") or []]
     found: dict[str, Any] = {
         "path": str(folder),
@@ -56,10 +52,10 @@ def report(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]:
     used: dict[str, str] = {}
     fault: CheckpointError | None = None
     if room is None:
-        fault = unsupported(folder)
+        fault = unsupported(files)
     else:
         module = built(room, described)
-        wrong = problems(module, entries, module.tied)
+        wrong = problems(module, files.headers, module.tied)
         used = {line.split(" ")[0]: kind for kind, lines in wrong.items() for line in lines}
         found |= {
             "parameters": sum(math.prod(each.shape) for each in module.parameters()),
@@ -76,7 +72,7 @@ def report(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]:
             fault = CheckpointError(f"{folder} does not load: tensors {said}")
     tensors = [
         described_tensor(name, entry, used.get(name, "unknown" if room is None else "loaded"))
-        for header in entries.values()
+        for header in files.headers.values()
         for name, entry in sorted(header.items())
     ]
     return found | summed(tensors), fault
@@ -113,8 +109,8 @@ def summed(tensors: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def described_tensor(name: str, entry: dict[str, Any], used: str) -> dict[str, Any]:
+def described_tensor(name: str, entry: TensorEntry, used: str) -> dict[str, Any]:
     """A tensor of a file's header."""
     begin, end = entry["data_offsets"]
-    kept = {key: entry[key] for key in ("shape", "dtype")}
+    kept = {"shape": entry["shape"], "dtype": entry["dtype"]}
     return {"name": name, **kept, "used": used, "bytes": end - begin}

@@ -13,12 +13,9 @@ from mdiff.backbones.layers import Backbone
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
 from mdiff.files import (
-    CONFIG,
-    MODEL_INDEX,
     PIPELINE,
+    ModelFiles,
     locate,
-    read_json,
-    refuse_special,
     staged,
     write_json,
 )
@@ -75,16 +72,15 @@ def load_parts(
     if isinstance(device, Mapping):
         asked = {part: _device(own) for part, own in device.items()}
     place = _device(None if asked is not None else device)
-    folder = locate(name)
-    if tokenizer is not None and any((folder / own).exists() for own in (PIPELINE, MODEL_INDEX)):
+    files = locate(name)
+    if tokenizer is not None and (files.pipeline is not None or files.classes):
         raise ConfigError(f"tokenizer={tokenizer!r}: {name} has its own way from text to ids")
-    refuse_special(folder)
-    if (folder / PIPELINE).exists():
-        parts = _own(folder, kind, mask_id, place if asked is None else asked)
-    elif (folder / MODEL_INDEX).exists():
-        parts = _several(folder, kind, mask_id, place)
+    if files.pipeline is not None:
+        parts = _own(files, files.pipeline, kind, mask_id, place if asked is None else asked)
+    elif files.classes:
+        parts = _several(files, kind, mask_id, place)
     else:
-        parts = _foreign(folder, kind, mask_id, place if asked is None else asked, tokenizer)
+        parts = _foreign(files, kind, mask_id, place if asked is None else asked, tokenizer)
     if block_length is not None:
         if not hasattr(parts.denoiser, "block_length"):
             raise ConfigError(f"block_length={block_length}: {name} is not a block model")
@@ -99,13 +95,14 @@ def load_parts(
 
 
 def _own(
-    folder: Path,
+    files: ModelFiles,
+    described: Mapping[str, Any],
     dtype: torch.dtype | None,
     mask_id: int | None,
     place: torch.device | DeviceMap | str,
 ) -> Parts:
     """What `save_parts` or training wrote."""
-    described = read_json(folder / PIPELINE)
+    folder = files.folder
     try:
         if described["format"] != FORMAT:
             raise CheckpointError(f"{folder / PIPELINE}: expected format {FORMAT}")
@@ -131,12 +128,12 @@ def _own(
             f"{space.vocab_size}: they are not of the same training"
         )
     find("backbones", backbone)
-    room = recognised(folder)
+    room = recognised(files)
     denoiser: Denoiser
     if room is not None:
-        denoiser = _published(folder, room, dtype, place)
+        denoiser = _published(files, room, dtype, place)
     else:
-        denoiser = transformers_model(folder, dtype, mask_id=space.mask_id)
+        denoiser = transformers_model(files, dtype, mask_id=space.mask_id)
     _check_columns(denoiser, space, folder)
     return Parts(denoiser, space, modality, schedule, window)
 
@@ -146,11 +143,13 @@ def _written(space: TokenSpace) -> int:
     return space.vocab_size - (space.mask_id < space.vocab_size)
 
 
-def load_modality(folder: Path) -> Modality:
+def load_modality(files: ModelFiles) -> Modality:
     """The modality of a model that `save_parts` or training wrote, without its weights."""
-    described = read_json(folder / PIPELINE)
+    folder = files.folder
+    if files.pipeline is None:
+        raise CheckpointError(f"{folder / PIPELINE} is missing")
     try:
-        settings = dict(described["modality"])
+        settings = dict(files.pipeline["modality"])
         return _modality(folder, settings.pop("name"), settings)
     except (CheckpointError, DataError):
         raise
@@ -171,7 +170,7 @@ def _check_part(folder: Path, name: Any) -> None:
 
 
 def _foreign(
-    folder: Path,
+    files: ModelFiles,
     dtype: torch.dtype | None,
     mask_id: int | None,
     place: torch.device | DeviceMap | str,
@@ -180,21 +179,21 @@ def _foreign(
     """A model of another project or a Hugging Face masked language model, with its tokenizer or
     without one.
     """
-    described = read_json(folder / CONFIG)
-    room = recognised(folder)
-    strange = unsupported(folder) if room is None else None
+    described, folder = files.config, files.folder
+    room = recognised(files)
+    strange = unsupported(files) if room is None else None
     if strange is not None:
         raise strange
     module: Any = None
     if room is not None:
-        module = _published(folder, room, dtype, place)
+        module = _published(files, room, dtype, place)
         mask_id = module.mask_id if mask_id is None else mask_id
     text = _text_of(folder, mask_id, tokenizer)
     if mask_id is None:
         mask_id = described.get("mask_id") if text is None else text.tokenizer.mask_id
     if type(mask_id) is not int:
         raise ConfigError(f"{folder} does not say which id is the mask: give mask_id=")
-    denoiser = module or transformers_model(folder, dtype, mask_id=mask_id)
+    denoiser = module or transformers_model(files, dtype, mask_id=mask_id)
     space = TokenSpace(_columns(denoiser), mask_id=mask_id)
     if text is not None and text.tokenizer.size > max(space.vocab_size, mask_id + 1):
         raise DataError(
@@ -208,23 +207,23 @@ def _foreign(
 
 
 def _published(
-    folder: Path, room: str, dtype: torch.dtype | None, place: torch.device | DeviceMap | str
+    files: ModelFiles, room: str, dtype: torch.dtype | None, place: torch.device | DeviceMap | str
 ) -> Backbone:
     """Another project's model on its device or devices; ConfigError for one that is refused."""
-    module = built(room, read_json(folder / CONFIG))
+    module = built(room, files.config)
     if module.refused is not None:
-        raise ConfigError(f"{folder} cannot be used: {module.refused}")
+        raise ConfigError(f"{files.folder} cannot be used: {module.refused}")
     if isinstance(place, torch.device):
-        return filled(module, folder, dtype=dtype, device=place)
-    plan = planned(module, folder, dtype=dtype) if isinstance(place, str) else place
-    return spread(module, folder, plan, dtype=dtype)
+        return filled(module, files, dtype=dtype, device=place)
+    plan = planned(module, files, dtype=dtype) if isinstance(place, str) else place
+    return spread(module, files, plan, dtype=dtype)
 
 
 def _several(
-    folder: Path, dtype: torch.dtype | None, mask_id: int | None, place: torch.device
+    files: ModelFiles, dtype: torch.dtype | None, mask_id: int | None, place: torch.device
 ) -> Parts:
     """The model of a directory with a folder for each of its parts."""
-    made = load_directory(folder, dtype=dtype, device=place)
+    made = load_directory(files, dtype=dtype, device=place)
     if mask_id not in (None, made.space.mask_id):
         raise ConfigError(f"mask_id={mask_id}: this model's is {made.space.mask_id}")
     return Parts(

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mdiff.backbones.layers import Backbone
 from mdiff.errors import BackendError, CheckpointError
-from mdiff.files import TYPES, check_weights, headers
+from mdiff.files import TYPES, ModelFiles
 from mdiff.pipeline.published import filled
 
 AUTO = "auto"
@@ -28,7 +27,7 @@ DeviceMap = Mapping[str, Any]
 
 def planned(
     module: Backbone,
-    folder: Path,
+    files: ModelFiles,
     *,
     dtype: torch.dtype | None = None,
     max_memory: Mapping[Any, Any] | None = None,
@@ -43,8 +42,7 @@ def planned(
     learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     stored = {
         name: TYPES[entry["dtype"]]
-        for header in headers(check_weights(folder)).values()
-        for name, entry in header.items()
+        for name, entry in files.entries.items()
         if entry["dtype"] in TYPES
     }
     kinds = {
@@ -56,12 +54,12 @@ def planned(
         special_dtypes=kinds,
     )  # fmt: skip
     if DISK in found.values():
-        raise BackendError(f"{folder} is larger than the memory of the devices here together")
+        raise BackendError(f"{files.folder} is larger than the memory of the devices here together")
     return {WHOLE: next(iter(found.values()))} if len(set(found.values())) == 1 else found
 
 
 def spread(
-    module: Backbone, folder: Path, places: DeviceMap, *, dtype: torch.dtype | None = None
+    module: Backbone, files: ModelFiles, places: DeviceMap, *, dtype: torch.dtype | None = None
 ) -> Backbone:
     """The module from `families.built` with its weights read to the devices of `places`.
 
@@ -74,8 +72,10 @@ def spread(
 
     strange = [name for name in places if name and not _is_part(module, name)]
     if strange:
-        raise CheckpointError(f"{folder}: the device map names {strange[0]!r}, which is no part")
-    filled(module, folder, dtype=dtype, device={k: torch.device(d) for k, d in places.items()})
+        raise CheckpointError(
+            f"{files.folder}: the device map names {strange[0]!r}, which is no part"
+        )
+    filled(module, files, dtype=dtype, device={k: torch.device(d) for k, d in places.items()})
     devices = [torch.device(device) for device in places.values()]
     module.main_device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
     if set(places) == {WHOLE}:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mdiff.backbones.layers import Backbone
 from mdiff.errors import CheckpointError, nearest
-from mdiff.files import CONFIG_FILE, check_weights, load_weights, read_json
+from mdiff.files import CONFIG, ModelFiles, load_weights
 from mdiff.find import find, module_of, names
 
 # What AutoModelForMaskedLM takes, whatever comes before it.
@@ -18,16 +17,17 @@ MASKED_LM = "ForMaskedLM"
 ANY = f"any ...{MASKED_LM}"
 
 
-def recognised(folder: Path) -> str | None:
-    """The name of the backbone whose config.json this is; None where no file claims it.
+def recognised(files: ModelFiles) -> str | None:
+    """The name of the backbone whose config.json is in these files; None where none claims it."""
+    return family_of(files.config, origin=str(files.folder / CONFIG))
 
-    By the architecture that the config names; by its keys only where it names none.
+
+def family_of(described: Mapping[str, Any], *, origin: str = CONFIG) -> str | None:
+    """The name of the backbone that claims a config; None where none does.
+
+    By the architecture that the config names; by its keys only where it names none. `origin` is
+    what a CheckpointError names.
     """
-    return claimed(read_json(folder / CONFIG_FILE), origin=str(folder / CONFIG_FILE))
-
-
-def claimed(described: Mapping[str, Any], *, origin: str = CONFIG_FILE) -> str | None:
-    """The name of the backbone that claims a config; see `recognised`."""
     named = described.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise CheckpointError(f"{origin}: architectures: expected a list of names")
@@ -42,12 +42,6 @@ def claimed(described: Mapping[str, Any], *, origin: str = CONFIG_FILE) -> str |
             if claims is not None and claims(described):
                 return room
     return None
-
-
-def is_published(room: str) -> bool:
-    """Whether a backbone of this name is of another project's layout; ConfigError for no name."""
-    find("backbones", room)
-    return room.replace("-", "_") in published_backbones()
 
 
 def published_backbones() -> dict[str, str | None]:
@@ -72,9 +66,9 @@ def supported() -> list[str]:
     )
 
 
-def unsupported(folder: Path) -> CheckpointError | None:
+def unsupported(files: ModelFiles) -> CheckpointError | None:
     """Why no backbone opens a model that none recognises; None for a masked LM of transformers."""
-    described = read_json(folder / CONFIG_FILE)
+    folder, described = files.folder, files.config
     named = [" ".join(str(name)[:80].split()) for name in described.get("architectures") or []]
     if not named:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -95,34 +89,25 @@ def unsupported(folder: Path) -> CheckpointError | None:
 
 
 def load_published(
-    folder: Path,
+    files: ModelFiles,
     room: str,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | Mapping[str, Any] | str = "cpu",
-    root: Path | None = None,
 ) -> Backbone:
-    """The model in `folder`, whose backbone is `room`, with its weights on `device`.
-
-    Links may lead anywhere in `root`, by default the cache that a snapshot of the Hub lies in.
-    """
-    module = built(room, read_json(folder / CONFIG_FILE))
-    return filled(module, folder, dtype=dtype, device=device, root=root)
+    """The model of these files, whose backbone is `room`, with its weights on `device`."""
+    return filled(built(room, files.config), files, dtype=dtype, device=device)
 
 
 def filled(
     module: Backbone,
-    folder: Path,
+    files: ModelFiles,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | Mapping[str, Any] | str = "cpu",
-    root: Path | None = None,
 ) -> Backbone:
-    """The module from `built` with the weights in `folder`; see `load_weights`."""
-    paths = check_weights(folder, root=root)
-    stored = load_weights(
-        module, paths, dtype=dtype, device=device, tied=module.tied
-    )  # fmt: skip
+    """The module from `built` with the weights in these files; see `load_weights`."""
+    stored = load_weights(module, files.headers, dtype=dtype, device=device, tied=module.tied)
     module.stored = frozenset(stored)
     return module
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from mdiff.denoiser import Denoiser
 from mdiff.errors import CheckpointError, MdiffError
-from mdiff.files import CONFIG, TRANSFORMERS, check_weights, headers, read_json
+from mdiff.files import CONFIG, TRANSFORMERS, ModelFiles
 from mdiff.find import find, names
 
 # What the model_type of our own architectures begins with.
@@ -23,29 +24,23 @@ IN_A_LAYER = re.compile(r"\.\d+\.")
 MOST_OVER_FILES, SPARE = 4, 2**20
 
 
-def transformers_model(folder: Path, dtype: torch.dtype | None, *, mask_id: int) -> Denoiser:
+def transformers_model(files: ModelFiles, dtype: torch.dtype | None, *, mask_id: int) -> Denoiser:
     """The model with its weights; every one of its tensors is in the files.
 
     Raises CheckpointError where transformers cannot load it, or its files lack something.
     """
-    settings = read_json(folder / CONFIG)
-    entries = [
-        entry for header in headers(check_weights(folder)).values() for entry in header.values()
-    ]
-    _check_settings(folder, settings, tensors=len(entries))
+    _check_settings(files.folder, files.config, tensors=len(files.entries))
     with TRANSFORMERS:
-        return _read(folder, settings, entries, dtype, mask_id)
+        return _read(files, dtype, mask_id)
 
 
-def _read(
-    folder: Path, settings: dict[str, Any], entries: list[Any], dtype: torch.dtype | None,
-    mask_id: int,
-) -> Denoiser:  # fmt: skip
+def _read(files: ModelFiles, dtype: torch.dtype | None, mask_id: int) -> Denoiser:
     from transformers import AutoConfig, AutoModelForMaskedLM, logging
 
     # Importing an architecture of ours makes it known to transformers. Its model_type is the
     # name of its file; any other name in a file imports nothing.
-    kind = str(settings.get("model_type"))
+    folder = files.folder
+    kind = str(files.config.get("model_type"))
     if kind.startswith(OURS) and kind.removeprefix(OURS).replace("-", "_") in names("backbones"):
         find("backbones", kind.removeprefix(OURS))
     logging.disable_progress_bar()
@@ -54,7 +49,8 @@ def _read(
         described = AutoConfig.from_pretrained(str(folder), **options)
         with torch.device("meta"):
             skeleton = AutoModelForMaskedLM.from_config(described)
-        _check_size(folder, skeleton, held=sum(math.prod(entry["shape"]) for entry in entries))
+        held = sum(math.prod(entry["shape"]) for entry in files.entries.values())
+        _check_size(folder, skeleton, held=held)
         model, report = AutoModelForMaskedLM.from_pretrained(
             str(folder), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True,
             **options,
@@ -80,7 +76,7 @@ def _read(
     return wrapped
 
 
-def _check_settings(folder: Path, settings: dict[str, Any], *, tensors: int) -> None:
+def _check_settings(folder: Path, settings: Mapping[str, Any], *, tensors: int) -> None:
     """Raise CheckpointError for settings that cost far more to read than the files are worth.
 
     Each layer has a tensor of its own at least; and code of the Hub is not run here.

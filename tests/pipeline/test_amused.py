@@ -22,6 +22,7 @@ from mdiff.cli import run
 from mdiff.denoiser import MICRO, POOLED, STATES
 from mdiff.denoiser.protocol import guided
 from mdiff.errors import CheckpointError, ConfigError, DataError
+from mdiff.files import read_model_files
 from mdiff.modalities.image.codec import load_codec, save_codec
 from mdiff.modalities.image.codecs.vq_diffusers import vq_diffusers
 from mdiff.pipeline.amused import amused
@@ -82,7 +83,7 @@ def test_the_denoiser_s_logits_are_the_official_ones(pipeline: Pipeline, mask: i
 )
 def test_a_row_s_logits_do_not_depend_on_its_batch(dtype: torch.dtype, near: float) -> None:
     """But for rounding: these random weights make numbers of 25,000 on the way, hence 2e-5."""
-    model = load_published(FOLDER / "transformer", "uvit", dtype=dtype)
+    model = load_published(read_model_files(FOLDER / "transformer"), "uvit", dtype=dtype)
     tokens = GOLDEN["uvit.input_ids"].flatten(1)
     with torch.no_grad():
         both = model(tokens, cond=told())
@@ -353,7 +354,7 @@ def test_the_layout_that_halves_its_grid_is_the_official_one(
     cond = {STATES: torch.randn(2, 7, 12), POOLED: torch.randn(2, 10), MICRO: torch.rand(2, 5) * 99}
     tokens = torch.randint(0, MASK, (2, 36))
     with torch.no_grad():
-        ours = load_published(folder, "uvit")(tokens, cond=cond)
+        ours = load_published(read_model_files(folder), "uvit")(tokens, cond=cond)
         model = official.from_pretrained(folder).eval()
         theirs = places(model(tokens.view(2, 6, 6), **cond))
     assert torch.allclose(ours, theirs, rtol=0, atol=TOLERANCE)
@@ -383,7 +384,7 @@ def test_the_layout_that_halves_its_grid_takes_even_sides_only(tmp_path: Path) -
     described = json.loads((FOLDER / "transformer" / "config.json").read_text())
     described |= {"downsample": True, "upsample": True}
     folder = random_folder(tmp_path / "uvit", described, built("uvit", described).state_dict())
-    model = load_published(folder, "uvit")
+    model = load_published(read_model_files(folder), "uvit")
     with torch.no_grad():
         assert model(torch.zeros(2, 16, dtype=torch.int64), cond=told()).shape == (2, 16, 32)
         with pytest.raises(DataError, match="even side"):

@@ -22,6 +22,7 @@ from tokenizers.pre_tokenizers import Whitespace
 import mdiff
 from mdiff.cli import run
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
+from mdiff.files import read_model_files
 from mdiff.files.untrusted import read_json
 from mdiff.files.weights import load_weights
 from mdiff.pipeline.published import built, load_published, recognised, supported
@@ -72,9 +73,9 @@ def refused(folder, message, capsys):
 
 def test_a_family_is_found_by_its_architecture_and_not_by_its_model_type(folder):
     configured(folder, model_type="llama")
-    assert recognised(folder) == "mdlm"
+    assert recognised(read_model_files(folder)) == "mdlm"
     assert {"MDLM", "BD3LM", "DIT"} <= set(supported())
-    assert recognised(GOLDEN / "smdm") == "smdm"
+    assert recognised(read_model_files(GOLDEN / "smdm")) == "smdm"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(folder, change):
     configured(folder, **change)
     start = time.thread_time()
     with pytest.raises(CheckpointError):
-        load_published(folder, "mdlm")
+        load_published(read_model_files(folder), "mdlm")
     assert time.thread_time() - start < 1
 
 
@@ -114,7 +115,9 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(folder, change):
 
 
 def test_a_sharded_model_is_the_same_and_is_saved_in_shards_with_an_index(sharded, tmp_path):
-    one, several = load_published(GOLDEN / "mdlm", "mdlm"), load_published(sharded, "mdlm")
+    one, several = (
+        load_published(read_model_files(at), "mdlm") for at in (GOLDEN / "mdlm", sharded)
+    )
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, several.state_dict()[name])
     several.save_pretrained(tmp_path / "saved", max_shard_size=40_000)
@@ -189,9 +192,10 @@ def test_tensors_that_do_not_fit_are_listed_and_nothing_is_loaded(folder):
     tensors["backbone.blocks.1.norm1.weight"] = torch.zeros(33)
     tensors["more"] = torch.zeros(1)
     save_file(tensors, folder / "model.safetensors")
-    module = built("mdlm", read_json(folder / "config.json"))
+    files = read_model_files(folder)
+    module = built("mdlm", files.config)
     with pytest.raises(CheckpointError) as error:
-        load_weights(module, [folder / "model.safetensors"])
+        load_weights(module, files.headers)
     for said in (
         "missing: backbone.blocks.0.norm1.weight", "unexpected: more",
         "of another shape: backbone.blocks.1.norm1.weight [33], expected [32]",

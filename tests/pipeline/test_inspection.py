@@ -12,6 +12,7 @@ from folders import GOLDEN as GOLDEN
 from safetensors.torch import load_file, save_file
 
 from mdiff.cli import run
+from mdiff.files import read_model_files
 from mdiff.files.untrusted import read_json
 from mdiff.pipeline.published import load_published
 
@@ -39,7 +40,7 @@ def inspected(folder, capsys, code=0):
 def test_inspect_says_what_a_published_model_is(name, expected, capsys):
     found = inspected(GOLDEN / name, capsys)
     assert expected.items() <= found.items()
-    module = load_published(GOLDEN / name, name)
+    module = load_published(read_model_files(GOLDEN / name), name)
     assert found["parameters"] == sum(each.numel() for each in module.parameters())
     assert found["space"]["mask_id"] == module.mask_id
     assert {tensor["used"] for tensor in found["tensors"]} == {"loaded"}

@@ -288,7 +288,7 @@ def test_a_run_directory_gives_its_latest_complete_step(saved: Path, tmp_path: P
     (tmp_path / "step-000030" / "config.json").unlink()
     from mdiff.files.locate import locate
 
-    assert locate(str(tmp_path)).name == "step-000010"
+    assert locate(str(tmp_path)).folder.name == "step-000010"
 
 
 @pytest.mark.parametrize(

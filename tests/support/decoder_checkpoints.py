@@ -11,12 +11,14 @@ from folders import GOLDEN as GOLDEN
 from safetensors.torch import load_file, save_file
 
 from mdiff.errors import CheckpointError
+from mdiff.files import read_model_files
 from mdiff.pipeline.published import load_published, recognised
 
 
 def loaded(folder):
     """The model in a folder, by what its config.json says."""
-    return load_published(folder, recognised(folder)).eval()
+    files = read_model_files(folder)
+    return load_published(files, recognised(files)).eval()
 
 
 def copied(folder, into, *, described=None, tensors=None):

@@ -204,12 +204,12 @@ def _published(folder: Path) -> Any:
             "(codebook_embed_dim, encoder_ch_mult), maskbit (quantizer_type, hidden_channels)"
         )
     path = folder / PUBLISHED_TENSORS
-    held = check_tensors(path)
+    header = check_tensors(path)
     with torch.device("meta"):
         codec = find("codecs", name)(config=described)
-        for buffer in sorted(set(codec.optional()) & set(held)):
+        for buffer in sorted(set(codec.optional()) & set(header)):
             codec.keep(buffer)
-    load_weights(codec, [path], dtype=torch.float32)
+    load_weights(codec, {path: header}, dtype=torch.float32)
     return codec.requires_grad_(False)
 
 

@@ -18,8 +18,8 @@ from mdiff.files import (
     MOST_LAYERS,
     TRANSFORMERS,
     Fields,
+    ModelFiles,
     inside,
-    read_json,
 )
 
 ARCHITECTURE = "CLIPTextModelWithProjection"
@@ -70,18 +70,18 @@ class TextEncoder:
 
 
 def load_text_encoder(
-    encoder: Path, tokenizer: Path, *, dtype: torch.dtype | None, device: torch.device
+    encoder: ModelFiles, tokenizer: Path, *, dtype: torch.dtype | None, device: torch.device
 ) -> TextEncoder:
-    """The text encoder in two folders: weights (safetensors), and the tokenizer's files.
+    """The text encoder in two folders: `encoder` with the weights, `tokenizer` with its files.
 
     Raises CheckpointError for another architecture, sizes that cannot be meant, tensors that
     are missing, unexpected or of another shape, and a tokenizer that cannot be read.
     """
-    described = read_json(encoder / CONFIG_FILE)
-    fields = Fields(described, str(encoder / CONFIG_FILE))
+    described, folder = encoder.config, encoder.folder
+    fields = Fields(described, str(folder / CONFIG_FILE))
     if described.get("architectures") != [ARCHITECTURE]:
         got = described.get("architectures")
-        raise CheckpointError(f"{encoder}: architectures {got!r}: expected [{ARCHITECTURE!r}]")
+        raise CheckpointError(f"{folder}: architectures {got!r}: expected [{ARCHITECTURE!r}]")
     places = fields.whole("max_position_embeddings", most=MOST_TOKENS)
     vocabulary = fields.whole("vocab_size", most=MOST_IDS)
     for name in ("hidden_size", "intermediate_size", "projection_dim", "num_attention_heads"):
@@ -94,7 +94,7 @@ def load_text_encoder(
             f"{tokenizer}: {length} tokens of {len(reader)} ids; the encoder has {places} places "
             f"and {vocabulary} ids"
         )
-    model = _model(encoder, dtype).to(device).eval().requires_grad_(False)
+    model = _model(folder, dtype).to(device).eval().requires_grad_(False)
     return TextEncoder(model, reader, length=length, files=plain_files(tokenizer))
 
 

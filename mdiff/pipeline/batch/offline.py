@@ -62,7 +62,7 @@ def generate_offline(
     """
     launched = Launched.here()
     check_crew(workers, patience, launched)
-    folder = locate(model)
+    folder = locate(model).folder
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     told = {"dtype": dtype, "device": (device or usual).partition(":")[0], "mask_id": mask_id}
     plan = planned(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from mdiff.backbones.layers.backbone import place_before
 from mdiff.backbones.published.dream import dream_counts
 from mdiff.errors import CheckpointError, ConfigError
+from mdiff.files import read_model_files
 from mdiff.modalities.text.tokenizers import byte_alphabet
 from mdiff.pipeline.pipeline import load
 from mdiff.pipeline.published import recognised
@@ -48,7 +49,7 @@ def _no_gradients():
 
 
 def test_the_config_is_recognised_by_its_architecture():
-    assert recognised(FOLDER) == "dream"
+    assert recognised(read_model_files(FOLDER)) == "dream"
 
 
 def test_logits_are_the_official_ones_shifted_by_a_place(model, golden):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from mdiff.denoiser.protocol import guided
 from mdiff.errors import CheckpointError
+from mdiff.files import read_model_files
 from mdiff.objective.bound import nll_bound
 from mdiff.objective.nll import token_nll
 from mdiff.pipeline.pipeline import load
@@ -51,7 +52,7 @@ def _no_gradients():
 
 
 def test_the_config_is_recognised_by_its_architecture():
-    assert recognised(FOLDER) == "llada"
+    assert recognised(read_model_files(FOLDER)) == "llada"
 
 
 def test_logits_are_the_official_ones(model, golden):

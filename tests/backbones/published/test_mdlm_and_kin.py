@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import mdiff
 from mdiff.backbones.layers.backbone import KeyValues
 from mdiff.errors import CheckpointError, ConfigError
+from mdiff.files import read_model_files
 from mdiff.files.untrusted import read_json
 from mdiff.objective.bound import nll_bound
 from mdiff.objective.nll import token_nll
@@ -29,7 +30,8 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 
 def model(name):
     folder = GOLDEN / name
-    return load_published(folder, recognised(folder)).eval()
+    files = read_model_files(folder)
+    return load_published(files, recognised(files)).eval()
 
 
 def golden(name):
@@ -72,7 +74,9 @@ def test_mdlm_gives_the_official_logits_and_log_probabilities():
 
 def test_a_time_conditioned_mdlm_is_told_the_total_noise_of_its_schedule(tmp_path):
     expected = golden("mdlm")
-    denoiser = load_published(altered("mdlm", tmp_path, time_conditioning=True), "mdlm")
+    denoiser = load_published(
+        read_model_files(altered("mdlm", tmp_path, time_conditioning=True)), "mdlm"
+    )
     assert denoiser.uses_time
     assert torch.allclose(denoiser.level(expected["t"]), expected["sigma"], rtol=1e-6)
     with torch.no_grad():
@@ -83,7 +87,9 @@ def test_a_time_conditioned_mdlm_is_told_the_total_noise_of_its_schedule(tmp_pat
 
 
 def test_a_time_conditioned_bd3lm_is_told_no_more_than_its_most_noise(tmp_path):
-    denoiser = load_published(altered("bd3lm", tmp_path, time_conditioning=True), "bd3lm")
+    denoiser = load_published(
+        read_model_files(altered("bd3lm", tmp_path, time_conditioning=True)), "bd3lm"
+    )
     level = denoiser.level(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
     assert level.tolist() == pytest.approx([0, math.log(2), math.log(1000)])
 
@@ -206,7 +212,7 @@ def test_a_tensor_at_fault_is_refused_by_name(name, fault, tmp_path):
         tensors[key] = torch.zeros(3, 5, 7)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"{fault}: {key}"):
-        load_published(folder, name)
+        load_published(read_model_files(folder), name)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +230,7 @@ def test_a_config_that_is_absurd_or_not_supported_is_refused_by_the_entry(name, 
     folder = altered(name, tmp_path, **change)
     (entry,) = change
     with pytest.raises(CheckpointError, match=entry if entry != "n_heads" else "5 heads"):
-        load_published(folder, name)
+        load_published(read_model_files(folder), name)
 
 
 def test_what_a_config_leaves_out_is_the_class_default(tmp_path):
@@ -242,7 +248,7 @@ def test_what_a_config_leaves_out_is_the_class_default(tmp_path):
     ],
 )  # fmt: skip
 def test_a_lighter_type_casts_weights_and_keeps_the_tables(name, table):
-    lighter = load_published(GOLDEN / name, name, dtype=torch.bfloat16).eval()
+    lighter = load_published(read_model_files(GOLDEN / name), name, dtype=torch.bfloat16).eval()
     assert {each.dtype for each in lighter.parameters()} == {torch.bfloat16}
     assert table is None or lighter.state_dict()[table].dtype == torch.float32
     tokens = torch.arange(12)[None]
