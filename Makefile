@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # More threads than cores make small models many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all faults zero check gpu clean
+.PHONY: demo test test-all faults zero check figures gpu clean
 
 demo: $(READY)
 	$(BIN)/mdiff demo
@@ -33,6 +33,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p mdiff
 	$(BIN)/python -m pytest -n 2
+
+# The structure of the package in figures: sizes, imports, words, and how fast it starts.
+figures: $(READY)
+	$(BIN)/python benchmarks/structure.py
 
 # Checks and measures the Triton kernels on the GPU that is here, and writes its figures.
 gpu: $(READY)

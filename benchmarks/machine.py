@@ -13,12 +13,12 @@ from mdiff.evaluation.bench.machine import machine
 RESULTS = Path(__file__).parent / "results"
 
 
-def commit() -> str | None:
-    """The commit that ran, with a mark where the tree had changes."""
+def commit(root: Path = RESULTS.parent) -> str | None:
+    """The commit of a tree, by default the one that runs, marked where it has changes."""
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True,
-            cwd=Path(__file__).parent,
+            cwd=root,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -28,7 +28,11 @@ def commit() -> str | None:
 def record(name: str, figures: dict[str, Any]) -> Path:
     """Write benchmarks/results/NAME.json: the figures, the machine and the command."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    return write(RESULTS / f"{name}.json", figures)
+
+
+def write(path: Path, figures: dict[str, Any]) -> Path:
+    """Write a file of figures, with the machine, the commit and the command."""
     # Where somebody keeps the data is nobody's business.
     words = [Path(word).name if word.startswith("/") else word for word in sys.argv]
     command = " ".join(["python", *words])

@@ -3,147 +3,31 @@
 from __future__ import annotations
 
 import ast
-import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
-from pathlib import Path
 
 import pytest
 from folders import ROOT
+from rooms import FLOORS, MOST_IN_A_FOLDER, Package, circles, wrong_arrows
 
 import mdiff
 from mdiff.find import find, names
 
 PACKAGE = ROOT / "mdiff"
-
-# From the ground up. A file imports rooms of lower floors and its own room, never another on its
-# own floor.
-FLOORS = [
-    {"errors", "kernels"},
-    {"tokens", "schedule", "ops", "find", "files"},
-    {"denoiser"},
-    {"objective", "sampling", "backbones", "modalities"},
-    {"samplers"},
-    {"pipeline"},
-    {"training", "evaluation"},
-    {"cli"},
-]
-# Entries of a folder beside its __init__.py; rooms whose files are parts or commands hold more.
-MOST_AT_THE_TOP, MOST_IN_A_FOLDER = 23, 13
-OF_PARTS = {
-    "kernels", "samplers", "backbones", "backbones/published", "modalities/image/codecs", "cli",
-}  # fmt: skip
+SOURCES = Package(ROOT)
 CORE = ("tokens", "schedule", "ops", "denoiser", "objective", "sampling", "training")
 # A recipe is read at the surface.
 NOT_CORE = {"training.recipe"}
 MODALITY_WORDS = re.compile(r"\b(images?|texts?|pixels?|prompts?|pictures?|captions?)\b", re.I)
-
-
-def modules():
-    """(dotted name below mdiff, path) of every module, the two top-level rooms included."""
-    for path in sorted(
-        PACKAGE.rglob("*.py", recurse_symlinks=True)
-        if sys.version_info >= (3, 13)
-        else walk(PACKAGE)
-    ):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        name = ".".join(p for p in parts if p != "__init__")
-        if name:
-            yield name, path
-
-
-def walk(folder):
-    for base, _, files in os.walk(folder, followlinks=True):
-        yield from (Path(base) / file for file in files if file.endswith(".py"))
-
-
-def dotted(path):
-    """The name of a file or a folder below the package, such as "files.atomic"."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
-
-
-def imports(path, known):
-    """The files and folders of the package that a file imports, at any depth of its code."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            if node.module != "mdiff" and not node.module.startswith("mdiff."):
-                continue
-            origin = node.module.removeprefix("mdiff").removeprefix(".")
-            for alias in node.names:
-                whole = f"{origin}.{alias.name}" if origin else alias.name
-                yield whole if whole in known else origin
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("mdiff."):
-                    yield alias.name.removeprefix("mdiff.")
-
-
-@functools.cache
-def arrows():
-    """(importing file, imported file or folder) of every import inside the package."""
-    paths = {dotted(path): path for _, path in modules()}
-    return sorted(
-        {
-            (name, imported)
-            for name, path in paths.items()
-            for imported in imports(path, paths)
-            if imported and not imported.startswith("__")
-        }
-    )
-
-
-def floor(name):
-    """The floor of a file's room; a file at the top that has none lies above all of them."""
-    room = name.partition(".")[0]
-    return next((level for level, rooms in enumerate(FLOORS) if room in rooms), len(FLOORS))
-
-
-def wrong_arrows(pairs):
-    """The arrows that do not point to a lower floor or into their own room."""
-    return [
-        f"{name} imports {imported}"
-        for name, imported in pairs
-        if name.partition(".")[0] != imported.partition(".")[0] and floor(imported) >= floor(name)
-    ]
-
-
-def circles(pairs):
-    """The groups of files that reach each other by imports."""
-    to = {}
-    for name, imported in pairs:
-        to.setdefault(name, set()).add(imported)
-    reached = {}
-    for start in to:
-        seen, left = set(), [start]
-        while left:
-            for other in to.get(left.pop(), ()):
-                if other not in seen:
-                    seen.add(other)
-                    left.append(other)
-        reached[start] = seen
-    return sorted({
-        tuple(sorted(other for other in found if start in reached.get(other, ())))
-        for start, found in reached.items() if start in found
-    })  # fmt: skip
-
-
-def full_folders(root):
-    """The folders that hold more entries than a room may."""
-    found = {}
-    for base, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if name not in ("__pycache__", "builtin")]
-        place = str(Path(base).relative_to(root))
-        entries = [f for f in files if f.endswith(".py") and f != "__init__.py"] + folders
-        most = MOST_AT_THE_TOP if place == "." else MOST_IN_A_FOLDER
-        if place not in OF_PARTS and len(entries) > most:
-            found[place] = len(entries)
-    return found
+PROBES = r"\b(?:getattr|hasattr)\("
+MOST_PROBES, MOST_ANYS, MOST_IGNORES, MOST_LINES_IN_ALL = 40, 220, 25, 27_000
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "triton", "PIL", "mdiff.pipeline",
+         "mdiff.files", "mdiff.modalities", "mdiff.backbones"}  # fmt: skip
+being_rebuilt = pytest.mark.xfail(reason="the rooms are being rebuilt")
 
 
 def test_every_room_has_a_floor():
@@ -151,19 +35,19 @@ def test_every_room_has_a_floor():
     assert rooms - {"__init__", "__main__", "__pycache__", "builtin"} == set().union(*FLOORS)
 
 
-@pytest.mark.xfail(reason="the rooms are being rebuilt")
+@being_rebuilt
 def test_imports_point_downwards_only():
-    assert wrong_arrows(arrows()) == []
+    assert wrong_arrows(SOURCES.arrows) == []
 
 
-@pytest.mark.xfail(reason="the rooms are being rebuilt")
+@being_rebuilt
 def test_no_files_import_each_other_in_a_circle():
-    assert circles(arrows()) == []
+    assert circles(SOURCES.arrows) == []
 
 
-@pytest.mark.xfail(reason="the rooms are being rebuilt")
+@being_rebuilt
 def test_no_folder_is_too_full():
-    assert full_folders(PACKAGE) == {}
+    assert SOURCES.full_folders() == {}
 
 
 def test_the_rules_see_what_breaks_them(tmp_path):
@@ -171,16 +55,60 @@ def test_the_rules_see_what_breaks_them(tmp_path):
         "tokens imports files", "denoiser.a imports sampling",
     ]  # fmt: skip
     assert circles([("a", "b"), ("b", "c"), ("c", "a"), ("d", "a")]) == [("a", "b", "c")]
-    (tmp_path / "sub").mkdir()
+    (tmp_path / "mdiff" / "sub").mkdir(parents=True)
     for number in range(MOST_IN_A_FOLDER + 1):
-        (tmp_path / "sub" / f"f{number}.py").touch()
-    assert full_folders(tmp_path) == {"sub": MOST_IN_A_FOLDER + 1}
+        (tmp_path / "mdiff" / "sub" / f"f{number}.py").touch()
+    assert Package(tmp_path).full_folders() == {"sub": MOST_IN_A_FOLDER + 1}
+
+
+def test_the_counts_count_what_they_name(tmp_path):
+    (tmp_path / "mdiff" / "kernels").mkdir(parents=True)
+    (tmp_path / "mdiff" / "__init__.py").touch()
+    named = ", ".join(f"a{number}" for number in range(12))
+    body = "\n".join(["    x = 1"] * 50)
+    (tmp_path / "mdiff" / "a.py").write_text(
+        "from typing import (\n    Any,\n)\n"
+        f"def wide({named}, *, b: Any) -> Any: ...\n"
+        f"def long(\n    a: int\n):\n    'A docstring.'\n{body}\n"
+        f"def just_right(\n    {named}\n):\n{body}\n"
+        "getattr(hasattr(x), 'y')  # type: ignore\n"
+    )
+    (tmp_path / "mdiff" / "kernels" / "k.py").write_text(f"def f({named}, b): ...\n" * 301)
+    package = Package(tmp_path)
+    assert package.count(r"\bAny\b", imports=False) == {"a": 2}
+    assert package.count(PROBES) == {"a": 2}
+    assert package.long_functions() == {"a.long": 51}
+    assert package.wide_functions() == {"a.wide": 13}
+    assert package.long_files() == {"kernels/k.py": 301}
+
+
+@being_rebuilt
+def test_attributes_are_seldom_probed_by_name():
+    assert sum(SOURCES.count(PROBES).values()) <= MOST_PROBES
+
+
+@being_rebuilt
+def test_types_are_seldom_left_open():
+    assert sum(SOURCES.count(r"\bAny\b", imports=False).values()) <= MOST_ANYS
+    assert sum(SOURCES.count(r"type: ignore").values()) <= MOST_IGNORES
+
+
+@being_rebuilt
+def test_no_file_or_function_is_too_long_and_none_takes_too_much():
+    assert set(SOURCES.long_files()) == {"kernels/onepass.c"}
+    assert SOURCES.long_functions() == {}
+    assert SOURCES.wide_functions() == {}
+
+
+@being_rebuilt
+def test_the_package_stays_small():
+    assert SOURCES.lines() <= MOST_LINES_IN_ALL
 
 
 def test_a_sampler_does_not_import_another_but_blocks_its_default():
     wrong = [
         pair
-        for pair in arrows()
+        for pair in SOURCES.arrows
         if pair[0].startswith("samplers.")
         and pair[1].startswith("samplers.")
         and pair != ("samplers.blocks", "samplers.first_hitting")
@@ -189,14 +117,14 @@ def test_a_sampler_does_not_import_another_but_blocks_its_default():
 
 
 def test_kernels_import_nothing_of_the_package_but_kernels():
-    assert all(b.startswith("kernels") for a, b in arrows() if a.startswith("kernels"))
+    assert all(b.startswith("kernels") for a, b in SOURCES.arrows if a.startswith("kernels"))
 
 
 def test_the_core_knows_no_modality():
-    for name, path in modules():
-        if name.startswith((*CORE, "kernels.", "samplers.")) and name not in NOT_CORE:
-            found = MODALITY_WORDS.search(path.read_text())
-            assert found is None, f"{path}: {found}"
+    for source in SOURCES.sources:
+        if source.room in (*CORE, "kernels", "samplers") and source.name not in NOT_CORE:
+            found = MODALITY_WORDS.search(source.text)
+            assert found is None, f"{source.path}: {found}"
 
 
 def test_the_two_rooms_are_links_to_directories_without_init():
@@ -216,15 +144,39 @@ def test_every_part_is_found_by_the_name_of_its_file(room):
         assert find(room, name.replace("_", "-")) is find(room, name)
 
 
-def test_importing_the_package_is_fast_and_loads_nothing_heavy():
+def test_importing_the_package_takes_a_third_of_a_second_and_loads_nothing_heavy():
+    seconds, heavy = imported("import mdiff")
+    assert heavy == set()
+    assert seconds < 0.3
+
+
+def test_sampling_is_imported_without_pictures_transformers_or_loading():
+    seconds, heavy = imported("from mdiff import sample", before="import torch")
+    assert heavy <= {"torch", "triton"}
+    assert seconds < 0.3
+
+
+def imported(line, *, before=""):
+    """(processor seconds, heavy modules that are loaded then) of an import in a fresh process.
+
+    Processor time, the less of two: another process on the machine does not count.
+    """
     code = (
-        "import sys, mdiff; heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'triton'};"
-        "print(sorted(heavy & set(sys.modules)))"
+        f"import sys, time\n{before}\nstart = time.process_time()\n{line}\n"
+        f"print(time.process_time() - start, *({HEAVY} & set(sys.modules)))"
     )
-    start = time.perf_counter()
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
-    assert time.perf_counter() - start < 5
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    found = [run.stdout.split() for run in runs]
+    return min(float(seconds) for seconds, *_ in found), set(found[0][1:])
+
+
+def test_importing_the_package_is_silent_about_deprecations():
+    strict = [sys.executable, "-W", "error::DeprecationWarning", "-c", "import mdiff"]
+    run = subprocess.run(strict, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_public_names_resolve_and_unknown_ones_do_not():
@@ -256,7 +208,7 @@ def test_the_wheel_has_one_top_level_name_and_both_rooms(tmp_path):
     built = [name for name in files if name.startswith("mdiff/kernels/_onepass")]
     assert len(built) == (shutil.which("cc") is not None), built
     packed = {name for name in files if name.endswith(".py")}
-    here = {f"mdiff/{path.relative_to(PACKAGE)}" for _, path in modules()} | {"mdiff/__init__.py"}
+    here = {f"mdiff/{source.path.relative_to(PACKAGE)}" for source in SOURCES.every}
     assert packed == here
 
 
@@ -287,8 +239,8 @@ CALLS = {"eval", "exec", "compile", "__import__", "os.system", "torch.load", "ya
 
 def test_no_unsafe_loading_in_the_package():
     found = {
-        name: sorted(what for _, what in forbidden(ast.parse(path.read_text())))
-        for name, path in modules()
+        source.name: sorted(what for _, what in forbidden(source.tree))
+        for source in SOURCES.sources
     }
     # The one file that opens pickles, with the restricted reader; it needs pickle's error type.
     assert found.pop("pipeline.conversion") == ["pickle", "torch.load"]
