@@ -148,23 +148,65 @@ struct sums {
 typedef struct sums sums_function(const void *logits, int64_t n, float reference, float inverse,
                                   int format);
 
-INLINE struct sums sums_by_loop(const void *logits, int64_t n, float reference, float inverse,
-                                int format)
+/* Partial sums that a loop keeps side by side. A fixed number, so that the additions run in the
+   same order for every format and vector width, and a tile of 1,024 adds up 64 numbers in each. */
+#define LANES 16
+
+struct partial {
+    float largest[LANES], mass[LANES], moment[LANES];
+};
+
+INLINE void add_block(struct partial *so_far, const void *logits, float reference, float inverse,
+                      int format)
 {
     const float *wide = logits;
     const uint16_t *narrow = logits;
-    float largest = -INFINITY, mass = 0, moment = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : mass, moment)
-    for (int64_t j = 0; j < n; j++) {
-        float x = format == BFLOAT16 ? float_of((uint32_t)narrow[j] << 16) : wide[j];
+#pragma omp simd
+    for (int64_t i = 0; i < LANES; i++) {
+        float x = format == BFLOAT16 ? float_of((uint32_t)narrow[i] << 16) : wide[i];
         float z = (x - reference) * inverse;
         z = LOWEST > z ? LOWEST : z; /* in this order a NaN stays */
         float weight = exponential(z);
-        largest = x > largest ? x : largest;
-        mass += weight;
-        moment += weight * z;
+        so_far->largest[i] = x > so_far->largest[i] ? x : so_far->largest[i];
+        so_far->mass[i] += weight;
+        so_far->moment[i] += weight * z;
     }
-    return (struct sums){largest, mass, moment};
+}
+
+/* LANES numbers: the first n logits, or as many of them as there is room for, then -inf. */
+INLINE void pad_block(const void *logits, int64_t n, int format, float *padded)
+{
+    for (int64_t i = 0; i < LANES; i++)
+        padded[i] = i >= n               ? -INFINITY
+                    : format == BFLOAT16 ? float_of((uint32_t)((const uint16_t *)logits)[i] << 16)
+                                         : ((const float *)logits)[i];
+}
+
+INLINE struct sums sums_by_loop(const void *logits, int64_t n, float reference, float inverse,
+                                int format)
+{
+    const char *next = logits;
+    const int64_t size = format == BFLOAT16 ? 2 : 4;
+    struct partial all;
+    for (int64_t i = 0; i < LANES; i++) {
+        all.largest[i] = -INFINITY;
+        all.mass[i] = all.moment[i] = 0;
+    }
+    for (; n >= LANES; n -= LANES, next += LANES * size)
+        add_block(&all, next, reference, inverse, format);
+    if (n > 0) {
+        float padded[LANES];
+        pad_block(next, n, format, padded);
+        add_block(&all, padded, reference, inverse, FLOAT32);
+    }
+    for (int64_t half = LANES / 2; half > 0; half /= 2)
+        for (int64_t i = 0; i < half; i++) {
+            float other = all.largest[i + half];
+            all.largest[i] = other > all.largest[i] ? other : all.largest[i];
+            all.mass[i] += all.mass[i + half];
+            all.moment[i] += all.moment[i + half];
+        }
+    return (struct sums){all.largest[0], all.mass[0], all.moment[0]};
 }
 
 CLONES
@@ -181,7 +223,6 @@ static sums_function *sums_of = sums_anywhere;
 #ifdef __x86_64__
 /* The same by hand for AVX-512, half as fast again: what the compiler does not do is to ask for
    memory ahead of the loop, which is too long for the processor to look past. */
-#define LANES 16
 /* Bytes that the loop asks for ahead of itself: two pages. */
 #define AHEAD 8192
 #define AVX512 __attribute__((target("avx512f"), always_inline)) static inline
@@ -238,13 +279,9 @@ AVX512 struct sums sums_by_lanes(const void *logits, int64_t n, float reference,
         }
     }
     for (; j < n; j += LANES) {
-        float rest[LANES];
-        for (int64_t i = 0; i < LANES; i++)
-            rest[i] = j + i >= n           ? -INFINITY
-                      : format == BFLOAT16 ? float_of((uint32_t)((const uint16_t *)logits)[j + i]
-                                                      << 16)
-                                           : ((const float *)logits)[j + i];
-        add_lanes(&so_far[0], _mm512_loadu_ps(rest), origin, slope, heated);
+        float padded[LANES];
+        pad_block((const char *)logits + j * size, n - j, format, padded);
+        add_lanes(&so_far[0], _mm512_loadu_ps(padded), origin, slope, heated);
     }
     return (struct sums){
         _mm512_reduce_max_ps(_mm512_max_ps(so_far[1].largest, so_far[0].largest)),

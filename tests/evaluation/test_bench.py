@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mdiff.cli import run
 from mdiff.cli.bench import NAMES
-from mdiff.evaluation.bench import timing as bench_timing
+from mdiff.evaluation import bench
 from mdiff.evaluation.bench.draw import gpu_rows
 from mdiff.evaluation.bench.generation import (
     Generation,
@@ -202,7 +202,7 @@ def test_threads_and_the_generator_are_given_back() -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_timing, "QUICK", TINY)
+    monkeypatch.setattr(bench, "QUICK", TINY)
 
 
 def test_the_names_of_the_command_are_those_of_the_sections() -> None:
