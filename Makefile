@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # More threads than cores make small models many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all faults zero check figures gpu clean
+.PHONY: demo test test-all faults zero check figures rooms gpu clean
 
 demo: $(READY)
 	$(BIN)/mdiff demo
@@ -37,6 +37,10 @@ check: $(READY)
 # The structure of the package in figures: sizes, imports, words, and how fast it starts.
 figures: $(READY)
 	$(BIN)/python benchmarks/structure.py
+
+# Draws docs/pictures/rooms.svg, the rooms and their imports.
+rooms: $(READY)
+	$(BIN)/python tests/support/rooms_drawing.py
 
 # Checks and measures the Triton kernels on the GPU that is here, and writes its figures.
 gpu: $(READY)

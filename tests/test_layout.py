@@ -82,6 +82,11 @@ def test_the_counts_count_what_they_name(tmp_path):
     assert package.long_files() == {"kernels/k.py": 301}
 
 
+def test_the_drawing_shows_every_room():
+    shown = (ROOT / "docs" / "pictures" / "rooms.svg").read_text()
+    assert all(f">{room}</text>" in shown for room in set().union(*FLOORS))
+
+
 @being_rebuilt
 def test_attributes_are_seldom_probed_by_name():
     assert sum(SOURCES.count(PROBES).values()) <= MOST_PROBES
