@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mdiff.kernels.dense import HAS_ONEDNN, onednn_linear
+
 # torch multiplies float32 matrices by MKL, at about half the speed of the oneDNN in the same
 # build where it was measured (AMD Zen 5). oneDNN is asked for tiles of columns (a thread), so
 # that what it gives is added while it lies in the cache; for fewer rows than these its
 # preparations would cost more than they save.
-ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 TILE, ONEDNN_ROWS = 1024, 32
 # Rows of logits elsewhere than on a CPU begin at multiples of so many: an odd vocabulary would
 # leave the matrix products their slowest kernels, and the loss loads of one logit each.
@@ -107,7 +108,7 @@ class MatrixHead:
         self.wide_CV = self.raw_CV
         self.tiles: list[slice] = []
         on_cpu = features_ND.device.type == "cpu" and kind == torch.float32
-        if ONEDNN and on_cpu and shape[0] >= ONEDNN_ROWS and self.weight_VD.is_contiguous():
+        if HAS_ONEDNN and on_cpu and shape[0] >= ONEDNN_ROWS and self.weight_VD.is_contiguous():
             step = TILE * torch.get_num_threads()
             ends = range(0, self.columns, step)
             self.tiles = [slice(i, min(i + step, self.columns)) for i in ends]
@@ -119,7 +120,7 @@ class MatrixHead:
         if self.tiles:
             for tile in self.tiles:
                 bias = None if self.bias_V is None else self.bias_V[tile]
-                raw_CV[:, tile] = _by_onednn(x_CD, self.weight_VD[tile], bias)
+                raw_CV[:, tile] = onednn_linear(x_CD, self.weight_VD[tile], bias)
         elif self.bias_V is None:
             torch.mm(x_CD, self.weight_VD.T, out=raw_CV)
         else:
@@ -160,9 +161,9 @@ class MatrixHead:
             # Both products would copy it otherwise.
             gradient = gradient_CV[:, tile].contiguous()
             if pulled_CD is not None:
-                pulled_CD += _by_onednn(gradient, self.weight_VD[tile].T)
+                pulled_CD += onednn_linear(gradient, self.weight_VD[tile].T)
             if pushed_VD is not None:
-                pushed_VD[tile] += _by_onednn(gradient.T, scaled_CD.T)
+                pushed_VD[tile] += onednn_linear(gradient.T, scaled_CD.T)
         if not self.tiles and pulled_CD is not None:
             torch.mm(gradient_CV, self.weight_VD, out=pulled_CD)
         if not self.tiles and pushed_VD is not None:
@@ -173,12 +174,6 @@ class MatrixHead:
             bias.addmv_(gradient_CV.T, scale_C1[:, 0])
         elif bias is not None:
             bias += gradient_CV.sum(0)
-
-
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear by oneDNN, which torch itself asks for other types than float32 only."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
 
 
 class ModuleHead:

@@ -23,7 +23,6 @@ from mdiff.backbones.layers.transformer import (
     RMSNorm,
     attention_layout,
     layout_axes,
-    linear,
     modulated,
     of_rows,
     rotary_tables,
@@ -31,6 +30,7 @@ from mdiff.backbones.layers.transformer import (
 )
 from mdiff.denoiser import Condition, places_of
 from mdiff.errors import ConfigError, nearest
+from mdiff.kernels.dense import linear
 from mdiff.kernels.loss_heads import LinearMap
 
 TIME_FEATURES = 256

@@ -128,7 +128,7 @@ def test_every_head_has_the_value_and_the_gradients_of_torch(name, options, monk
             return kernel[grid]
 
     monkeypatch.setattr(LOSS, "loss_kernel", Watched())
-    monkeypatch.setattr(loss_heads, "ONEDNN", False)
+    monkeypatch.setattr(loss_heads, "HAS_ONEDNN", False)
     found = {}
     for backend in ("torch", "triton"):
         head = head_of(name, torch.float32)

@@ -302,14 +302,14 @@ def test_chunks_are_even_and_below_the_limit(monkeypatch, count):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("onednn", [True, False])
 def test_both_ways_to_multiply_agree_and_each_runs_where_it_is_meant(monkeypatch, onednn, bias):
-    if onednn and not loss_heads.ONEDNN:
+    if onednn and not loss_heads.HAS_ONEDNN:
         pytest.skip("this torch is built without oneDNN")
     calls = []
-    product = loss_heads._by_onednn
-    monkeypatch.setattr(loss_heads, "ONEDNN", onednn)
+    product = loss_heads.onednn_linear
+    monkeypatch.setattr(loss_heads, "HAS_ONEDNN", onednn)
     monkeypatch.setattr(loss_heads, "TILE", 64)
     monkeypatch.setattr(
-        loss_heads, "_by_onednn", lambda *rest: calls.append(1) or product(*rest)
+        loss_heads, "onednn_linear", lambda *rest: calls.append(1) or product(*rest)
     )  # fmt: skip
     torch.manual_seed(0)
     head = nn.Linear(33, 150, bias=bias)

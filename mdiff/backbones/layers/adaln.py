@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.backbone import KeyValues
-from mdiff.backbones.layers.transformer import attend, modulated, rotate
+from mdiff.backbones.layers.transformer import modulated, rotate
 from mdiff.errors import CheckpointError
+from mdiff.kernels.dense import attend
 
 Tables = tuple[Tensor, Tensor]
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mdiff.backbones.layers.backbone import KeyValues, SequenceBackbone
-from mdiff.backbones.layers.transformer import attend, linear, rotate
+from mdiff.backbones.layers.transformer import rotate
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
+from mdiff.kernels.dense import attend, linear
 
 # Where a config does not say, as in Llama's and Qwen's own code.
 ROPE_THETA = 10000.0

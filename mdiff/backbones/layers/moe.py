@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.backbone import KeyValues
-from mdiff.backbones.layers.transformer import linear, rotate
+from mdiff.backbones.layers.transformer import rotate
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_EXPERTS, Fields
+from mdiff.kernels.dense import linear
 
 # Twice what the largest published mixtures have, all layers together.
 MOST_EXPERTS_IN_ALL = 1 << 16

@@ -4,56 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-# A row of zeros (a padding embedding, say) must normalise to zeros, not to NaN.
-EPSILON = 1e-6
-# oneDNN's product, where torch was built with it, and the multiplications from which it pays.
-ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-WORTH_ONEDNN = 1 << 21
-# The longest row whose attention weights are held whole while training on the CPU.
-SHORT_ROW = 512
-
-
-class _NormOnCPU(torch.autograd.Function):
-    """x / rms(x) * weight. Torch composes it on the CPU: four times slower both ways."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=kind)
-        scale = (norm.square() / x.shape[-1] + EPSILON).rsqrt().to(x.dtype)
-        normal = x * scale
-        ctx.save_for_backward(normal, scale, weight)
-        result: Tensor = normal * weight.to(x.dtype)
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        normal, scale, weight = ctx.saved_tensors
-        share = grad * normal
-        weighted = weight.to(grad.dtype)
-        along = (share * weighted).mean(-1, keepdim=True)
-        into = torch.addcmul(grad * weighted, normal, along, value=-1).mul_(scale)
-        return into, share.sum_to_size(weight.shape).to(weight.dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns x / sqrt(mean x^2 + 1e-6) * weight over the last axis, in the type of `x`.
-
-    `weight` (..., D) broadcasts over `x` (..., D). The mean is taken in float32 at least
-    (Zhang & Sennrich 2019, eq. 4).
-    """
-    if x.device.type == "cpu":
-        result: Tensor = _NormOnCPU.apply(x, weight)  # type: ignore[no-untyped-call]
-        return result
-    return F.rms_norm(x, x.shape[-1:], eps=EPSILON) * weight.to(x.dtype)
+from mdiff.kernels.dense import attend, dropout, linear, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -148,62 +104,6 @@ def time_features(t: Tensor, size: int) -> Tensor:
     powers = torch.arange(size // 2, dtype=torch.float32, device=t.device) / (size // 2)
     angles = 1000 * t.float()[:, None] * 10000**-powers
     return torch.cat([angles.cos(), angles.sin()], -1)
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, sees: Tensor | None, *, causal: bool
-) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V, all (B, H, L, D); `sees` (B or 1, 1, L, L) bool or None.
-
-    Torch's fused kernel, but for training short rows on the CPU: there its backward takes
-    four times as long as that of the three steps written out.
-    """
-    length = query.shape[2]
-    fused = query.device.type != "cpu" or not query.requires_grad or length > SHORT_ROW
-    if fused:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=sees, is_causal=causal)
-    scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
-    if causal:
-        sees = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    if sees is not None:
-        scores = scores.masked_fill(~sees, -torch.inf)
-    result: Tensor = scores.softmax(3) @ value
-    return result
-
-
-def dropped(x: Tensor, share: float) -> Tensor:
-    """`x` with about `share` of its entries zeroed and the others scaled up.
-
-    By torch's generator. On the CPU eight entries share one 64-bit draw, so that the share is a
-    multiple of 1/256: a draw for each takes longer than the layer before it.
-    """
-    if x.device.type != "cpu":
-        return F.dropout(x, share)
-    least = round(share * 256)
-    words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 8),))
-    kept = (words.view(torch.uint8)[: x.numel()] >= least).view_as(x)
-    return x * kept * (256 / (256 - least))
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear` of x (..., D) and weight (V, D) without a bias.
-
-    In float32 on a CPU, without gradients, by oneDNN: the BLAS that torch is built on is half as
-    fast on processors that it does not know. Both round differently in the last place.
-    """
-    if (
-        ONEDNN is not None
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() * len(weight) >= WORTH_ONEDNN
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.enabled
-    ):
-        result: Tensor = ONEDNN(x, weight, None, "none", [], "")
-        return result
-    return F.linear(x, weight)
 
 
 class Projection(nn.Linear):
@@ -331,7 +231,7 @@ class Block(nn.Module):
         return x + self._gated(self.mlp(modulated(self.mlp_norm(x), shift, scale)), gate)
 
     def _gated(self, x: Tensor, gate: Tensor | None) -> Tensor:
-        x = dropped(x, self.dropout) if self.training and self.dropout else x
+        x = dropout(x, self.dropout) if self.training and self.dropout else x
         return x if gate is None else x + x * gate
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.transformer import attend, linear
+from mdiff.kernels.dense import attend, linear
 
 # The epsilons that no config entry sets.
 RESPONSE_EPSILON, BLOCK_EPSILON = 1e-6, 1e-6

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from mdiff.backbones.layers.backbone import Backbone, KeyValues
 from mdiff.backbones.layers.grid import class_of, grid_layout
-from mdiff.backbones.layers.transformer import attend, modulated
+from mdiff.backbones.layers.transformer import modulated
 from mdiff.denoiser import Condition
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
+from mdiff.kernels.dense import attend
 
 ARCHITECTURES = ("HaltonTransformer",)
 EPSILON = 1e-5

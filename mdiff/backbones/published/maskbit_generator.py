@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from mdiff.backbones.layers.backbone import Backbone, KeyValues
 from mdiff.backbones.layers.grid import class_of, grid_layout
-from mdiff.backbones.layers.transformer import attend
 from mdiff.denoiser import Condition
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import MOST_IDS, MOST_LAYERS, MOST_WIDTH, Fields
+from mdiff.kernels.dense import attend
 
 ARCHITECTURES = ("LFQBert",)
 EPSILON = 1e-12

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.backbone import KeyValues, SequenceBackbone
-from mdiff.backbones.layers.transformer import attend, rotate
+from mdiff.backbones.layers.transformer import rotate
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
+from mdiff.kernels.dense import attend
 
 NAMED = "Diff_LLaMA"
 KEYS = ("n_embd", "n_head", "n_layer")

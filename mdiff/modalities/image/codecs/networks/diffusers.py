@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers import attend
+from mdiff.kernels.dense import attend
 
 EPSILON = 1e-6
 
