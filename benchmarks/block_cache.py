@@ -93,7 +93,7 @@ def step_times(model: Backbone, options: argparse.Namespace, start: int) -> dict
     """The seconds of a step on the block that begins at `start`."""
     tokens = torch.randint(0, MASK, (1, options.length))
     tokens[:, start:] = MASK
-    finished = FinishedBlocks(model)
+    finished = FinishedBlocks(model, model.new_cache())
     finished.grow(tokens, start)
     own = slice(start, start + options.block)
     at = torch.zeros_like(tokens, dtype=torch.bool)

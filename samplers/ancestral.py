@@ -10,7 +10,7 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
-from mdiff.sampling import Filling, State
+from mdiff.sampling import State, Unmasking
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -44,7 +44,7 @@ def ancestral(
     """
     if steps < 1:
         raise ConfigError(f"steps={steps}: need at least 1")
-    fill = Filling(
+    fill = Unmasking(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip

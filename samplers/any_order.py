@@ -10,7 +10,7 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError, nearest
 from mdiff.kernels import philox
-from mdiff.sampling import Counts, Filling, State, reveal_counts, reveal_in_turn, turns
+from mdiff.sampling import Counts, State, Unmasking, reveal_counts, reveal_in_turn, turns
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -43,7 +43,7 @@ def any_order(
 
     Raises ConfigError for an order that is not a permutation, or counts that do not fit.
     """
-    fill = Filling(
+    fill = Unmasking(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
@@ -52,7 +52,7 @@ def any_order(
     yield from reveal_in_turn(fill, turn, table, schedule)
 
 
-def _priority(order: str | Tensor, fill: Filling) -> Tensor:
+def _priority(order: str | Tensor, fill: Unmasking) -> Tensor:
     """When each place comes, (B, L), lowest first."""
     if isinstance(order, Tensor):
         return _inverse(order, fill.hidden)

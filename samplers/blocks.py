@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from mdiff.denoiser import (
+    Cache,
     Condition,
     Denoiser,
     FinishedBlocks,
     Rows,
-    can_keep,
+    block_length_of,
     evaluations,
-    own_blocks,
-    rows_of,
+    finished_blocks,
+    row_request,
 )
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
@@ -94,11 +95,11 @@ def blocks(
     seen = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
     writable = seen & (canvas == space.mask_id)
     rank = ranks(canvas, valid)
-    aligned = own_blocks(denoiser, block_length)
+    aligned = block_length_of(denoiser) == block_length
     block = _blocks(canvas, seen, rank, block_length, space.mask_id, aligned=aligned)
     finished = None
-    if aligned and context is None and can_keep(denoiser, valid=valid, cond=cond):
-        finished = FinishedBlocks(denoiser)
+    if aligned and context is None:
+        finished = finished_blocks(denoiser, valid=valid, cond=cond)
     seeds, samples = streams(seed, len(canvas), canvas.device)
     calls = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
     states, filled_up = 0, False
@@ -146,7 +147,7 @@ class _Window:
 
     def __init__(self, denoiser: Denoiser, schedule: Schedule, mask_id: int) -> None:
         self.denoiser, self.schedule, self.mask_id = denoiser, schedule, mask_id
-        self.uses_time = denoiser.uses_time
+        self.uses_time, self.request = denoiser.uses_time, row_request(denoiser)
 
     def row_evaluations(
         self, tokens: Tensor, *, valid: Tensor | None, cond: Condition | None
@@ -167,21 +168,21 @@ class _Window:
         documents: Tensor | None = None,
         t: Tensor | None = None,
         cond: Condition | None = None,
-        cache: Any = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits (N, V) of the places `at` of the block."""
         whole, seen, t, rest = self._around(tokens, t, cond)
         asked = None if at is None else self._asked(at, seen, cond)
         return self.denoiser(whole, at=asked, valid=seen, t=t, cond=rest, cache=cache)
 
-    def asked_rows(
-        self, tokens: Tensor, *, at: Tensor, valid: Tensor | None = None,
-        t: Tensor | None = None, cond: Condition | None = None,
+    def requested_rows(
+        self, tokens: Tensor, *, at: Tensor, number: int | None = None,
+        valid: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
     ) -> Rows:  # fmt: skip
-        """What the denoiser says of the places `at` of the block; see `denoiser.rows_of`."""
+        """The denoiser's rows at the positions `at` of the block; see `row_request`."""
         whole, seen, t, rest = self._around(tokens, t, cond)
         asked = self._asked(at, seen, cond)
-        return rows_of(self.denoiser, whole, at=asked, valid=seen, t=t, cond=rest)
+        return self.request(whole, at=asked, number=number, valid=seen, t=t, cond=rest)
 
     def _around(
         self, tokens: Tensor, t: Tensor | None, cond: Condition | None
@@ -225,19 +226,19 @@ class _Alone(_Window):
         documents: Tensor | None = None,
         t: Tensor | None = None,
         cond: Condition | None = None,
-        cache: Any = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits (N, V) of the places `at` of the block."""
         own, asked, t, kept = self._block(tokens, at, t, cond)
         return self.denoiser(own, at=asked, t=t, cache=kept)
 
-    def asked_rows(
-        self, tokens: Tensor, *, at: Tensor, valid: Tensor | None = None,
-        t: Tensor | None = None, cond: Condition | None = None,
+    def requested_rows(
+        self, tokens: Tensor, *, at: Tensor, number: int | None = None,
+        valid: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
     ) -> Rows:  # fmt: skip
-        """What the denoiser says of the places `at` of the block; see `denoiser.rows_of`."""
+        """The denoiser's rows at the positions `at` of the block; see `row_request`."""
         own, asked, t, kept = self._block(tokens, at, t, cond)
-        return rows_of(self.denoiser, own, at=asked, t=t, cache=kept)
+        return self.request(own, at=asked, number=number, t=t, cache=kept)
 
     def _block(
         self, tokens: Tensor, at: Any, t: Tensor | None, cond: Condition | None

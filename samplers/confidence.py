@@ -11,7 +11,7 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError, nearest
 from mdiff.kernels import philox
-from mdiff.sampling import Counts, Filling, State, places_of_step, reveal_counts
+from mdiff.sampling import Counts, State, Unmasking, positions_of_step, reveal_counts
 from mdiff.schedule import Cosine, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -69,7 +69,7 @@ def confidence(
     """
     if score not in SCORES:
         raise ConfigError(f"unknown score {score!r}; {nearest(score, SCORES)}")
-    fill = Filling(
+    fill = Unmasking(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, measure=measure,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
@@ -80,7 +80,7 @@ def confidence(
     least = _least(threshold, score, noisy)
     step = 0
     while any(fill.left):
-        number = places_of_step(fill.left, per_step, step)
+        number = positions_of_step(fill.left, per_step, step)
         if any(number):
             count = (fill.start > step).long() if table is None else table[:, step]
             asked = fill.hidden & (count > 0)[:, None]
@@ -118,7 +118,7 @@ def _noise_factors(noise: float | Tensor, start: Tensor, steps: int | None) -> T
     return noise * (1 - step / total[:, None]).clamp(min=0)
 
 
-def _gumbel(fill: Filling, factor: Tensor, step: int) -> Tensor:
+def _gumbel(fill: Unmasking, factor: Tensor, step: int) -> Tensor:
     """`factor` (B,) times Gumbel noise at each place of the last call, (N,) float64."""
     noise = -torch.log(-torch.log(fill.uniform(philox.NOISE, step)))
     return (factor[:, None] * noise).flatten().index_select(0, fill.place)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError, nearest
 from mdiff.kernels import philox
-from mdiff.sampling import Counts, Filling, State, reveal_counts, reveal_in_turn, turns
+from mdiff.sampling import Counts, State, Unmasking, reveal_counts, reveal_in_turn, turns
 from mdiff.schedule import Arccos, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -58,7 +58,7 @@ def halton(
 
     Raises ConfigError for a grid that does not fit, or counts that do not.
     """
-    fill = Filling(
+    fill = Unmasking(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
@@ -121,7 +121,7 @@ def revealed_by(hidden: Tensor, *, steps: int, curve: str, begin: float = 0.0) -
     return (CURVES[curve](progress) * hidden[:, None]).long()
 
 
-def _priority(fill: Filling, grid: tuple[int, int] | None, roll: bool) -> Tensor:
+def _priority(fill: Unmasking, grid: tuple[int, int] | None, roll: bool) -> Tensor:
     """When each place comes, (B, L), lowest first: by its rank among the row's valid places."""
     device = fill.hidden.device
     seen = torch.ones_like(fill.hidden) if fill.valid is None else fill.valid

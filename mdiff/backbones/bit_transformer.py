@@ -223,6 +223,7 @@ class BitTransformerForMaskedLM(TransformerForMaskedLM):
         documents: Tensor | None = None,
         t: Tensor | None = None,
         cond: Condition | None = None,
+        number: int | None = None,
         layer: int | None = None,
     ) -> Tensor:
         """What `head` reads: (B, L, groups D), or the rows `at` (B, L) bool, (N, groups D).

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
-from mdiff.denoiser import Condition, places_of
+from mdiff.denoiser import Condition, flat_positions
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import TRANSFORMERS
 
@@ -55,6 +55,7 @@ class MaskedLM(nn.Module):
         t: Tensor | None = None,
         cond: Condition | None = None,
         cache: Any = None,
+        number: int | None = None,
     ) -> Tensor:
         """Logits as the Denoiser protocol says; what stands at padding has no meaning.
 
@@ -85,7 +86,8 @@ class MaskedLM(nn.Module):
             whole: Tensor = self.model(input_ids=rows, attention_mask=mask, **options).logits
             return whole if mask is None else whole[row, place]
         # The model's own forward goes on from its trunk to its head, with these rows alone.
-        chosen = (row.take(places_of(at)), place.take(places_of(at)))
+        flat = flat_positions(at, number)
+        chosen = (row.take(flat), place.take(flat))
         handle = self.model.base_model.register_forward_hook(
             lambda _module, _given, output: _only(output, chosen)
         )

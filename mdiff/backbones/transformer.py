@@ -28,7 +28,7 @@ from mdiff.backbones.layers.transformer import (
     rotary_tables,
     time_features,
 )
-from mdiff.denoiser import Condition, places_of
+from mdiff.denoiser import Condition, flat_positions
 from mdiff.errors import ConfigError, nearest
 from mdiff.kernels.dense import linear
 from mdiff.kernels.loss_heads import LinearMap
@@ -254,6 +254,7 @@ class TransformerForMaskedLM(PreTrainedModel):  # type: ignore[misc]
         t: Tensor | None = None,
         cond: Condition | None = None,
         cache: Any = None,
+        number: int | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
@@ -268,7 +269,9 @@ class TransformerForMaskedLM(PreTrainedModel):  # type: ignore[misc]
         if cache is not None:
             raise ConfigError("this transformer keeps no cache: call it with cache=None")
         if tokens is not None:
-            x = self.features(tokens, at=at, valid=valid, documents=documents, t=t, cond=cond)
+            x = self.features(
+                tokens, at=at, valid=valid, documents=documents, t=t, cond=cond, number=number
+            )
             return self.head(x)
         if input_ids is None:
             raise ConfigError("a call without tokens: give them first, or as input_ids=")
@@ -291,6 +294,7 @@ class TransformerForMaskedLM(PreTrainedModel):  # type: ignore[misc]
         documents: Tensor | None = None,
         t: Tensor | None = None,
         cond: Condition | None = None,
+        number: int | None = None,
         layer: int | None = None,
     ) -> Tensor:
         """What `head` reads: (B, L, D), or the rows `at` (B, L) bool in row-major order, (N, D).
@@ -315,7 +319,7 @@ class TransformerForMaskedLM(PreTrainedModel):  # type: ignore[misc]
             axes=layout_axes(self.config.layout) if self.config.layout else None,
             base=self.config.rope_base,
         )  # fmt: skip
-        rows = None if at is None else places_of(at)
+        rows = None if at is None else flat_positions(at, number)
         x: Tensor = self.embedding(tokens)
         if self.place is not None:
             x = x + self.place(positions)

@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from mdiff.denoiser.protocol import Condition, Denoiser
+from mdiff.denoiser.protocol import Cache, Condition, Denoiser, HasCache
 
 
-def own_blocks(denoiser: Denoiser, block_length: int) -> bool:
-    """Whether the denoiser is a block model of blocks of just that length."""
-    return getattr(denoiser, "block_length", None) == block_length
-
-
-def can_keep(denoiser: Denoiser, *, valid: Tensor | None, cond: Condition | None) -> bool:
-    """Whether finished blocks of a batch can be kept.
+def finished_blocks(
+    denoiser: Denoiser, *, valid: Tensor | None, cond: Condition | None
+) -> FinishedBlocks | None:
+    """An empty cache of finished blocks for a batch of rows; None where none can be kept.
 
     The denoiser must give a cache, and rows must be without padding, so that they share where
     blocks begin, and without a condition.
     """
     padded = valid is not None and not bool(valid.all())
-    return hasattr(denoiser, "new_cache") and not padded and not cond
+    if padded or cond or not isinstance(denoiser, HasCache):
+        return None
+    return FinishedBlocks(denoiser, denoiser.new_cache())
 
 
 class FinishedBlocks:
     """The cache of one batch of rows: it grows by finished blocks and is read by the next."""
 
-    def __init__(self, denoiser: Any) -> None:
-        self.denoiser = denoiser
-        self.cache: Any = self.denoiser.new_cache()
+    def __init__(self, denoiser: Denoiser, cache: Cache) -> None:
+        self.denoiser, self.cache = denoiser, cache
         # The last choice of rows: samplers ask for the same ones many times in a row.
-        self.chosen: tuple[list[int], Any] = ([], None)
+        self.chosen: tuple[list[int], Cache] = ([], cache)
 
     def grow(self, canvas: Tensor, start: int) -> None:
-        """Keep the places before `start` of `canvas` (B, L); one pass over those not yet kept."""
+        """Keep the positions of `canvas` (B, L) before `start`, in one pass over the new ones."""
         kept = self.cache.length
         if kept >= start:
             return
@@ -47,9 +43,9 @@ class FinishedBlocks:
             )  # fmt: skip
         finally:
             self.cache.growing = False
-        self.chosen = ([], None)
+        self.chosen = ([], self.cache)
 
-    def of_rows(self, rows: Tensor, *, total: int) -> Any:
+    def of_rows(self, rows: Tensor, *, total: int) -> Cache:
         """The cache for `rows` (N,) of the batch of `total` rows."""
         if len(rows) == total:
             return self.cache

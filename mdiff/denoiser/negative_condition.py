@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdiff.denoiser.protocol import Condition, Denoiser, Guided, Rows, evaluations, guided, rows_of
+from mdiff.denoiser.guidance import Guided, guided
+from mdiff.denoiser.protocol import Cache, Condition, Denoiser, Rows, evaluations, row_request
 from mdiff.errors import ConfigError
 from mdiff.tokens import TokenSpace
 
@@ -69,7 +70,7 @@ class OtherStart:
         documents: Tensor | None = None,
         t: Tensor | None = None,
         cond: Condition | None = None,
-        cache: Any = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits (N, V) of the places `at`; else (B, L, V), 0 at padding and what is replaced."""
         told = dict(cond or {})
@@ -85,13 +86,15 @@ class OtherStart:
         whole, place, seen = _begun(tokens, at, valid, told)
         return self.denoiser(whole, at=place, valid=seen, t=t, cond=_rest(cond))
 
-    def asked_rows(
-        self, tokens: Tensor, *, at: Tensor, valid: Tensor | None = None,
-        t: Tensor | None = None, cond: Condition | None = None,
+    def requested_rows(
+        self, tokens: Tensor, *, at: Tensor, number: int | None = None,
+        valid: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
     ) -> Rows:  # fmt: skip
-        """What the denoiser says of the places `at`; see `denoiser.rows_of`."""
+        """The denoiser's rows at the positions `at`; see `row_request`."""
         whole, place, seen = _begun(tokens, at, valid, dict(cond or {}))
-        return rows_of(self.denoiser, whole, at=place, valid=seen, t=t, cond=_rest(cond))
+        return row_request(self.denoiser)(
+            whole, at=place, number=number, valid=seen, t=t, cond=_rest(cond)
+        )
 
 
 def _begun(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Condition, Denoiser, FinishedBlocks, can_keep
+from mdiff.denoiser import Condition, Denoiser, block_length_of, finished_blocks
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.objective.corruption import corrupt, maskable_places
@@ -86,7 +86,7 @@ def _own_blocks(
 
     Blocks are runs of valid places, as the model counts them.
     """
-    length: int | None = getattr(denoiser, "block_length", None)
+    length = block_length_of(denoiser)
     if length is None:
         yield 0, maskable
         return
@@ -137,10 +137,10 @@ class _Scorer:
         self.denoiser, self.tokens, self.space = denoiser, tokens, space
         self.told: dict[str, Any] = {"valid": valid, "cond": cond}
         self.columns = slice(None)
-        self.length: int | None = getattr(denoiser, "block_length", None)
-        self.finished: FinishedBlocks | None = None
-        if self.length is not None and can_keep(denoiser, valid=valid, cond=cond):
-            self.finished = None if space.parts else FinishedBlocks(denoiser)
+        self.length = block_length_of(denoiser)
+        self.finished = None
+        if self.length is not None and not space.parts:
+            self.finished = finished_blocks(denoiser, valid=valid, cond=cond)
 
     def look_at(self, block: int) -> None:
         """Only places of this block are hidden from here on; those before it are kept."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdiff.denoiser import Denoiser, own_head
+from mdiff.denoiser import Denoiser, has_own_head
 from mdiff.kernels.loss import CrossEntropy, row_nll
 from mdiff.ops import masked_cross_entropy
 from mdiff.tokens import TokenSpace
@@ -41,11 +41,11 @@ def hidden_loss(
     The denoiser is called with `noisy` (B, L) and what it is `told`; `weights` (N,). Where it
     is its features and a head, the logits are never whole.
     """
-    head, spans, targets = own_head(denoiser), _spans_at(space, hidden), tokens[hidden]
-    if isinstance(head, nn.Module):
-        features = denoiser.features(noisy, at=hidden, **told)  # type: ignore[attr-defined]
+    spans, targets = _spans_at(space, hidden), tokens[hidden]
+    if has_own_head(denoiser) and isinstance(denoiser.head, nn.Module):
+        features = denoiser.features(noisy, at=hidden, **told)
         return masked_cross_entropy(
-            features, head, targets, weights=weights, never=space.forbidden, span=spans,
+            features, denoiser.head, targets, weights=weights, never=space.forbidden, span=spans,
             label_smoothing=smoothing,
         )  # fmt: skip
     logits = denoiser(noisy, at=hidden, **told)

@@ -11,9 +11,9 @@ from mdiff.sampling.run import plain_seed as plain_seed
 from mdiff.sampling.run import resolve as resolve
 from mdiff.sampling.run import sample as sample
 from mdiff.sampling.unmasking import Counts as Counts
-from mdiff.sampling.unmasking import Filling as Filling
 from mdiff.sampling.unmasking import State as State
-from mdiff.sampling.unmasking import places_of_step as places_of_step
+from mdiff.sampling.unmasking import Unmasking as Unmasking
+from mdiff.sampling.unmasking import positions_of_step as positions_of_step
 from mdiff.sampling.unmasking import reveal_counts as reveal_counts
 from mdiff.sampling.unmasking import reveal_in_turn as reveal_in_turn
 from mdiff.sampling.unmasking import schedule_counts as schedule_counts

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Condition, Denoiser
+from mdiff.denoiser import Condition, Denoiser, block_length_of
 from mdiff.errors import ConfigError, MdiffError, nearest
 from mdiff.find import find
 from mdiff.sampling.unmasking import State
@@ -99,7 +99,7 @@ def sample(
     >>> sample(model, torch.full((1, 4), 3), space=TokenSpace(3, mask_id=3)).calls.tolist()
     [4]
     """
-    own = getattr(denoiser, "block_length", None)
+    own = block_length_of(denoiser)
     function, settings = resolve(*in_blocks(sampler, options, own=own))
     tally = Tally(canvas)
     states = function(

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Condition, Denoiser, asker, counted, evaluations
+from mdiff.denoiser import (
+    Condition,
+    Denoiser,
+    HasRowCost,
+    evaluations,
+    fixed_evaluations,
+    row_request,
+)
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.kernels.reveal_torch import written
@@ -41,7 +48,7 @@ class State:
     entropy: Tensor
 
 
-class Filling:
+class Unmasking:
     """One batch on its way from hidden to revealed.
 
     Every random number is a function of (seed, sample, the rank of the place among the valid
@@ -95,10 +102,10 @@ class Filling:
             space.vocab_size, device=device.type, temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, measure=measure, never=space.forbidden,
         )  # fmt: skip
-        self.rows = asker(denoiser)
+        self.request = row_request(denoiser)
         # What every call costs a row; None where that depends on the canvas.
-        varies = getattr(denoiser, "row_evaluations", None) is not None
-        self.cost = None if varies else int(getattr(denoiser, "evaluations", 1))
+        varies = isinstance(denoiser, HasRowCost)
+        self.cost = None if varies else fixed_evaluations(denoiser)
         self.blank = torch.zeros(canvas.shape, dtype=torch.float32, device=device)
         # The places of the last call, in the order of its draws: (N,) of B * L.
         self.place = torch.empty(0, dtype=torch.int64, device=device)
@@ -148,8 +155,8 @@ class Filling:
             tokens, asked, t = tokens[chosen], at[chosen], t[chosen]
             valid = None if valid is None else valid[chosen]
             cond = {name: value[chosen] for name, value in cond.items()}
-        rows = self.rows(
-            tokens, at=counted(asked, sum(number)), valid=valid,
+        rows = self.request(
+            tokens, at=asked, number=sum(number), valid=valid,
             t=t.float() if self.denoiser.uses_time else None, cond=cond or None,
         )  # fmt: skip
         spent: int | Tensor | None = self.cost
@@ -226,7 +233,7 @@ def streams(seed: int | Tensor, rows: int, device: torch.device) -> tuple[Tensor
 
 
 def reveal_in_turn(
-    fill: Filling, turn: Tensor, counts: Tensor | None, schedule: Schedule
+    fill: Unmasking, turn: Tensor, counts: Tensor | None, schedule: Schedule
 ) -> Iterator[State]:
     """States of an oblivious order: `turn` (B, L) is each hidden place's turn, from 0.
 
@@ -237,7 +244,7 @@ def reveal_in_turn(
     step = 0
     while any(fill.left):
         count = torch.ones_like(done) if counts is None else counts[:, step]
-        number = places_of_step(fill.left, table, step)
+        number = positions_of_step(fill.left, table, step)
         at = fill.hidden & (turn >= done[:, None]) & (turn < (done + count)[:, None])
         done = done + count
         if any(number):
@@ -246,12 +253,12 @@ def reveal_in_turn(
         step += 1
 
 
-def places_of_step(left: Sequence[int], table: list[list[int]] | None, step: int) -> list[int]:
+def positions_of_step(left: Sequence[int], table: list[list[int]] | None, step: int) -> list[int]:
     """How many places each sample reveals at a step, of those that are left.
 
     `table` is a list of counts (B, steps); None is one a call.
 
-    >>> places_of_step([3, 1], [[2, 1], [0, 5]], 1)
+    >>> positions_of_step([3, 1], [[2, 1], [0, 5]], 1)
     [1, 1]
     """
     if table is None:

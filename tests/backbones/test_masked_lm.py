@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from mdiff.backbones.masked_lm import masked_lm
-from mdiff.denoiser.protocol import Denoiser
+from mdiff.denoiser import Denoiser
 from mdiff.errors import CheckpointError, ConfigError, DataError
 
 VOCABULARY, MASK, PAD = 40, 4, 1

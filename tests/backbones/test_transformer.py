@@ -20,7 +20,7 @@ from mdiff.backbones.transformer import (
     parameter_count,
     transformer,
 )
-from mdiff.denoiser.protocol import Denoiser
+from mdiff.denoiser import Denoiser
 from mdiff.errors import ConfigError
 
 SMALL = {"vocab_size": 11, "width": 32, "depth": 2, "heads": 2}

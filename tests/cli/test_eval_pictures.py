@@ -13,7 +13,7 @@ from folders import ROOT
 import mdiff.evaluation.image_metrics
 from mdiff.backbones.transformer import transformer
 from mdiff.cli import run
-from mdiff.denoiser.protocol import from_logits
+from mdiff.denoiser import from_logits
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.evaluation.classifier import Judge, load_judge
 from mdiff.evaluation.images import (

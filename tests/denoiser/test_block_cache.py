@@ -9,7 +9,7 @@ import torch
 from folders import GOLDEN as GOLDEN_FOLDER
 
 import mdiff
-from mdiff.denoiser.protocol import guided
+from mdiff.denoiser import guided
 from mdiff.errors import ConfigError
 from mdiff.pipeline.published import built
 from mdiff.samplers.blocks import blocks

@@ -7,7 +7,7 @@ import torch
 from toys import HashDenoiser
 
 from mdiff import sample
-from mdiff.denoiser.protocol import Denoiser, from_logits, guided
+from mdiff.denoiser import Denoiser, from_logits, guided
 from mdiff.errors import ConfigError, DataError
 from mdiff.find import find, names
 from mdiff.tokens import TokenSpace, hidden_canvas, ranks

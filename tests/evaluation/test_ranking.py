@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mdiff.denoiser.protocol import from_logits
+from mdiff.denoiser import from_logits
 from mdiff.errors import ConfigError
 from mdiff.evaluation.ranking import rank
 from mdiff.modalities.image.codecs.levels import levels

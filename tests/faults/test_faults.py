@@ -155,7 +155,7 @@ from pathlib import Path
 import mdiff
 from mdiff import TokenSpace, sample
 from mdiff.files.atomic import verify
-from mdiff.denoiser.protocol import from_logits
+from mdiff.denoiser import from_logits
 from mdiff.errors import MdiffError
 from mdiff.files.untrusted import parse_json
 import torch

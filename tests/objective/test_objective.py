@@ -14,7 +14,7 @@ from toys import HashDenoiser, make_toy
 
 from mdiff.backbones.bit_transformer import bit_transformer
 from mdiff.backbones.transformer import TransformerForMaskedLM, transformer
-from mdiff.denoiser.protocol import from_logits
+from mdiff.denoiser import from_logits
 from mdiff.errors import ConfigError
 from mdiff.kernels.loss_heads import MatrixHead
 from mdiff.objective.bound import nll_bound

@@ -19,8 +19,7 @@ from torch import Tensor
 import mdiff
 from mdiff.backbones.layers.uvit import waves
 from mdiff.cli import run
-from mdiff.denoiser import MICRO, POOLED, STATES
-from mdiff.denoiser.protocol import guided
+from mdiff.denoiser import MICRO, POOLED, STATES, guided
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import read_model_files
 from mdiff.modalities.image.codec import load_codec, save_codec

@@ -13,8 +13,7 @@ from decoder_checkpoints import GOLDEN, copied
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mdiff.cli import run
-from mdiff.denoiser.negative_condition import away_from, other_start
-from mdiff.denoiser.protocol import from_logits
+from mdiff.denoiser import away_from, from_logits, other_start
 from mdiff.errors import ConfigError, DataError
 from mdiff.modalities.text.modality import text
 from mdiff.objective.bound import nll_bound

@@ -339,7 +339,7 @@ def test_the_signature_is_the_one_of_the_room(name):
 
 
 def test_confidence_after_guidance_counts_both_branches():
-    from mdiff.denoiser.protocol import guided
+    from mdiff.denoiser import guided
 
     model = guided(HashDenoiser(SPACE), guidance_scale=2.0, without={"label": torch.tensor(0)})
     canvas = torch.full((2, 3), SPACE.mask_id)

@@ -10,7 +10,7 @@ import torch
 from folders import GOLDEN as GOLDEN
 from safetensors.torch import load_file
 
-from mdiff.denoiser.protocol import from_logits
+from mdiff.denoiser import from_logits
 from mdiff.objective.loss import masked_diffusion_loss
 from mdiff.objective.nll import token_nll
 from mdiff.sampling.unmasking import reveal_counts

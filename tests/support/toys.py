@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdiff.denoiser.protocol import FromLogits, from_logits
+from mdiff.denoiser import FromLogits, from_logits
 from mdiff.tokens import TokenSpace
 
 

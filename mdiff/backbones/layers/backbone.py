@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.transformer import attention_layout
-from mdiff.denoiser import Condition, places_of
+from mdiff.denoiser import Condition, flat_positions
 from mdiff.errors import ConfigError
 from mdiff.files import CONFIG_FILE
 
@@ -119,7 +119,7 @@ class Backbone(nn.Module):
     def features(
         self, tokens: Tensor, *, at: Tensor | None = None, valid: Tensor | None = None,
         documents: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
-        cache: KeyValues | None = None,
+        cache: KeyValues | None = None, number: int | None = None,
     ) -> Tensor:  # fmt: skip
         """What `head` reads: (B, L, D), or the rows `at` (B, L) bool in row-major order (N, D)."""
         x = self.hidden(
@@ -130,16 +130,17 @@ class Backbone(nn.Module):
             x = x.gather(1, before[..., None].expand_as(x))
         # Of a model on several devices the last may be another than the tokens'.
         x = x.to(tokens.device)
-        return x if at is None else x.flatten(0, 1).index_select(0, places_of(at))
+        return x if at is None else x.flatten(0, 1).index_select(0, flat_positions(at, number))
 
     def forward(
         self, tokens: Tensor, *, at: Tensor | None = None, valid: Tensor | None = None,
         documents: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
-        cache: Any = None,
+        cache: Any = None, number: int | None = None,
     ) -> Tensor:  # fmt: skip
         """Logits as the Denoiser protocol says."""
         x = self.features(
-            tokens, at=at, valid=valid, documents=documents, t=t, cond=cond, cache=cache
+            tokens, at=at, valid=valid, documents=documents, t=t, cond=cond, cache=cache,
+            number=number,
         )  # fmt: skip
         logits: Tensor = self.head(x)
         return logits

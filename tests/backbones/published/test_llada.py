@@ -17,7 +17,7 @@ from decoder_checkpoints import (
 )
 from safetensors.torch import load_file
 
-from mdiff.denoiser.protocol import guided
+from mdiff.denoiser import guided
 from mdiff.errors import CheckpointError
 from mdiff.files import read_model_files
 from mdiff.objective.bound import nll_bound

@@ -11,7 +11,7 @@ from toys import HashDenoiser
 
 from mdiff import sample
 from mdiff.backbones.transformer import transformer
-from mdiff.denoiser.protocol import from_logits, guided
+from mdiff.denoiser import from_logits, guided
 from mdiff.errors import ConfigError
 from mdiff.find import find, names
 from mdiff.modalities.image.codec import load_codec, make_codec, save_codec

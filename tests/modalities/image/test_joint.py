@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
-from mdiff.denoiser.protocol import from_logits
+from mdiff.denoiser import from_logits
 from mdiff.find import find
 from mdiff.objective.bound import nll_bound
 from mdiff.schedule import Linear

@@ -13,8 +13,7 @@ from toys import HashDenoiser
 
 from mdiff.backbones.published.llada import llada
 from mdiff.backbones.transformer import transformer
-from mdiff.denoiser.places import counted, places_of
-from mdiff.denoiser.protocol import FromLogits, guided
+from mdiff.denoiser import FromLogits, flat_positions, guided
 from mdiff.errors import ConfigError
 from mdiff.find import find, names
 from mdiff.kernels.reveal_torch import reveal_torch
@@ -59,7 +58,7 @@ def canvas_of(rows=3, length=10):
     return canvas
 
 
-def test_the_head_runs_on_the_asked_rows_alone():
+def test_the_head_runs_on_the_requested_rows_alone():
     model, head = model_with_watched_head()
     sample(model, canvas_of(), space=SPACE, sampler="first_hitting", seed=1)
     # One place of each sample a call; the first sample has six.
@@ -99,7 +98,7 @@ def test_guidance_by_rows_is_guidance_by_logits(monkeypatch):
     )  # fmt: skip
     options = {"space": SPACE, "seed": 1, "cond": {"label": torch.tensor([0, 1, 2])}}
     inside = sample(pair, canvas_of(), **options)
-    monkeypatch.delattr(type(pair), "asked_rows")
+    monkeypatch.setattr("mdiff.denoiser.protocol.asks_rows", lambda denoiser: False)
     outside = sample(pair, canvas_of(), **options)
     assert torch.equal(inside.tokens, outside.tokens)
     assert torch.equal(inside.calls, outside.calls)
@@ -176,9 +175,9 @@ def test_no_step_waits_for_the_device(name, model, monkeypatch):
     assert not (last.tokens == SPACE.mask_id)[valid].any()
 
 
-def test_a_mask_without_a_note_is_counted():
+def test_flat_positions_are_the_same_with_a_number_and_without():
     at = torch.tensor([[True, False], [True, True]])
-    assert places_of(at).tolist() == places_of(counted(at.clone(), 3)).tolist() == [0, 2, 3]
+    assert flat_positions(at).tolist() == flat_positions(at, 3).tolist() == [0, 2, 3]
 
 
 def test_the_watch_for_waits_would_notice_one():
