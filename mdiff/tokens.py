@@ -183,12 +183,12 @@ def continued(given: Sequence[int], length: int | None, *, mask_id: int) -> list
     >>> continued([3, 1], 4, mask_id=5)
     [3, 1, 5, 5]
     """
-    if length is None:
-        length = len(given)
-    if length < 1:
+    if length is not None and length < 1:
         raise ConfigError(f"length={length}: need at least 1")
     if mask_id in given:
         raise DataError(f"the given tokens hold the mask id {mask_id}")
+    if length is None:
+        return list(given)
     if len(given) > length:
         raise DataError(
             f"{len(given)} given tokens do not fit a canvas of {length}; "

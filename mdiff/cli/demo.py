@@ -113,7 +113,7 @@ def drawn(pipeline: Pipeline, model: str, seed: int, beside: Path | None) -> lis
         raise ConfigError(f"--pictures {model}: a model of {name}, not of pictures")
     modality = image_modality(pipeline.modality)
     message(f"{model}: {COUNT} pictures that do not exist")
-    runs = pipeline.runs(pipeline.canvases(n=COUNT), seed=seed, **DRAWN)
+    runs = pipeline.runs(pipeline.canvases(num_samples=COUNT), seed=seed, **DRAWN)
     made, records = followed(modality, ((run, lambda row, each: each) for run in runs))
     result(f"[{summary(made)}]")
 

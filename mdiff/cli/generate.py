@@ -167,10 +167,10 @@ def generate(
         canvas
         for kind, words, own in wishes
         for canvas in (
-            pipeline.templates(words, n=n)
+            pipeline.templates(words, num_samples=n)
             if kind == "infill"
             else pipeline.canvases(
-                {"chat": words} if kind == "chat" else words, length=own or length, n=n
+                {"chat": words} if kind == "chat" else words, length=own or length, num_samples=n
             )
         )
     ]

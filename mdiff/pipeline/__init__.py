@@ -13,6 +13,7 @@ from mdiff.pipeline.inspection import loose as loose
 from mdiff.pipeline.inspection import report as report
 from mdiff.pipeline.inspection import summed as summed
 from mdiff.pipeline.loading import load_modality as load_modality
+from mdiff.pipeline.options import SamplingOptions as SamplingOptions
 from mdiff.pipeline.pipeline import Pipeline as Pipeline
 from mdiff.pipeline.pipeline import load as load
 from mdiff.pipeline.scoring import Progress as Progress

@@ -1,20 +1,31 @@
-"""A batch on its way: its states as they come, then its finished samples."""
+"""Batches that are being generated, and the finished samples."""
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mdiff.denoiser import block_length_of
 from mdiff.errors import ConfigError, nearest
-from mdiff.modalities import EndsText, Modality
-from mdiff.sampling import State, Tally
-from mdiff.tokens import TokenSpace
+from mdiff.modalities import Describes, Description, EndsText, HasGrid, Modality
+from mdiff.pipeline.guidance import GuidanceOptions, null_condition
+from mdiff.pipeline.options import CallOptions, Model, call_seed, row_seeds
+from mdiff.sampling import Sampler, State, Tally, in_blocks, option_types, resolve
+from mdiff.tokens import TokenSpace, stack, stack_conditions
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Rows that go through the model together.
+BATCH = 32
+# Of an item that is no image.
+NOTHING = Description()
 POLICIES = ("cut", "keep", "suppress")
 
 
@@ -22,19 +33,42 @@ POLICIES = ("cut", "keep", "suppress")
 class Generated:
     """One finished sample.
 
-    `output` is what the modality makes of the tokens (a text is a str); `tokens` the ids;
-    `calls` the evaluations it needed; `seconds` its share of the wall-clock of its batch;
-    `log_prob` nats, summed over the drawn tokens; `entropy` the mean nats of the draws; the
-    same options with `seed` and n=1 give this sample again.
+    `output` is the item that the modality decodes: a str, or a PIL image. `tokens` are its ids,
+    the given ones included. `calls` is the number of model evaluations; `seconds` its share of
+    the wall-clock time of its batch; `log_prob` the log-probability in nats, summed over the
+    drawn tokens; `entropy` the mean entropy of the draws in nats. The same options with `seed`
+    and num_samples=1 give this sample again. `description` is what the canvas says of an image.
+
+    `text`, `image` and `token_ids` are the same under the names of transformers and diffusers.
     """
 
-    output: Any
+    output: object
     tokens: list[int]
     calls: int
     seconds: float
     log_prob: float
     entropy: float
     seed: int
+    description: Description = NOTHING
+
+    @property
+    def text(self) -> str:
+        """The text; of an image its caption, else its label, where they are parts, else ""."""
+        if isinstance(self.output, str):
+            return self.output
+        return self.description.caption or self.description.label or ""
+
+    @property
+    def image(self) -> Image | None:
+        """The output where it is a PIL image, else None."""
+        from PIL.Image import Image
+
+        return self.output if isinstance(self.output, Image) else None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids of all tokens, the given ones included."""
+        return self.tokens
 
     def __str__(self) -> str:
         """The output as text."""
@@ -43,10 +77,10 @@ class Generated:
 
 @dataclass(frozen=True)
 class Ending:
-    """What is shown of a sample with an end drawn in it; `policy` is one of POLICIES.
+    """How the ids that end a text are treated; `policy` is one of POLICIES.
 
-    `cut` shows what comes before the first of the drawn `ids`, `keep` all. `suppress` never
-    draws one. Without `echo` what is given in front is not shown.
+    "cut" shows what comes before the first of `ids` that is drawn, "keep" shows all, "suppress"
+    never draws one. Without `echo` the tokens given in front are not shown.
     """
 
     ids: tuple[int, ...] = ()
@@ -66,7 +100,7 @@ class Ending:
         return replace(space, never=(*space.never, *self.ids))
 
     def shown(self, tokens: Sequence[int], hidden: Sequence[bool]) -> list[int]:
-        """The tokens to show of a row; `hidden` says which of them were drawn."""
+        """The tokens to show of a row; `hidden` is true where one was drawn."""
         first = 0 if self.echo or True not in hidden else list(hidden).index(True)
         stop = len(tokens)
         if self.policy == "cut":
@@ -77,7 +111,7 @@ class Ending:
 
 @dataclass
 class Generation:
-    """One batch being filled in: iterate over its states, then take `finished()`.
+    """One batch that is being generated: iterate over its states, then take `finished()`.
 
     `first` is the number of its first row among all rows asked for; `canvas` (B, L) int64,
     `valid` (B, L) bool or None and `seeds` (B,) int64 are what the sampler was given.
@@ -110,18 +144,16 @@ class Generation:
                 yield state
 
     def tokens(self, row: int) -> list[int]:
-        """The tokens of a row as they stand, without padding."""
-        ids = self.tally.tokens[row]
-        found: list[int] = (ids if self.valid is None else ids[self.valid[row]]).tolist()
-        return found
+        """The current tokens of a row, without padding."""
+        return self._unpadded(self.tally.tokens, row).tolist()
 
-    def output(self, row: int) -> Any:
-        """What the modality makes of a row as it stands."""
+    def output(self, row: int) -> object:
+        """The item that the modality decodes from the current tokens of a row."""
         ids = self.tokens(row)
         if not self.ending.ids and self.ending.echo:
             return self.modality.decode(ids)
-        canvas = self.canvas[row] if self.valid is None else self.canvas[row][self.valid[row]]
-        shown = self.ending.shown(ids, (canvas == self.mask_id).tolist())
+        hidden = self._unpadded(self.canvas, row) == self.mask_id
+        shown = self.ending.shown(ids, hidden.tolist())
         if isinstance(self.modality, EndsText):
             return self.modality.decode(shown, whole=True)
         return self.modality.decode(shown)
@@ -131,16 +163,104 @@ class Generation:
         for _ in self:
             pass
         result = self.tally.sample()
-        rows = len(self.canvas)
+        rows = range(len(self.canvas))
+        medium = self.modality if isinstance(self.modality, Describes) else None
         return [
             Generated(
                 output=self.output(row),
                 tokens=self.tokens(row),
                 calls=int(result.calls[row]),
-                seconds=self.seconds / rows,
+                seconds=self.seconds / len(rows),
                 log_prob=float(result.log_prob[row]),
                 entropy=float(result.entropy[row]),
                 seed=int(self.seeds[row]),
+                description=medium.described(self.tokens(row)) if medium else NOTHING,
             )
-            for row in range(rows)
+            for row in rows
         ]
+
+    def _unpadded(self, rows: Tensor, row: int) -> Tensor:
+        return rows[row] if self.valid is None else rows[row][self.valid[row]]
+
+
+def generations(
+    model: Model,
+    canvases: Sequence[Sequence[int]],
+    conditions: Sequence[Mapping[str, int | Tensor]] | None,
+    options: CallOptions,
+) -> Iterator[Generation]:
+    """The batches of canvases; see `Pipeline.runs`. All checks are made before the first one."""
+    batch_size = options.pop("batch_size", BATCH)
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: need at least 1")
+    text = model.modality if isinstance(model.modality, EndsText) else None
+    ending = Ending(
+        () if text is None else text.end_ids, options.pop("end", "cut"), options.pop("echo", True)
+    )
+    space = ending.space(model.space)
+    guidance, seed = GuidanceOptions.of(options), call_seed(options)
+    stop = text.eos_id if text is not None and ending.policy == "cut" else None
+    function, settings = _bound(
+        model, options, longest=max(map(len, canvases), default=0), stop=stop
+    )
+    null = null_condition(model.modality, guidance.negative)
+    asked = list(conditions or [{}] * len(canvases))
+    if len(asked) != len(canvases):
+        raise ConfigError(f"{len(asked)} conditions for {len(canvases)} canvases")
+    if guidance.scale is not None and null and not any(asked):
+        raise ConfigError(f"guidance_scale without a condition: give {', '.join(null)}")
+    denoiser, guidance_condition = guidance.bind(model, canvases)
+    parts = [slice(i, i + batch_size) for i in range(0, max(1, len(canvases)), batch_size)]
+    stacked = [stack(canvases[part], space=model.space) for part in parts]
+    seeds, device = row_seeds(seed, len(canvases)), model.device
+
+    def batches() -> Iterator[Generation]:
+        for part, (tokens, valid) in zip(parts, stacked):
+            canvas = tokens.to(device)
+            valid = None if valid is None else valid.to(device)
+            cond = stack_conditions(asked[part], null) | guidance_condition(canvas, valid)
+            states = function(
+                denoiser, canvas, space=space, seed=seeds[part].to(device), valid=valid,
+                cond={name: value.to(device) for name, value in cond.items()} or None, **settings,
+            )  # fmt: skip
+            yield Generation(
+                part.start, canvas, valid, seeds[part], model.modality, states, space.mask_id,
+                ending,
+            )  # fmt: skip
+
+    return batches()
+
+
+def _bound(
+    model: Model, options: CallOptions, *, longest: int, stop: int | None
+) -> tuple[Sampler, dict[str, object]]:
+    """The sampler and its options with those that the model sets by default.
+
+    These are the id that ends a text, its window, its blocks and grid and, where it uses the
+    time, its schedule. Raises ConfigError for a canvas that is longer than the window, where
+    the sampler cannot move the window along.
+    """
+    own, sampler = block_length_of(model.denoiser), options.pop("sampler", None)
+    sampler, asked = in_blocks(model.sampler if sampler is None else sampler, options, own=own)
+    function, _ = resolve(sampler, {})
+    known = option_types(function)
+    found = dict(asked)
+    if "block_length" in known and own is not None:
+        found.setdefault("block_length", own)
+    if "stop" in known and stop is not None:
+        found.setdefault("stop", stop)
+    if "grid" in known and isinstance(model.modality, HasGrid):
+        found.setdefault("grid", model.modality.grid)
+    if model.denoiser.uses_time:
+        # The denoiser's times keep the meaning that they had in training.
+        found.setdefault("schedule", model.schedule)
+    if model.window is not None and longest > model.window:
+        if "context" not in known:
+            raise ConfigError(
+                f"a canvas of {longest} tokens is longer than the model's window of "
+                f"{model.window}: use sampler 'blocks', which moves the window along"
+            )
+        found.setdefault("context", model.window)
+        default = inspect.signature(function).parameters["block_length"].default
+        found.setdefault("block_length", min(default, found["context"]))
+    return resolve(sampler, found)

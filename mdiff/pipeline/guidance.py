@@ -1,10 +1,9 @@
-"""Guidance as it is asked for: how hard it pushes, and away from what."""
+"""Classifier-free guidance of a loaded model: its scale, and its unconditional branch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,46 +11,20 @@ from torch import Tensor
 from mdiff.denoiser import Denoiser, away_from, guided, other_start
 from mdiff.errors import ConfigError, DataError
 from mdiff.modalities import Conditional, HasParts, Modality, TextConditional
-from mdiff.tokens import TokenSpace
+from mdiff.pipeline.options import CallOptions, Model, Prompt
 
-# The entry of `cond` that guidance reads: the places which the other branch hides.
+# The entry of `cond` that guidance reads: the positions that the unconditional branch hides.
 GIVEN = "given"
-# A prompt is a text, or a mapping of what is given by name.
-Prompt = str | Mapping[str, Any]
-# What of a batch, its canvas (B, L) and its valid places, the denoiser is told for guidance.
-Told = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
-
-
-class Model(Protocol):
-    """What guidance asks of a pipeline."""
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """The model itself."""
-
-    @property
-    def space(self) -> TokenSpace:
-        """Its ids."""
-
-    @property
-    def modality(self) -> Modality:
-        """What its ids mean."""
-
-    @property
-    def window(self) -> int | None:
-        """The length it was trained on."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it takes its tokens."""
+# From a batch's canvas (B, L) and its valid positions to the entries of `cond` for guidance.
+GuidanceCondition = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Push:
-    """`scale`, `schedule` and `interval` of `denoiser.guided`; None is no guidance at all.
+class GuidanceOptions:
+    """`scale`, `schedule` and `interval` of `denoiser.guided`; a scale of None is no guidance.
 
-    The branch that it pushes away from has the prompt hidden or, of a model that is told
-    something, is told nothing; with a `negative` prompt it is told, or begins with, that one.
+    The unconditional branch has the null condition or, where the model takes none, the prompt
+    hidden. A `negative` prompt replaces the condition or the prompt there.
     """
 
     scale: float | None = None
@@ -59,56 +32,73 @@ class Push:
     interval: tuple[float, float] | None = None
     negative: Prompt | None = None
 
-    def on(self, model: Model, canvases: Sequence[Sequence[int]]) -> tuple[Denoiser, Told]:
-        """The denoiser with its guidance, and what of a batch of `canvases` it is to be told.
+    @classmethod
+    def of(cls, options: CallOptions) -> GuidanceOptions:
+        """The options of guidance, taken out of those of a call."""
+        negative, old = options.pop("negative_prompt", None), options.pop("negative", None)
+        if negative is not None and old is not None:
+            raise ConfigError("negative_prompt and negative are the same: give one of them")
+        return cls(
+            options.pop("guidance_scale", None),
+            options.pop("guidance_schedule", "constant"),
+            options.pop("guidance_interval", None),
+            old if negative is None else negative,
+        )
 
-        Raises ConfigError or DataError for what this model cannot be pushed away from.
+    def bind(
+        self, model: Model, canvases: Sequence[Sequence[int]]
+    ) -> tuple[Denoiser, GuidanceCondition]:
+        """The guided denoiser, and what gives the entries of `cond` of a batch of `canvases`.
+
+        Raises ConfigError or DataError for a negative prompt that this model cannot take.
         """
         if self.scale is None:
-            if self != Push():
+            if self != GuidanceOptions():
                 raise ConfigError(
-                    "guidance_schedule, guidance_interval and negative need a guidance_scale"
+                    "guidance_schedule, guidance_interval and negative_prompt need a guidance_scale"
                 )
             return model.denoiser, lambda canvas, valid: {}
-        options: dict[str, Any] = {
-            "guidance_scale": self.scale, "guidance_schedule": self.schedule,
-            "interval": self.interval, "space": model.space,
-        }  # fmt: skip
+        base, space, device = model.denoiser, model.space, model.device
+        scale, schedule, interval = self.scale, self.schedule, self.interval
         if self.negative is not None and not isinstance(model.modality, TextConditional):
             start = _start(model, self.negative, canvases)
-            away = away_from(model.denoiser, device=model.device, **options)
-            return away, lambda canvas, valid: other_start(
-                canvas, start, valid=valid, space=model.space
-            )
-        without = told_without(model.modality, self.negative)
-        if without:
-            options["without"] = {name: told.to(model.device) for name, told in without.items()}
-            return guided(model.denoiser, **options), lambda canvas, valid: {}
-        hiding = guided(model.denoiser, hide=GIVEN, **options)
-        return hiding, lambda canvas, valid: {GIVEN: canvas != model.space.mask_id}
+            away = away_from(
+                base, device=device, space=space, guidance_scale=scale,
+                guidance_schedule=schedule, interval=interval,
+            )  # fmt: skip
+            return away, lambda canvas, valid: other_start(canvas, start, valid=valid, space=space)
+        null = null_condition(model.modality, self.negative)
+        denoiser = guided(
+            base, guidance_scale=scale, guidance_schedule=schedule, interval=interval, space=space,
+            without={name: value.to(device) for name, value in null.items()},
+            hide=None if null else GIVEN,
+        )  # fmt: skip
+        if null:
+            return denoiser, lambda canvas, valid: {}
+        return denoiser, lambda canvas, valid: {GIVEN: canvas != space.mask_id}
 
 
-def told_without(modality: Modality, negative: Prompt | None) -> dict[str, Tensor]:
-    """What the other branch of guidance is told, (1, ...); empty where there is no telling."""
+def null_condition(modality: Modality, negative: Prompt | None = None) -> dict[str, Tensor]:
+    """The condition (1, ...) of the unconditional branch; empty for a model without conditions."""
     if negative is not None and isinstance(modality, TextConditional):
         if not isinstance(negative, str):
-            raise ConfigError(f"negative={negative!r:.60}: expected a text")
+            raise ConfigError(f"negative_prompt={negative!r:.60}: expected a text")
         return modality.encode_condition(negative)
     return modality.null_condition if isinstance(modality, Conditional) else {}
 
 
 def _start(model: Model, negative: Prompt, canvases: Sequence[Sequence[int]]) -> Tensor:
-    """The tokens (N,) of a negative prompt, which fits before what is to be drawn."""
+    """The tokens (N,) of a negative prompt, which fit in front of the hidden positions."""
     if not negative or isinstance(model.modality, HasParts) or hasattr(model.denoiser, "cells"):
         raise ConfigError(
-            "negative: expected what a text begins with; guidance without it hides the prompt"
+            "negative_prompt: expected the beginning of a text; without it the prompt is hidden"
         )
     start = torch.tensor(model.modality.canvas(negative), device=model.device)
     model.space.check(start[None], None)
     longest = max((list(one).count(model.space.mask_id) for one in canvases), default=0)
     if model.window is not None and len(start) + longest > model.window:
         raise DataError(
-            f"negative: {len(start)} tokens before {longest} that are drawn are more than "
+            f"negative_prompt: {len(start)} tokens before {longest} hidden ones are more than "
             f"the model's window of {model.window}"
         )
     return start

@@ -232,7 +232,7 @@ def test_a_negative_prompt_that_cannot_be_meant_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="need a guidance_scale"):
         pipeline.generate("w1", length=4, negative="w2")
-    with pytest.raises(ConfigError, match="expected what a text begins with"):
+    with pytest.raises(ConfigError, match="expected the beginning of a text"):
         pipeline.generate("w1", length=4, negative="", guidance_scale=2.0)
     words = ["generate", str(folder), "--chat", "w1", "--length", "8", "--negative", "w2"]
     assert run([*words, "--guidance-scale", "2"]) == 0

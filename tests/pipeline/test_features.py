@@ -135,7 +135,7 @@ def test_features_refuse_what_cannot_be_meant():
     for options in ({"mask_ratio": 1.1}, {"mask_ratio": -0.1}, {"layer": 4}, {"batch_size": 0}):
         with pytest.raises(ConfigError):
             features(pipeline, rows, **options)
-    with pytest.raises(DataError, match="row 1 gives nothing"):
+    with pytest.raises(DataError, match="row 1 gives no token"):
         features(pipeline, [[1, 2], [6, 6]])
     with pytest.raises(DataError, match="nothing"):
         features(pipeline, [])

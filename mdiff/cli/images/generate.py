@@ -74,13 +74,13 @@ def generate_pictures(
     refuse_unknown(modality, asked)
     requests, problems = with_pictures(modality, asked, resize=resize)
     given = [request.given for request in requests]
-    canvases = pipeline.canvases(given, length=modality.length, n=n)
+    canvases = pipeline.canvases(given, length=modality.length, num_samples=n)
     if not any(modality.space.mask_id in canvas for canvas in canvases):
         raise ConfigError(
             f"nothing is left to make: this model makes {', '.join(modality.part_names)}; "
             "a picture is changed by mdiff edit"
         )
-    runs = pipeline.runs(canvases, conditions=pipeline.conditions(given, n=n), **options)
+    runs = pipeline.runs(canvases, conditions=pipeline.conditions(given, num_samples=n), **options)
 
     def told(run: Generation) -> Finish:
         def finish(row: int, picture: Image) -> Image:

@@ -24,7 +24,8 @@ from mdiff.pipeline.batch.plan import BLAMED, Batches, Plan, Setting, canvas_of,
 from mdiff.pipeline.batch.requests import Failure, Request
 from mdiff.pipeline.batch.workers import ATTEMPTS
 from mdiff.pipeline.generation import Generated
-from mdiff.pipeline.pipeline import Pipeline, load, row_seeds
+from mdiff.pipeline.options import row_seeds
+from mdiff.pipeline.pipeline import Pipeline, load
 
 RESULTS, FAILURES = "results.jsonl", "failures.jsonl"
 # The place after all batches: whoever dies there was not killed by a request.

@@ -1,0 +1,196 @@
+"""The arguments of a call: a loaded model, prompts, the options of sampling, and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, TypedDict, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from mdiff.denoiser import Denoiser
+from mdiff.errors import ConfigError
+from mdiff.kernels import philox
+from mdiff.modalities import HasParts, Modality
+from mdiff.sampling import Sampler, plain_seed
+from mdiff.schedule import Schedule
+from mdiff.tokens import TokenSpace, continued
+
+# Windows longer than this are not filled by default: then ANSWER tokens follow the prompt.
+LONG_WINDOW, ANSWER = 1024, 256
+
+Row = TypeVar("Row")
+# A prompt is a text, or a mapping of what is given by name, such as {"label": "sneaker"}.
+Prompt = str | Mapping[str, object]
+# A number, one a row (rows,) int64, or a generator that yields one.
+Seed = int | Tensor | torch.Generator
+
+
+class Model(Protocol):
+    """The parts of a model and where it runs; `Pipeline` is one."""
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network, or a wrapper around one."""
+
+    @property
+    def space(self) -> TokenSpace:
+        """Its token ids."""
+
+    @property
+    def modality(self) -> Modality:
+        """The medium that its ids stand for."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The masking schedule that it was trained with."""
+
+    @property
+    def window(self) -> int | None:
+        """The length in tokens that it was trained with, None if unknown."""
+
+    @property
+    def sampler(self) -> str | Sampler:
+        """The sampler that is used where none is named."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the denoiser's inputs."""
+
+
+@runtime_checkable
+class HasParameters(Protocol):
+    """A denoiser with weights, such as a `torch.nn.Module`."""
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Its weights."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Options of `Pipeline.generate` beside its named arguments.
+
+    First those that every sampler takes, then those of some samplers (the files in `samplers/`
+    state which takes which, and what it means), then those of a call.
+    """
+
+    schedule: str | Schedule
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+
+    steps: int | None
+    counts: str | Tensor | Sequence[int]
+    order: str | Tensor | Sequence[int]
+    per_call: int
+    idle_calls: bool
+    grid: tuple[int, int] | None
+    roll: bool
+    score: str
+    measure: str
+    noise: float | Tensor | tuple[float, float]
+    threshold: float | None
+    inner: str | Sampler
+    block_length: int
+    context: int | None
+    stop: int | None
+
+    # Rows that go through the model together.
+    batch_size: int
+    # As in `denoiser.guided`; `guidance_interval` is its `interval`.
+    guidance_scale: float | None
+    guidance_schedule: str
+    guidance_interval: tuple[float, float] | None
+    # Where an id that ends a text is drawn: "cut" the text there, "keep" all, or "suppress" the id.
+    end: str
+    # Whether the output begins with the prompt; by default so, but for a chat.
+    echo: bool
+
+    # Old names of `num_samples`, `negative_prompt` and `prompt`, which go on working.
+    n: int
+    negative: Prompt | None
+    prompts: Prompt | Sequence[Prompt]
+
+
+class CallOptions(SamplingOptions, total=False):
+    """Options of `stream`, `infill`, `edit` and `runs`; see `Pipeline.generate`."""
+
+    num_samples: int
+    seed: Seed | None
+    generator: torch.Generator | Sequence[torch.Generator] | None
+    negative_prompt: Prompt | None
+    sampler: str | Sampler | None
+
+
+def listed(items: Prompt | Iterable[Row]) -> list[Prompt | Row]:
+    """The prompts or items as a list: a text or a mapping is one of them."""
+    return [items] if isinstance(items, str | Mapping) else list(items)
+
+
+def repeated(rows: Sequence[Row], num_samples: int) -> list[Row]:
+    """Each row `num_samples` times in a row; ConfigError for none, or a number below 1."""
+    if num_samples < 1:
+        raise ConfigError(f"num_samples={num_samples}: need at least 1")
+    if not rows:
+        raise ConfigError("nothing to generate: the list of prompts is empty")
+    return [row for row in rows for _ in range(num_samples)]
+
+
+def canvas_of(
+    model: Model, prompt: Prompt, *, length: int | None, max_new_tokens: int | None
+) -> list[int]:
+    """The canvas of a prompt: `length` tokens in all, or `max_new_tokens` after the prompt.
+
+    With neither the model's window or, where it is longer than LONG_WINDOW, ANSWER tokens after
+    the prompt. Raises ConfigError or DataError where that cannot be.
+    """
+    if length is not None and max_new_tokens is not None:
+        raise ConfigError("length and max_new_tokens: give one of them")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens}: need at least 1")
+    window = model.window
+    if length is None and max_new_tokens is None:
+        if window is None:
+            raise ConfigError("length is missing, and this model has no window to fill")
+        length = window if window <= LONG_WINDOW else None
+    if length is not None:
+        return model.modality.canvas(prompt, length)
+    given = model.modality.canvas(prompt)
+    size = len(given) + (max_new_tokens or ANSWER)
+    if max_new_tokens is None and window is not None:
+        size = min(size, window)
+    elif isinstance(model.modality, HasParts):
+        raise ConfigError(f"max_new_tokens: a canvas of this model has {len(given)} tokens")
+    return given if len(given) == size else continued(given, size, mask_id=model.space.mask_id)
+
+
+def call_number(options: CallOptions) -> int:
+    """The number of samples, taken out of the options of a call by its name or its old name."""
+    number, old = options.pop("num_samples", None), options.pop("n", None)
+    if number is not None and old is not None:
+        raise ConfigError("num_samples and n are the same: give one of them")
+    found = old if number is None else number
+    return 1 if found is None else found
+
+
+def call_seed(options: CallOptions) -> Seed | Sequence[torch.Generator]:
+    """The seed, taken out of the options of a call; ConfigError for `seed` and `generator`."""
+    seed, generator = options.pop("seed", None), options.pop("generator", None)
+    if seed is not None and generator is not None:
+        raise ConfigError("seed and generator: give one of them")
+    if generator is not None:
+        return generator
+    return 0 if seed is None else seed
+
+
+def row_seeds(seed: Seed | Sequence[torch.Generator], rows: int) -> Tensor:
+    """One seed a row, (rows,) int64: the seed itself, then seeds derived from it."""
+    plain = plain_seed(seed, rows)
+    if isinstance(plain, Tensor):
+        if plain.shape != (rows,) or plain.dtype != torch.int64:
+            raise ConfigError(f"seed {tuple(plain.shape)} {plain.dtype}: expected ({rows},) int64")
+        return plain
+    signed = (plain + 2**63) % 2**64 - 2**63
+    number = torch.arange(rows, device="cpu")
+    first = torch.full((rows,), signed, dtype=torch.int64, device="cpu")
+    return torch.where(number == 0, first, philox.derive(signed, number))
