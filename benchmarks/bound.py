@@ -19,7 +19,7 @@ from mdiff.evaluation.evaluate import evaluate
 from mdiff.files.locate import locate
 from mdiff.files.model_files import WEIGHTS
 from mdiff.modalities.text.documents import Source, cut_documents
-from mdiff.pipeline.pipeline import load
+from mdiff.pipeline.loading import load
 
 
 def baselines() -> dict[str, float]:

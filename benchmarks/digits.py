@@ -20,7 +20,7 @@ from machine import record
 from sklearn.neighbors import KNeighborsClassifier
 
 from mdiff.objective.bound import nll_bound
-from mdiff.pipeline.pipeline import load
+from mdiff.pipeline.loading import load
 from mdiff.training.loop import train
 from mdiff.training.recipe import load_recipe
 

@@ -35,7 +35,8 @@ from mdiff.evaluation.image_metrics import classifier_agreement, diversity, frec
 from mdiff.evaluation.images import Drawn, draw_pictures, spread, with_model_labels
 from mdiff.files.locate import locate
 from mdiff.modalities.image.data.images import Pictures
-from mdiff.pipeline.pipeline import Pipeline, load
+from mdiff.pipeline.loading import load
+from mdiff.pipeline.pipeline import Pipeline
 
 SAMPLERS = ("confidence", "halton", "first_hitting", "ancestral")
 STEPS = (4, 8, 16, 32, 64)

@@ -22,7 +22,7 @@ from machine import record
 from mdiff.evaluation.ranking import rank
 from mdiff.files.locate import locate
 from mdiff.modalities.image.data.images import read_pictures
-from mdiff.pipeline.pipeline import load
+from mdiff.pipeline.loading import load
 
 CANDIDATES, BEST = 20, 5
 

@@ -18,7 +18,7 @@ import torch
 from machine import record
 
 from mdiff.find import find
-from mdiff.pipeline.pipeline import load
+from mdiff.pipeline.loading import load
 from mdiff.tokens import hidden_canvas
 
 STEPS = 1000

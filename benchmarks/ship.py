@@ -28,7 +28,7 @@ from mdiff.files.atomic import latest, staged
 from mdiff.find import find
 from mdiff.kernels import philox
 from mdiff.objective.corruption import corrupt
-from mdiff.pipeline.pipeline import load
+from mdiff.pipeline.loading import load
 from mdiff.training.recipe import load_recipe
 
 CARDS = {

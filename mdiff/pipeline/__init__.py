@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mdiff.pipeline.codec_beside import CODEC_FOLDER as CODEC_FOLDER
 from mdiff.pipeline.conversion import convert as convert
 from mdiff.pipeline.features import features as features
 from mdiff.pipeline.generation import Generated as Generated
@@ -12,10 +11,12 @@ from mdiff.pipeline.inspection import is_foreign as is_foreign
 from mdiff.pipeline.inspection import loose as loose
 from mdiff.pipeline.inspection import report as report
 from mdiff.pipeline.inspection import summed as summed
+from mdiff.pipeline.loading import CODEC_FOLDER as CODEC_FOLDER
+from mdiff.pipeline.loading import load as load
 from mdiff.pipeline.loading import load_modality as load_modality
 from mdiff.pipeline.options import SamplingOptions as SamplingOptions
 from mdiff.pipeline.pipeline import Pipeline as Pipeline
-from mdiff.pipeline.pipeline import load as load
+from mdiff.pipeline.saving import write_pipeline as write_pipeline
 from mdiff.pipeline.scoring import Progress as Progress
 from mdiff.pipeline.scoring import bound_of_rows as bound_of_rows
 from mdiff.pipeline.scoring import windows as windows

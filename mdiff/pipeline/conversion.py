@@ -35,7 +35,7 @@ from mdiff.files import (
     staged,
 )
 from mdiff.modalities.image import holds_codec, load_codec, published_codec_of, published_codecs
-from mdiff.pipeline.codec_beside import CODEC_FOLDER
+from mdiff.pipeline.loading import CODEC_FOLDER
 from mdiff.pipeline.published import built, family_of, load_published, published_backbones
 
 FLAG = "--from-pickle"

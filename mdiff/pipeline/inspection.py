@@ -18,7 +18,7 @@ from mdiff.files import (
     inside,
     problems,
 )
-from mdiff.pipeline.codec_beside import CODEC_FOLDER
+from mdiff.pipeline.loading import CODEC_FOLDER
 from mdiff.pipeline.published import built, recognised, unsupported
 
 

@@ -1,36 +1,40 @@
-"""From a name or a directory to the parts of a model, checked before anything is loaded."""
+"""From a name or a directory to a model ready for use; every file is checked before it is used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 
-from mdiff.backbones.layers import Backbone
+from mdiff.backbones.layers import Backbone, GridModel
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
-from mdiff.files import (
-    PIPELINE,
-    ModelFiles,
-    locate,
-    staged,
-    write_json,
-)
+from mdiff.files import PIPELINE, ModelFiles, locate
 from mdiff.find import find
-from mdiff.modalities import HasFolders, Modality
-from mdiff.pipeline.amused import amused, load_directory
-from mdiff.pipeline.codec_beside import modality_beside
-from mdiff.pipeline.placing import AUTO, DeviceMap, planned, spread
-from mdiff.pipeline.published import built, filled, recognised, unsupported
+from mdiff.modalities import Modality
+from mdiff.modalities.text import Pretrained, Text
+from mdiff.pipeline.pipeline import Pipeline
+from mdiff.pipeline.published import (
+    AUTO,
+    DeviceMap,
+    built,
+    filled,
+    planned,
+    recognised,
+    spread,
+    unsupported,
+)
+from mdiff.pipeline.saving import FORMAT
 from mdiff.pipeline.transformers_model import transformers_model
-from mdiff.sampling import State
-from mdiff.schedule import SCHEDULES, Linear, Schedule, named_schedule
+from mdiff.schedule import named_schedule
 from mdiff.tokens import TokenSpace
 
-FORMAT = 1
+# Of a published generator over a grid: the folder of its codec.
+CODEC_FOLDER = "codec"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model",
     "spiece.model",
@@ -42,56 +46,63 @@ DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a pipeline is made of.
+@runtime_checkable
+class Regroups(Protocol):
+    """A codec whose bits can be read in groups, each a token."""
 
-    `window` is the trained length, None if unknown; `sampler` what generates where none is named.
-    """
-
-    denoiser: Denoiser
-    space: TokenSpace
-    modality: Modality
-    schedule: Schedule
-    window: int | None
-    sampler: str | Callable[..., Iterator[State]] = "first_hitting"
+    def in_groups(self, splits: int) -> Self:
+        """The same codec with `splits` tokens a position."""
 
 
-def load_parts(
-    name: str,
+def load(
+    name: str | Path | ModelFiles,
     *,
-    dtype: torch.dtype | str | None,
-    device: torch.device | DeviceMap | str | None,
-    mask_id: int | None,
-    block_length: int | None,
-    tokenizer: str | None = None,
-) -> Parts:
-    """The parts of "builtin:NAME", a directory or a Hub id; see `mdiff.load`."""
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | DeviceMap | str | None = None,
+    mask_id: int | None = None,
+    block_length: int | None = None,
+    tokenizer: str | Path | None = None,
+) -> Pipeline:
+    """The pipeline of "builtin:NAME", a directory, a Hub id, or of what `locate` found for one.
+
+    A directory: what `Pipeline.save` or `mdiff train` wrote (a run's latest complete
+    checkpoint, or one checkpoint), a model of another project (`docs/checkpoints.md`), or any
+    Hugging Face masked language model. `dtype` is a torch.dtype or its name; None keeps what is
+    stored. `device` is by default the first GPU, if there is one; "auto" spreads another
+    project's model that is larger over all devices, and a mapping {part: device} as it says.
+    `mask_id` and `block_length` override the files. Without a tokenizer the modality is plain
+    token ids; `tokenizer` is a directory, a file or a Hub id for a model of another project
+    whose directory has none.
+
+    Raises CheckpointError for files that are missing, altered or unsafe (nothing is loaded
+    then), BackendError where the Hub or the device cannot be reached.
+    """
     kind = _dtype(dtype)
-    asked: Any = AUTO if device == AUTO else None
+    spread_over: DeviceMap | str | None = AUTO if device == AUTO else None
     if isinstance(device, Mapping):
-        asked = {part: _device(own) for part, own in device.items()}
-    place = _device(None if asked is not None else device)
-    files = locate(name)
+        spread_over = {part: _device(own) for part, own in device.items()}
+    main = _device(None if spread_over is not None else device)
+    target = main if spread_over is None else spread_over
+    files = name if isinstance(name, ModelFiles) else locate(str(name))
     if tokenizer is not None and (files.pipeline is not None or files.classes):
-        raise ConfigError(f"tokenizer={tokenizer!r}: {name} has its own way from text to ids")
+        raise ConfigError(f"tokenizer={str(tokenizer)!r}: {files.folder} has its own modality")
     if files.pipeline is not None:
-        parts = _own(files, files.pipeline, kind, mask_id, place if asked is None else asked)
+        pipeline = _own(files, files.pipeline, kind, mask_id, target)
     elif files.classes:
-        parts = _several(files, kind, mask_id, place)
+        pipeline = _directory(files, kind, mask_id, main)
     else:
-        parts = _foreign(files, kind, mask_id, place if asked is None else asked, tokenizer)
+        pipeline = _foreign(files, kind, mask_id, target, tokenizer)
+    denoiser: Any = pipeline.denoiser
     if block_length is not None:
-        if not hasattr(parts.denoiser, "block_length"):
-            raise ConfigError(f"block_length={block_length}: {name} is not a block model")
+        if not hasattr(denoiser, "block_length"):
+            raise ConfigError(f"block_length={block_length}: {files.folder} is not a block model")
         if block_length < 1:
             raise ConfigError(f"block_length={block_length}: need at least 1")
-        parts.denoiser.block_length = block_length
-    module: Any = parts.denoiser
-    if getattr(module, "main_device", None) is None:
-        module.to(place)
-    module.eval()
-    return parts
+        denoiser.block_length = block_length
+    if getattr(denoiser, "main_device", None) is None:
+        denoiser.to(main)
+    denoiser.eval()
+    return pipeline
 
 
 def _own(
@@ -99,11 +110,11 @@ def _own(
     described: Mapping[str, Any],
     dtype: torch.dtype | None,
     mask_id: int | None,
-    place: torch.device | DeviceMap | str,
-) -> Parts:
-    """What `save_parts` or training wrote."""
+    device: torch.device | DeviceMap | str,
+) -> Pipeline:
+    """What `Pipeline.save` or training wrote."""
     folder = files.folder
-    try:
+    with _valid(folder):
         if described["format"] != FORMAT:
             raise CheckpointError(f"{folder / PIPELINE}: expected format {FORMAT}")
         settings, noise = dict(described["modality"]), dict(described["schedule"])
@@ -118,24 +129,35 @@ def _own(
             space = replace(space, mask_id=mask_id)
             settings["mask_id"] = mask_id
         modality = _modality(folder, medium, settings)
-    except (CheckpointError, DataError):
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / PIPELINE} is not valid: {error}") from error
     if _written(modality.space) != _written(space):
         raise DataError(
             f"{folder}: the modality has {modality.space.vocab_size} ids, the model "
             f"{space.vocab_size}: they are not of the same training"
         )
     find("backbones", backbone)
-    room = recognised(files)
+    family = recognised(files)
     denoiser: Denoiser
-    if room is not None:
-        denoiser = _published(files, room, dtype, place)
+    if family is not None:
+        denoiser = _published(files, family, dtype, device)
     else:
         denoiser = transformers_model(files, dtype, mask_id=space.mask_id)
-    _check_columns(denoiser, space, folder)
-    return Parts(denoiser, space, modality, schedule, window)
+    columns = _columns(denoiser)
+    if columns != space.vocab_size:
+        raise DataError(
+            f"{folder}: the model has {columns} ids, {PIPELINE} says {space.vocab_size}"
+        )
+    return Pipeline(denoiser, space, modality, schedule, window)
+
+
+@contextmanager
+def _valid(folder: Path) -> Iterator[None]:
+    """CheckpointError for whatever an entry of pipeline.json that is invalid makes of a call."""
+    try:
+        yield
+    except (CheckpointError, DataError):
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / PIPELINE} is not valid: {error}") from error
 
 
 def _written(space: TokenSpace) -> int:
@@ -144,17 +166,12 @@ def _written(space: TokenSpace) -> int:
 
 
 def load_modality(files: ModelFiles) -> Modality:
-    """The modality of a model that `save_parts` or training wrote, without its weights."""
-    folder = files.folder
+    """The modality of a model that `Pipeline.save` or training wrote, without its weights."""
     if files.pipeline is None:
-        raise CheckpointError(f"{folder / PIPELINE} is missing")
-    try:
+        raise CheckpointError(f"{files.folder / PIPELINE} is missing")
+    with _valid(files.folder):
         settings = dict(files.pipeline["modality"])
-        return _modality(folder, settings.pop("name"), settings)
-    except (CheckpointError, DataError):
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / PIPELINE} is not valid: {error}") from error
+        return _modality(files.folder, settings.pop("name"), settings)
 
 
 def _modality(folder: Path, name: str, settings: dict[str, Any]) -> Modality:
@@ -163,7 +180,7 @@ def _modality(folder: Path, name: str, settings: dict[str, Any]) -> Modality:
     return made
 
 
-def _check_part(folder: Path, name: Any) -> None:
+def _check_part(folder: Path, name: object) -> None:
     """A name from a file may choose among the parts here; it may not import anything."""
     if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
         raise CheckpointError(f"{folder / PIPELINE}: {name!r} is not a part of mdiff")
@@ -173,124 +190,110 @@ def _foreign(
     files: ModelFiles,
     dtype: torch.dtype | None,
     mask_id: int | None,
-    place: torch.device | DeviceMap | str,
-    tokenizer: str | None,
-) -> Parts:
+    device: torch.device | DeviceMap | str,
+    tokenizer: str | Path | None,
+) -> Pipeline:
     """A model of another project or a Hugging Face masked language model, with its tokenizer or
     without one.
     """
-    described, folder = files.config, files.folder
-    room = recognised(files)
-    strange = unsupported(files) if room is None else None
-    if strange is not None:
-        raise strange
-    module: Any = None
-    if room is not None:
-        module = _published(files, room, dtype, place)
-        mask_id = module.mask_id if mask_id is None else mask_id
+    folder, family = files.folder, recognised(files)
+    fault = unsupported(files) if family is None else None
+    if fault is not None:
+        raise fault
+    module = None if family is None else _published(files, family, dtype, device)
+    if module is not None and mask_id is None:
+        mask_id = module.mask_id
     text = _text_of(folder, mask_id, tokenizer)
-    if mask_id is None:
-        mask_id = described.get("mask_id") if text is None else text.tokenizer.mask_id
+    if mask_id is None and text is None:
+        mask_id = files.config.get("mask_id")
+    elif mask_id is None and text is not None and isinstance(text.tokenizer, Pretrained):
+        mask_id = text.tokenizer.mask_id
     if type(mask_id) is not int:
         raise ConfigError(f"{folder} does not say which id is the mask: give mask_id=")
-    denoiser = module or transformers_model(files, dtype, mask_id=mask_id)
+    denoiser: Any = module or transformers_model(files, dtype, mask_id=mask_id)
     space = TokenSpace(_columns(denoiser), mask_id=mask_id)
     if text is not None and text.tokenizer.size > max(space.vocab_size, mask_id + 1):
         raise DataError(
             f"{folder}: the tokenizer has {text.tokenizer.size} ids, the model {space.vocab_size}"
         )
-    modality = text or modality_beside(folder, module)
-    modality = modality or find("modalities", "ids")(vocab_size=space.vocab_size, mask_id=mask_id)
-    own = getattr(denoiser, "window", None) or getattr(denoiser, "max_length", None)
-    window = own or described.get("max_position_embeddings", described.get("max_length"))
-    return Parts(denoiser, space, modality, Linear(), window if type(window) is int else None)
+    modality: Modality = (
+        text
+        or _image_of(folder, module)
+        or find("modalities", "ids")(vocab_size=space.vocab_size, mask_id=mask_id)
+    )
+    window = getattr(denoiser, "window", None) or getattr(denoiser, "max_length", None)
+    window = window or files.config.get("max_position_embeddings", files.config.get("max_length"))
+    return Pipeline(denoiser, space, modality, window=window if type(window) is int else None)
 
 
 def _published(
-    files: ModelFiles, room: str, dtype: torch.dtype | None, place: torch.device | DeviceMap | str
-) -> Backbone:
+    files: ModelFiles, family: str, dtype: torch.dtype | None,
+    device: torch.device | DeviceMap | str,
+) -> Backbone:  # fmt: skip
     """Another project's model on its device or devices; ConfigError for one that is refused."""
-    module = built(room, files.config)
+    module = built(family, files.config)
     if module.refused is not None:
         raise ConfigError(f"{files.folder} cannot be used: {module.refused}")
-    if isinstance(place, torch.device):
-        return filled(module, files, dtype=dtype, device=place)
-    plan = planned(module, files, dtype=dtype) if isinstance(place, str) else place
+    if isinstance(device, torch.device):
+        return filled(module, files, dtype=dtype, device=device)
+    plan = planned(module, files, dtype=dtype) if isinstance(device, str) else device
     return spread(module, files, plan, dtype=dtype)
 
 
-def _several(
-    files: ModelFiles, dtype: torch.dtype | None, mask_id: int | None, place: torch.device
-) -> Parts:
+def _directory(
+    files: ModelFiles, dtype: torch.dtype | None, mask_id: int | None, device: torch.device
+) -> Pipeline:
     """The model of a directory with a folder for each of its parts."""
-    made = load_directory(files, dtype=dtype, device=place)
+    from mdiff.pipeline.amused import load_directory
+
+    made = load_directory(files, dtype=dtype, device=device)
     if mask_id not in (None, made.space.mask_id):
         raise ConfigError(f"mask_id={mask_id}: this model's is {made.space.mask_id}")
-    return Parts(
-        made.denoiser, made.space, made.modality, Linear(), made.denoiser.window, sampler=amused
-    )
+    return made
 
 
-def _text_of(folder: Path, mask_id: int | None, tokenizer: str | None) -> Any:
+def _text_of(folder: Path, mask_id: int | None, tokenizer: str | Path | None) -> Text | None:
     """The modality of a tokenizer, or else of the folder's; None without one."""
+    found: Text | None = None
     if tokenizer is not None:
-        return find("modalities", "text")(tokenizer=tokenizer, mask_id=mask_id)
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        found = find("modalities", "text")(tokenizer=str(tokenizer), mask_id=mask_id)
+    elif any((folder / name).exists() for name in TOKENIZER_FILES):
+        found = find("modalities", "text")(tokenizer=str(folder), mask_id=mask_id, folder=folder)
+    return found
+
+
+def _image_of(folder: Path, module: Backbone | None) -> Modality | None:
+    """The modality of a generator over a grid with the codec in codec/; None without the two.
+
+    Labels are the numbers of the generator's classes. Raises CheckpointError where the codec
+    and the generator do not fit.
+    """
+    beside = folder / CODEC_FOLDER
+    if not beside.is_dir() or not isinstance(module, GridModel):
         return None
-    return find("modalities", "text")(tokenizer=str(folder), mask_id=mask_id, folder=folder)
+    from mdiff.modalities.image import load_codec
+
+    codec = load_codec(beside)
+    if codec.splits != module.splits and isinstance(codec, Regroups):
+        codec = codec.in_groups(module.splits)
+    if (codec.splits, codec.codebook_size) != (module.splits, module.mask_id):
+        raise CheckpointError(
+            f"{beside} has {codec.splits} x {codec.codebook_size} ids a position, the model "
+            f"{module.splits} x {module.mask_id}: they are not of the same training"
+        )
+    made: Modality = find("modalities", "image")(
+        codec=codec, size=[side * codec.stride for side in module.cells], label="condition",
+        labels=[str(number) for number in range(module.classes)],
+    )  # fmt: skip
+    return made
 
 
 def _columns(denoiser: Any) -> int:
+    """How many logits the denoiser has a row."""
     if isinstance(denoiser, Backbone):
         return denoiser.vocab_size
     config = getattr(denoiser, "config", None) or denoiser.model.config
     return int(config.vocab_size)
-
-
-def _check_columns(denoiser: Any, space: TokenSpace, folder: Path) -> None:
-    columns = _columns(denoiser)
-    if columns != space.vocab_size:
-        raise DataError(
-            f"{folder}: the model has {columns} ids, {PIPELINE} says {space.vocab_size}"
-        )
-
-
-def save_parts(folder: Path, parts: Parts) -> None:
-    """Write the parts, complete or not at all, so that `load_parts` reads them.
-
-    Raises CheckpointError where the folder exists, ConfigError for a denoiser or a schedule
-    that has no files.
-    """
-    model: Any = parts.denoiser
-    if not hasattr(model, "save_pretrained"):
-        raise ConfigError(f"{type(parts.denoiser).__name__} cannot be saved: it has no files")
-    medium = parts.modality
-    if isinstance(medium, HasFolders):
-        # A published directory: each part in the folder and the layout that it came in.
-        with staged(folder) as inner:
-            model.save_pretrained(inner / medium.denoiser_folder)
-            medium.save(inner)
-        return
-    # A part lives in the module of its name.
-    backbone = type(model).__module__.rpartition(".")[2]
-    name = type(parts.schedule).__name__.lower()
-    if name not in SCHEDULES:
-        raise ConfigError(f"the schedule {name} cannot be saved; known: {', '.join(SCHEDULES)}")
-    described = {
-        "format": FORMAT,
-        "backbone": backbone,
-        "length": parts.window,
-        "modality": parts.modality.config(),
-        "space": asdict(parts.space),
-        "schedule": {"name": name} | asdict(parts.schedule),  # type: ignore[call-overload]
-    }
-    from transformers import logging
-
-    logging.disable_progress_bar()
-    with staged(folder) as inner:
-        model.save_pretrained(inner)
-        parts.modality.save(inner)
-        write_json(inner / PIPELINE, described)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -301,15 +304,15 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[dtype.removeprefix("torch.")]
 
 
-def _device(device: Any) -> torch.device:
+def _device(device: torch.device | str | int | None) -> torch.device:
     """The device; by default the first GPU if there is one."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError):
         known = "known: auto, cpu, cuda, cuda:0, mps"
         raise ConfigError(f"unknown device {str(device)!r}; {known}") from None
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"device {device}: this torch sees no CUDA device; use cpu")
-    return place
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"device {device}: this torch has no CUDA device; use cpu")
+    return found

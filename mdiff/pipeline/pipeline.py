@@ -16,7 +16,6 @@ from mdiff.modalities import Conditional, Editable, Modality
 from mdiff.objective import Bound
 from mdiff.pipeline.features import encoded, features, features_at
 from mdiff.pipeline.generation import Generated, Generation, generations
-from mdiff.pipeline.loading import Parts, load_parts, save_parts
 from mdiff.pipeline.options import (
     CallOptions,
     HasParameters,
@@ -30,6 +29,7 @@ from mdiff.pipeline.options import (
     repeated,
     row_seeds,
 )
+from mdiff.pipeline.saving import save_model
 from mdiff.pipeline.scoring import score
 from mdiff.sampling import Sampler, State
 from mdiff.schedule import Linear, Schedule
@@ -276,46 +276,10 @@ class Pipeline:
 
     def save(self, folder: str | Path) -> None:
         """Write the model so that `load(folder)` gives it back; the folder must not exist."""
-        save_parts(
-            Path(folder),
-            Parts(self.denoiser, self.space, self.modality, self.schedule, self.window),
-        )
-
-
-def load(
-    name: str | Path,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | Mapping[str, object] | str | None = None,
-    mask_id: int | None = None,
-    block_length: int | None = None,
-    tokenizer: str | Path | None = None,
-) -> Pipeline:
-    """The pipeline of "builtin:NAME", a directory or a Hub id.
-
-    A directory: what `Pipeline.save` or `mdiff train` wrote (a run's latest complete
-    checkpoint, or one checkpoint), a model of another project (`docs/checkpoints.md`), or any
-    Hugging Face masked language model. `dtype` is a torch.dtype or its name; None keeps what is
-    stored. `device` is by default the first GPU, if there is one; "auto" spreads another
-    project's model that is larger over all devices, and a mapping {part: device} as it says.
-    `mask_id` and `block_length` override the files. Without a tokenizer the modality is plain
-    token ids; `tokenizer` is a directory, a file or a Hub id for a model of another project that
-    lies without one.
-
-    Raises CheckpointError for files that are missing, altered or unsafe (nothing is loaded
-    then), BackendError where the Hub or the device cannot be reached.
-    """
-    parts = load_parts(
-        str(name),
-        dtype=dtype,
-        device=device,
-        mask_id=mask_id,
-        block_length=block_length,
-        tokenizer=None if tokenizer is None else str(tokenizer),
-    )
-    return Pipeline(
-        parts.denoiser, parts.space, parts.modality, parts.schedule, parts.window, parts.sampler
-    )
+        save_model(
+            Path(folder), self.denoiser, modality=self.modality, space=self.space,
+            schedule=self.schedule, window=self.window,
+        )  # fmt: skip
 
 
 def _is_chat(prompt: Prompt) -> bool:

@@ -1,20 +1,30 @@
-"""Which backbone a published config.json is for, and the model that the files hold."""
+"""Models of other projects: whose config.json it is, and the module with its weights.
+
+On several devices accelerate plans and moves: `infer_auto_device_map` over the module without
+weights, `dispatch_model` over the module with them.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from mdiff.backbones.layers import Backbone
-from mdiff.errors import CheckpointError, nearest
-from mdiff.files import CONFIG, ModelFiles, load_weights
+from mdiff.errors import BackendError, CheckpointError, nearest
+from mdiff.files import CONFIG, TYPES, ModelFiles, load_weights
 from mdiff.find import find, module_of, names
 
 # What AutoModelForMaskedLM takes, whatever comes before it.
 MASKED_LM = "ForMaskedLM"
 ANY = f"any ...{MASKED_LM}"
+AUTO = "auto"
+# In a device map: the whole model, and the device that stands for "does not fit".
+WHOLE, DISK = "", "disk"
+# The name of a submodule -> its device.
+DeviceMap = Mapping[str, torch.device | str | int]
 
 
 def recognised(files: ModelFiles) -> str | None:
@@ -117,3 +127,73 @@ def built(room: str, described: Mapping[str, Any]) -> Backbone:
     with torch.device("meta"):
         module: Backbone = find("backbones", room)(described)
     return module
+
+
+def planned(
+    module: Backbone,
+    files: ModelFiles,
+    *,
+    dtype: torch.dtype | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+) -> dict[str, Any]:
+    """The device of each part, {"": device} where one device holds all.
+
+    GPUs are filled first, then the CPU. `max_memory` {device: bytes} is by default what is free.
+    Raises BackendError where the devices together cannot hold the model.
+    """
+    from accelerate import infer_auto_device_map
+
+    learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    stored = {
+        name: TYPES[entry["dtype"]]
+        for name, entry in files.entries.items()
+        if entry["dtype"] in TYPES
+    }
+    kinds = {
+        name: dtype if dtype is not None and kind.is_floating_point and name in learned else kind
+        for name, kind in stored.items()
+    }
+    found: dict[str, Any] = infer_auto_device_map(
+        module, max_memory=max_memory, no_split_module_classes=list(module.no_split),
+        special_dtypes=kinds,
+    )  # fmt: skip
+    if DISK in found.values():
+        raise BackendError(f"{files.folder} is larger than the memory of the devices here together")
+    return {WHOLE: next(iter(found.values()))} if len(set(found.values())) == 1 else found
+
+
+def spread(
+    module: Backbone, files: ModelFiles, devices: DeviceMap, *, dtype: torch.dtype | None = None
+) -> Backbone:
+    """The module from `built` with its weights read to `devices`, by the name of a submodule.
+
+    What lies on the CPU beside a GPU is copied there as it is used. A call takes tokens on
+    `module.main_device`, the first GPU if there is one, and gives logits there. Raises
+    CheckpointError where a tensor has no device in the map.
+    """
+    from accelerate import dispatch_model
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    strange = [name for name in devices if name and not _is_part(module, name)]
+    if strange:
+        raise CheckpointError(
+            f"{files.folder}: the device map names {strange[0]!r}, which is no part"
+        )
+    each = {name: torch.device(device) for name, device in devices.items()}
+    filled(module, files, dtype=dtype, device=each)
+    module.main_device = next((d for d in each.values() if d.type != "cpu"), torch.device("cpu"))
+    if set(devices) == {WHOLE}:
+        return module
+    module.eval()
+    with warnings.catch_warnings():
+        # A tensor of the module itself is a part of its own, which accelerate remarks on.
+        warnings.filterwarnings("ignore", message="The following device_map keys")
+        dispatch_model(module, dict(devices), main_device=module.main_device, force_hooks=True)
+    # Features and logits are the caller's: they come back to where its tokens are.
+    back = AlignDevicesHook(io_same_device=True)
+    add_hook_to_module(module.head, back, append=True)
+    return module
+
+
+def _is_part(module: Backbone, name: str) -> bool:
+    return any(n == name or n.startswith(f"{name}.") for n in module.state_dict())

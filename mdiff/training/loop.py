@@ -10,7 +10,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -37,6 +36,7 @@ from mdiff.files import (
     verify,
     write_json,
 )
+from mdiff.pipeline import write_pipeline
 from mdiff.training.async_save import Writer
 from mdiff.training.batches import rows_of_step
 from mdiff.training.build import Run, build_run
@@ -47,7 +47,6 @@ from mdiff.training.step import Outcome
 from mdiff.training.zero import ZeroAccelerator, zero_was_asked_for
 
 FORMAT = 1
-PIPELINE = "pipeline.json"
 TRAINING = "training.json"
 TENSORS = "training.safetensors"
 # What may differ in a resumed run: how far and how it runs, not what it computes.
@@ -184,7 +183,7 @@ def _write(run: Run, out: Path, number: int, state: dict[str, Tensor]) -> None:
         weights = model_weights(run.backbone, state)
         cast(Any, run.backbone).save_pretrained(folder, state_dict=weights)
         run.modality.save(folder)
-        write_json(folder / PIPELINE, _pipeline(run))
+        _write_pipeline(run, folder)
         save_file(state, folder / TENSORS)
         write_json(folder / TRAINING, _training(run, number))
     keep = run.recipe.train.keep
@@ -198,17 +197,17 @@ def _write(run: Run, out: Path, number: int, state: dict[str, Tensor]) -> None:
             shutil.rmtree(gone, ignore_errors=True)
 
 
-def _pipeline(run: Run) -> dict[str, Any]:
+def _write_pipeline(run: Run, folder: Path) -> None:
     """What turns the model's ids into the medium and back, and how it was hidden."""
     schedule = run.recipe.objective.schedule
-    return {
-        "format": FORMAT,
-        "backbone": run.recipe.model.name,
-        "length": run.examples.length,
-        "modality": run.modality.config() | {"name": run.recipe.modality.name},
-        "space": asdict(run.space),
-        "schedule": {"name": schedule.name} | schedule.options,
-    }
+    write_pipeline(
+        folder,
+        backbone=run.recipe.model.name,
+        window=run.examples.length,
+        modality=run.modality.config() | {"name": run.recipe.modality.name},
+        space=run.space,
+        schedule={"name": schedule.name} | schedule.options,
+    )
 
 
 def _training(run: Run, number: int) -> dict[str, Any]:

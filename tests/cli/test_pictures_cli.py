@@ -32,7 +32,8 @@ from mdiff.modalities.image.codec import save_codec
 from mdiff.modalities.image.data.images import Pictures
 from mdiff.modalities.image.inpainting import GREY, box_mask
 from mdiff.modalities.image.modality import image
-from mdiff.pipeline.pipeline import Pipeline, load
+from mdiff.pipeline.loading import load
+from mdiff.pipeline.pipeline import Pipeline
 
 Captured = pytest.CaptureFixture[str]
 SIDE = 8

@@ -34,7 +34,8 @@ from mdiff.pipeline.batch.encoding import write_shards
 from mdiff.pipeline.batch.plan import Setting
 from mdiff.pipeline.batch.requests import read_requests
 from mdiff.pipeline.batch.shards import RequestShard
-from mdiff.pipeline.pipeline import Pipeline, load
+from mdiff.pipeline.loading import load
+from mdiff.pipeline.pipeline import Pipeline
 from mdiff.training.loop import train
 
 

@@ -20,7 +20,7 @@ from mdiff.files.untrusted import read_json, read_tensors
 from mdiff.modalities.image.data.images import read_pictures
 from mdiff.modalities.image.data.readers import open_picture
 from mdiff.modalities.text.documents import Source
-from mdiff.pipeline.pipeline import load
+from mdiff.pipeline.loading import load
 
 
 def test_an_archive_that_grows_too_much_is_refused_and_a_large_text_is_not(tmp_path, monkeypatch):

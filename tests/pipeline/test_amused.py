@@ -24,9 +24,9 @@ from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import read_model_files
 from mdiff.modalities.image.codec import load_codec, save_codec
 from mdiff.modalities.image.codecs.vq_diffusers import vq_diffusers
-from mdiff.pipeline.amused import amused
 from mdiff.pipeline.pipeline import Pipeline
 from mdiff.pipeline.published import built, load_published
+from mdiff.samplers.amused import amused
 from mdiff.tokens import TokenSpace
 
 HERE = GOLDEN_FOLDER

@@ -17,7 +17,8 @@ from mdiff.denoiser import away_from, from_logits, other_start
 from mdiff.errors import ConfigError, DataError
 from mdiff.modalities.text.modality import text
 from mdiff.objective.bound import nll_bound
-from mdiff.pipeline.pipeline import Pipeline, load
+from mdiff.pipeline.loading import load
+from mdiff.pipeline.pipeline import Pipeline
 from mdiff.schedule import Linear
 
 TEMPLATE = (

@@ -10,8 +10,7 @@ import mdiff
 from mdiff.cli import run
 from mdiff.errors import BackendError, CheckpointError, ConfigError
 from mdiff.files import read_model_files
-from mdiff.pipeline.placing import planned, spread
-from mdiff.pipeline.published import built, load_published
+from mdiff.pipeline.published import built, load_published, planned, spread
 
 
 def test_auto_is_one_device_where_the_model_fits():

@@ -7,7 +7,7 @@ import torch
 from folders import ROOT
 
 from mdiff.objective import loss as objective
-from mdiff.pipeline.pipeline import load
+from mdiff.pipeline.loading import load
 from mdiff.training import step as stepping
 from mdiff.training.loop import train
 from mdiff.training.recipe import load_recipe

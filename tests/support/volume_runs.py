@@ -27,7 +27,8 @@ from mdiff.pipeline.batch.encoding import write_shards
 from mdiff.pipeline.batch.offline import generate_offline
 from mdiff.pipeline.batch.plan import Setting
 from mdiff.pipeline.batch.shards import Generator
-from mdiff.pipeline.pipeline import Pipeline, load
+from mdiff.pipeline.loading import load
+from mdiff.pipeline.pipeline import Pipeline
 
 # The server looks for modules where its interpreter does: not beside the tests.
 PRELOADED = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,16 @@ from mdiff.denoiser import Condition
 from mdiff.errors import ConfigError
 
 LABEL = "label"
+
+
+@runtime_checkable
+class GridModel(Protocol):
+    """A generator of a grid of `cells` (h, w), each of `splits` tokens, with `classes` labels."""
+
+    cells: tuple[int, int]
+    splits: int
+    classes: int
+    mask_id: int | None
 
 
 def class_of(cond: Condition | None, tokens: Tensor, *, classes: int) -> Tensor:

@@ -10,3 +10,4 @@ from mdiff.modalities.text.documents import read_text as read_text
 from mdiff.modalities.text.modality import HOLE as HOLE
 from mdiff.modalities.text.modality import Text as Text
 from mdiff.modalities.text.modality import text as text
+from mdiff.modalities.text.tokenizers import Pretrained as Pretrained

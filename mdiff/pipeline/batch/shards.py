@@ -24,8 +24,9 @@ from mdiff.pipeline.batch.plan import BLAMED, Batches, Plan, Setting, canvas_of,
 from mdiff.pipeline.batch.requests import Failure, Request
 from mdiff.pipeline.batch.workers import ATTEMPTS
 from mdiff.pipeline.generation import Generated
+from mdiff.pipeline.loading import load
 from mdiff.pipeline.options import row_seeds
-from mdiff.pipeline.pipeline import Pipeline, load
+from mdiff.pipeline.pipeline import Pipeline
 
 RESULTS, FAILURES = "results.jsonl", "failures.jsonl"
 # The place after all batches: whoever dies there was not killed by a request.

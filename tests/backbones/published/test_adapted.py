@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from mdiff.backbones.layers.backbone import KeyValues
 from mdiff.errors import CheckpointError, ConfigError
-from mdiff.pipeline.pipeline import load
+from mdiff.pipeline.loading import load
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

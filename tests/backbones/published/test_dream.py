@@ -21,7 +21,7 @@ from mdiff.backbones.published.dream import dream_counts
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import read_model_files
 from mdiff.modalities.text.tokenizers import byte_alphabet
-from mdiff.pipeline.pipeline import load
+from mdiff.pipeline.loading import load
 from mdiff.pipeline.published import recognised
 from mdiff.samplers.confidence import confidence
 from mdiff.tokens import TokenSpace

@@ -22,7 +22,7 @@ from mdiff.errors import CheckpointError
 from mdiff.files import read_model_files
 from mdiff.objective.bound import nll_bound
 from mdiff.objective.nll import token_nll
-from mdiff.pipeline.pipeline import load
+from mdiff.pipeline.loading import load
 from mdiff.pipeline.published import recognised
 from mdiff.samplers.blocks import blocks
 from mdiff.samplers.confidence import confidence

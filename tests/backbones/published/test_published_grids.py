@@ -238,4 +238,4 @@ def test_with_a_codec_beside_it_a_folder_makes_pictures_of_a_class(
 def test_a_codec_of_other_ids_is_refused(tmp_path: Path, capsys: Any) -> None:
     folder = with_codec("halton_transformer", "maskbit_tokenizer", tmp_path / "model")
     assert run(["generate", str(folder), "--label", "7", "--out", str(tmp_path / "x.png")]) == 4
-    assert "1 x 64 ids a place, the model 1 x 48" in capsys.readouterr().err
+    assert "1 x 64 ids a position, the model 1 x 48" in capsys.readouterr().err
