@@ -40,6 +40,7 @@ class MaskedLM(nn.Module):
         padding = tables[0].padding_idx if tables else None
         self.first_position = 0 if padding is None else padding + 1
         self.max_length = tables[0].num_embeddings - self.first_position if tables else None
+        self.window = self.max_length
         accepted = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in accepted
         if "attention_mask" not in accepted:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 
 from mdiff.backbones.layers import Backbone, GridModel
-from mdiff.denoiser import Denoiser
+from mdiff.denoiser import BlockModel, Denoiser, HasDevice, HasWindow
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
 from mdiff.files import PIPELINE, ModelFiles, locate
 from mdiff.find import find
@@ -78,11 +78,8 @@ def load(
     then), BackendError where the Hub or the device cannot be reached.
     """
     kind = _dtype(dtype)
-    spread_over: DeviceMap | str | None = AUTO if device == AUTO else None
-    if isinstance(device, Mapping):
-        spread_over = {part: _device(own) for part, own in device.items()}
-    main = _device(None if spread_over is not None else device)
-    target = main if spread_over is None else spread_over
+    target = _target(device)
+    main = target if isinstance(target, torch.device) else _device(None)
     files = name if isinstance(name, ModelFiles) else locate(str(name))
     if tokenizer is not None and (files.pipeline is not None or files.classes):
         raise ConfigError(f"tokenizer={str(tokenizer)!r}: {files.folder} has its own modality")
@@ -93,13 +90,13 @@ def load(
     else:
         pipeline = _foreign(files, kind, mask_id, target, tokenizer)
     denoiser: Any = pipeline.denoiser
+    if block_length is not None and not isinstance(denoiser, BlockModel):
+        raise ConfigError(f"block_length={block_length}: {files.folder} is not a block model")
     if block_length is not None:
-        if not hasattr(denoiser, "block_length"):
-            raise ConfigError(f"block_length={block_length}: {files.folder} is not a block model")
         if block_length < 1:
             raise ConfigError(f"block_length={block_length}: need at least 1")
         denoiser.block_length = block_length
-    if getattr(denoiser, "main_device", None) is None:
+    if not (isinstance(denoiser, HasDevice) and denoiser.main_device is not None):
         denoiser.to(main)
     denoiser.eval()
     return pipeline
@@ -221,7 +218,7 @@ def _foreign(
         or _image_of(folder, module)
         or find("modalities", "ids")(vocab_size=space.vocab_size, mask_id=mask_id)
     )
-    window = getattr(denoiser, "window", None) or getattr(denoiser, "max_length", None)
+    window = denoiser.window if isinstance(denoiser, HasWindow) else None
     window = window or files.config.get("max_position_embeddings", files.config.get("max_length"))
     return Pipeline(denoiser, space, modality, window=window if type(window) is int else None)
 
@@ -262,7 +259,7 @@ def _text_of(folder: Path, mask_id: int | None, tokenizer: str | Path | None) ->
     return found
 
 
-def _image_of(folder: Path, module: Backbone | None) -> Modality | None:
+def _image_of(folder: Path, module: object) -> Modality | None:
     """The modality of a generator over a grid with the codec in codec/; None without the two.
 
     Labels are the numbers of the generator's classes. Raises CheckpointError where the codec
@@ -302,6 +299,13 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype.removeprefix("torch.") not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; {nearest(dtype, DTYPES)}")
     return DTYPES[dtype.removeprefix("torch.")]
+
+
+def _target(device: torch.device | DeviceMap | str | None) -> torch.device | DeviceMap | str:
+    """The one device, the map of several, or AUTO."""
+    if isinstance(device, Mapping):
+        return {part: _device(own) for part, own in device.items()}
+    return AUTO if device == AUTO else _device(device)
 
 
 def _device(device: torch.device | str | int | None) -> torch.device:

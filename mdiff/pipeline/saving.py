@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from mdiff.denoiser import Denoiser
+from mdiff.denoiser import Denoiser, Saveable
 from mdiff.errors import ConfigError
 from mdiff.files import PIPELINE, staged, write_json
 from mdiff.modalities import HasFolders, Modality
@@ -32,13 +31,12 @@ def save_model(
     Raises CheckpointError where the folder exists, ConfigError for a denoiser or a schedule
     that has no files.
     """
-    model: Any = denoiser
-    if not hasattr(model, "save_pretrained"):
-        raise ConfigError(f"{type(model).__name__} cannot be saved: it has no files")
+    if not isinstance(denoiser, Saveable):
+        raise ConfigError(f"{type(denoiser).__name__} cannot be saved: it has no files")
     if isinstance(modality, HasFolders):
         # A published directory: each part in the folder and the layout that it came in.
         with staged(folder) as inner:
-            model.save_pretrained(inner / modality.denoiser_folder)
+            denoiser.save_pretrained(inner / modality.denoiser_folder)
             modality.save(inner)
         return
     name = type(schedule).__name__.lower()
@@ -48,12 +46,12 @@ def save_model(
 
     logging.disable_progress_bar()
     with staged(folder) as inner:
-        model.save_pretrained(inner)
+        denoiser.save_pretrained(inner)
         modality.save(inner)
         write_pipeline(
             inner,
             # A part lies in the module of its name.
-            backbone=type(model).__module__.rpartition(".")[2],
+            backbone=type(denoiser).__module__.rpartition(".")[2],
             window=window,
             modality=modality.config(),
             space=space,

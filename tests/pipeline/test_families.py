@@ -272,5 +272,5 @@ def test_a_tokenizer_may_be_named_for_a_checkpoint_without_one(folder, tmp_path,
     assert run(["eval", str(folder), "--data", str(data), "--tokenizer", str(path), "--draws", "2",
                 "--samples", "0", "--json"]) == 0  # fmt: skip
     assert json.loads(capsys.readouterr().out)["bits_per_char"] > 0
-    with pytest.raises(ConfigError, match="its own way"):
+    with pytest.raises(ConfigError, match="has its own modality"):
         mdiff.load("builtin:shakespeare", tokenizer=path)
