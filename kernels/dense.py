@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 # A row of zeros (a padding embedding, say) must normalise to zeros, not to NaN.
 EPSILON = 1e-6
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
+HAS_ONEDNN = torch._C._has_mkldnn
 # Multiplications from which a product by oneDNN is faster than torch's own.
 ONEDNN_FROM = 1 << 21
 # Longest sequence whose attention weights are materialised while training on the CPU.
