@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from machine import record
 from torch import Tensor, nn
 
-from mdiff.ops.categorical import masked_cross_entropy
+from mdiff.ops import masked_cross_entropy
 
 # Features (N, D), the head, targets (N,), which rows are hidden (N,).
 Problem = tuple[Tensor, nn.Linear, Tensor, Tensor]

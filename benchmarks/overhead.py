@@ -17,7 +17,7 @@ import torch
 from machine import record
 
 from mdiff.evaluation.bench.generation import step_seconds
-from mdiff.ops.categorical import backend_name
+from mdiff.ops import backend_name
 
 
 def main() -> None:

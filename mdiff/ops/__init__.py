@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from mdiff.ops.categorical import BACKENDS as BACKENDS
-from mdiff.ops.categorical import MISSING as MISSING
-from mdiff.ops.categorical import Draw as Draw
-from mdiff.ops.categorical import Revealed as Revealed
-from mdiff.ops.categorical import backend_name as backend_name
+from mdiff.kernels.loss import CrossEntropy as CrossEntropy
+from mdiff.kernels.reference import Draw as Draw
+from mdiff.kernels.reveal_torch import Revealed as Revealed
+from mdiff.ops.backend import BACKENDS as BACKENDS
+from mdiff.ops.backend import MISSING as MISSING
+from mdiff.ops.backend import backend_name as backend_name
+from mdiff.ops.categorical import BoundDraw as BoundDraw
+from mdiff.ops.categorical import Filters as Filters
+from mdiff.ops.categorical import bind_draw as bind_draw
 from mdiff.ops.categorical import draw as draw
-from mdiff.ops.categorical import drawing as drawing
-from mdiff.ops.categorical import masked_cross_entropy as masked_cross_entropy
-from mdiff.ops.categorical import reveal as reveal
+from mdiff.ops.cross_entropy import masked_cross_entropy as masked_cross_entropy
+from mdiff.ops.selection import reveal as reveal

@@ -19,7 +19,7 @@ from mdiff.denoiser import (
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.kernels.reveal_torch import written
-from mdiff.ops import Draw, Revealed, drawing, reveal
+from mdiff.ops import Draw, Revealed, bind_draw, reveal
 from mdiff.schedule import Schedule
 from mdiff.tokens import TokenSpace, ranks
 
@@ -98,7 +98,7 @@ class Unmasking:
         ).flatten(1)
         self.spans = space.spans(canvas.shape[1], device)
         self.calls = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.draw = drawing(
+        self.draw = bind_draw(
             space.vocab_size, device=device.type, temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, measure=measure, never=space.forbidden,
         )  # fmt: skip

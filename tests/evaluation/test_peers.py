@@ -12,7 +12,7 @@ from torch import Tensor
 from mdiff.denoiser import from_logits
 from mdiff.evaluation.bench.baselines import amused_step, mdlm_sampler, mdlm_step
 from mdiff.evaluation.bench.laws import MDLM, OURS, Case, law, law_case, laws, make_case, sides
-from mdiff.ops.categorical import BACKENDS
+from mdiff.ops import BACKENDS
 
 # the law of the sides
 

@@ -15,7 +15,7 @@ from mdiff.kernels.loss_rows import Rows
 from mdiff.kernels.reference import TILE, Draw, draw_reference, kept_columns
 from mdiff.kernels.reveal_torch import reveal_torch
 from mdiff.kernels.reveal_triton import reveal_triton
-from mdiff.ops.categorical import masked_cross_entropy
+from mdiff.ops import masked_cross_entropy
 
 pytestmark = pytest.mark.gpu
 FALSE_ALARM = 1e-6 / 8

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mdiff import ops
 from mdiff.cli import doctor
 from mdiff.errors import BackendError
 from mdiff.kernels import draw_c as module
 from mdiff.kernels import philox
 from mdiff.kernels.draw_torch import draw_torch
 from mdiff.kernels.reference import TILE, draw_reference
-from mdiff.ops import categorical as ops
-from mdiff.ops.categorical import BACKENDS, draw
+from mdiff.ops import BACKENDS, draw
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 needs_the_library = pytest.mark.skipif(

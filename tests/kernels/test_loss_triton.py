@@ -11,8 +11,8 @@ from torch import nn
 from mdiff.errors import BackendError
 from mdiff.kernels import loss_heads, loss_rows
 from mdiff.kernels.loss_rows import Rows
-from mdiff.ops import categorical as ops
-from mdiff.ops.categorical import masked_cross_entropy
+from mdiff.ops import backend as backends
+from mdiff.ops import masked_cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 SPAN = torch.tensor([[3, 300], [0, 337], [100, 101], [64, 128], [8, 20]])
@@ -193,6 +193,6 @@ def test_the_backend_of_the_draw_is_that_of_the_loss(monkeypatch):
     assert asked == [1]
     masked_cross_entropy(features.double(), head.double(), targets)
     assert asked == [1]
-    monkeypatch.setattr(ops, "triton_why_not", lambda device: "no interpreter")
+    monkeypatch.setattr(backends, "triton_why_not", lambda device: "no interpreter")
     with pytest.raises(BackendError, match="no interpreter"):
         masked_cross_entropy(features, head, targets)

@@ -12,7 +12,7 @@ from scipy import stats
 from mdiff.errors import BackendError, ConfigError
 from mdiff.kernels import draw_torch, philox
 from mdiff.kernels.reference import TILE, Draw, draw_reference, kept_columns
-from mdiff.ops.categorical import BACKENDS, backend_name, draw
+from mdiff.ops import BACKENDS, backend_name, bind_draw, draw
 
 FALSE_ALARM = 1e-6 / 32
 OPTIONS = [
@@ -249,6 +249,13 @@ def test_bfloat16_and_float64_logits_are_taken():
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ConfigError):
         draw(torch.zeros(1, 3), seed=0, **options)
+
+
+def test_a_filter_of_an_unknown_name_is_a_type_error():
+    with pytest.raises(TypeError, match="topk"):
+        draw(torch.zeros(1, 3), seed=0, topk=3)
+    with pytest.raises(TypeError, match="topk"):
+        bind_draw(3, topk=3)
 
 
 def test_a_backend_that_is_not_here_is_an_error_and_never_another_one(monkeypatch):

@@ -15,7 +15,7 @@ from mdiff.backbones.transformer import Head
 from mdiff.errors import ConfigError
 from mdiff.kernels import loss, loss_heads
 from mdiff.kernels.loss_heads import linear_map
-from mdiff.ops.categorical import masked_cross_entropy
+from mdiff.ops import masked_cross_entropy
 
 WIDTH, COLUMNS = 6, 23
 

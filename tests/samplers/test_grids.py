@@ -14,7 +14,7 @@ from toys import HashDenoiser
 from mdiff import sample
 from mdiff.errors import ConfigError
 from mdiff.find import find, names
-from mdiff.ops.categorical import draw
+from mdiff.ops import draw
 from mdiff.samplers.confidence import confidence
 from mdiff.samplers.halton import CURVES, curve_counts, halton, halton_order, revealed_by
 from mdiff.sampling.unmasking import reveal_counts, schedule_counts

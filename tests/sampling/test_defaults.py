@@ -11,7 +11,7 @@ import mdiff
 from mdiff import Pipeline, TokenSpace
 from mdiff.backbones.transformer import transformer
 from mdiff.modalities.ids import ids
-from mdiff.ops.categorical import BACKENDS, draw, reveal
+from mdiff.ops import BACKENDS, draw, reveal
 
 OPTIONS = [
     {"sampler": "first_hitting"},

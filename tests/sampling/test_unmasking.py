@@ -17,8 +17,8 @@ from mdiff.denoiser import FromLogits, flat_positions, guided
 from mdiff.errors import ConfigError
 from mdiff.find import find, names
 from mdiff.kernels.reveal_torch import reveal_torch
+from mdiff.ops import Draw
 from mdiff.ops import categorical as ops
-from mdiff.ops.categorical import Draw
 from mdiff.samplers.confidence import confidence
 from mdiff.sampling.run import sample
 from mdiff.tokens import TokenSpace
