@@ -29,7 +29,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "kmeans f4, 512 centres": {"name": "kmeans"},
     "vq f4": {"name": "vq"},
     "vq f4, local": {"name": "vq", "local": True},
-    "bits f4, lfq 2 x 5": {"name": "bits", "bits": 10, "splits": 2},
+    "bits f4, lfq 2 x 5": {"name": "bits", "bits": 10, "codes_per_position": 2},
     "bits f4, fsq 8 5 5 5": {"name": "bits", "quantizer": "fsq"},
 }
 BATCH = 64

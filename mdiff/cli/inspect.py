@@ -137,13 +137,14 @@ def inspected(name: str, files: ModelFiles) -> dict[str, Any]:
 def of_pictures(modality: ImageModality) -> dict[str, Any]:
     """What a modality of pictures is: its codec, and what a canvas holds, part by part."""
     codec = modality.codec
-    reach = "the whole picture" if codec.reach is None else f"{codec.reach} pixels beyond"
+    margin = codec.receptive_field_margin
+    reads = "the whole picture" if margin is None else f"{margin} pixels beyond"
     found: dict[str, Any] = {
-        "codec": f"{codec.name}, {codec.codebook_size} ids, {codec.splits} a place of "
-        f"{codec.stride} x {codec.stride} pixels, reads {reach}, "
+        "codec": f"{codec.name}, {codec.codebook_size} ids, {codec.codes_per_position} a place of "
+        f"{codec.stride} x {codec.stride} pixels, reads {reads}, "
         f"{'lossless' if codec.lossless else 'lossy'}",
         "size": f"{modality.size[0]} x {modality.size[1]} pixels, {codec.channels} channels",
-        "grid": f"{modality.cells[0]} x {modality.cells[1]} places",
+        "grid": f"{modality.latent_grid[0]} x {modality.latent_grid[1]} places",
     }
     if modality.label != "none":
         told = "the model is told" if modality.label == "condition" else "a part"

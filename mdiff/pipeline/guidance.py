@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mdiff.backbones.layers import GridModel
 from mdiff.denoiser import Denoiser, away_from, guided, other_start
 from mdiff.errors import ConfigError, DataError
 from mdiff.modalities import Conditional, HasParts, Modality, TextConditional
@@ -89,7 +90,11 @@ def null_condition(modality: Modality, negative: Prompt | None = None) -> dict[s
 
 def _start(model: Model, negative: Prompt, canvases: Sequence[Sequence[int]]) -> Tensor:
     """The tokens (N,) of a negative prompt, which fit in front of the hidden positions."""
-    if not negative or isinstance(model.modality, HasParts) or hasattr(model.denoiser, "cells"):
+    if (
+        not negative
+        or isinstance(model.modality, HasParts)
+        or isinstance(model.denoiser, GridModel)
+    ):
         raise ConfigError(
             "negative_prompt: expected the beginning of a text; without it the prompt is hidden"
         )

@@ -50,8 +50,8 @@ DTYPES = {
 class Regroups(Protocol):
     """A codec whose bits can be read in groups, each a token."""
 
-    def in_groups(self, splits: int) -> Self:
-        """The same codec with `splits` tokens a position."""
+    def in_groups(self, codes_per_position: int) -> Self:
+        """The same codec with as many codes a position."""
 
 
 def load(
@@ -271,15 +271,16 @@ def _image_of(folder: Path, module: object) -> Modality | None:
     from mdiff.modalities.image import load_codec
 
     codec = load_codec(beside)
-    if codec.splits != module.splits and isinstance(codec, Regroups):
-        codec = codec.in_groups(module.splits)
-    if (codec.splits, codec.codebook_size) != (module.splits, module.mask_id):
+    codes = module.codes_per_position
+    if codec.codes_per_position != codes and isinstance(codec, Regroups):
+        codec = codec.in_groups(codes)
+    if (codec.codes_per_position, codec.codebook_size) != (codes, module.mask_id):
         raise CheckpointError(
-            f"{beside} has {codec.splits} x {codec.codebook_size} ids a position, the model "
-            f"{module.splits} x {module.mask_id}: they are not of the same training"
+            f"{beside} has {codec.codes_per_position} x {codec.codebook_size} ids a position, the "
+            f"model {codes} x {module.mask_id}: they are not of the same training"
         )
     made: Modality = find("modalities", "image")(
-        codec=codec, size=[side * codec.stride for side in module.cells], label="condition",
+        codec=codec, size=[side * codec.stride for side in module.latent_grid], label="condition",
         labels=[str(number) for number in range(module.classes)],
     )  # fmt: skip
     return made

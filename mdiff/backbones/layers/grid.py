@@ -18,10 +18,10 @@ LABEL = "label"
 
 @runtime_checkable
 class GridModel(Protocol):
-    """A generator of a grid of `cells` (h, w), each of `splits` tokens, with `classes` labels."""
+    """A generator over a grid of positions (h, w), with `classes` labels."""
 
-    cells: tuple[int, int]
-    splits: int
+    latent_grid: tuple[int, int]
+    codes_per_position: int
     classes: int
     mask_id: int | None
 

@@ -136,7 +136,7 @@ class HaltonTransformer(Backbone):
 
     tied: ClassVar[dict[str, str]] = {"head.weight": "tok_emb.weight"}
     no_split: ClassVar[tuple[str, ...]] = ("Block",)
-    splits = 1
+    codes_per_position = 1
 
     def __init__(
         self, described: Mapping[str, Any], *, side: int, width: int, codebook_size: int,
@@ -145,7 +145,7 @@ class HaltonTransformer(Backbone):
         super().__init__(
             described, vocab_size=codebook_size + 1, mask_id=codebook_size, window=side**2
         )
-        self.cells, self.classes = (side, side), classes
+        self.latent_grid, self.classes = (side, side), classes
         self.cls_emb = nn.Embedding(classes + 1, width)
         self.tok_emb = nn.Embedding(codebook_size + 1, width)
         self.pos_emb = nn.Embedding(side**2, width)

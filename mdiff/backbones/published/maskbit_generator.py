@@ -98,20 +98,20 @@ class Transformer(nn.Module):
 class GroupHead(nn.Module):
     """One matrix for the heads of all groups, stored one below another.
 
-    Rows (N, splits D + splits) hold a place's features in their group's columns among zeros,
+    Rows (N, groups D + groups) hold a place's features in their group's columns among zeros,
     and a 1 in the group's own column, which picks its bias.
     """
 
-    def __init__(self, width: int, splits: int, columns: int) -> None:
+    def __init__(self, width: int, groups: int, columns: int) -> None:
         super().__init__()
-        self.splits = splits
-        self.weight = nn.Parameter(torch.empty(splits * columns, width))
-        self.bias = nn.Parameter(torch.empty(splits * columns))
+        self.codes_per_position = groups
+        self.weight = nn.Parameter(torch.empty(groups * columns, width))
+        self.bias = nn.Parameter(torch.empty(groups * columns))
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits (N, V)."""
-        each = self.weight.view(self.splits, -1, self.weight.shape[1])
-        bias = self.bias.view(self.splits, -1)
+        each = self.weight.view(self.codes_per_position, -1, self.weight.shape[1])
+        bias = self.bias.view(self.codes_per_position, -1)
         return F.linear(x, torch.cat([each.transpose(0, 1).flatten(1), bias.mT], 1))
 
 
@@ -121,13 +121,13 @@ class MaskBitGenerator(Backbone):
     no_split: ClassVar[tuple[str, ...]] = ("Attention", "FeedForward")
 
     def __init__(
-        self, described: Mapping[str, Any], *, side: int, width: int, bits: int, splits: int,
+        self, described: Mapping[str, Any], *, side: int, width: int, bits: int, groups: int,
         depth: int, heads: int, inner: int, classes: int, before: bool,
     ) -> None:  # fmt: skip
-        ids = 1 << bits // splits
-        super().__init__(described, vocab_size=ids, mask_id=ids, window=side**2 * splits)
-        self.cells, self.splits, self.classes = (side, side), splits, classes
-        self.bits_a_token, self.before = bits // splits, before
+        ids = 1 << bits // groups
+        super().__init__(described, vocab_size=ids, mask_id=ids, window=side**2 * groups)
+        self.latent_grid, self.codes_per_position, self.classes = (side, side), groups, classes
+        self.bits_a_token, self.before = bits // groups, before
         self.class_emb = nn.Embedding(classes + 1, width)
         self.input_proj = nn.Linear(bits, width)
         self.pos_emb = nn.Parameter(torch.empty(1, side**2 + 1, width))
@@ -138,9 +138,9 @@ class MaskBitGenerator(Backbone):
         self.last_layer = nn.Sequential(
             nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, eps=EPSILON)
         )
-        self.prediction_layer = GroupHead(width, splits, ids)
+        self.prediction_layer = GroupHead(width, groups, ids)
         # The value of each bit: stored in the files, and the same in all of them.
-        self.register_buffer("bits_to_indices", torch.empty(bits // splits, dtype=torch.int32))
+        self.register_buffer("bits_to_indices", torch.empty(bits // groups, dtype=torch.int32))
 
     @property
     def head(self) -> nn.Module:  # type: ignore[override]
@@ -151,15 +151,16 @@ class MaskBitGenerator(Backbone):
         self, tokens: Tensor, *, valid: Tensor | None, documents: Tensor | None,
         t: Tensor | None, cond: Condition | None, cache: KeyValues | None,
     ) -> Tensor:  # fmt: skip
-        """What `head` reads (B, L, splits D + splits); ConfigError for a canvas that the model
+        """What `head` reads (B, L, groups D + groups); ConfigError for a canvas that the model
         cannot be given. Padding is of whole places.
         """
         label = class_of(cond, tokens, classes=self.classes)
-        if tokens.shape[1] % self.splits:
+        if tokens.shape[1] % self.codes_per_position:
             raise ConfigError(
-                f"a canvas of {tokens.shape[1]} tokens: expected {self.splits} for each place"
+                f"a canvas of {tokens.shape[1]} tokens: expected {self.codes_per_position} "
+                "for each position"
             )
-        groups = tokens.view(len(tokens), -1, self.splits)
+        groups = tokens.view(len(tokens), -1, self.codes_per_position)
         positions, sees = grid_layout(
             groups[..., 0], valid=None if valid is None else valid.view(groups.shape).all(2),
             documents=documents, cache=cache, window=self.pos_emb.shape[1] - 1, extra=1,
@@ -172,7 +173,7 @@ class MaskBitGenerator(Backbone):
         return self._grouped(self.last_layer(x[:, :-1]))
 
     def _signs(self, groups: Tensor) -> Tensor:
-        """The bits (B, P, splits bits) of places (B, P, splits): -1, +1, or 0 where hidden."""
+        """The bits (B, P, groups bits) of places (B, P, groups): -1, +1, or 0 where hidden."""
         power = torch.arange(self.bits_a_token, device=groups.device)
         signs = 2 * (groups[..., None] >> power & 1) - 1
         hidden = groups == self.vocab_size
@@ -180,8 +181,8 @@ class MaskBitGenerator(Backbone):
         return seen.flatten(2).to(self.input_proj.weight.dtype)
 
     def _grouped(self, x: Tensor) -> Tensor:
-        """Features of places (B, P, D) as the head's rows of tokens (B, P splits, ...)."""
-        own = torch.eye(self.splits, dtype=x.dtype, device=x.device)
+        """Features of places (B, P, D) as the head's rows of tokens (B, P groups, ...)."""
+        own = torch.eye(self.codes_per_position, dtype=x.dtype, device=x.device)
         columns = torch.einsum("bpd,gh->bpghd", x, own).flatten(3)
         rows = torch.cat([columns, own.expand(*x.shape[:2], -1, -1)], 3)
         return rows.flatten(1, 2)
@@ -197,11 +198,11 @@ def maskbit_generator(described: Mapping[str, Any]) -> MaskBitGenerator:
     fields = Fields(described)
     codes = fields.whole("codebook_size", least=2, most=1 << MOST_BITS)
     bits = codes.bit_length() - 1
-    splits = fields.whole("codebook_splits", most=MOST_BITS, default=1)
-    if codes != 1 << bits or bits % splits or 1 << bits // splits > MOST_IDS:
+    groups = fields.whole("codebook_splits", most=MOST_BITS, default=1)
+    if codes != 1 << bits or bits % groups or 1 << bits // groups > MOST_IDS:
         raise CheckpointError(
-            f"config.json: codebook_size={codes} in codebook_splits={splits}: expected a power of "
-            "two whose bits the splits divide"
+            f"config.json: codebook_size={codes} in codebook_splits={groups}: expected a power of "
+            "two whose bits the groups divide"
         )
     width, heads = fields.whole("hidden_dim"), fields.whole("heads")
     if width % heads:
@@ -209,7 +210,7 @@ def maskbit_generator(described: Mapping[str, Any]) -> MaskBitGenerator:
     stride = fields.whole("input_stride", default=16)
     side = fields.whole("img_size", least=stride, most=MOST_SIDE * stride, default=256) // stride
     return MaskBitGenerator(
-        described, side=side, width=width, bits=bits, splits=splits,
+        described, side=side, width=width, bits=bits, groups=groups,
         depth=fields.whole("depth", most=MOST_LAYERS), heads=heads,
         inner=fields.whole("mlp_dim", most=8 * MOST_WIDTH),
         classes=fields.whole("nclass", most=MOST_IDS, default=1000),

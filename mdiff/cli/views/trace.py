@@ -118,8 +118,8 @@ class _Flow(NamedTuple):
 
 
 def _grid(modality: Any, flow: _Flow, picture: Image) -> Grid:
-    rows, columns = modality.cells
-    each = modality.codec.splits
+    rows, columns = modality.latent_grid
+    each = modality.codec.codes_per_position
     first = modality.span("image").start
     starts = range(first, first + rows * columns * each, each)
     return Grid(

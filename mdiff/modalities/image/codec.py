@@ -18,6 +18,9 @@ from mdiff.files import check_tensors, load_weights, read_json, read_tensors
 from mdiff.find import find, module_of, names
 
 SETTINGS = "codec.json"
+# What files and recipes call codes_per_position. It is still written: fingerprints of token
+# folders hash the settings, and older readers know no other name.
+CODES_KEY = "splits"
 TENSORS = "codec.safetensors"
 # What a codec of another project consists of.
 PUBLISHED_CONFIG, PUBLISHED_TENSORS = "config.json", "model.safetensors"
@@ -27,22 +30,22 @@ Report = Callable[[str], None]
 class Codec(Protocol):
     """Pictures (B, C, H, W) uint8, 0 to 255, to ids and back.
 
-    `encode` gives ids (B, h, w) int64, or (B, h, w, splits) where a place has several codes,
+    `encode` gives ids (B, h, w) int64, or (B, h, w, n) where `codes_per_position` n is over 1,
     each in [0, codebook_size); h = H / stride and w = W / stride. `decode` takes them back to
     uint8. A picture's ids do not depend on the others of its batch. The tensors stay float32
     whatever the generator's type.
 
-    `reach` is how many pixels beyond its own stride x stride patch a token's encoder reads,
-    each way; None where it reads the whole picture. `lossless` says that decode(encode(x)) is
-    x to the last bit.
+    `receptive_field_margin` is how many pixels beyond its own stride x stride patch the encoder
+    reads for a token, on each side; None where it reads the whole picture. `lossless`:
+    decode(encode(x)) is x to the last bit.
     """
 
     name: str
     channels: int
     stride: int
-    splits: int
+    codes_per_position: int
     codebook_size: int
-    reach: int | None
+    receptive_field_margin: int | None
     lossless: bool
 
     def encode(self, images: Tensor) -> Tensor:
@@ -77,11 +80,11 @@ def check_pictures(images: Tensor, *, channels: int, stride: int) -> None:
         raise DataError(f"pictures of {height} x {width}: expected multiples of {stride} pixels")
 
 
-def check_ids(ids: Tensor, *, codebook_size: int, splits: int) -> None:
-    """Raise DataError where `ids` is not (B, h, w[, splits]) int64 in [0, codebook_size)."""
-    dims = 3 if splits == 1 else 4
-    if ids.dtype != torch.int64 or ids.dim() != dims or (dims == 4 and ids.shape[3] != splits):
-        expected = "(B, h, w)" if splits == 1 else f"(B, h, w, {splits})"
+def check_ids(ids: Tensor, *, codebook_size: int, codes_per_position: int) -> None:
+    """Raise DataError where `ids` is not (B, h, w[, n]) int64 in [0, codebook_size)."""
+    last = () if codes_per_position == 1 else (codes_per_position,)
+    if ids.dtype != torch.int64 or ids.dim() < 3 or ids.shape[3:] != last:
+        expected = "(B, h, w)" if not last else f"(B, h, w, {codes_per_position})"
         raise DataError(f"ids {tuple(ids.shape)} {ids.dtype}: expected {expected} int64")
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < codebook_size:
         wrong = int(ids.max() if int(ids.min()) >= 0 else ids.min())
@@ -101,6 +104,8 @@ def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
             raise CheckpointError(f"{described}: there is no codec: expected {SETTINGS} in it")
         described = {"name": str(described)}
     options = dict(described)
+    if CODES_KEY in options and "codes_per_position" not in options:
+        options["codes_per_position"] = options.pop(CODES_KEY)
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError("codec.name is missing: expected levels, kmeans, vq, bits or a folder")

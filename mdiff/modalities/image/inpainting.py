@@ -101,17 +101,18 @@ class Edits:
 
 
 def touched(codec: Codec, mask: Tensor) -> Tensor:
-    """The places (h, w) bool whose encoder reads a pixel of `mask` (H, W) bool.
+    """The positions (h, w) bool for which the encoder reads a pixel of `mask` (H, W) bool.
 
-    A token reads its own patch and `reach` pixels beyond it, each way.
+    That is the position's own patch and the codec's `receptive_field_margin` around it.
     """
-    if codec.reach is None:
+    margin = codec.receptive_field_margin
+    if margin is None:
         height, width = mask.shape
         shape = height // codec.stride, width // codec.stride
         return mask.any().expand(shape).clone()
-    padded = F.pad(mask[None, None].float(), (codec.reach,) * 4)
-    seen = F.max_pool2d(padded, codec.stride + 2 * codec.reach, stride=codec.stride)
-    return seen[0, 0] > 0
+    padded = F.pad(mask[None, None].float(), (margin,) * 4)
+    read = F.max_pool2d(padded, codec.stride + 2 * margin, stride=codec.stride)
+    return read[0, 0] > 0
 
 
 def pasted(original: Tensor, made: Tensor, mask: Tensor) -> Tensor:
@@ -120,9 +121,9 @@ def pasted(original: Tensor, made: Tensor, mask: Tensor) -> Tensor:
 
 
 def shown_pictures(codec: Codec, places: Tensor, *, mask_id: int) -> Tensor:
-    """The pictures (B, C, H, W) uint8 of codes (B, h, w, splits), grey where one is hidden."""
+    """The pictures (B, C, H, W) uint8 of codes (B, h, w, n), grey where one is hidden."""
     hidden = places == mask_id
     ids = torch.where(hidden, 0, places)
-    made = codec.decode(ids[..., 0] if codec.splits == 1 else ids)
+    made = codec.decode(ids[..., 0] if codec.codes_per_position == 1 else ids)
     cover = hidden.any(3).repeat_interleave(codec.stride, 1).repeat_interleave(codec.stride, 2)
     return made.masked_fill(cover[:, None], GREY)

@@ -66,19 +66,20 @@ class ImageModality:
         return "dim" if self.codec.lossless else "pixel"
 
     @property
-    def cells(self) -> tuple[int, int]:
-        """The picture's places (h, w)."""
+    def latent_grid(self) -> tuple[int, int]:
+        """The picture's positions (h, w)."""
         return self.size[0] // self.codec.stride, self.size[1] // self.codec.stride
 
     @property
     def grid(self) -> tuple[int, int]:
         """The picture's tokens as a grid of plain integers, codes of a place side by side."""
-        return self.cells[0], self.cells[1] * self.codec.splits
+        return self.latent_grid[0], self.latent_grid[1] * self.codec.codes_per_position
 
     @property
     def parts(self) -> CanvasParts:
         """What a canvas is made of."""
-        found = [Part("image", (*self.cells, self.codec.splits), self.codec.codebook_size)]
+        layout = (*self.latent_grid, self.codec.codes_per_position)
+        found = [Part("image", layout, self.codec.codebook_size)]
         if self.label == "part":
             found.append(Part("label", (1, 1, 1), len(self._known_labels())))
         if self.captions:
@@ -219,8 +220,8 @@ class ImageModality:
         region = pixel_mask(mask, self.size)
         canvas = torch.tensor(self.canvas({"image": picture, **given}), device="cpu")
         may = torch.zeros(self.length, dtype=torch.bool, device="cpu")
-        each = touched(self.codec, region).flatten().repeat_interleave(self.codec.splits)
-        may[self.span("image")] = each
+        each = touched(self.codec, region).flatten()
+        may[self.span("image")] = each.repeat_interleave(self.codec.codes_per_position)
         canvases = [
             torch.where(hidden, self.space.mask_id, canvas).tolist()
             for hidden in hidden_share(may, strength=strength, seeds=seeds)
@@ -248,8 +249,9 @@ class ImageModality:
 
     def shown(self, tokens: Tensor) -> Tensor:
         """The pictures (B, C, H, W) uint8 of canvases (B, L), hidden places grey."""
-        places = tokens[:, self.span("image")].reshape(-1, *self.cells, self.codec.splits)
-        return shown_pictures(self.codec, places, mask_id=self.space.mask_id)
+        layout = (*self.latent_grid, self.codec.codes_per_position)
+        codes = tokens[:, self.span("image")].reshape(-1, *layout)
+        return shown_pictures(self.codec, codes, mask_id=self.space.mask_id)
 
     def _said_label(self, token: int) -> str | None:
         ids = self.parts.ids("label")

@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import check_tensors, read_tensors, replace_file, sweep
-from mdiff.modalities.image import Codec, Report, make_codec, save_codec
+from mdiff.modalities.image import CODES_KEY, Codec, Report, make_codec, save_codec
 from mdiff.modalities.image.data import (
     FORMAT,
     MANIFEST,
@@ -276,7 +276,7 @@ def _manifest(
         "format": FORMAT,
         "codec": {"fingerprint": made_by, "config": codec.config()},
         "codebook_size": codec.codebook_size,
-        "splits": codec.splits,
+        CODES_KEY: codec.codes_per_position,
         "size": list(pictures.pixels.shape[2:]),
         "count": len(pictures),
         "label_names": pictures.label_names,

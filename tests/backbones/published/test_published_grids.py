@@ -64,7 +64,7 @@ def test_logits_are_those_of_the_official_code(golden: str) -> None:
 def test_padding_changes_nothing(golden: str, side: str) -> None:
     model: Any = mdiff.load(GOLDEN / golden, device="cpu").denoiser
     tokens = truth_of(golden)["tokens"].flatten(1)[:2]
-    pad = 3 * model.splits
+    pad = 3 * model.codes_per_position
     cond = {"label": torch.tensor([1, 4])}
     alone = tokens[:1, :-pad]
     filler = torch.zeros(1, pad, dtype=torch.int64)

@@ -52,12 +52,18 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "kmeans": [{"codebook_size": 48}, {"channels": 1, "stride": 2, "codebook_size": 16}],
     "vq": [
         {"codebook_size": 32, **TRAINED},
-        {"codebook_size": 16, "splits": 2, "local": True, "channels": 1, **TRAINED},
+        {"codebook_size": 16, "codes_per_position": 2, "local": True, "channels": 1, **TRAINED},
     ],
     "bits": [
         {"bits": 6, **TRAINED},
-        {"bits": 6, "splits": 2, "local": True, **TRAINED},
-        {"quantizer": "fsq", "levels": [4, 3, 5], "splits": 2, "channels": 1, **TRAINED},
+        {"bits": 6, "codes_per_position": 2, "local": True, **TRAINED},
+        {
+            "quantizer": "fsq",
+            "levels": [4, 3, 5],
+            "codes_per_position": 2,
+            "channels": 1,
+            **TRAINED,
+        },
     ],
 }
 GOLDENS = {"taming": "vqgan_taming", "llamagen": "vq_llamagen", "maskbit": "maskbit_tokenizer"}
@@ -67,7 +73,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     for name, golden in GOLDENS.items()
 }
 KINDS |= {name: [options] for name, options in PUBLISHED.items()}
-KINDS["maskbit"].append(PUBLISHED["maskbit"] | {"splits": 2})
+KINDS["maskbit"].append(PUBLISHED["maskbit"] | {"codes_per_position": 2})
 CASES = [
     pytest.param(json.dumps({"name": name, **options}), id=f"{name}-{number}")
     for name in names("codecs")
@@ -103,13 +109,22 @@ def fitted(described: str) -> Any:
 # Every codec
 
 
+def test_files_call_codes_per_position_splits() -> None:
+    codec = make_codec({"name": "vq", "splits": 2, "width": 8})
+    assert codec.codes_per_position == 2
+    assert codec.config()["splits"] == 2
+    with pytest.raises(ConfigError, match="splits"):
+        make_codec({"name": "vq", "splits": 2, "codes_per_position": 2})
+
+
 @over_every_codec
 def test_ids_have_the_stated_shape_and_range_and_decode_to_pictures(described: str) -> None:
     codec = fitted(described)
     images = toy_pictures(5, codec.channels, (16, 24))
     ids = codec.encode(images)
-    places = (5, 16 // codec.stride, 24 // codec.stride)
-    assert tuple(ids.shape) == (places if codec.splits == 1 else (*places, codec.splits))
+    grid = (5, 16 // codec.stride, 24 // codec.stride)
+    codes = codec.codes_per_position
+    assert tuple(ids.shape) == (grid if codes == 1 else (*grid, codes))
     assert ids.dtype == torch.int64
     assert 0 <= int(ids.min()) <= int(ids.max()) < codec.codebook_size
     assert ids.unique().numel() > 1
@@ -145,7 +160,10 @@ def test_a_saved_codec_comes_back_bit_for_bit(described: str, tmp_path: Path) ->
     for name, tensor in again.state().items():
         assert tensor.dtype == state[name].dtype
         assert torch.equal(tensor, state[name])
-    for name in ("channels", "stride", "splits", "codebook_size", "reach", "lossless"):
+    for name in (
+        "channels", "stride", "codes_per_position", "codebook_size", "receptive_field_margin",
+        "lossless",
+    ):  # fmt: skip
         assert getattr(again, name) == getattr(codec, name)
     images = toy_pictures(6, codec.channels)
     ids = codec.encode(images)
@@ -170,17 +188,17 @@ def test_the_same_seed_gives_the_same_codec_and_leaves_torch_s_generator(describ
 @over_every_codec
 def test_pixels_beyond_the_reach_never_change_a_token(described: str) -> None:
     codec = fitted(described)
-    if codec.reach is None:
+    if codec.receptive_field_margin is None:
         one_pixel = torch.zeros(4 * codec.stride, 4 * codec.stride, dtype=torch.bool)
         one_pixel[0, 0] = True
         assert bool(touched(codec, one_pixel).all())
         return
-    stride, reach = codec.stride, codec.reach
+    stride, margin = codec.stride, codec.receptive_field_margin
     # One place with all that it may read around it, and a frame of two places more.
-    beside = -(-reach // stride) + 2
+    beside = -(-margin // stride) + 2
     side = (2 * beside + 1) * stride
     images = toy_pictures(12, codec.channels, (side, side))
-    here = slice(beside * stride - reach, (beside + 1) * stride + reach)
+    here = slice(beside * stride - margin, (beside + 1) * stride + margin)
     outside = images.roll(1, 0)
     outside[:, :, here, here] = images[:, :, here, here]
     inside = images.clone()
@@ -208,8 +226,9 @@ def test_the_report_says_what_is_lost_and_how_much_of_the_codebook_is_used(descr
     used = ids.unique().numel()
     assert kept.usage == pytest.approx(used / codec.codebook_size)
     assert 1 <= kept.perplexity <= used + 1e-9
-    bits_a_place = codec.splits * torch.tensor(float(codec.codebook_size)).log2().item()
-    assert kept.bits_per_pixel == pytest.approx(bits_a_place / codec.stride**2)
+    bits_a_code = torch.tensor(float(codec.codebook_size)).log2().item()
+    bits_a_position = codec.codes_per_position * bits_a_code
+    assert kept.bits_per_pixel == pytest.approx(bits_a_position / codec.stride**2)
     error = (codec.decode(ids).double() - images.double()).square().mean()
     if codec.lossless:
         assert kept.psnr == float("inf")
@@ -287,8 +306,8 @@ def test_damaged_files_are_refused_and_named(described: str, tmp_path: Path) -> 
         ({"name": "levels", "channels": True}, "codec.channels=True"),
         ({"name": "levels", "step": 0}, "codec.step=0"),
         ({"name": "bits", "quantizer": "lfqq"}, "did you mean 'lfq'"),
-        ({"name": "bits", "bits": 7, "splits": 2}, "multiple of splits"),
-        ({"name": "bits", "bits": 34, "splits": 2}, "at most 16 bits"),
+        ({"name": "bits", "bits": 7, "codes_per_position": 2}, "multiple of codes_per_position"),
+        ({"name": "bits", "bits": 34, "codes_per_position": 2}, "at most 16 bits"),
         ({"name": "bits", "levels": [5, 5]}, "for quantizer: fsq"),
         ({"name": "bits", "quantizer": "fsq", "bits": 8}, "for quantizer: lfq"),
         ({"name": "bits", "quantizer": "fsq", "levels": [8, 2]}, "at least 3"),
@@ -430,17 +449,17 @@ def test_bits_and_ids_are_each_other_s_inverse_highest_bit_first(count: int, num
     assert torch.equal(other_bit_order(other_bit_order(ids, count), count), ids)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-def test_the_bit_matrix_is_what_the_decoder_is_given(splits: int) -> None:
-    codec = bits(bits=6, splits=splits, channels=1, width=8)
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_bit_matrix_is_what_the_decoder_is_given(count: int) -> None:
+    codec = bits(bits=6, codes_per_position=count, channels=1, width=8)
     matrix = codec.bit_matrix()
-    each = 6 // splits
+    each = 6 // count
     assert matrix.shape == (2**each, each)
     assert torch.equal(matrix, bits_of(torch.arange(2**each), each) * 2.0 - 1)
     features = torch.randn(2, 6, 3, 4, generator=torch.Generator().manual_seed(0))
     codes, ids, _ = codec.quantizer(features)
     assert torch.equal(codes, torch.where(features > 0, 1.0, -1.0))
-    spread = ids if splits > 1 else ids[..., None]
+    spread = ids if count > 1 else ids[..., None]
     assert torch.equal(matrix[spread].flatten(3).permute(0, 3, 1, 2), codes)
     assert torch.equal(codec.quantizer.inner.indices_to_codes(ids), codes)
 
@@ -518,14 +537,14 @@ def test_an_encoder_reads_exactly_as_far_as_it_says(stride: int, blocks: int, ke
     ).double()
     for weight in encoder.parameters():
         torch.nn.init.normal_(weight)
-    beside = -(-encoder.reach // stride) + 1
+    beside = -(-encoder.receptive_field_margin // stride) + 1
     side = (2 * beside + 1) * stride
     images = torch.randn(1, 1, side, side, dtype=torch.float64, requires_grad=True)
     encoder(images)[0, :, beside, beside].sum().backward()
     assert images.grad is not None
     read = images.grad[0, 0].abs().sum(1).nonzero()[:, 0]
-    assert int(read.min()) == beside * stride - encoder.reach
-    assert int(read.max()) == (beside + 1) * stride + encoder.reach - 1
+    assert int(read.min()) == beside * stride - encoder.receptive_field_margin
+    assert int(read.max()) == (beside + 1) * stride + encoder.receptive_field_margin - 1
 
 
 def test_strides_are_powers_of_two() -> None:

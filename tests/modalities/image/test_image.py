@@ -208,11 +208,11 @@ def test_only_tokens_that_read_the_mask_are_touched():
     assert torch.equal(touched(codec, mask), mask)
 
     class Wide:
-        stride, reach = 2, 1
+        stride, receptive_field_margin = 2, 1
 
     spread = touched(Wide, box_mask("2:3,2:3", (6, 6)))
     assert spread.tolist() == [[True, True, False], [True, True, False], [False, False, False]]
-    Wide.reach = None
+    Wide.receptive_field_margin = None
     assert bool(touched(Wide, box_mask("2:3,2:3", (6, 6))).all())
 
 

@@ -302,7 +302,7 @@ def test_a_model_is_told_the_same_time_in_sampling_as_in_training():
 
 def test_codes_decode_whatever_their_width_and_after_loading(tmp_path):
     made = make_codec({"name": "vq", "channels": 1, "stride": 2, "codebook_size": 7,
-                       "code_width": 3, "splits": 2, "width": 4})  # fmt: skip
+                       "code_width": 3, "codes_per_position": 2, "width": 4})  # fmt: skip
     ids = torch.randint(0, 7, (3, 4, 5, 2), generator=torch.Generator().manual_seed(0))
     pictures = made.decode(ids)
     assert pictures.shape == (3, 1, 8, 10)

@@ -205,7 +205,7 @@ def test_pictures_become_tokens_and_pictures_again_on_the_command_line(tmp_path:
 def test_bits_in_groups_are_the_generator_s_splits_and_decode_alike(tmp_path: Path) -> None:
     codec = load_codec(folder_of("maskbit_tokenizer", tmp_path / "it"))
     halves = codec.in_groups(2)
-    assert (halves.splits, halves.codebook_size, halves.stride) == (2, 8, 4)
+    assert (halves.codes_per_position, halves.codebook_size, halves.stride) == (2, 8, 4)
     whole = outputs("maskbit_tokenizer")["random_indices"]
     groups = torch.stack([whole % 8, whole // 8], -1)
     assert torch.equal(halves.decode(groups), codec.decode(whole))
@@ -214,7 +214,7 @@ def test_bits_in_groups_are_the_generator_s_splits_and_decode_alike(tmp_path: Pa
     full = truth["full_tokens"].view(-1, 4, 4)
     assert torch.equal(halves.ids(codec.codes(full)).flatten(1, 2), truth["split_tokens"])
     save_codec(halves, tmp_path)
-    assert load_codec(tmp_path).splits == 2
+    assert load_codec(tmp_path).codes_per_position == 2
     with pytest.raises(CheckpointError, match="divisor of 6"):
         codec.in_groups(4)
 

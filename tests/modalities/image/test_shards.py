@@ -79,7 +79,7 @@ def test_what_is_written_is_read_with_everything_that_is_known(folder: Path, cod
 
 
 def test_pictures_without_labels_and_several_codes_a_place_come_back_too(tmp_path: Path) -> None:
-    codec = bits(bits=34 - 2, splits=2, width=4, blocks=1)
+    codec = bits(bits=34 - 2, codes_per_position=2, width=4, blocks=1)
     plain = Pictures(pixels=pictures().pixels, names=pictures().names)
     write_shards(plain, tmp_path / "out", codec=codec)
     found = open_shards(tmp_path / "out", codec=codec)

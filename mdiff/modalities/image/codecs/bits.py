@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.errors import ConfigError, nearest
-from mdiff.modalities.image.codec import Report, check_ids, check_pictures
+from mdiff.modalities.image.codec import CODES_KEY, Report, check_ids, check_pictures
 from mdiff.modalities.image.codecs.networks.autoencoder import (
     CODED_AT_ONCE,
     Decoder,
@@ -26,7 +26,7 @@ from mdiff.modalities.image.codecs.networks.autoencoder import (
 from mdiff.modalities.image.codecs.networks.fit import Training, fit_networks, take_state
 
 QUANTIZERS = ("lfq", "fsq")
-# The entropy loss holds the probability of every code at every place.
+# The entropy loss holds the probability of every code at every position.
 MOST_BITS = 16
 FSQ_LEVELS = (8, 5, 5, 5)
 
@@ -38,15 +38,16 @@ class Bits(nn.Module):
     lossless = False
 
     def __init__(
-        self, *, quantizer: str, channels: int, stride: int, levels: tuple[int, ...], splits: int,
-        entropy: float, width: int, blocks: int, local: bool, training: Training,
+        self, *, quantizer: str, channels: int, stride: int, levels: tuple[int, ...],
+        codes_per_position: int, entropy: float, width: int, blocks: int, local: bool,
+        training: Training,
     ) -> None:  # fmt: skip
         super().__init__()
         self.kind, self.channels, self.stride = quantizer, channels, stride
-        self.levels, self.splits, self.entropy = levels, splits, entropy
+        self.levels, self.codes_per_position, self.entropy = levels, codes_per_position, entropy
         self.width, self.blocks, self.local, self.training_plan = width, blocks, local, training
         self.codebook_size = math.prod(levels)
-        inside = splits * len(levels)
+        inside = codes_per_position * len(levels)
         encoder = Encoder(
             channels=channels, width=width, stride=stride, blocks=blocks, out=inside,
             kernel=1 if local else 3,
@@ -57,26 +58,26 @@ class Bits(nn.Module):
         # What is learnt; the quantiser has nothing to learn and is made from the options.
         self.networks = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
         self.quantizer = self._quantizer()
-        self.reach = encoder.reach
+        self.receptive_field_margin = encoder.receptive_field_margin
         self.eval().requires_grad_(False)
 
     def _quantizer(self) -> Quantizer:
-        """The quantiser of the library, `splits` groups side by side."""
+        """The quantiser of the library, the codes of a position side by side."""
         from vector_quantize_pytorch import FSQ, LFQ
 
         if self.kind == "lfq":
             inner: Any = LFQ(
-                codebook_size=self.codebook_size, num_codebooks=self.splits,
+                codebook_size=self.codebook_size, num_codebooks=self.codes_per_position,
                 entropy_loss_weight=self.entropy,
                 commitment_loss_weight=self.training_plan.commitment,
             )  # fmt: skip
         else:
-            inner = FSQ(levels=list(self.levels), num_codebooks=self.splits)
+            inner = FSQ(levels=list(self.levels), num_codebooks=self.codes_per_position)
         return Quantizer(inner)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """The ids, (B, h, w) or (B, h, w, splits) int64, of pictures uint8."""
+        """The ids, (B, h, w) or (B, h, w, n) int64, of pictures uint8."""
         check_pictures(images, channels=self.channels, stride=self.stride)
         return torch.cat([
             self.quantizer(self.networks["encoder"](scaled(some)))[1].long()
@@ -86,7 +87,7 @@ class Bits(nn.Module):
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
         """The pictures (B, C, H, W) uint8 of ids."""
-        check_ids(ids, codebook_size=self.codebook_size, splits=self.splits)
+        check_ids(ids, codebook_size=self.codebook_size, codes_per_position=self.codes_per_position)
         return torch.cat([
             pixels(self.networks["decoder"](self.quantizer.inner.indices_to_codes(some)))
             for some in torch.split(ids, CODED_AT_ONCE)
@@ -115,13 +116,13 @@ class Bits(nn.Module):
     def config(self) -> dict[str, Any]:
         """The options that `bits` takes back, with the name."""
         by_kind: dict[str, Any] = (
-            {"bits": self.splits * len(self.levels), "entropy": self.entropy}
+            {"bits": self.codes_per_position * len(self.levels), "entropy": self.entropy}
             if self.kind == "lfq"
             else {"levels": list(self.levels)}
         )
         return {
             "name": self.name, "quantizer": self.kind, "channels": self.channels,
-            "stride": self.stride, "splits": self.splits, "width": self.width,
+            "stride": self.stride, CODES_KEY: self.codes_per_position, "width": self.width,
             "blocks": self.blocks, "local": self.local,
         } | by_kind | self.training_plan.changed()  # fmt: skip
 
@@ -142,7 +143,7 @@ class Quantizer(nn.Module):
         self.inner: Any = inner
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (B, splits * D, h, w) to (codes alike, ids (B, h, w[, splits]), loss)."""
+        """Features (B, n D, h, w) to (codes alike, ids (B, h, w[, n]), loss)."""
         # The library keeps autocast away on CUDA alone; elsewhere its entropy would be bfloat16.
         with torch.autocast(features.device.type, enabled=False):
             rows = features.float().permute(0, 2, 3, 1)
@@ -159,7 +160,7 @@ def bits(
     stride: int = 4,
     bits: int | None = None,
     levels: Sequence[int] | None = None,
-    splits: int = 1,
+    codes_per_position: int = 1,
     entropy: float = 0.1,
     width: int = 32,
     blocks: int = 1,
@@ -168,38 +169,42 @@ def bits(
 ) -> Bits:
     """A codec of bits, to be fitted; the networks are those of `vq`.
 
-    "lfq": a place has `bits` bits (10), in `splits` groups of as many each, so that a group's
-    codebook has 2^(bits / splits) ids, highest bit first; `entropy` weighs the loss that makes
-    each code sure and all codes frequent. "fsq": each of `splits` groups has one scalar a
-    number in `levels` (8, 5, 5, 5), and their product of ids. `training` are the numbers of
-    `codec_training.Training`. Raises ConfigError for what cannot be meant.
+    "lfq": a position has `bits` bits (10) in n = `codes_per_position` codes of as many each, so
+    that the codebook has 2^(bits / n) ids, highest bit first; `entropy` weighs the loss that makes
+    each code certain and all codes frequent. "fsq": each code has one scalar for each number in
+    `levels` (8, 5, 5, 5), and their product of ids. `training` are the numbers of
+    `Training`. Raises ConfigError for what cannot be meant.
     """
     if quantizer not in QUANTIZERS:
         raise ConfigError(f"codec.quantizer={quantizer!r}; {nearest(str(quantizer), QUANTIZERS)}")
-    check_counts(channels=channels, stride=stride, splits=splits, width=width, blocks=blocks)
+    check_counts(
+        channels=channels, stride=stride, codes_per_position=codes_per_position, width=width,
+        blocks=blocks,
+    )  # fmt: skip
     if isinstance(entropy, bool) or not isinstance(entropy, int | float) or not entropy >= 0:
         raise ConfigError(f"codec.entropy={entropy!r}: expected 0 or a positive number")
     if quantizer == "lfq":
         if levels is not None:
             raise ConfigError("codec.levels is for quantizer: fsq; lfq takes bits")
-        scalars = (2,) * _bits_a_group(10 if bits is None else bits, splits)
+        scalars = (2,) * _bits_of_a_code(10 if bits is None else bits, codes_per_position)
     else:
         if bits is not None:
             raise ConfigError("codec.bits is for quantizer: lfq; fsq takes levels")
         scalars = _fsq_levels(FSQ_LEVELS if levels is None else levels)
     return Bits(
-        quantizer=quantizer, channels=channels, stride=stride, levels=scalars, splits=splits,
-        entropy=entropy, width=width, blocks=blocks, local=local, training=Training.of(training),
+        quantizer=quantizer, channels=channels, stride=stride, levels=scalars,
+        codes_per_position=codes_per_position, entropy=entropy, width=width, blocks=blocks,
+        local=local, training=Training.of(training),
     )  # fmt: skip
 
 
-def _bits_a_group(bits: int, splits: int) -> int:
-    if type(bits) is not int or bits < 1 or bits % splits or bits // splits > MOST_BITS:
+def _bits_of_a_code(bits: int, codes: int) -> int:
+    if type(bits) is not int or bits < 1 or bits % codes or bits // codes > MOST_BITS:
         raise ConfigError(
-            f"codec.bits={bits!r} in {splits} groups: expected a multiple of splits with at most "
-            f"{MOST_BITS} bits a group"
+            f"codec.bits={bits!r} in {codes} codes: expected a multiple of codes_per_position with "
+            f"at most {MOST_BITS} bits a code"
         )
-    return bits // splits
+    return bits // codes
 
 
 def _fsq_levels(levels: Sequence[int]) -> tuple[int, ...]:

@@ -32,8 +32,8 @@ class KMeans:
     """The codec; see `kmeans`. `codebook` (K, C, stride, stride) uint8, None before `fit`."""
 
     name = "kmeans"
-    splits = 1
-    reach = 0
+    codes_per_position = 1
+    receptive_field_margin = 0
     lossless = False
 
     def __init__(self, *, channels: int, stride: int, codebook_size: int) -> None:
@@ -48,7 +48,7 @@ class KMeans:
 
     def decode(self, ids: Tensor) -> Tensor:
         """The pictures (B, C, H, W) uint8 of ids: their centres side by side."""
-        check_ids(ids, codebook_size=self.codebook_size, splits=1)
+        check_ids(ids, codebook_size=self.codebook_size, codes_per_position=1)
         # (B, h, w, C, stride, stride), each row of patches to rows of pixels.
         placed = self._fitted().to(ids.device)[ids].permute(0, 3, 1, 4, 2, 5)
         return placed.flatten(4, 5).flatten(2, 3).contiguous()
@@ -117,8 +117,8 @@ class KMeans:
 def patches(images: Tensor, stride: int) -> Tensor:
     """Pictures (B, C, H, W) as patches (B, H / stride, W / stride, C * stride * stride)."""
     batch, channels, height, width = images.shape
-    cells = images.reshape(batch, channels, height // stride, stride, width // stride, stride)
-    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3)
+    parts = images.reshape(batch, channels, height // stride, stride, width // stride, stride)
+    return parts.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
 def nearest_centre(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

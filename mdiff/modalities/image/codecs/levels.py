@@ -21,11 +21,11 @@ class Levels:
 
     name = "levels"
     stride = 1
-    reach = 0
+    receptive_field_margin = 0
     lossless = True
 
     def __init__(self, *, channels: int, values: Tensor, learns: bool) -> None:
-        self.channels = self.splits = channels
+        self.channels = self.codes_per_position = channels
         self.values, self.learns = values, learns
 
     @property
@@ -47,7 +47,7 @@ class Levels:
 
     def decode(self, ids: Tensor) -> Tensor:
         """The pictures (B, C, H, W) uint8 of ids."""
-        check_ids(ids, codebook_size=self.codebook_size, splits=self.splits)
+        check_ids(ids, codebook_size=self.codebook_size, codes_per_position=self.codes_per_position)
         images = self.values.to(ids.device)[ids]
         return images[:, None] if self.channels == 1 else images.permute(0, 3, 1, 2)
 

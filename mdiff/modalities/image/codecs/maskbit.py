@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_WIDTH, Fields
+from mdiff.modalities.image.codec import CODES_KEY
 from mdiff.modalities.image.codecs.networks.published import (
     MOST_BLOCKS,
     MOST_LEVELS,
@@ -27,7 +28,7 @@ from mdiff.modalities.image.codecs.networks.published import (
 )
 from mdiff.modalities.image.codecs.networks.vqgan import norm
 
-# An id of a place, and of a group of its bits, is to fit in memory as a table.
+# An id of a position, and of a group of its bits, is to fit in memory as a table.
 MOST_BITS = 24
 
 
@@ -147,13 +148,13 @@ class MaskBit(PublishedCodec):
 
     def __init__(
         self, described: Mapping[str, Any], *, channels: int, widths: list[int], bits: int,
-        splits: int, blocks: tuple[int, int], by_convolution: bool, fine_first: bool,
+        codes_per_position: int, blocks: tuple[int, int], by_convolution: bool, fine_first: bool,
     ) -> None:  # fmt: skip
         super().__init__(
-            described, stride=1 << len(widths) - 2, codebook_size=1 << bits // splits,
+            described, stride=1 << len(widths) - 2, codebook_size=1 << bits // codes_per_position,
             channels=channels,
         )  # fmt: skip
-        self.bits, self.splits = bits, splits
+        self.bits, self.codes_per_position = bits, codes_per_position
         self.encoder = Encoder(
             channels, widths, bits, blocks=blocks[0], by_convolution=by_convolution
         )
@@ -169,16 +170,16 @@ class MaskBit(PublishedCodec):
 
     def ids(self, latents: Tensor) -> Tensor:
         """The signs as ids, groups of bits side by side, each with its lowest bit first."""
-        places = (latents > 0).long().permute(0, 2, 3, 1)
-        positive = places.reshape(*places.shape[:3], self.splits, self.bits // self.splits)
+        signs = (latents > 0).long().permute(0, 2, 3, 1)
+        positive = signs.unflatten(3, (self.codes_per_position, -1))
         power = torch.arange(positive.shape[4], device=latents.device)
         found: Tensor = (positive << power).sum(4)
-        return found[..., 0] if self.splits == 1 else found
+        return found[..., 0] if self.codes_per_position == 1 else found
 
     def codes(self, ids: Tensor) -> Tensor:
         """The signs (B, bits, h, w), -1 or +1, of ids."""
-        groups = ids[..., None] if self.splits == 1 else ids
-        power = torch.arange(self.bits // self.splits, device=ids.device)
+        groups = ids[..., None] if self.codes_per_position == 1 else ids
+        power = torch.arange(self.bits // self.codes_per_position, device=ids.device)
         positive = groups[..., None] >> power & 1
         return (2.0 * positive - 1).flatten(3).permute(0, 3, 1, 2)
 
@@ -189,11 +190,12 @@ class MaskBit(PublishedCodec):
 
     def config(self) -> dict[str, Any]:
         """The options that `maskbit` takes back, with the name."""
-        return super().config() | ({"splits": self.splits} if self.splits > 1 else {})
+        codes = self.codes_per_position
+        return super().config() | ({CODES_KEY: codes} if codes > 1 else {})
 
-    def in_groups(self, splits: int) -> MaskBit:
-        """The same codec with the bits of a place in `splits` groups; the weights are shared."""
-        other = maskbit(config=self.described, splits=splits)
+    def in_groups(self, codes_per_position: int) -> MaskBit:
+        """The same codec with the bits of a position in as many ids; the weights are shared."""
+        other = maskbit(config=self.described, codes_per_position=codes_per_position)
         for name in sorted(self.kept):
             other.keep(name)
         other.load_state_dict(self.state_dict(), assign=True)
@@ -210,10 +212,10 @@ def recognises(described: Mapping[str, Any]) -> bool:
     return "quantizer_type" in described and "hidden_channels" in described
 
 
-def maskbit(*, config: Mapping[str, Any], splits: int = 1) -> MaskBit:
+def maskbit(*, config: Mapping[str, Any], codes_per_position: int = 1) -> MaskBit:
     """The codec of a MaskBit tokenizer's config, without its weights.
 
-    `splits` groups of token_size / splits bits are a place's ids, as a generator with
+    A position's ids are `codes_per_position` groups of as many bits, as a generator with
     codebook_splits takes them. The config's codebook_size is not read: published ones are
     wrong where token_size is right. "legacy": true is for files with the older decoder.
     Raises CheckpointError for what is not supported.
@@ -222,8 +224,9 @@ def maskbit(*, config: Mapping[str, Any], splits: int = 1) -> MaskBit:
     fields.choice("model_class", ("vqgan+",), default="vqgan+")
     fields.choice("quantizer_type", ("lookup-free",))
     bits = fields.whole("token_size", most=MOST_BITS)
-    if type(splits) is not int or not 1 <= splits <= bits or bits % splits:
-        raise CheckpointError(f"{bits} bits in {splits!r} groups: expected a divisor of {bits}")
+    codes = codes_per_position
+    if type(codes) is not int or not 1 <= codes <= bits or bits % codes:
+        raise CheckpointError(f"{bits} bits in {codes!r} groups: expected a divisor of {bits}")
     width = fields.whole("hidden_channels", most=MOST_WIDTH)
     levels = multipliers(fields, "channel_mult", width=width)
     fields.choice("num_resolutions", (len(levels),), default=len(levels))
@@ -232,7 +235,8 @@ def maskbit(*, config: Mapping[str, Any], splits: int = 1) -> MaskBit:
     fields.whole("pixel_size", most=1 << MOST_LEVELS + 6, default=256)
     return MaskBit(
         config, channels=fields.whole("num_channels", most=16, default=3),
-        widths=[width, *(width * level for level in levels)], bits=bits, splits=splits,
-        blocks=(blocks, after), by_convolution=fields.flag("sample_with_conv", default=False),
+        widths=[width, *(width * level for level in levels)], bits=bits,
+        codes_per_position=codes, blocks=(blocks, after),
+        by_convolution=fields.flag("sample_with_conv", default=False),
         fine_first=fields.flag("legacy", default=False),
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.modalities.image.codec import Report, check_ids, check_pictures
+from mdiff.modalities.image.codec import CODES_KEY, Report, check_ids, check_pictures
 from mdiff.modalities.image.codecs.networks.autoencoder import (
     CODED_AT_ONCE,
     Decoder,
@@ -28,14 +28,14 @@ class VQ(nn.Module):
     lossless = False
 
     def __init__(
-        self, *, channels: int, stride: int, codebook_size: int, code_width: int, splits: int,
-        width: int, blocks: int, local: bool, training: Training,
+        self, *, channels: int, stride: int, codebook_size: int, code_width: int,
+        codes_per_position: int, width: int, blocks: int, local: bool, training: Training,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.channels, self.stride, self.splits = channels, stride, splits
+        self.channels, self.stride, self.codes_per_position = channels, stride, codes_per_position
         self.codebook_size, self.code_width = codebook_size, code_width
         self.width, self.blocks, self.local, self.training_plan = width, blocks, local, training
-        inside = splits * code_width
+        inside = codes_per_position * code_width
         self.encoder = Encoder(
             channels=channels, width=width, stride=stride, blocks=blocks, out=inside,
             kernel=1 if local else 3,
@@ -43,44 +43,43 @@ class VQ(nn.Module):
         self.decoder = Decoder(
             channels=channels, width=width, stride=stride, blocks=blocks, inputs=inside
         )
-        # Unit vectors, one table a split; what is learnt replaces them.
-        table = F.normalize(torch.randn(splits, codebook_size, code_width), dim=2)
+        # Unit vectors, one table for each code of a position; what is learnt replaces them.
+        table = F.normalize(torch.randn(codes_per_position, codebook_size, code_width), dim=2)
         self.register_buffer("codebook", table)
         self.codebook: Tensor
         self.eval().requires_grad_(False)
 
     @property
-    def reach(self) -> int:
+    def receptive_field_margin(self) -> int:
         """Pixels beyond its patch that a token reads, each way."""
-        return self.encoder.reach
+        return self.encoder.receptive_field_margin
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """The nearest codes, (B, h, w) or (B, h, w, splits) int64, of pictures uint8."""
+        """The nearest codes, (B, h, w) or (B, h, w, n) int64, of pictures uint8."""
         check_pictures(images, channels=self.channels, stride=self.stride)
         found = []
         for some in torch.split(images, CODED_AT_ONCE):
             codes = self._unit(self.encoder(scaled(some)))
             found.append(torch.einsum("bhwsd,skd->bhwsk", codes, self.codebook).argmax(-1))
         ids = torch.cat(found)
-        return ids[..., 0] if self.splits == 1 else ids
+        return ids[..., 0] if self.codes_per_position == 1 else ids
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
         """The pictures (B, C, H, W) uint8 of ids."""
-        check_ids(ids, codebook_size=self.codebook_size, splits=self.splits)
-        ids = ids[..., None] if self.splits == 1 else ids
-        number = torch.arange(self.splits, device=ids.device)
+        check_ids(ids, codebook_size=self.codebook_size, codes_per_position=self.codes_per_position)
+        ids = ids[..., None] if self.codes_per_position == 1 else ids
+        number = torch.arange(self.codes_per_position, device=ids.device)
         return torch.cat([
             pixels(self.decoder(self.codebook[number, some].flatten(3).permute(0, 3, 1, 2)))
             for some in torch.split(ids, CODED_AT_ONCE)
         ])  # fmt: skip
 
     def _unit(self, features: Tensor) -> Tensor:
-        """Features (B, splits * D, h, w) as unit codes (B, h, w, splits, D)."""
-        places = features.permute(0, 2, 3, 1)
-        split = places.reshape(*places.shape[:3], self.splits, self.code_width)
-        return F.normalize(split, dim=4)
+        """Features (B, n D, h, w) as unit codes (B, h, w, n, D)."""
+        rows = features.permute(0, 2, 3, 1)
+        return F.normalize(rows.unflatten(3, (self.codes_per_position, self.code_width)), dim=4)
 
     def fit(self, images: Tensor, *, seed: int = 0, report: Report | None = None) -> Self:
         """Train encoder, codebook and decoder on pictures (N, C, H, W) uint8."""
@@ -93,9 +92,9 @@ class VQ(nn.Module):
             # Cosine codes of few dimensions (Yu et al. 2022, section 3.2), tables by moving
             # averages, codes that nothing uses set anew.
             return VectorQuantize(
-                dim=self.splits * self.code_width, heads=self.splits,
+                dim=self.codes_per_position * self.code_width, heads=self.codes_per_position,
                 codebook_dim=self.code_width, codebook_size=self.codebook_size,
-                separate_codebook_per_head=self.splits > 1, use_cosine_sim=True,
+                separate_codebook_per_head=self.codes_per_position > 1, use_cosine_sim=True,
                 kmeans_init=True, kmeans_iters=10, decay=plan.decay,
                 threshold_ema_dead_code=plan.revive_below, commitment_weight=plan.commitment,
                 rotation_trick=True, accept_image_fmap=True,
@@ -114,7 +113,7 @@ class VQ(nn.Module):
         return {
             "name": self.name, "channels": self.channels, "stride": self.stride,
             "codebook_size": self.codebook_size, "code_width": self.code_width,
-            "splits": self.splits, "width": self.width, "blocks": self.blocks,
+            CODES_KEY: self.codes_per_position, "width": self.width, "blocks": self.blocks,
             "local": self.local,
         } | self.training_plan.changed()  # fmt: skip
 
@@ -133,7 +132,7 @@ def vq(
     stride: int = 4,
     codebook_size: int = 1024,
     code_width: int = 8,
-    splits: int = 1,
+    codes_per_position: int = 1,
     width: int = 32,
     blocks: int = 1,
     local: bool = False,
@@ -141,18 +140,20 @@ def vq(
 ) -> VQ:
     """A VQ codec, to be fitted.
 
-    A place of `stride` pixels has `splits` codes out of `codebook_size` each; codes are unit
-    vectors of `code_width`. `width` channels at full resolution, `blocks` residual blocks at
-    each. `local` encoders read their own patch alone (`reach` 0), so that an edit regenerates
-    no more than it must. `training` are the numbers of `codec_training.Training`.
+    A position, `stride` x `stride` pixels, has `codes_per_position` codes out of `codebook_size`
+    each; codes are unit vectors of `code_width`. `width` channels at full resolution, `blocks`
+    residual blocks at each. `local` encoders read their own patch alone
+    (`receptive_field_margin` 0), so that an edit regenerates no
+    more than it must. `training` are the numbers of `Training`.
 
     Raises ConfigError for what cannot be meant.
     """
     check_counts(
         channels=channels, stride=stride, codebook_size=codebook_size, code_width=code_width,
-        splits=splits, width=width, blocks=blocks,
+        codes_per_position=codes_per_position, width=width, blocks=blocks,
     )  # fmt: skip
     return VQ(
         channels=channels, stride=stride, codebook_size=codebook_size, code_width=code_width,
-        splits=splits, width=width, blocks=blocks, local=local, training=Training.of(training),
+        codes_per_position=codes_per_position, width=width, blocks=blocks, local=local,
+        training=Training.of(training),
     )  # fmt: skip

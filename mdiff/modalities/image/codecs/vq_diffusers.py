@@ -46,8 +46,8 @@ class VQDiffusers(nn.Module):
 
     name = "vq_diffusers"
     lossless = False
-    splits = 1
-    reach = None
+    codes_per_position = 1
+    receptive_field_margin = None
 
     def __init__(self, described: Mapping[str, Any]) -> None:
         super().__init__()
@@ -111,14 +111,14 @@ class VQDiffusers(nn.Module):
     @torch.no_grad()
     def decoded(self, ids: Tensor) -> Tensor:
         """The pictures (B, C, H, W) of ids as they leave the network, mostly in [0, 1]."""
-        check_ids(ids, codebook_size=self.codebook_size, splits=1)
+        check_ids(ids, codebook_size=self.codebook_size, codes_per_position=1)
         codes = self.quantize.embedding(ids.to(self.quant_conv.weight.device))
         made: Tensor = self.decoder(self.post_quant_conv(codes.permute(0, 3, 1, 2)))
         return made
 
     def decode(self, ids: Tensor) -> Tensor:
         """The pictures (B, C, H, W) uint8 of ids."""
-        check_ids(ids, codebook_size=self.codebook_size, splits=1)
+        check_ids(ids, codebook_size=self.codebook_size, codes_per_position=1)
         height, width = (side * self.stride for side in ids.shape[1:])
         made = torch.empty(
             len(ids), self.channels, height, width, dtype=torch.uint8, device=ids.device

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mdiff.errors import CheckpointError, DataError
 from mdiff.files import inside, read_json, read_tensors
-from mdiff.modalities.image.codec import Codec, check_ids
+from mdiff.modalities.image.codec import CODES_KEY, Codec, check_ids
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -32,7 +32,7 @@ CHECKED_AT_ONCE = 4096
 class Shards:
     """A folder of tokens, read.
 
-    `ids` (N, h, w[, splits]) int16 or int32; the rest as in `Pictures`, `size` its (H, W).
+    `ids` (N, h, w[, n]) int16 or int32; the rest as in `Pictures`, `size` its (H, W).
     `digest` is the SHA-256 of all shards' digests.
     """
 
@@ -147,7 +147,7 @@ def file_digest(path: Path) -> dict[str, Any]:
 def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
     """Raise DataError where a key is missing or of another kind."""
     kinds = {
-        "codec": dict, "codebook_size": int, "splits": int, "size": list, "count": int,
+        "codec": dict, "codebook_size": int, CODES_KEY: int, "size": list, "count": int,
         "label_names": list, "shards": list,
     }  # fmt: skip
     wrong = [name for name, kind in kinds.items() if type(manifest.get(name)) is not kind]
@@ -201,7 +201,9 @@ def _check_range(ids: Tensor, manifest: dict[str, Any], folder: Path) -> None:
     for some in torch.split(ids, CHECKED_AT_ONCE):
         try:
             check_ids(
-                some.long(), codebook_size=manifest["codebook_size"], splits=manifest["splits"]
+                some.long(),
+                codebook_size=manifest["codebook_size"],
+                codes_per_position=manifest[CODES_KEY],
             )
         except DataError as error:
             raise DataError(f"{folder}: {error}") from None

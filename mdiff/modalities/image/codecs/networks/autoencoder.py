@@ -1,7 +1,7 @@
 """The networks of learned codecs: a convolutional encoder and decoder without global operations.
 
 The shape of a VQGAN (Esser et al. 2021, table 7) with norms over channels alone, so that what a
-token reads of the picture is bounded and known: `Encoder.reach`.
+token reads of the picture is bounded and known: `Encoder.receptive_field_margin`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Encoder(nn.Module):
     """Pictures (B, C, H, W) to features (B, out, H / stride, W / stride).
 
     `blocks` residual blocks at each resolution, of `kernel` 1 (a token reads its own patch
-    alone, `reach` 0) or 3.
+    alone, `receptive_field_margin` 0) or 3.
     """
 
     def __init__(
@@ -92,15 +92,15 @@ class Encoder(nn.Module):
             nn.Conv2d(channels, width_at(0, width), kernel, padding=kernel // 2)
         ]
         # Pixels a cell; each kernel of 3 reads one cell more on each side.
-        cell, self.reach = 1, kernel // 2
+        cell, self.receptive_field_margin = 1, kernel // 2
         for level in range(halvings):
             layers += [ResidualBlock(width_at(level, width), kernel) for _ in range(blocks)]
-            self.reach += 2 * blocks * cell * (kernel // 2)
+            self.receptive_field_margin += 2 * blocks * cell * (kernel // 2)
             layers.append(nn.Conv2d(width_at(level, width), width_at(level + 1, width), 2, 2))
             cell *= 2
         deepest = width_at(halvings, width)
         layers += [ResidualBlock(deepest, kernel) for _ in range(blocks)]
-        self.reach += 2 * blocks * cell * (kernel // 2)
+        self.receptive_field_margin += 2 * blocks * cell * (kernel // 2)
         layers += [ChannelNorm(deepest), nn.Conv2d(deepest, out, 1)]
         self.layers = nn.Sequential(*layers)
 

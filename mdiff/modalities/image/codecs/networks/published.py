@@ -37,9 +37,9 @@ class PublishedCodec(nn.Module):
     name: ClassVar[str]
     signed: ClassVar[bool] = True
     channels = 3
-    splits = 1
+    codes_per_position = 1
     # Attention and group norms read the whole picture.
-    reach: int | None = None
+    receptive_field_margin: int | None = None
     lossless = False
 
     def __init__(
@@ -56,7 +56,7 @@ class PublishedCodec(nn.Module):
 
     @abstractmethod
     def ids(self, latents: Tensor) -> Tensor:
-        """The ids (B, h, w[, splits]) int64 of latents (B, D, h, w)."""
+        """The ids (B, h, w[, n]) int64 of latents (B, D, h, w)."""
 
     @abstractmethod
     def codes(self, ids: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class PublishedCodec(nn.Module):
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
         """The pictures (B, C, H, W) uint8 of ids."""
-        check_ids(ids, codebook_size=self.codebook_size, splits=self.splits)
+        check_ids(ids, codebook_size=self.codebook_size, codes_per_position=self.codes_per_position)
         pixels = ids.shape[1] * ids.shape[2] * self.stride**2
         return torch.cat([
             self._uint8(self.pictures(self.codes(some))) for some in _parts(ids, pixels)
