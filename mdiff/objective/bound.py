@@ -13,13 +13,13 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser, block_length_of, finished_blocks
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
-from mdiff.objective.corruption import corrupt, maskable_places
+from mdiff.objective.corruption import corrupt, maskable_positions
 from mdiff.objective.nll import hidden_loss
 from mdiff.schedule import Schedule
 from mdiff.tokens import TokenSpace, ranks
 
 # The exact chain rule visits every subset of the places: 2^16 is where patience ends.
-EXACT_PLACES = 16
+EXACT_POSITIONS = 16
 
 
 class Bound(NamedTuple):
@@ -63,7 +63,7 @@ def nll_bound(
 
     Raises ConfigError for an unknown estimator, draws < 2, or an estimator that does not apply.
     """
-    maskable = maskable_places(tokens, space=space, may_hide=may_hide, valid=valid)
+    maskable = maskable_positions(tokens, space=space, may_hide=may_hide, valid=valid)
     score = _Scorer(denoiser, tokens, space=space, valid=valid, cond=cond)
     if sample is None:
         sample = torch.arange(tokens.shape[0], device=tokens.device)
@@ -198,8 +198,10 @@ def _all_orders(maskable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """
     places = maskable.sum(1)
     most = int(places.max()) if places.numel() else 0
-    if most > EXACT_PLACES:
-        raise ConfigError(f"{most} maskable places: the exact bound takes at most {EXACT_PLACES}")
+    if most > EXACT_POSITIONS:
+        raise ConfigError(
+            f"{most} maskable places: the exact bound takes at most {EXACT_POSITIONS}"
+        )
     rank = torch.where(maskable, maskable.cumsum(1) - 1, -1)
     for size in range(1, most + 1):
         share = torch.tensor(

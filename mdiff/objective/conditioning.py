@@ -1,4 +1,4 @@
-"""What a row is told in training: a condition that is sometimes left out, parts that are given."""
+"""Condition dropout, and which parts of a canvas are given in training."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ CONDITION, PARTS = 0, 1
 
 
 def drop_condition(
-    cond: Condition, *, without: Condition, share: float, seed: int, sample: Tensor
+    cond: Condition, *, null_condition: Condition, share: float, seed: int, sample: Tensor
 ) -> dict[str, Tensor]:
-    """`cond` (B, ...) with the rows of a random `share` set to what says nothing, `without`.
+    """`cond` (B, ...) with the rows of a random `share` set to the null condition.
 
     A row loses all of its condition or none (Ho & Salimans 2022, algorithm 1: the share is the
-    probability of *leaving it out*). Entries that `without` does not name are kept. The coin of
-    row b is that of (seed, sample[b]).
+    probability of *leaving it out*). Entries that `null_condition` does not name are kept. The
+    coin of row b is that of (seed, sample[b]).
     """
-    if not share or not without:
-        return dict(cond)
-    coin = philox.uniform(seed, CONDITION, sample, 0, purpose=philox.DROP)
-    drop = coin < share
     found = dict(cond)
-    for name, nothing in without.items():
+    if not share or not null_condition:
+        return found
+    drop = philox.uniform(seed, CONDITION, sample, 0, purpose=philox.DROP) < share
+    for name, null in null_condition.items():
         if name in found:
             value = found[name]
             shape = (-1, *[1] * (value.dim() - 1))
-            found[name] = torch.where(drop.view(shape), nothing.to(value), value)
+            found[name] = torch.where(drop.view(shape), null.to(value), value)
     return found
 
 
@@ -45,7 +44,7 @@ def drop_condition(
 class GivenParts:
     """Which parts of a canvas are given: subsets with their probabilities; see `of`.
 
-    `hideable` (subsets, L) bool are the places that each subset leaves to be hidden.
+    `hideable` (subsets, L) bool are the positions that each subset leaves to be hidden.
     """
 
     names: tuple[str, ...]
@@ -64,9 +63,9 @@ class GivenParts:
             raise ConfigError(f"objective.given: this canvas has no parts: {list(part_names)}")
         if not shares or not all(math.isfinite(share) and share > 0 for share in shares.values()):
             raise ConfigError("objective.given: expected a positive share for each set of parts")
-        length = sum(places for places, _, _ in space.parts)
+        length = sum(count for count, _, _ in space.parts)
         hideable = torch.stack([
-            hideable_places(name, length, space=space, part_names=part_names) for name in shares
+            hideable_positions(name, length, space=space, part_names=part_names) for name in shares
         ])  # fmt: skip
         for name, row in zip(shares, hideable):
             if not bool(row.any()):
@@ -75,20 +74,20 @@ class GivenParts:
         return cls(tuple(shares), weight.cumsum(0) / weight.sum(), hideable)
 
     def may_hide(self, *, seed: int, sample: Tensor) -> Tensor:
-        """The places (B, L) bool that the rows may hide, one subset a row by (seed, sample)."""
+        """The positions (B, L) bool that the rows may hide, one subset a row by (seed, sample)."""
         u = philox.uniform(seed, PARTS, sample, 0, purpose=philox.DROP)
         chosen = torch.searchsorted(self.upto.to(u), u, right=True)
         chosen = chosen.clamp(max=len(self.names) - 1)
         return self.hideable.to(sample.device)[chosen]
 
 
-def hideable_places(
+def hideable_positions(
     given: str, length: int, *, space: TokenSpace, part_names: Sequence[str]
 ) -> Tensor:
-    """The places (L,) bool outside the parts that `given` names, such as "a+b"; "" is none.
+    """The positions (L,) bool outside the parts that `given` names, such as "a+b"; "" is none.
 
     >>> space = TokenSpace(4, mask_id=4, parts=((2, 0, 2), (1, 2, 4)))
-    >>> hideable_places("a", 3, space=space, part_names=["a", "b"]).tolist()
+    >>> hideable_positions("a", 3, space=space, part_names=["a", "b"]).tolist()
     [False, False, True]
     """
     free = torch.ones(length, dtype=torch.bool, device="cpu")
@@ -96,6 +95,6 @@ def hideable_places(
         if name not in part_names:
             raise ConfigError(f"unknown part {name!r}; {nearest(name, part_names)}")
         index = list(part_names).index(name)
-        start = sum(places for places, _, _ in space.parts[:index])
+        start = sum(count for count, _, _ in space.parts[:index])
         free[start : start + space.parts[index][0]] = False
     return free

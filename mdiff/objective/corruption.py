@@ -51,7 +51,7 @@ def corrupt(
     return torch.where(hide, space.mask_id, tokens)
 
 
-def maskable_places(
+def maskable_positions(
     tokens: Tensor,
     *,
     space: TokenSpace,

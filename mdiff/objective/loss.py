@@ -18,7 +18,7 @@ from mdiff.errors import ConfigError
 from mdiff.objective.bound import Bound as Bound
 from mdiff.objective.bound import nll_bound as nll_bound
 from mdiff.objective.corruption import corrupt as corrupt
-from mdiff.objective.corruption import maskable_places, stratified_times
+from mdiff.objective.corruption import maskable_positions, stratified_times
 from mdiff.objective.nll import hidden_loss
 from mdiff.objective.nll import token_nll as token_nll
 from mdiff.schedule import Schedule
@@ -84,7 +84,7 @@ def masked_diffusion_loss(
     sample = torch.arange(batch, device=tokens.device) if sample is None else sample
     if t is None:
         t = stratified_times(sample, batch if rows is None else rows, seed=seed)
-    maskable = maskable_places(tokens, space=space, may_hide=may_hide, valid=valid)
+    maskable = maskable_positions(tokens, space=space, may_hide=may_hide, valid=valid)
     noisy = corrupt(
         tokens, t, space=space, schedule=schedule, may_hide=maskable, seed=seed, sample=sample
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdiff.errors import ConfigError
 from mdiff.modalities import Conditional, EndsText, HasParts
-from mdiff.objective import Bound, hideable_places, nll_bound
+from mdiff.objective import Bound, hideable_positions, nll_bound
 from mdiff.pipeline.options import Model
 from mdiff.tokens import Batch, Windows, stack_conditions
 
@@ -118,7 +118,7 @@ def _may_hide(model: Model, batch: Batch, given: str) -> Tensor | None:
     if not model.space.parts:
         raise ConfigError(f"given={given!r}: this model's canvas has no parts")
     names = model.modality.part_names if isinstance(model.modality, HasParts) else ()
-    free = hideable_places(given, batch.tokens.shape[1], space=model.space, part_names=names)
+    free = hideable_positions(given, batch.tokens.shape[1], space=model.space, part_names=names)
     if batch.may_hide is None:
         return free.expand_as(batch.tokens)
     return free & batch.may_hide

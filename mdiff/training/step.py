@@ -22,7 +22,7 @@ from mdiff.kernels import philox
 from mdiff.objective import (
     GivenParts,
     drop_condition,
-    maskable_places,
+    maskable_positions,
     masked_diffusion_loss,
     stratified_times,
     truncated_normal,
@@ -171,7 +171,11 @@ class LossOf(nn.Module):
         device = batch.tokens.device
         t = self.times(sample, seed=seed)
         cond = drop_condition(
-            batch.cond, without=self.without, share=objective.cond_drop, seed=seed, sample=sample
+            batch.cond,
+            null_condition=self.without,
+            share=objective.cond_drop,
+            seed=seed,
+            sample=sample,
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             loss = masked_diffusion_loss(
@@ -281,7 +285,7 @@ class Stepper:
     def _maskable_tokens(self, batch: Batch, *, sample: Tensor, seed: int) -> Tensor:
         whole = self.whole
         may_hide = whole.may_hide(batch, sample=sample, seed=seed)
-        return maskable_places(
+        return maskable_positions(
             batch.tokens, space=whole.space, may_hide=may_hide, valid=batch.valid
         ).sum()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mdiff.errors import ConfigError
-from mdiff.objective.conditioning import GivenParts, drop_condition, hideable_places
+from mdiff.objective.conditioning import GivenParts, drop_condition, hideable_positions
 from mdiff.objective.corruption import truncated_normal
 from mdiff.schedule import Linear
 from mdiff.tokens import TokenSpace
@@ -26,7 +26,7 @@ NAMES = ("a", "b", "c")
 def test_a_condition_is_left_out_with_its_probability_and_not_with_one_minus_it(share):
     labels = {"label": torch.arange(ROWS) % 7}
     kept = drop_condition(
-        labels, without={"label": torch.tensor([7])}, share=share, seed=3,
+        labels, null_condition={"label": torch.tensor([7])}, share=share, seed=3,
         sample=torch.arange(ROWS),
     )["label"]  # fmt: skip
     lost = kept == 7
@@ -39,10 +39,10 @@ def test_a_condition_is_left_out_with_its_probability_and_not_with_one_minus_it(
 def test_what_a_row_loses_depends_on_its_own_number_alone():
     cond, nothing = {"label": torch.zeros(64, dtype=torch.int64)}, {"label": torch.tensor([5])}
     number = torch.arange(64)
-    whole = drop_condition(cond, without=nothing, share=0.5, seed=1, sample=number)["label"]
+    whole = drop_condition(cond, null_condition=nothing, share=0.5, seed=1, sample=number)["label"]
     some = number[10:20]
     part = drop_condition(
-        {"label": cond["label"][some]}, without=nothing, share=0.5, seed=1, sample=some
+        {"label": cond["label"][some]}, null_condition=nothing, share=0.5, seed=1, sample=some
     )["label"]
     assert torch.equal(whole[some], part)
 
@@ -50,7 +50,7 @@ def test_what_a_row_loses_depends_on_its_own_number_alone():
 def test_a_row_loses_all_entries_of_its_condition_or_none():
     cond = {"label": torch.zeros(500, dtype=torch.int64), "style": torch.zeros(500, 3)}
     lost = drop_condition(
-        cond, without={"label": torch.tensor([1]), "style": torch.ones(3)}, share=0.5, seed=0,
+        cond, null_condition={"label": torch.tensor([1]), "style": torch.ones(3)}, share=0.5, seed=0,
         sample=torch.arange(500),
     )  # fmt: skip
     assert torch.equal(lost["label"] == 1, (lost["style"] == 1).all(1))
@@ -92,7 +92,7 @@ def test_parts_given_on_a_canvas_without_parts_are_refused():
 
 
 def test_the_places_outside_the_given_parts_are_those_that_may_be_hidden():
-    free = hideable_places("a+c", 6, space=SPACE, part_names=NAMES)
+    free = hideable_positions("a+c", 6, space=SPACE, part_names=NAMES)
     assert free.tolist() == [False, False, False, True, False, False]
 
 
