@@ -50,8 +50,8 @@ def test_what_a_row_loses_depends_on_its_own_number_alone():
 def test_a_row_loses_all_entries_of_its_condition_or_none():
     cond = {"label": torch.zeros(500, dtype=torch.int64), "style": torch.zeros(500, 3)}
     lost = drop_condition(
-        cond, null_condition={"label": torch.tensor([1]), "style": torch.ones(3)}, share=0.5, seed=0,
-        sample=torch.arange(500),
+        cond, null_condition={"label": torch.tensor([1]), "style": torch.ones(3)}, share=0.5,
+        seed=0, sample=torch.arange(500),
     )  # fmt: skip
     assert torch.equal(lost["label"] == 1, (lost["style"] == 1).all(1))
 

@@ -233,8 +233,8 @@ def test_a_labelled_model_takes_a_grid_of_any_sides(size):
 
 def test_a_label_is_left_out_with_the_probability_asked_for_and_kept_otherwise():
     kept = drop_condition(
-        {"label": torch.zeros(20_000, dtype=torch.int64)}, null_condition={"label": torch.tensor([1])},
-        share=0.1, seed=0, sample=torch.arange(20_000),
+        {"label": torch.zeros(20_000, dtype=torch.int64)},
+        null_condition={"label": torch.tensor([1])}, share=0.1, seed=0, sample=torch.arange(20_000),
     )["label"]  # fmt: skip
     # Five standard deviations of a binomial are 0.0106: false alarm below 1e-6.
     assert abs(float((kept == 0).double().mean()) - 0.9) < 0.0106
