@@ -1,4 +1,4 @@
-"""The judge of Fashion-MNIST samples: a small convnet trained on the real pictures.
+"""The classifier of Fashion-MNIST samples: a small convolutional network of real pictures.
 
     OMP_NUM_THREADS=1 python benchmarks/classifier.py DATA... [--epochs 8] [--seed 0]
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from machine import commit, machine
 from torch import Tensor
 
-from mdiff.evaluation.classifier import Judge, load_judge
+from mdiff.evaluation.classifier import Classifier
 from mdiff.modalities.image.data.images import Pictures, PictureSource, digest_of, read_pictures
 
 FOLDER = Path(__file__).parent / "classifier"
@@ -32,7 +32,6 @@ RATE = 3e-3
 SHIFT = 2
 
 # benchmarks/fashion.py and anyone else read it back by this name.
-load_classifier = load_judge
 
 
 def read_fashion(paths: list[str]) -> tuple[Pictures, Pictures]:
@@ -56,21 +55,21 @@ def varied(pictures: Tensor, generator: torch.Generator) -> Tensor:
     )
 
 
-def train(judge: Judge, pictures: Pictures, *, epochs: int, seed: int) -> None:
+def train(classifier: Classifier, pictures: Pictures, *, epochs: int, seed: int) -> None:
     """AdamW with one cycle of the rate (Smith & Topin 2018), light label smoothing."""
     generator = torch.Generator().manual_seed(seed)
     steps = len(pictures) // BATCH * epochs
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=RATE, weight_decay=0.01)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     labels = pictures.labels
     if labels is None:
         raise SystemExit("the pictures have no labels")
     for epoch in range(epochs):
-        judge.train()
+        classifier.train()
         total = 0.0
         order = torch.randperm(len(pictures), generator=generator)
         for rows in order[: len(order) // BATCH * BATCH].split(BATCH):
-            logits = judge(varied(pictures.pixels[rows], generator))
+            logits = classifier(varied(pictures.pixels[rows], generator))
             loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -89,17 +88,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     learnt, test = read_fashion(options.data)
-    judge = Judge(size=SIZE, channels=1, labels=LABELS)
+    classifier = Classifier(size=SIZE, channels=1, labels=LABELS)
     begun = time.perf_counter()
-    train(judge, learnt, epochs=options.epochs, seed=options.seed)
+    train(classifier, learnt, epochs=options.epochs, seed=options.seed)
     seconds = time.perf_counter() - begun
-    right = judge.logits(test.pixels).argmax(1) == test.labels
+    right = classifier.logits(test.pixels).argmax(1) == test.labels
     accuracy = float(right.double().mean())
     print(f"test accuracy {accuracy:.4f} on {len(test):,} pictures, {seconds:.0f} s")
-    judge.save(
+    classifier.save(
         FOLDER,
         card={
-            "what": "a classifier of Fashion-MNIST, the judge of samples",
+            "what": "a classifier of Fashion-MNIST, for samples",
             "data": "Fashion-MNIST (MIT, github.com/zalandoresearch/fashion-mnist), the first "
             "50,000 pictures of its training file; the last 10,000 are the test set",
             "test_accuracy": accuracy,

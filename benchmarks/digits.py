@@ -66,17 +66,17 @@ def main() -> None:
         scored = time.perf_counter() - begun
         ids = pipeline.space.vocab_size
         marginal = marginal_bits(batches["train"].tokens, held.tokens, ids)
-        judge = KNeighborsClassifier(NEIGHBOURS)
-        judge.fit(batches["train"].tokens.numpy(), batches["train"].cond["label"].numpy())
+        neighbours = KNeighborsClassifier(NEIGHBOURS)
+        neighbours.fit(batches["train"].tokens.numpy(), batches["train"].cond["label"].numpy())
         labels = [i // SAMPLES for i in range(10 * SAMPLES)]
         drawn = pipeline.generate(
             [{"label": label} for label in labels], sampler="confidence", steps=STEPS, noise=2.0,
             guidance_scale=SCALE, batch_size=100,
         )  # fmt: skip
-        named = judge.predict([sample.tokens for sample in drawn])
+        named = neighbours.predict([sample.tokens for sample in drawn])
         whole = time.perf_counter() - begun
     agreement = sum(int(a) == b for a, b in zip(named, labels)) / len(labels)
-    real = judge.score(held.tokens.numpy(), held.cond["label"].numpy())
+    real = neighbours.score(held.tokens.numpy(), held.cond["label"].numpy())
     print(f"bound {bits:.4f} bits per dim, marginal {marginal:.4f}, in {scored:.0f} s")
     print(f"{agreement:.3f} of samples are the asked digit to 3-NN ({real:.3f} of real ones)")
     record("digits", {

@@ -4,13 +4,13 @@
         [--steps 4 8 16 32 64] [--guidance-scale 1 2 ...] [--temperature 1 ...] [--noise 0 ...]
 
 MODEL is builtin:fashion, a run or a checkpoint; DATA are 60,000 pictures, of which the last
-10,000, the test set, are what samples are held against. The judge is benchmarks/classifier.
+10,000, the test set, are what samples are held against. The classifier is benchmarks/classifier.
 Every combination of the options is drawn: `n` samples, the ten labels in turn. The table's columns:
 
-    label      share of samples that the judge gives the asked label
+    label      share of samples that the classifier gives the asked label
     diversity  mean distance of two samples of a label, over that of two test pictures
     nearest    mean distance to the nearest training picture, over that of test pictures
-    frechet    squared Frechet distance to the test set in the judge's 64 features
+    frechet    squared Frechet distance to the test set in the classifier's 64 features
 
 What real pictures get is in the first line. Writes results/fashion.json and the curve,
 results/fashion.svg.
@@ -26,11 +26,11 @@ from itertools import product
 from typing import Any
 
 import torch
-from classifier import FOLDER, load_classifier, read_fashion
+from classifier import FOLDER, read_fashion
 from curves import Curve, write_curves
 from machine import RESULTS, record
 
-from mdiff.evaluation.classifier import Judge
+from mdiff.evaluation.classifier import Classifier, load_classifier
 from mdiff.evaluation.image_metrics import classifier_agreement, diversity, frechet, nearest
 from mdiff.evaluation.images import Drawn, draw_pictures, spread, with_model_labels
 from mdiff.files.locate import locate
@@ -81,11 +81,13 @@ class Setting:
 class Reference:
     """The real pictures, and what is computed of them once."""
 
-    def __init__(self, train: Pictures, test: Pictures, judge: Judge, names: list[str]) -> None:
-        self.train, self.test, self.judge = train, test, judge
-        # The judge numbers its labels in its own way.
-        self.number = torch.tensor([judge.labels.index(name) for name in names])
-        self.features = judge.features(test.pixels)
+    def __init__(
+        self, train: Pictures, test: Pictures, classifier: Classifier, names: list[str]
+    ) -> None:
+        self.train, self.test, self.classifier = train, test, classifier
+        # The classifier numbers its labels in its own way.
+        self.number = torch.tensor([classifier.labels.index(name) for name in names])
+        self.features = classifier.features(test.pixels)
         few = spread(test, SOME).pixels
         self.distance = nearest(few, train=train.pixels, test=few).test
 
@@ -93,14 +95,14 @@ class Reference:
         """The four columns."""
         pictures, labels = drawn.pictures, drawn.labels
         return {
-            "label": classifier_agreement(self.judge.logits(pictures), self.number[labels]),
+            "label": classifier_agreement(self.classifier.logits(pictures), self.number[labels]),
             "diversity": diversity(
                 self.test.pixels, pictures, real_labels=self.test.labels, fake_labels=labels
             ),
             # The second set is looked at once, above.
             "nearest": nearest(pictures, train=self.train.pixels, test=pictures[:1]).samples
             / self.distance,
-            "frechet": frechet(self.features, self.judge.features(pictures)),
+            "frechet": frechet(self.features, self.classifier.features(pictures)),
         }
 
 
@@ -174,9 +176,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--name", default="fashion", help="of the results")
     options = parser.parse_args()
-    pipeline, judge = load(options.model), load_classifier(FOLDER)
+    pipeline, classifier = load(options.model), load_classifier(FOLDER)
     train, test = (with_model_labels(p, pipeline.modality) for p in read_fashion(options.data))
-    reference = Reference(train, test, judge, pipeline.modality.labels)
+    reference = Reference(train, test, classifier, pipeline.modality.labels)
     print(f"{'':48} {'calls':>6} " + " ".join(f"{column:>10}" for column in COLUMNS))
     real = real_figures(reference, options.n)
     show(f"{options.n} real pictures", real)
@@ -198,7 +200,7 @@ def main() -> None:
     ]
     write_curves(
         curves, RESULTS / f"{options.name}.svg", x="calls of the model",
-        y=f"Frechet distance, {options.n} samples (judge's features)", floor=real["frechet"],
+        y=f"Frechet distance, {options.n} samples (classifier's features)", floor=real["frechet"],
     )  # fmt: skip
     weights = (locate(options.model).folder / "model.safetensors").read_bytes()
     card = {
@@ -206,7 +208,7 @@ def main() -> None:
         "weights_sha256": sha256(weights).hexdigest(),
         "n": options.n,
         "seed": options.seed,
-        "space": "the judge's 64 features",
+        "space": "the classifier's 64 features",
     }
     record(options.name, card | {"real": real, "rows": rows, "few_over_many": ratios})
 

@@ -86,7 +86,7 @@ def evaluate(
     option: Pairs = None,
     guidance_scale: GuidanceScale = None,
     classifier: Annotated[
-        Path | None, typer.Option(help="Folder of a classifier that judges pictures.")
+        Path | None, typer.Option(help="Folder of a classifier of pictures.")
     ] = None,
     inception: Annotated[
         Path | None, typer.Option(help="Inception's weights: Frechet distances are then FIDs.")

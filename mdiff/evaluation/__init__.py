@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mdiff.evaluation.classifier import load_judge as load_judge
+from mdiff.evaluation.classifier import load_classifier as load_classifier
 from mdiff.evaluation.evaluate import Evaluation as Evaluation
 from mdiff.evaluation.evaluate import evaluate as evaluate
 from mdiff.evaluation.evaluate import sample_figures as sample_figures

@@ -1,11 +1,11 @@
-"""A small convolutional classifier of pictures: who judges samples, and in which feature space."""
+"""A small convolutional classifier of images: the labels of samples, and a feature space."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,11 +20,11 @@ FEATURES = 64
 BATCH = 256
 
 
-class Judge(nn.Module):
+class Classifier(nn.Module):
     """Three convolutions, each followed by 2 x 2 pooling, and two linear layers.
 
-    `size` (H, W) pixels, `channels` of them, one column of logits a label. Its feature space
-    is what the last layer reads: 64 numbers a picture.
+    `size` (H, W) in pixels, `channels` of the images, a column of logits for each of `labels`.
+    Its features are the 64 inputs of the last layer.
     """
 
     def __init__(self, *, size: tuple[int, int], channels: int, labels: list[str]) -> None:
@@ -40,8 +40,7 @@ class Judge(nn.Module):
                 nn.MaxPool2d(2),
             )
         ])  # fmt: skip
-        cells = (size[0] // 8) * (size[1] // 8)
-        self.inner = nn.Linear(widths[-1] * cells, FEATURES)
+        self.inner = nn.Linear(widths[-1] * (size[0] // 8) * (size[1] // 8), FEATURES)
         self.head = nn.Linear(FEATURES, len(labels))
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -50,20 +49,19 @@ class Judge(nn.Module):
         return logits
 
     def _inner(self, pictures: Tensor) -> Tensor:
-        found: Tensor = self.convolutions(pictures.float() / 127.5 - 1).flatten(1)
-        inner: Tensor = self.inner(found)
+        inner: Tensor = self.inner(self.convolutions(pictures.float() / 127.5 - 1).flatten(1))
         return inner.relu()
 
     def logits(self, pictures: Tensor) -> Tensor:
         """Logits (N, labels) float32 of pictures (N, C, H, W) uint8, without a gradient."""
-        return self._all(self, pictures)
+        return self._in_batches(self, pictures)
 
     def features(self, pictures: Tensor) -> Tensor:
-        """The feature space (N, 64) float32 of pictures (N, C, H, W) uint8."""
-        return self._all(self._inner, pictures)
+        """The features (N, 64) float32 of pictures (N, C, H, W) uint8, without a gradient."""
+        return self._in_batches(self._inner, pictures)
 
     @torch.no_grad()
-    def _all(self, function: Any, pictures: Tensor) -> Tensor:
+    def _in_batches(self, function: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
         expected = (self.channels, *self.size)
         if pictures.dtype != torch.uint8 or tuple(pictures.shape[1:]) != expected:
             raise DataError(
@@ -73,25 +71,25 @@ class Judge(nn.Module):
         self.eval()
         return torch.cat([function(some) for some in torch.split(pictures, BATCH)])
 
-    def save(self, folder: Path | str, *, card: dict[str, Any]) -> None:
-        """Write the weights and the card, with what `load_judge` needs, into a folder."""
+    def save(self, folder: Path | str, *, card: Mapping[str, object]) -> None:
+        """Write the weights and the card, with what `load_classifier` needs, into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         shape = {"size": list(self.size), "channels": self.channels, "labels": self.labels}
-        (folder / CARD).write_text(json.dumps(shape | card, indent=1) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(json.dumps({**shape, **card}, indent=1) + "\n", encoding="utf-8")
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS)
 
 
-def load_judge(folder: Path | str) -> Judge:
-    """The classifier that `Judge.save` wrote; CheckpointError where its files do not fit."""
+def load_classifier(folder: Path | str) -> Classifier:
+    """The classifier that `Classifier.save` wrote; CheckpointError where its files do not fit."""
     path = Path(folder) / CARD
     card = read_json(path)
     try:
         height, width = (int(side) for side in card["size"])
         labels = [str(name) for name in card["labels"]]
-        judge = Judge(size=(height, width), channels=int(card["channels"]), labels=labels)
-        judge.load_state_dict(read_tensors(Path(folder) / WEIGHTS))
+        found = Classifier(size=(height, width), channels=int(card["channels"]), labels=labels)
+        found.load_state_dict(read_tensors(Path(folder) / WEIGHTS))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} is not the card of these weights: {first}") from error
-    return judge.eval()
+    return found.eval()

@@ -1,4 +1,4 @@
-"""What a model of pictures is worth: bounds by what is given, figures of samples, probes."""
+"""Evaluation metrics of image models: bounds by what is given, figures of samples, probes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mdiff.errors import ConfigError, DataError, nearest
-from mdiff.evaluation.classifier import Judge
+from mdiff.evaluation.classifier import Classifier
 from mdiff.evaluation.evaluate import Evaluation
 from mdiff.evaluation.image_metrics import (
     classifier_agreement,
@@ -33,7 +33,10 @@ OF_SAMPLES = ("frechet", "classifier", "diversity", "nearest")
 
 @dataclass(frozen=True)
 class Drawn:
-    """Samples: `pictures` (N, C, H, W) uint8, the asked `labels` (N,) int64, and their price."""
+    """Samples: `pictures` (N, C, H, W) uint8, the requested `labels` (N,) int64, and their cost.
+
+    `calls` is the mean number of denoiser calls a sample, `seconds` the time of all.
+    """
 
     pictures: Tensor
     labels: Tensor
@@ -49,20 +52,14 @@ def spread(pictures: Pictures, limit: int) -> Pictures:
 
 
 def conditional_bounds(
-    pipeline: Pipeline,
-    rows: PictureRows,
-    *,
-    estimator: str | None = None,
-    draws: int = 64,
-    seed: int = 0,
-    batch_size: int = 32,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """The bound of rows of canvases, for each set of parts given: "of" what, "given" what.
+    pipeline: Pipeline, rows: PictureRows, *, estimator: str | None = None, draws: int = 64,
+    seed: int = 0, batch_size: int = 32, progress: Progress | None = None,
+) -> list[dict[str, object]]:  # fmt: skip
+    """The bound of rows of canvases, for each set of parts given: "of" which, "given" which.
 
     In bits per picture and per token scored and, where the picture alone is scored, per
-    dimension if pixel values are the tokens, else in bits of its code a pixel: what a lossy
-    codec leaves out is in no bound. Each with its standard error over the draws.
+    dimension if pixel values are the tokens, else in bits of its code per pixel: what a lossy
+    codec discards is in no bound. Each with its standard error over the draws.
     """
     modality, found = image_modality(pipeline.modality), []
     names = modality.part_names
@@ -73,18 +70,18 @@ def conditional_bounds(
                 seed=seed, batch_size=batch_size, progress=progress,
             )  # fmt: skip
             of = [name for name in names if name not in given]
-            places = sum(len(range(*modality.span(name).indices(rows.length))) for name in of)
-            units = {"token": places * len(rows), "picture": len(rows)}
+            scored = sum(len(range(*modality.span(name).indices(rows.length))) for name in of)
+            units = {"token": scored * len(rows), "picture": len(rows)}
             if of == ["image"]:
                 units |= _pixel_units(modality, len(rows))
             figures = Evaluation.of(pipeline, bound, units, estimator=estimator, draws=draws)
-            told = [*given, *rows.cond]
-            found.append({"of": JOINED.join(of), "given": JOINED.join(told)} | figures.as_dict())
+            conditions = JOINED.join([*given, *rows.cond])
+            found.append({"of": JOINED.join(of), "given": conditions} | figures.as_dict())
     return found
 
 
 def _pixel_units(modality: ImageModality, count: int) -> dict[str, int]:
-    """How many values count pictures have, or how many pixels their codes stand for."""
+    """How many values `count` pictures have, or how many pixels their codes stand for."""
     pixels = count * modality.size[0] * modality.size[1]
     codec = modality.codec
     return {"dim": pixels * codec.channels} if codec.lossless else {"code_pixel": pixels}
@@ -93,20 +90,19 @@ def _pixel_units(modality: ImageModality, count: int) -> dict[str, int]:
 def draw_pictures(
     pipeline: Pipeline, n: int, *, seed: int = 0, batch_size: int = 32, **options: Any
 ) -> Drawn:
-    """`n` samples, the model's labels asked for in turn; without labels all are of label 0.
+    """`n` samples, the model's labels requested in turn; without labels all have label 0.
 
     `options` are those of `Pipeline.generate`.
     """
     modality = image_modality(pipeline.modality)
     names = (modality.labels or []) if modality.label != "none" else []
     labels = torch.arange(n) % max(1, len(names))
-    prompts: list[Any] = [{"label": names[i]} for i in labels.tolist()] if names else [""] * n
+    prompts: list[object] = [{"label": names[i]} for i in labels.tolist()] if names else [""] * n
     made = pipeline.generate(
         prompts, length=modality.length, seed=seed, batch_size=batch_size, **options
     )
-    shown = modality.shown(torch.tensor([sample.tokens for sample in made]))
     return Drawn(
-        pictures=shown,
+        pictures=modality.shown(torch.tensor([sample.tokens for sample in made])),
         labels=labels,
         calls=sum(sample.calls for sample in made) / n,
         seconds=sum(sample.seconds for sample in made),
@@ -116,8 +112,8 @@ def draw_pictures(
 def with_model_labels(pictures: Pictures, modality: ImageModality) -> Pictures:
     """The pictures with their labels by the model's numbers and names.
 
-    Names are looked up among the model's; numbers are taken to be its own. A model without
-    labels leaves them as they are. Raises DataError for a label that the model does not have.
+    Names are looked up among the model's; numbers are taken to be its own. For a model without
+    labels nothing changes. Raises DataError for a label that the model does not have.
     """
     if pictures.labels is None or modality.label == "none" or not modality.labels:
         return pictures
@@ -126,37 +122,31 @@ def with_model_labels(pictures: Pictures, modality: ImageModality) -> Pictures:
 
 
 def figures_of(
-    drawn: Drawn,
-    pipeline: Pipeline,
-    *,
-    train: Pictures,
-    test: Pictures,
-    metrics: Collection[str],
-    judge: Judge | None = None,
-    inception: str | None = None,
+    drawn: Drawn, pipeline: Pipeline, *, train: Pictures, test: Pictures,
+    metrics: Collection[str], classifier: Classifier | None = None, inception: str | None = None,
     limit: int = 0,
-) -> dict[str, Any]:
-    """Figures of samples against the test pictures; with what real pictures would get, beside.
+) -> dict[str, object]:  # fmt: skip
+    """Metrics of samples against the test pictures, beside the values of real pictures.
 
-    frechet: the squared distance to the test pictures in the space named, and that of as many
-    training pictures. classifier: the share that the judge gives the asked label, and of test
-    pictures. diversity: see `metrics.diversity`, 1 being the test pictures'. nearest: mean
-    distances to the nearest training picture, of samples and of the test set. `limit` bounds the
-    test pictures, evenly spaced (0: all). Labels are the model's: see `with_model_labels`.
+    frechet: the squared distance to the test pictures in the named space, and that of as many
+    training pictures. classifier: the share of samples, and of test pictures, to which the
+    classifier gives their label. diversity: see `image_metrics.diversity`, relative to the test
+    pictures. nearest: mean distances to the nearest training picture, of samples and of the test
+    set. `limit` bounds the number of test pictures, evenly spaced (0: all). Labels are the
+    model's: see `with_model_labels`.
 
-    Raises ConfigError where the classifier is asked for and there is none.
+    Raises ConfigError where the classifier's metric is requested without a classifier.
     """
     test, modality = spread(test, limit), image_modality(pipeline.modality)
-    found: dict[str, Any] = {"samples": len(drawn.pictures), "test_pictures": len(test)}
+    found: dict[str, object] = {"samples": len(drawn.pictures), "test_pictures": len(test)}
     found |= {"calls": drawn.calls, "seconds": drawn.seconds}
     if "frechet" in metrics:
-        found["frechet"] = _frechet_figures(
-            drawn, spread(train, len(drawn.pictures)), test, judge=judge, inception=inception
-        )
-    labels = test.labels
+        few = spread(train, len(drawn.pictures))
+        found["frechet"] = _frechet_figures(drawn, few, test, classifier, inception)
     if "classifier" in metrics:
-        found["classifier"] = _classifier_figures(drawn, test, modality, judge)
+        found["classifier"] = _classifier_figures(drawn, test, modality, classifier)
     if "diversity" in metrics:
+        labels = test.labels
         if modality.label == "none" or labels is None:
             labels = torch.zeros(len(test), dtype=torch.int64)
         found["diversity"] = diversity(
@@ -169,15 +159,16 @@ def figures_of(
 
 
 def _frechet_figures(
-    drawn: Drawn, train: Pictures, test: Pictures, *, judge: Judge | None, inception: str | None
-) -> dict[str, Any]:
-    """The distance of samples and that of as many training pictures, in a space by its name."""
+    drawn: Drawn, train: Pictures, test: Pictures, classifier: Classifier | None,
+    inception: str | None,
+) -> dict[str, object]:  # fmt: skip
+    """The distance of samples and that of as many training pictures, and the space's name."""
     space: Callable[[Tensor], Tensor] = pixel_features
     name = "pixels averaged to 8 x 8"
     if inception is not None:
         space, name = partial(inception_features, weights=inception), "Inception"
-    elif judge is not None:
-        space, name = judge.features, f"{judge.name}, {judge.width} features"
+    elif classifier is not None:
+        space, name = classifier.features, f"{classifier.name}, {classifier.width} features"
     real = space(test.pixels)
     return {
         "fid" if inception is not None else "distance": frechet(real, space(drawn.pictures)),
@@ -187,39 +178,33 @@ def _frechet_figures(
 
 
 def _classifier_figures(
-    drawn: Drawn, test: Pictures, modality: ImageModality, judge: Judge | None
-) -> dict[str, Any]:
-    """The judge's agreement with the asked labels, and with those of the test pictures."""
-    if judge is None:
+    drawn: Drawn, test: Pictures, modality: ImageModality, classifier: Classifier | None
+) -> dict[str, float]:
+    """The classifier's agreement with the requested labels, and with those of test pictures."""
+    if classifier is None:
         raise ConfigError("metric classifier needs a classifier: give the folder of one")
     if modality.label == "none":
         raise ConfigError("metric classifier: this model cannot be asked for a label")
     names = modality.labels or []
     for name in names:
-        if name not in judge.labels:
-            raise DataError(f"the classifier knows no {name!r}; {nearest(name, judge.labels)}")
-    number = torch.tensor([judge.labels.index(name) for name in names])
-    logits = judge.logits(drawn.pictures)
+        if name not in classifier.labels:
+            raise DataError(f"the classifier knows no {name!r}; {nearest(name, classifier.labels)}")
+    number = torch.tensor([classifier.labels.index(name) for name in names])
+    logits = classifier.logits(drawn.pictures)
     found = {"agreement": classifier_agreement(logits, number[drawn.labels])}
     if test.labels is not None:
-        given = judge.logits(test.pixels)
-        found["of_test_pictures"] = classifier_agreement(given, number[test.labels])
+        logits = classifier.logits(test.pixels)
+        found["of_test_pictures"] = classifier_agreement(logits, number[test.labels])
     return found
 
 
 def probe_figures(
-    pipeline: Pipeline,
-    *,
-    train: Pictures,
-    test: Pictures,
-    mask_ratio: float = 0.0,
-    layer: int | None = None,
-    seed: int = 0,
-    batch_size: int = 32,
-) -> dict[str, Any]:
-    """How well labels can be read off the denoiser's features of pictures; see `representation`.
+    pipeline: Pipeline, *, train: Pictures, test: Pictures, mask_ratio: float = 0.0,
+    layer: int | None = None, seed: int = 0, batch_size: int = 32,
+) -> dict[str, object]:  # fmt: skip
+    """The accuracy of labels predicted from the denoiser's features of pictures; see `features`.
 
-    Only the picture is shown, whatever other parts there are. Raises DataError without labels.
+    Only the picture is given, whatever other parts there are. Raises DataError without labels.
     """
     found, labels = [], []
     for pictures in (train, test):
@@ -227,14 +212,12 @@ def probe_figures(
             raise DataError("metric probe: the pictures have no labels")
         labels.append(pictures.labels)
         canvases = picture_canvases(pipeline, pictures.pixels)
-        shown = features(
+        found.append(features(
             pipeline, canvases, mask_ratio=mask_ratio, layer=layer, seed=seed,
             batch_size=batch_size,
-        )  # fmt: skip
-        found.append(shown)
-    result = probe(found[0], labels[0], found[1], labels[1])
+        ))  # fmt: skip
     most = int(labels[0].bincount().argmax())
-    return result._asdict() | {
+    return probe(found[0], labels[0], found[1], labels[1])._asdict() | {
         "commonest_label": float((labels[1] == most).double().mean()),
         "training_pictures": len(train),
         "test_pictures": len(test),

@@ -15,7 +15,7 @@ from mdiff.backbones.transformer import transformer
 from mdiff.cli import run
 from mdiff.denoiser import from_logits
 from mdiff.errors import CheckpointError, ConfigError, DataError
-from mdiff.evaluation.classifier import Judge, load_judge
+from mdiff.evaluation.classifier import Classifier, load_classifier
 from mdiff.evaluation.images import (
     Drawn,
     conditional_bounds,
@@ -158,17 +158,17 @@ def test_samples_ask_for_each_label_in_turn():
     assert drawn.calls == 2
 
 
-def a_judge():
+def a_classifier():
     torch.manual_seed(0)
-    return Judge(size=SIZE, channels=1, labels=["cat", "ant", "bee"]).eval()
+    return Classifier(size=SIZE, channels=1, labels=["cat", "ant", "bee"]).eval()
 
 
 def test_training_pictures_as_samples_are_recognised_as_copies():
     made, train, test = modality(), pictures(60, seed=1), pictures(60, seed=2)
     drawn = Drawn(train.pixels, train.labels, calls=1.0, seconds=0.0)
-    judge = a_judge()
+    classifier = a_classifier()
     found = figures_of(
-        drawn, pipeline(made), train=train, test=test, judge=judge,
+        drawn, pipeline(made), train=train, test=test, classifier=classifier,
         metrics=("frechet", "classifier", "diversity", "nearest"),
     )  # fmt: skip
     assert found["nearest"]["samples"] == 0
@@ -176,9 +176,9 @@ def test_training_pictures_as_samples_are_recognised_as_copies():
     assert found["diversity"] == pytest.approx(1, abs=0.05)
     assert found["frechet"]["distance"] == pytest.approx(found["frechet"]["of_training_pictures"])
     assert "64 features" in found["frechet"]["space"]
-    # The judge numbers its labels in its own way.
+    # The classifier numbers its labels in its own way.
     asked = torch.tensor([1, 2, 0])[train.labels]
-    right = (judge.logits(train.pixels).argmax(1) == asked).double().mean()
+    right = (classifier.logits(train.pixels).argmax(1) == asked).double().mean()
     assert found["classifier"]["agreement"] == pytest.approx(float(right))
 
 
@@ -202,11 +202,11 @@ def test_the_classifier_has_to_be_there_and_to_know_the_labels():
     options = {"train": data, "test": data, "metrics": ("classifier",)}
     with pytest.raises(ConfigError, match="needs a classifier"):
         figures_of(drawn, pipeline(made), **options)
-    other = Judge(size=SIZE, channels=1, labels=["ant", "bee", "dog"])
+    other = Classifier(size=SIZE, channels=1, labels=["ant", "bee", "dog"])
     with pytest.raises(DataError, match="knows no 'cat'"):
-        figures_of(drawn, pipeline(made), judge=other, **options)
+        figures_of(drawn, pipeline(made), classifier=other, **options)
     with pytest.raises(ConfigError, match="asked for a label"):
-        figures_of(drawn, pipeline(modality("none")), judge=a_judge(), **options)
+        figures_of(drawn, pipeline(modality("none")), classifier=a_classifier(), **options)
 
 
 def test_a_probe_reads_what_the_pictures_show_and_never_the_label_itself():
@@ -237,26 +237,26 @@ def test_features_of_pictures_are_those_of_their_canvases():
     assert not torch.allclose(model.features(told, layer=1), found)
 
 
-# the judge
+# the classifier
 
 
-def test_a_judge_comes_back_as_it_was(tmp_path):
-    judge, data = a_judge(), pictures()
-    judge.save(tmp_path / "judge", card={"what": "a test"})
-    again = load_judge(tmp_path / "judge")
-    assert torch.equal(again.logits(data.pixels), judge.logits(data.pixels))
+def test_a_classifier_comes_back_as_it_was(tmp_path):
+    classifier, data = a_classifier(), pictures()
+    classifier.save(tmp_path / "classifier", card={"what": "a test"})
+    again = load_classifier(tmp_path / "classifier")
+    assert torch.equal(again.logits(data.pixels), classifier.logits(data.pixels))
     assert again.features(data.pixels).shape == (30, 64)
     with pytest.raises(DataError, match="takes"):
         again.logits(data.pixels[:, :, :4])
-    card = tmp_path / "judge" / "card.json"
+    card = tmp_path / "classifier" / "card.json"
     card.write_text(card.read_text().replace('"cat",', ""))
     with pytest.raises(CheckpointError, match="card"):
-        load_judge(tmp_path / "judge")
+        load_classifier(tmp_path / "classifier")
 
 
-def test_the_shipped_judge_is_small_and_says_how_good_it_is():
-    judge = load_judge(SHIPPED)
-    assert (judge.size, len(judge.labels)) == ((28, 28), 10)
+def test_the_shipped_classifier_is_small_and_says_how_good_it_is():
+    classifier = load_classifier(SHIPPED)
+    assert (classifier.size, len(classifier.labels)) == ((28, 28), 10)
     assert json.loads((SHIPPED / "card.json").read_text())["test_accuracy"] >= 0.90
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 2**20
 
@@ -266,7 +266,7 @@ def test_the_shipped_judge_is_small_and_says_how_good_it_is():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A saved model, a file of pictures, a judge."""
+    """A saved model, a file of pictures, a classifier."""
     folder = tmp_path_factory.mktemp("world")
     pipeline(modality()).save(folder / "model")
     pipeline(modality("none", kmeans(stride=2, codebook_size=8, channels=1).fit(
@@ -274,7 +274,7 @@ def world(tmp_path_factory):
     ))).save(folder / "lossy")  # fmt: skip
     data = pictures(80)
     np.savez(folder / "data.npz", x=data.pixels[:, 0].numpy(), y=data.labels.numpy())
-    a_judge().save(folder / "judge", card={})
+    a_classifier().save(folder / "classifier", card={})
     return folder
 
 
@@ -285,7 +285,7 @@ def evaluated(world, *words, model="model"):
 def test_eval_reports_every_metric_of_pictures(world, capsys):
     words = evaluated(
         world, "--metrics", "bound,frechet,classifier,diversity,nearest,probe", "--classifier",
-        str(world / "judge"), "--holdout", "0.3", "--samples", "12", "--sampler", "halton",
+        str(world / "classifier"), "--holdout", "0.3", "--samples", "12", "--sampler", "halton",
         "--steps", "3", "--guidance-scale", "2",
     )  # fmt: skip
     assert run([*words, "--json"]) == 0

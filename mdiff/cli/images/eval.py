@@ -45,7 +45,7 @@ def evaluate_pictures(pipeline: Pipeline, source: PictureSource, wanted: Wanted)
         OF_SAMPLES,
         draw_pictures,
         figures_of,
-        load_judge,
+        load_classifier,
         probe_figures,
         require_inception,
         spread,
@@ -58,11 +58,11 @@ def evaluate_pictures(pipeline: Pipeline, source: PictureSource, wanted: Wanted)
     modality, report = image_modality(pipeline.modality), dict[str, Any]()
     asked = [name for name in wanted.metrics if name in OF_SAMPLES]
     # Before the long part: any of these may be refused.
-    judge = None if wanted.classifier is None else load_judge(wanted.classifier)
+    classifier = None if wanted.classifier is None else load_classifier(wanted.classifier)
     resolve(wanted.sampling["sampler"], samplers_own(wanted.sampling))
     if asked and wanted.samples < 2:
         raise ConfigError(f"--samples {wanted.samples}: metric {asked[0]} needs at least 2")
-    if "classifier" in asked and judge is None:
+    if "classifier" in asked and classifier is None:
         raise ConfigError("metric classifier needs --classifier FOLDER")
     if wanted.inception is not None:
         require_inception()
@@ -96,7 +96,7 @@ def evaluate_pictures(pipeline: Pipeline, source: PictureSource, wanted: Wanted)
             **wanted.sampling,
         )  # fmt: skip
         report["of_samples"] = wanted.sampling | figures_of(
-            drawn, pipeline, train=train, test=test, metrics=asked, judge=judge,
+            drawn, pipeline, train=train, test=test, metrics=asked, classifier=classifier,
             inception=wanted.inception, limit=wanted.limit,
         )  # fmt: skip
     return report
