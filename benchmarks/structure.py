@@ -151,26 +151,23 @@ def answers(root: Path) -> list[Figure]:
     for _ in range(REPEATS):
         for name, task in tasks.items():
             taken[name].append(_seconds(lambda task=task: _python(root, *task)))
-    torch = taken["import torch"]
-    found = [Figure("import torch, seconds", _median(torch, torch, 0), None, taken)]
-    for name in ANSWERS:
-        found.append(Figure(f"{name}, seconds above", _median(taken[name], torch, 1), 1.0))
+    found = []
+    for clock in ("wall", "processor"):
+        torch = [run[clock] for run in taken["import torch"]]
+        found.append(Figure(f"import torch, {clock} seconds", statistics.median(torch), None))
+        for name in ANSWERS:
+            above = [run[clock] - least for run, least in zip(taken[name], torch, strict=True)]
+            found.append(Figure(f"{name}, {clock} seconds above", statistics.median(above), 1.0))
     return found
 
 
-def _median(runs: list[dict[str, float]], torch: list[dict[str, float]], minus: int) -> float:
-    return statistics.median(
-        run["clock"] - minus * other["clock"] for run, other in zip(runs, torch, strict=True)
-    )
-
-
 def _seconds(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds by the clock, and of processor time of the processes that `run` waited for."""
+    """Seconds of wall time, and of processor time of the processes that `run` waited for."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     run()
-    clock, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return {"clock": clock, "processor": processor}
+    return {"wall": wall, "processor": processor}
 
 
 def _python(root: Path, *arguments: str) -> str:

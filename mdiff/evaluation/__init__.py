@@ -1,4 +1,4 @@
-"""Evaluation: bounds, image metrics, ranking and the self-test."""
+"""Evaluation metrics: bounds, image metrics, ranking, probes and the self-test."""
 
 from __future__ import annotations
 

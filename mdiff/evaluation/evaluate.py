@@ -1,4 +1,4 @@
-"""What a model is worth on data: the bound in bits by each unit, and figures of its samples."""
+"""Evaluation metrics: the bound in bits by each unit, and figures of samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mdiff.errors import ConfigError, DataError
 from mdiff.objective import Bound
@@ -20,8 +19,8 @@ LONGEST_NGRAM = 3
 class Evaluation:
     """The bound on -log p of the data.
 
-    `nats` in all, with `stderr` over the draws; `units` counts the data by each unit, tokens
-    included; `windows` is into how many rows it was cut, `draws` how often each was hidden.
+    `nats` in total, with `stderr` over the draws; `units` counts the data by each unit, tokens
+    included; `windows` is the number of rows, `draws` the number of maskings of each.
     """
 
     nats: float
@@ -51,9 +50,9 @@ class Evaluation:
         scale = self.units[unit] * NATS_PER_BIT
         return self.nats / scale, self.stderr / scale
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Everything, with bits_per_UNIT and bits_per_UNIT_stderr for each unit."""
-        found: dict[str, Any] = {}
+        found: dict[str, object] = {}
         for unit in self.units:
             found[f"bits_per_{unit}"], found[f"bits_per_{unit}_stderr"] = self.bits_per(unit)
         counts = {f"{unit}s": count for unit, count in self.units.items()}
@@ -62,23 +61,17 @@ class Evaluation:
 
 
 def evaluate(
-    pipeline: Pipeline,
-    documents: Sequence[Any],
-    *,
-    estimator: str | None = None,
-    draws: int = 64,
-    seed: int = 0,
-    batch_size: int = 32,
-    window: int | None = None,
+    pipeline: Pipeline, documents: Sequence[str], *, estimator: str | None = None,
+    draws: int = 64, seed: int = 0, batch_size: int = 32, window: int | None = None,
     progress: Progress | None = None,
-) -> Evaluation:
-    """The bound of the documents, each cut into windows side by side that see nothing else.
+) -> Evaluation:  # fmt: skip
+    """The bound of the documents, each cut into adjacent windows that are scored independently.
 
     `window` is the model's own by default. The end of a document is scored where the modality
-    has a token for it. The standard error is that of the estimate for these very documents,
-    over the draws; it says nothing about other documents. Neither depends on `batch_size`.
+    has a token for it. The standard error is that of the estimate for these very documents, over
+    the draws, not over other documents. Neither depends on `batch_size`.
 
-    Raises DataError where there is nothing to score, ConfigError for a window below 1.
+    Raises DataError where there is no token to score, ConfigError for a window below 1.
     """
     width = window or pipeline.window or 0
     if width < 1:
@@ -94,14 +87,14 @@ def evaluate(
     return Evaluation.of(pipeline, bound, units, estimator=estimator, draws=draws)
 
 
-def sample_figures(samples: Sequence[Generated]) -> dict[str, Any]:
+def sample_figures(samples: Sequence[Generated]) -> dict[str, object]:
     """Mean calls, mean nats of the draws, and the variety of the samples' tokens.
 
     `unigram_entropy_bits` is the mean over samples of the entropy of a sample's own tokens;
-    `distinct_n` the share of different n-grams among those of all samples.
+    `distinct_n` the share of different n-grams among those of all samples, None without any.
     """
     count = len(samples)
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         "samples": count,
         "calls": sum(sample.calls for sample in samples) / count,
         "seconds": sum(sample.seconds for sample in samples),

@@ -1,6 +1,6 @@
-"""Figures of generated pictures against real ones: pure functions of tensors.
+"""Metrics of generated pictures against real ones: pure functions of tensors.
 
-Pictures are (N, ...) uint8, 0 to 255, and count as 0 to 1; features are (N, D) floats. A
+Pictures are (N, ...) uint8, scaled from 0 to 255 to 0 to 1; features are (N, D) floats. The
 distance between two pictures is Euclidean over all their values.
 """
 
@@ -18,9 +18,9 @@ from mdiff.errors import BackendError, CheckpointError, DataError
 from mdiff.files import read_tensors
 
 WHITE = 255.0
-# Pictures whose distances to all others are held at a time.
+# Pictures whose distances to all others are computed at a time.
 ROWS = 512
-# Pictures that Inception sees at a time.
+# Pictures in a batch of Inception.
 INCEPTION = 32
 INCEPTION_NEEDS = ("torchmetrics", "torch_fidelity", "torchvision")
 
@@ -59,18 +59,18 @@ def frechet(real: Tensor, fake: Tensor) -> float:
             "torchmetrics is not installed: pip install 'mdiff-toolkit[eval]'"
         ) from None
     space = nn.Identity()
-    space.num_features = real.shape[1]  # type: ignore[assignment]
+    vars(space).update(num_features=real.shape[1])
     metric = FrechetInceptionDistance(feature=space)
     # The distance is the same from any origin, and its sums of squares are exact near 0.
     origin = real.double().mean(0)
     metric.update(real.double() - origin, real=True)
     metric.update(fake.double() - origin, real=False)
-    # Rounding can leave a little less than nothing.
+    # Rounding can leave a value just below 0.
     return max(0.0, float(metric.compute()))
 
 
 def classifier_agreement(logits: Tensor, labels: Tensor) -> float:
-    """The share of samples that a classifier, `logits` (N, K), gives the asked `labels` (N,)."""
+    """The share of samples whose largest logit, of (N, K), is at the requested `labels` (N,)."""
     if logits.dim() != 2 or labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:
         raise DataError(
             f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} {labels.dtype}: "
@@ -82,7 +82,7 @@ def classifier_agreement(logits: Tensor, labels: Tensor) -> float:
 
 
 def diversity(real: Tensor, fake: Tensor, *, real_labels: Tensor, fake_labels: Tensor) -> float:
-    """The mean distance within a class of `fake`, divided by that of `real`: 1 is as varied.
+    """The mean distance within a class of `fake`, divided by that of `real`.
 
     The mean over pairs of different pictures of one class, then over the classes of `fake`.
     Raises DataError where such a class has fewer than two pictures on either side.
@@ -109,10 +109,10 @@ def diversity(real: Tensor, fake: Tensor, *, real_labels: Tensor, fake_labels: T
 
 
 def nearest(fake: Tensor, *, train: Tensor, test: Tensor) -> Nearest:
-    """How near samples (N, ...) come to training pictures, and how near test pictures do.
+    """Mean distances to the nearest training picture, of samples (N, ...) and of test pictures.
 
-    Samples that are copies are nearer than the test set; where they are as far, nothing of a
-    training picture is given away beyond what pictures have in common (Meehan et al. 2020).
+    Copies of training pictures are nearer than the test set is; samples at the same distance as
+    the test set show no memorisation (Meehan et al. 2020).
     """
     _check_alike(train=train, fake=fake)
     _check_alike(train=train, test=test)
@@ -120,9 +120,9 @@ def nearest(fake: Tensor, *, train: Tensor, test: Tensor) -> Nearest:
 
 
 def pixel_features(pictures: Tensor, *, side: int = 8) -> Tensor:
-    """A feature space without a network: pictures (N, C, H, W) uint8 averaged to side x side.
+    """Features without a network: pictures (N, C, H, W) uint8 averaged to side x side.
 
-    (N, C * side * side) float32 in 0 to 1; sides below `side` stay as they are.
+    (N, C * side * side) float32 in 0 to 1; sides below `side` are kept.
     """
     if pictures.dim() != 4 or pictures.dtype != torch.uint8 or 0 in pictures.shape:
         raise DataError(
@@ -135,9 +135,9 @@ def pixel_features(pictures: Tensor, *, side: int = 8) -> Tensor:
 def inception_features(pictures: Tensor, *, weights: str) -> Tensor:
     """The 2,048 features of the FID's Inception v3, (N, 2048) float32, by torch-fidelity.
 
-    `pictures` (N, C, H, W) uint8, grey ones in three equal channels; `weights` is the path of
-    the network's tensors, by torch-fidelity's names, as safetensors. Raises BackendError where
-    what is needed is not installed, CheckpointError for a file that does not hold them.
+    `pictures` (N, C, H, W) uint8, one channel or three; `weights` is the path of the network's
+    tensors, by torch-fidelity's names, as safetensors. Raises BackendError where a package is
+    not installed, CheckpointError for a file that does not hold the tensors.
     """
     if pictures.dim() != 4 or pictures.dtype != torch.uint8 or pictures.shape[1] not in (1, 3):
         raise DataError(
@@ -151,7 +151,7 @@ def inception_features(pictures: Tensor, *, weights: str) -> Tensor:
 
 
 def require_inception() -> None:
-    """Raise BackendError, naming the packages, where Inception cannot be run here."""
+    """Raise BackendError with the packages that Inception needs and that are not installed."""
     missing = [name for name in INCEPTION_NEEDS if find_spec(name) is None]
     if missing:
         names = " ".join(missing).replace("_", "-")
@@ -159,10 +159,10 @@ def require_inception() -> None:
 
 
 def _inception(tensors: dict[str, Tensor], origin: str) -> nn.Module:
-    """The network with these weights; CheckpointError where they are not all of its."""
+    """The network with these weights; CheckpointError where they do not fit."""
     from torchmetrics.image.fid import NoTrainInceptionV3
 
-    # torch-fidelity unpickles the file that it is given, so it gets one written here.
+    # torch-fidelity unpickles its file, so it is given one that was written here.
     with TemporaryDirectory() as folder:
         path = Path(folder) / "inception.pth"
         torch.save(tensors, path)
@@ -179,7 +179,7 @@ def _to_nearest(pictures: Tensor, others: Tensor) -> float:
     flat = _flat(others)
     least = []
     for some in map(_flat, torch.split(pictures, ROWS)):
-        # Squares taken apart find the nearest; a copy's distance is 0 only if taken directly.
+        # cdist expands the square: good enough to find the nearest, but not 0 for a copy.
         closest = flat[torch.cdist(some, flat).argmin(1)]
         least.append((some - closest).norm(dim=1))
     return float(torch.cat(least).double().mean())

@@ -88,7 +88,12 @@ def _pixel_units(modality: ImageModality, count: int) -> dict[str, int]:
 
 
 def draw_pictures(
-    pipeline: Pipeline, n: int, *, seed: int = 0, batch_size: int = 32, **options: Any
+    pipeline: Pipeline,
+    n: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+    **options: Any,
 ) -> Drawn:
     """`n` samples, the model's labels requested in turn; without labels all have label 0.
 
@@ -97,7 +102,9 @@ def draw_pictures(
     modality = image_modality(pipeline.modality)
     names = (modality.labels or []) if modality.label != "none" else []
     labels = torch.arange(n) % max(1, len(names))
-    prompts: list[object] = [{"label": names[i]} for i in labels.tolist()] if names else [""] * n
+    prompts: list[dict[str, object] | str] = (
+        [{"label": names[i]} for i in labels.tolist()] if names else [""] * n
+    )
     made = pipeline.generate(
         prompts, length=modality.length, seed=seed, batch_size=batch_size, **options
     )

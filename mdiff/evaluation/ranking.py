@@ -1,9 +1,8 @@
-"""Which of several candidates for a part of a canvas fits what is given best."""
+"""Ranking: which of several candidates for a part of a canvas fits the given parts best."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,26 +14,20 @@ from mdiff.pipeline import Pipeline
 
 
 def rank(
-    pipeline: Pipeline,
-    given: Mapping[str, Any],
-    candidates: Sequence[Any],
-    *,
-    part: str,
-    draws: int = 16,
-    seed: int = 0,
-    against_prior: bool = True,
-    batch_size: int = 32,
-) -> Tensor:
-    """How well each candidate for `part` fits, (N,) float64 nats, higher is better.
+    pipeline: Pipeline, given: Mapping[str, object], candidates: Sequence[object], *, part: str,
+    draws: int = 16, seed: int = 0, against_prior: bool = True, batch_size: int = 32,
+) -> Tensor:  # fmt: skip
+    """The score of each candidate for `part`, (N,) float64 nats, higher is better.
 
-    The score is minus the bound on -log p(candidate | given), every candidate with the same
-    places hidden, so that their differences are much surer than their values. `against_prior`
-    adds the bound with nothing given: log p(candidate | given) / p(candidate), which does not
-    prefer a candidate for being short or common. So {"image": picture} and part="caption" name
-    a picture, {"caption": "squid"} and part="image" find one.
+    The score is minus the bound on -log p(candidate | given). All candidates have the same
+    hidden positions, so that differences of scores vary far less than the scores.
+    `against_prior` adds the bound with nothing given, which estimates
+    log p(candidate | given) / p(candidate): no preference for a short or common candidate.
+    {"image": picture} with part="caption" names a picture, {"caption": "squid"} with
+    part="image" finds one.
 
-    Raises ConfigError for a model without that part or fewer than 2 draws, DataError for what
-    does not fit the canvas.
+    Raises ConfigError for a model without that part or fewer than 2 draws, DataError for a
+    candidate that does not fit the canvas.
     """
     if not candidates:
         raise ConfigError("candidates: need at least 1")
@@ -56,7 +49,7 @@ def rank(
 def _nats(
     pipeline: Pipeline, rows: Tensor, where: slice, *, draws: int, seed: int, batch_size: int
 ) -> Tensor:
-    """The bound of the places `where` of each row (N, L), in one stream of masks for all."""
+    """The bound of the positions `where` of each row (N, L), every row with the same masks."""
     found = []
     for some in torch.split(rows, batch_size):
         may_hide = torch.zeros_like(some, dtype=torch.bool)

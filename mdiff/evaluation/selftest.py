@@ -1,4 +1,4 @@
-"""The samplers against a law that is known exactly, small enough to run anywhere."""
+"""Self-test: the samplers against an exactly known distribution of 256 states."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from mdiff.tokens import TokenSpace, hidden_canvas
 VOCAB = 4
 LENGTH = 4
 SAMPLES = 20_000
+# The axes other than each one.
+OTHERS = [[i for i in range(LENGTH) if i != position] for position in range(LENGTH)]
 # Family-wise, over the handful of checks below.
 FALSE_ALARM = 1e-6
 
-# Settings whose law is the joint itself (one reveal a call, at a place that does not depend on
+# Settings whose law is the joint itself (one reveal a call, at a position that does not depend on
 # the drawn token), and the one whose law is the product of the first call's marginals.
-EXACT: tuple[tuple[str, dict[str, Any]], ...] = (
+Setting = tuple[str, dict[str, Any]]
+EXACT: tuple[Setting, ...] = (
     ("first_hitting", {}),
     ("any_order", {"order": "left_to_right"}),
     ("any_order", {"order": "random"}),
@@ -29,12 +32,12 @@ EXACT: tuple[tuple[str, dict[str, Any]], ...] = (
     ("confidence", {"score": "margin"}),
     ("blocks", {"block_length": 2}),
 )
-INDEPENDENT: tuple[tuple[str, dict[str, Any]], ...] = (("ancestral", {"steps": 1}),)
+INDEPENDENT: tuple[Setting, ...] = (("ancestral", {"steps": 1}),)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: what ran, the probability of so large a chi-square, and whether it holds."""
+    """One comparison: the setting, its chi-square's p-value, and whether it passed."""
 
     name: str
     p_value: float
@@ -42,7 +45,7 @@ class Check:
 
 
 class Toy:
-    """A joint over VOCAB^LENGTH texts with strong dependence, and its ideal denoiser."""
+    """A joint distribution of LENGTH dependent tokens, and its ideal denoiser."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -56,14 +59,13 @@ class Toy:
         self.table = torch.stack([self._conditionals(canvas.tolist()) for canvas in canvases])
 
     def _conditionals(self, canvas: list[int]) -> Tensor:
-        """The log p(token | the given ones) at each place of a canvas, (LENGTH, VOCAB)."""
+        """Log-probabilities (LENGTH, VOCAB) of the tokens at each position of a canvas."""
         given = self.joint
-        for place, token in enumerate(canvas):
+        for position, token in enumerate(canvas):
             if token != VOCAB:
                 one = torch.nn.functional.one_hot(torch.tensor(token), VOCAB).double()
-                given = given * one.view([-1 if i == place else 1 for i in range(LENGTH)])
-        places = range(LENGTH)
-        rows = torch.stack([given.sum([i for i in places if i != place]) for place in places])
+                given = given * one.view([-1 if i == position else 1 for i in range(LENGTH)])
+        rows = torch.stack([given.sum(others) for others in OTHERS])
         return (rows / rows.sum(1, keepdim=True)).log()
 
     def denoiser(self) -> FromLogits:
@@ -71,11 +73,10 @@ class Toy:
         return from_logits(lambda tokens: self.table[(tokens * self.base).sum(1)])
 
     def marginal_product(self) -> Tensor:
-        """The law of all places drawn from one call."""
-        places = range(LENGTH)
+        """The law of all positions drawn independently, from one call."""
         law = torch.ones((), dtype=torch.float64)
-        for place in places:
-            law = law[..., None] * self.joint.sum([i for i in places if i != place])
+        for others in OTHERS:
+            law = law[..., None] * self.joint.sum(others)
         return law
 
 
@@ -99,7 +100,7 @@ def check_samplers() -> Iterator[Check]:
 
 
 def chi_square_p(observed: Tensor, expected: Tensor) -> float:
-    """The p-value of Pearson's statistic; cells that expect fewer than 5 are pooled."""
+    """The p-value of Pearson's statistic; classes with an expected count below 5 are pooled."""
     rare = expected < 5
     if bool(rare.any()):
         observed = torch.cat([observed[~rare], observed[rare].sum()[None]])

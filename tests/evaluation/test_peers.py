@@ -48,7 +48,7 @@ def test_a_side_with_another_law_is_reported_as_failing(mutant: str) -> None:
 def test_both_sides_get_the_same_logits_and_half_of_the_rows_is_hidden() -> None:
     case = make_case(10, 6, dtype=torch.float32)
     assert int(case.hidden.sum()) == 5
-    assert torch.equal(case.asked, case.logits[case.hidden])
+    assert torch.equal(case.requested, case.logits[case.hidden])
     assert torch.isneginf(case.logits[:, case.mask_id]).all()
     assert (case.tokens[~case.hidden] < case.mask_id).all()
 

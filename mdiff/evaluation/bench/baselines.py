@@ -1,8 +1,8 @@
-"""What others run between the logits and the tokens: their public sequences of operations.
+"""Baselines: the operations of other projects between the logits and the tokens.
 
-Re-created from descriptions for `mdiff bench`, to be timed and to have their law checked; mdiff
-samples with none of them. Each takes `logits_NV` (N, V) of all places and `tokens_N` (N,) int64
-with `mask_id` at the hidden ones, and returns all places. Bytes a logit are counted from the
+Re-created from descriptions for `mdiff bench`, which times them and checks their law; mdiff
+samples with none of them. Each takes `logits_NV` (N, V) of all positions and `tokens_N` (N,)
+int64, `mask_id` where hidden, and returns all positions. Bytes per logit are counted from the
 operations, each array read or written once an operation. Random numbers are torch's global ones.
 """
 
@@ -20,10 +20,10 @@ from torch import Tensor
 from mdiff.denoiser import Denoiser
 from mdiff.errors import BackendError
 
-# What MDLM adds to a logit to forbid it, and the noise that it keeps out of its logarithms.
+# What MDLM adds to a logit to forbid it, and the floor of its noise under a logarithm.
 FORBIDS = -1e6
 NOISE_FLOOR = 1e-10
-# What aMUSEd keeps out of its logarithms.
+# The floor of aMUSEd's numbers under a logarithm.
 AMUSED_FLOOR = 1e-20
 # aMUSEd's own number of steps; the step in the middle is timed.
 AMUSED_STEPS = 12
@@ -60,15 +60,10 @@ def mdlm_draw(p_NV: Tensor, tokens_N: Tensor, *, mask_id: int, t: float, s: floa
 
 
 def mdlm_step(
-    logits_NV: Tensor,
-    tokens_N: Tensor,
-    *,
-    mask_id: int,
-    t: float,
-    s: float,
+    logits_NV: Tensor, tokens_N: Tensor, *, mask_id: int, t: float, s: float,
     dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """The tokens (N,) at time s: `mdlm_probabilities`, then `mdlm_draw`, over all places.
+) -> Tensor:  # fmt: skip
+    """The tokens (N,) at time s: `mdlm_probabilities`, then `mdlm_draw`, over all positions.
 
     About 184 bytes a logit in float64 (Zheng et al. 2024 show why it must be), 92 in float32.
     """
@@ -77,19 +72,14 @@ def mdlm_step(
 
 
 def mdlm_sampler(
-    denoiser: Denoiser,
-    canvas: Tensor,
-    *,
-    mask_id: int,
-    times: Sequence[float],
-    dtype: torch.dtype,
-    cached: bool,
-) -> Iterator[tuple[Tensor, bool]]:
+    denoiser: Denoiser, canvas: Tensor, *, mask_id: int, times: Sequence[float],
+    dtype: torch.dtype, cached: bool,
+) -> Iterator[tuple[Tensor, bool]]:  # fmt: skip
     """The canvas (1, L) after each step from a time to the next, and whether it cost a call.
 
     Project kuleshov-group/mdlm, `_ddpm_update`, and with `cached` `_ddpm_caching_update`, as of
     September 2025: there the model is called again only after a step that changed something,
-    but the categorical over all places is drawn at every step.
+    but the categorical over all positions is drawn at every step.
     """
     tokens, p_NV = canvas, None
     for t, s in pairwise(times):
@@ -109,9 +99,9 @@ def llada_step(
     """The tokens (N,) and the probability of each, -inf where given: LLaDA's Gumbel maximum.
 
     Project ML-GSAI/LLaDA, `generate.py` (`add_gumbel_noise`, low-confidence remasking), as of
-    June 2026: noise in float64 over every element, then a softmax of all places of which one
-    column is gathered. Which of the tokens stay is a matter of N numbers and not repeated here.
-    About 120 bytes a logit.
+    June 2026: noise in float64 over every element, then a softmax of all positions of which one
+    column is gathered. The choice of the tokens to keep, of N numbers, is left out. About 120
+    bytes a logit.
     """
     wide_NV = logits_NV.to(torch.float64)
     noise_NV = torch.rand_like(wide_NV)
@@ -124,19 +114,15 @@ def llada_step(
 
 
 def amused_step(
-    logits_NV: Tensor,
-    tokens_N: Tensor,
-    *,
-    mask_id: int,
-    ratio: float = 0.5,
+    logits_NV: Tensor, tokens_N: Tensor, *, mask_id: int, ratio: float = 0.5,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """The tokens (N,) with the least sure masked again, and those before that.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The tokens (N,) after the least confident were masked again, and before.
 
-    Project huggingface/diffusers, `AmusedScheduler.step`, 0.42 (2026): softmax of all places,
-    `multinomial`, gather, and the places whose log-probability plus Gumbel noise is among the
-    n cos(pi ratio / 2) lowest are hidden again. About 40 bytes a logit, with what `multinomial`
-    reads to check its input.
+    Project huggingface/diffusers, `AmusedScheduler.step`, 0.42 (2026): softmax of all positions,
+    `multinomial`, gather, and the positions whose log-probability plus Gumbel noise is among the
+    n cos(pi ratio / 2) lowest are hidden again. About 40 bytes a logit, including those that
+    `multinomial` reads to check its input.
     """
     hidden = tokens_N == mask_id
     p_NV = logits_NV.softmax(-1)

@@ -1,4 +1,4 @@
-"""The draw timed against what others run, each on the same logits."""
+"""The draw timed against the baselines, each on the same logits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TARGETS: Mapping[tuple[str, int], Mapping[str, float]] = {
     ("torch", 50_257): {MDLM: 25, LLADA: 18, AMUSED: 11, DIFFUSERS: 11},
     ("c", 4096): {MDLM: 100, LLADA: 50, AMUSED: 45, DIFFUSERS: 45},
 }
-# Percent of what one thread reads; the smallest buffer that is read, in rows.
+# Percent of the read bandwidth of one thread; the least rows of the buffer that is read.
 READ_SHARE, PASS_ROWS, PASS_REPEATS = 60.0, 512, 5
 GPU_TARGETS = {LLADA: 45.0, MDLM: 40.0}
 GPU_VOCAB, GPU_REPEATS = 126_464, 10
@@ -53,9 +53,9 @@ def draw_rows(
             for other in others:
                 yield times_faster(
                     "draw",
-                    f"draw by {ours}, V = {vocab:,}, {len(case.asked)} rows, against {other}, "
+                    f"draw by {ours}, V = {vocab:,}, {len(case.requested)} rows, against {other}, "
                     f"{rows:,} rows",
-                    timings[ours], timings[other], rows=(len(case.asked), rows),
+                    timings[ours], timings[other], rows=(len(case.requested), rows),
                     target=TARGETS.get((ours, vocab), {}).get(other),
                     note=failures(checked, ours, other),
                 )  # fmt: skip
@@ -96,18 +96,13 @@ def pass_row(backend: str, size: Size) -> Row:
 
 
 def gpu_rows(
-    size: Size,
-    say: Callable[[str], None],
-    *,
-    device: str = "cuda",
-    ours: str = "triton",
-    vocab: int = GPU_VOCAB,
-    seconds: Callable[[Callable[[], object]], float] = cuda_seconds,
-) -> Iterator[Row]:
-    """The draw on a GPU against LLaDA and MDLM as they run there, by events.
+    size: Size, say: Callable[[str], None], *, device: str = "cuda", ours: str = "triton",
+    vocab: int = GPU_VOCAB, seconds: Callable[[Callable[[], object]], float] = cuda_seconds,
+) -> Iterator[Row]:  # fmt: skip
+    """The draw on a GPU against LLaDA and MDLM, timed by CUDA events.
 
-    All rows are hidden here and both sides work on all of them; the logits, bfloat16, are larger
-    than the second cache.
+    All rows are hidden and both sides work on all of them; the logits, bfloat16, are larger than
+    the second-level cache.
     """
     found, missing = sides(device, (ours,))
     if ours not in found:
@@ -118,8 +113,8 @@ def gpu_rows(
     half = make_case(size.rows, vocab, device=device, dtype=torch.bfloat16)
     case = Case(half.logits, torch.full_like(half.tokens, half.mask_id), half.logits)
     tasks: dict[str, Callable[[], object]] = {
-        # Not the write into the canvas, which is small only beside the others.
-        ours: lambda: draw(case.asked, seed=1, backend=ours),
+        # Without the write into the canvas, which is small only relative to the others.
+        ours: lambda: draw(case.requested, seed=1, backend=ours),
         **{name: _task(found[name], case) for name in (LLADA, MDLM)},
     }
     try:

@@ -1,14 +1,14 @@
-"""Whole generations timed against the samplers of MDLM, and what a step costs outside the model."""
+"""Generations timed against the samplers of MDLM, and the time of a step outside the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mdiff.backbones.transformer import transformer
+from mdiff.denoiser import HasHead
 from mdiff.evaluation.bench.baselines import mdlm_draw, mdlm_probabilities, mdlm_sampler
 from mdiff.evaluation.bench.laws import MDLM, MDLM_FLOAT32, Law, failures
 from mdiff.evaluation.bench.timing import CLOCKS, Row, Size, Timing, cpu_seconds
@@ -24,27 +24,30 @@ WARM = 5
 
 
 class Timed:
-    """A Denoiser that adds up the seconds spent in another and its head, by each of `CLOCKS`."""
+    """A Denoiser that adds up the seconds spent in a model and its head, by each of `CLOCKS`."""
 
-    def __init__(self, denoiser: Any) -> None:
-        self.denoiser = denoiser
-        self.uses_time = denoiser.uses_time
+    uses_time = False
+
+    def __init__(self, model: HasHead) -> None:
+        self.model = model
         self.seconds = [0.0] * len(CLOCKS)
 
-    def __call__(self, tokens: Tensor, **rest: Any) -> Tensor:
-        """The other's logits."""
-        return self._timed(lambda: self.denoiser(tokens, **rest))
+    def __call__(self, tokens: Tensor, **rest: object) -> Tensor:
+        """The model's logits."""
+        features: Callable[..., Tensor] = self.features
+        return self.head(features(tokens, **rest))
 
-    def features(self, tokens: Tensor, **rest: Any) -> Tensor:
-        """What the other's head reads."""
-        return self._timed(lambda: self.denoiser.features(tokens, **rest))
+    def features(self, tokens: Tensor, *, number: int | None = None, **rest: object) -> Tensor:
+        """The model's features."""
+        features: Callable[..., Tensor] = self.model.features
+        return self._timed(lambda: features(tokens, number=number, **rest))
 
     def head(self, x: Tensor) -> Tensor:
         """The logits of features."""
-        return self._timed(lambda: self.denoiser.head(x))
+        return self._timed(lambda: self.model.head(x))
 
     def taken(self) -> tuple[float, ...]:
-        """The seconds since this was last asked."""
+        """The seconds by each clock since the last call of this."""
         seconds, self.seconds = self.seconds, [0.0] * len(CLOCKS)
         return tuple(seconds)
 
@@ -59,10 +62,10 @@ class Timed:
 def step_seconds(
     *, vocab: int, length: int, samples: int = 1
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds of each step of first hitting, and those of them inside the model, by clock.
+    """Seconds of each step of first hitting, and its seconds inside the model, by clock.
 
-    The model has the shape of builtin:shakespeare and random weights; the first steps are left
-    out.
+    The model has the shape of builtin:shakespeare and random weights; the first steps warm up and
+    are excluded.
     """
     space = TokenSpace(vocab, mask_id=vocab)
     model = Timed(transformer(vocab_size=vocab, max_length=length, **OVERHEAD_SHAPE).eval())
@@ -98,7 +101,7 @@ class Generation:
     """One model and a stretch of each sampler at a time, all in seconds a step.
 
     The baselines run at `size.timed` times spread evenly over [0, 1], each on a canvas with the
-    share of hidden places of that time, or whole, stretch after stretch, with `size.full`.
+    share of hidden positions of that time, or in full, stretch after stretch, with `size.full`.
     """
 
     def __init__(self, size: Size) -> None:
@@ -175,7 +178,7 @@ class Generation:
 
 
 def expected_calls(steps: int, length: int) -> float:
-    """How many steps of m(t) = t change something, on average: each place picks one of them.
+    """The expected number of steps of m(t) = t that change something: each position picks one.
 
     >>> round(expected_calls(1000, 256), 1)
     226.0
@@ -211,19 +214,13 @@ def generation_rows(
 
 
 def _generation_row(
-    size: Size,
-    label: str,
-    ours: list[float],
-    other: list[float],
-    *,
-    note: str,
-    target: float,
+    size: Size, label: str, ours: list[float], other: list[float], *, note: str, target: float,
     calls: int,
-) -> Row:
+) -> Row:  # fmt: skip
     """The row of one baseline, from seconds a step in each stretch.
 
-    Stretches are not repeats (what a step costs depends on the time), so that the figure is of
-    the whole, not of minima.
+    Stretches are not repeats (the cost of a step depends on the time), so that the figure is of
+    their total, not of minima.
     """
     how = "" if size.full else f" ({size.timed} timed)"
     steps = size.length, size.steps

@@ -1,4 +1,4 @@
-"""The sides of a comparison of draws, the case that all are given, and the law of each."""
+"""The sides of a comparison of draws, the input that all are given, and the law of each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OURS = ("c", "torch")
 
 LAW_IDS, LAW_DRAWS = 40, 20_000
 FALSE_ALARM = 1e-6
-# The standard deviation of the logits, as of a model that is not sure.
+# The standard deviation of the logits, as of an uncertain model.
 SPREAD = 3.0
 
 
@@ -32,15 +32,15 @@ SPREAD = 3.0
 class Case:
     """Logits that both sides get, and a canvas.
 
-    `logits` (N, V), the last column -inf: that of the mask, as MDLM and LLaDA have it inside
-    the vocabulary, so that all sides draw from the same law. `tokens` (N,) holds the mask where
-    hidden; `asked` (M, V) are the hidden rows, as a denoiser returns them when asked by `at`. The
-    step goes from time t to s where the baseline has times.
+    `logits` (N, V), the last column -inf: that of the mask, which MDLM and LLaDA have inside the
+    vocabulary, so that all sides draw from the same law. `tokens` (N,) holds the mask where
+    hidden; `requested` (M, V) are the hidden rows, as a denoiser returns them for `at`. The step
+    goes from time t to s where the baseline has times.
     """
 
     logits: Tensor
     tokens: Tensor
-    asked: Tensor
+    requested: Tensor
     t: float = 0.5
     s: float = 0.499
 
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def hidden(self) -> Tensor:
-        """Where a token is drawn."""
+        """The rows (N,) bool at which a token is drawn."""
         return self.tokens == self.mask_id
 
 
@@ -73,14 +73,14 @@ Side = Callable[[Case], Tensor]
 
 
 def sides(device: str = "cpu", ours: tuple[str, ...] = OURS) -> tuple[dict[str, Side], list[str]]:
-    """Every side that runs here, by name, ours first, and why each of the others does not.
+    """Every side that can run here, by name, ours first, and why each of the others cannot.
 
     A side returns the tokens (N,) of a case after its draw.
     """
 
     def of_backend(name: str) -> Side:
         return lambda case: case.tokens.masked_scatter(
-            case.hidden, draw(case.asked, seed=1, backend=name).tokens
+            case.hidden, draw(case.requested, seed=1, backend=name).tokens
         )
 
     def of_mdlm(dtype: torch.dtype) -> Side:

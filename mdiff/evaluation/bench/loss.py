@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -17,17 +16,17 @@ from mdiff.ops import masked_cross_entropy
 
 TIME_TARGET, MEMORY_TARGET, GRADIENT_TARGET = 4.0, 8.0, 1e-6
 BATCH = 4
-# The label of a place that F.cross_entropy leaves out.
-LEFT_OUT = -100
+# The label of a position that F.cross_entropy ignores.
+IGNORED = -100
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
 
 
 class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes of tensors that lived at once, of those made while it is on.
+    """The peak of bytes in tensors that exist at once, of those created within the mode.
 
-    Every output of every operation of torch, forward and backward, as long as its storage lives;
-    not what an operation allocates and frees inside itself, nor memory that torch does not give.
+    Every output of every operation of torch, forward and backward, as long as its storage exists;
+    not the temporary memory of an operation, nor memory that torch did not allocate.
     """
 
     def __init__(self, *known: Tensor) -> None:
@@ -37,9 +36,10 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """The operation's result, its storages noted."""
+        self, func: Callable[..., object], types: Sequence[type], args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:  # fmt: skip
+        """The operation's result; its storages are counted."""
         made = func(*args, **(kwargs or {}))
         for each in tree_leaves(made):
             if isinstance(each, Tensor) and each.untyped_storage() not in self.known:
@@ -49,7 +49,7 @@ class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Problem:
-    """Features of a batch, a head over V, targets, and which rows are hidden with which weight."""
+    """Features of a batch, a head over V, targets, the hidden rows and their weights."""
 
     def __init__(self, rows: int, width: int, vocab: int) -> None:
         torch.manual_seed(0)
@@ -62,25 +62,25 @@ class Problem:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What is differentiated: the features and the head's matrix."""
+        """The tensors with gradients: the features and the head's matrix."""
         return self.features, self.head.weight
 
     def gradients(self, loss: Callable[[], Tensor]) -> list[Tensor]:
         """The gradients of the loss in `inputs`, by a forward and a backward."""
         for each in self.inputs:
             each.grad = None
-        loss().backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss())
         return [each.grad for each in self.inputs if each.grad is not None]
 
     def plain(self) -> Tensor:
-        """The loss as most code has it: logits of all rows, and labels that leave some out."""
+        """The loss as most code computes it: logits of all rows, some labels ignored."""
         logits = self.head(self.features).float().flatten(0, 1)
-        labels = self.targets.masked_fill(~self.rows, LEFT_OUT).flatten()
-        nll = F.cross_entropy(logits, labels, ignore_index=LEFT_OUT, reduction="none")
+        labels = self.targets.masked_fill(~self.rows, IGNORED).flatten()
+        nll = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
         return (nll * self.weights.flatten()).sum()
 
     def peak_bytes(self, loss: Callable[[], Tensor]) -> int:
-        """The most bytes alive at once in a forward and backward, gradients too, inputs not."""
+        """The peak of bytes in a forward and backward, with gradients, without inputs."""
         with PeakBytes(*self.inputs, self.targets, self.rows, self.weights) as mode:
             self.gradients(loss)
         return int(mode.peak)
@@ -94,10 +94,9 @@ def loss_rows(
     case = Problem(size.rows, size.width, size.vocab)
 
     def ours() -> Tensor:
-        value, _ = kernel(
-            case.features, case.head, case.targets, rows=case.rows, weights=case.weights
-        )
-        return value
+        return kernel(case.features, case.head, case.targets, rows=case.rows, weights=case.weights)[
+            0
+        ]
 
     where = f"loss, V = {size.vocab:,}, d = {size.width}, {size.rows:,} rows"
     plain = "logits of all rows, then F.cross_entropy with ignore_index"
@@ -117,7 +116,7 @@ def loss_rows(
         "loss", f"{where}: peak memory against all rows", others / used, others / used,
         target=MEMORY_TARGET,
         detail={
-            "measured": "most bytes of tensors alive at once, gradients too, inputs not",
+            "measured": "peak of bytes in tensors, with gradients, without inputs",
             "mdiff": {"bytes": used}, "other": {"bytes": others, "name": plain},
         },
     )  # fmt: skip

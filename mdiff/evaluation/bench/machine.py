@@ -1,11 +1,10 @@
-"""What a measurement ran on."""
+"""The machine of a measurement."""
 
 from __future__ import annotations
 
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """Processor, threads, GPU and versions."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""What `mdiff bench` measures, in order: the machine, the law of both sides, and the rows."""
+"""A run of `mdiff bench`: the machine, the law of both sides, and the rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ METHOD = (
     "Both sides get the same logits, are warmed up and run in turns, in one process, on one "
     "thread; seconds are processor time. minimum: the other's least repeat over ours (of a "
     "generation, all of its steps over ours); median: the same of medians. mdiff works on the "
-    "hidden rows, which it asks the model for, the others on all rows, as published; a row: the "
+    "hidden rows, which it requests of the model, the others on all rows, as published; a row: the "
     "time of one row over that of one of ours."
 )
 
@@ -33,8 +32,8 @@ METHOD = (
 class Bench:
     """A run: `environment` and `laws` first, then `rows` section by section.
 
-    `size` says how large, `say` gets a line of progress at a time. The baselines draw from
-    torch's global generator, which is given back as it was, as is the number of threads.
+    `size` sets the sizes, `say` gets a line of progress at a time. The baselines draw from
+    torch's global generator, which is restored, as is the number of threads.
     """
 
     def __init__(self, size: Size, *, say: Callable[[str], None]) -> None:
@@ -43,7 +42,7 @@ class Bench:
         self.missing: list[str] = []
         self.laws: dict[str, Law] = {}
 
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> dict[str, object]:
         """The machine with versions, the method and the sizes."""
         with one_thread():
             on = machine()
@@ -65,7 +64,7 @@ class Bench:
         return list(self.laws.values())
 
     def rows(self, sections: Sequence[str]) -> Iterator[Row]:
-        """The rows of the sections, in the order of `SECTIONS`, each as soon as it is known."""
+        """The rows of the sections, in the order of `SECTIONS`, each as soon as it is measured."""
         measure: dict[str, Callable[[], Iterator[Row]]] = {
             "draw": self._draw,
             "loss": lambda: loss_rows(self.size, self.say),
@@ -87,7 +86,7 @@ class Bench:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread, and torch's global generators as they were afterwards."""
+    """Within it torch has one thread; that and its global generators are restored afterwards."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Two sides of a comparison, timed in turns in one process, and what comes of it."""
+"""Two sides of a comparison, timed in turns in one process, and the row of the result."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the measured cases are; the defaults are those that the targets are stated for.
+    """The sizes of the measured cases; the targets are stated for the defaults.
 
     `rows` N of the draw and of the loss, half of them hidden; `vocab` V throughout, and `small`
     the other one of the draw, with `small_rows`; `repeats` of the draw, `loss_repeats` of the
@@ -35,13 +34,13 @@ class Size:
     full: bool = False
 
 
-# What a step of the toolkit is measured by: processor time of the thread, and the clock.
+# The clocks of a step of the toolkit: processor time of the thread, and wall time.
 CLOCKS: Mapping[str, Callable[[], float]] = {
     "thread": time.thread_time,
     "clock": time.perf_counter,
 }
 
-# About 5 ms of a GPU, longer than Python takes to launch what is timed there.
+# About 5 ms of a GPU, longer than Python takes to launch the timed kernels.
 BUSY_CYCLES = 10_000_000
 
 DEFAULT = Size()
@@ -57,12 +56,12 @@ class Timing:
 
     @property
     def minimum(self) -> float:
-        """The least disturbed repeat."""
+        """The fastest repeat."""
         return min(self.seconds)
 
     @property
     def median(self) -> float:
-        """The repeat in the middle."""
+        """The median repeat."""
         return statistics.median(self.seconds)
 
 
@@ -85,7 +84,7 @@ class Row:
     at_least: bool = True
     per_row: float | None = None
     note: str = ""
-    detail: Mapping[str, Any] = field(default_factory=dict)
+    detail: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def met(self) -> bool | None:
@@ -94,13 +93,13 @@ class Row:
             return None
         return self.figure >= self.target if self.at_least else self.figure <= self.target
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """All fields, and `met`."""
         return {**asdict(self), "met": self.met}
 
 
 def cpu_seconds(run: Callable[[], object]) -> float:
-    """Processor time of this process that a call took: waits for other processes do not count."""
+    """Processor time of this process during a call: waiting for other processes is not counted."""
     begun = time.process_time()
     run()
     return time.process_time() - begun
@@ -109,11 +108,10 @@ def cpu_seconds(run: Callable[[], object]) -> float:
 def cuda_seconds(run: Callable[[], object]) -> float:
     """Time of a call on the current CUDA device, between two events.
 
-    The device is busy until the call is queued, so that this is the time of the kernels and not
-    of Python, which launches them, unless the call itself waits for the device.
+    The device is kept busy until the call is queued, so that this is the time of the kernels and
+    not of launching them, unless the call itself synchronises with the device.
     """
-    begun = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
     begun.record()
     run()
@@ -136,18 +134,11 @@ def interleaved(
 
 
 def times_faster(
-    section: str,
-    what: str,
-    ours: Timing,
-    other: Timing,
-    *,
-    rows: tuple[int, int] | None = None,
-    target: float | None = None,
-    note: str = "",
-    **detail: Any,
-) -> Row:
+    section: str, what: str, ours: Timing, other: Timing, *, rows: tuple[int, int] | None = None,
+    target: float | None = None, note: str = "", **detail: object,
+) -> Row:  # fmt: skip
     """The row of how many times faster `ours` is; `rows` are the rows that each side worked on."""
-    sides: dict[str, dict[str, Any]] = {
+    sides: dict[str, dict[str, object]] = {
         "mdiff": {"seconds": ours.seconds},
         "other": {"seconds": other.seconds},
     }
