@@ -1,4 +1,4 @@
-"""Reading and writing files: untrusted input, atomic writes, weights, where a model lies."""
+"""Reading and writing files: untrusted input, atomic writes, weights, locating a model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Checkpoints that survive: written whole or not at all, and read without trust.
+"""Atomic writes of files and checkpoints, their manifests, and the lock of a directory.
 
-A checkpoint is a directory with `manifest.json`, the size and SHA-256 of every other file
-in it. It is written under a temporary name beside its place, flushed to the disk and then
-renamed, so that a directory of that name is complete whenever the writer was killed.
+A checkpoint is a directory with `manifest.json`, which holds the size and the SHA-256 of every
+other file in it. It is written under a temporary name in the same parent directory, flushed to
+the disk and then renamed: a directory of the final name is complete, whenever its writer was
+killed.
 """
 
 from __future__ import annotations
@@ -14,22 +15,35 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from safetensors import SafetensorError
 
 from mdiff.errors import CheckpointError, ConfigError
-from mdiff.files.untrusted import inside as inside
-from mdiff.files.untrusted import read_json as read_json
-from mdiff.files.untrusted import read_tensors as read_tensors
+from mdiff.files.untrusted import inside, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+# How an error of safetensors names the operating system's.
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 STEP_NAME = re.compile(r"step-(\d{6,})")
+
+
+class FileEntry(TypedDict):
+    """What a manifest holds of a file: its bytes, and their SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """What manifest.json holds."""
+
+    format: int
+    files: dict[str, FileEntry]
 
 
 def _umask() -> int:
@@ -40,7 +54,7 @@ def _umask() -> int:
 
 # Read once: a process can only ask for it by setting it, and other threads make files meanwhile.
 UMASK = _umask()
-# Files of locks that this process holds: a forked child must not keep one alive.
+# Open files of the locks that this process holds: a forked child closes its copies.
 _held: set[int] = set()
 
 
@@ -67,9 +81,9 @@ def staged(path: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield folder
-        manifest = {"format": FORMAT, "files": {n: _digest(folder / n) for n in _listed(folder)}}
+        manifest = {"format": FORMAT, "files": {n: digest(folder / n) for n in _listed(folder)}}
         write_json(folder / MANIFEST, manifest)
-        # Temporary directories and tensor files are made private: give them the usual rights.
+        # Temporary directories and tensor files are private: give them the usual permissions.
         for directory, _, files in os.walk(folder):
             for name in files:
                 Path(directory, name).chmod(0o666 & ~UMASK)
@@ -80,31 +94,23 @@ def staged(path: Path) -> Iterator[Path]:
         _fsync(path.parent)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        refused = _of_the_system(error, path)
-        if refused is not None:
-            raise refused from error
+        # An error of safetensors has that of the operating system in its text alone.
+        system = isinstance(error, SafetensorError) and SYSTEM_ERROR.search(str(error))
+        if system:
+            code = int(system[1])
+            raise OSError(code, os.strerror(code), str(path)) from error
         raise
 
 
-def _of_the_system(error: BaseException, path: Path) -> OSError | None:
-    """What the system said to safetensors, whose error has it in words alone; None else."""
-    found = isinstance(error, SafetensorError) and SYSTEM_ERROR.search(str(error))
-    if not found:
-        return None
-    code = int(found[1])
-    return OSError(code, os.strerror(code), str(path))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write an object as indented JSON."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file that is whole under its name, whenever the writer is killed.
+    """Write a file atomically: under a temporary name, flushed to the disk, then renamed.
 
-    It is written beside its place, flushed to the disk and renamed. Raises OSError where the
-    disk refuses; what was there then stays.
+    Raises OSError where the disk refuses; an earlier file of the name is then unchanged.
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -122,9 +128,9 @@ def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
 
 
 def sweep(directory: Path, name: str = "") -> None:
-    """Remove what killed writers left in `directory`, of paths whose names start so.
+    """Remove what killed writers left in `directory`, of paths whose names start with `name`.
 
-    Call it with the lock in hand under which they are written.
+    Call it while holding the lock under which they are written.
     """
     for leftover in Path(directory).glob(f".{name}*.tmp"):
         if leftover.is_dir() and not leftover.is_symlink():
@@ -133,19 +139,19 @@ def sweep(directory: Path, name: str = "") -> None:
             leftover.unlink(missing_ok=True)
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint `path`, after every file was found as it says.
+def verify(path: Path) -> Manifest:
+    """The manifest of the checkpoint `path`, after every file was compared with it.
 
     Raises CheckpointError where there is no manifest, where a file is missing, of another
     size or content, or not listed, and where the directory holds a link.
     """
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     listed = manifest["files"]
     problem = _shape_problem(path, listed)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}")
     for name, entry in listed.items():
-        if _digest(path / name)["sha256"] != entry["sha256"]:
+        if digest(path / name)["sha256"] != entry["sha256"]:
             raise CheckpointError(f"{path / name} was altered: its SHA-256 is not the manifest's")
     return manifest
 
@@ -153,7 +159,7 @@ def verify(path: Path) -> dict[str, Any]:
 def complete(path: Path) -> bool:
     """Whether the checkpoint has a manifest, and every file of it with its size."""
     try:
-        return _shape_problem(path, _manifest(path)["files"]) is None
+        return _shape_problem(path, read_manifest(path)["files"]) is None
     except CheckpointError:
         return False
 
@@ -161,14 +167,14 @@ def complete(path: Path) -> bool:
 def latest(directory: Path) -> Path | None:
     """The newest complete checkpoint `step-NNNNNN` in `directory`, or None.
 
-    Steps compare as numbers. That contents are unaltered is for `verify` to say.
+    Steps compare as numbers. Contents are not compared with the manifest; `verify` does that.
     """
     paths = (step_path(directory, step) for step in reversed(steps(directory)))
     return next(filter(complete, paths), None)
 
 
 def step_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies.
+    """The path of the checkpoint after `step` steps.
 
     >>> step_path(Path("run"), 40).name
     'step-000040'
@@ -186,10 +192,10 @@ def steps(directory: Path) -> list[int]:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """The right to write in `directory`, for one process at a time.
+    """An exclusive lock on `directory`, for one writing process at a time.
 
-    A dead process holds no lock: the kernel drops it, and the file that stays behind means
-    nothing. Raises CheckpointError where another process holds it.
+    The kernel releases the lock of a process that ends; the file that stays has no meaning.
+    Raises CheckpointError where another process holds it.
     """
     import fcntl
 
@@ -219,7 +225,8 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path, *, root: Path | None = None) -> Manifest:
+    """The manifest of a checkpoint, checked by itself; names may lead anywhere in `root`."""
     if not (path / MANIFEST).exists():
         raise CheckpointError(f"{path} has no {MANIFEST}: it is incomplete or of another tool")
     manifest = read_json(path / MANIFEST)
@@ -227,13 +234,13 @@ def _manifest(path: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT or not isinstance(files, dict):
         raise CheckpointError(f"{path / MANIFEST}: expected format {FORMAT} with files")
     for name, entry in files.items():
-        inside(path, name)
+        inside(path, name, root=root)
         if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
             raise CheckpointError(f"{path / MANIFEST}: {name[:80]!r} needs size and sha256 alone")
-    return manifest
+    return Manifest(format=FORMAT, files=files)
 
 
-def _shape_problem(path: Path, listed: dict[str, Any]) -> str | None:
+def _shape_problem(path: Path, listed: Mapping[str, FileEntry]) -> str | None:
     """What is wrong with the names, kinds and sizes of the files, or None."""
     found = set(_listed(path))
     for name in sorted(found | set(listed)):
@@ -253,18 +260,17 @@ def _listed(folder: Path) -> list[str]:
     """Every file of the directory but the manifest, as sorted names with forward slashes."""
     names = []
     for directory, folders, files in os.walk(folder):
-        # A linked directory is not walked into: it is listed, and then refused.
+        # The walk does not enter a linked directory: it is listed, and then refused.
         links = [name for name in folders if Path(directory, name).is_symlink()]
         names += [Path(directory, name).relative_to(folder).as_posix() for name in files + links]
     return sorted(name for name in names if name != MANIFEST)
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def digest(path: Path) -> FileEntry:
+    """The size and the SHA-256 of a file."""
     with path.open("rb") as file:
-        return {
-            "size": os.fstat(file.fileno()).st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+        size = os.fstat(file.fileno()).st_size
+        return FileEntry(size=size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _fsync(path: Path) -> None:

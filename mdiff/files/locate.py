@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from importlib.resources import files
 from pathlib import Path
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, nearest
-from mdiff.files.atomic import MANIFEST, STEP_NAME, latest, verify
+from mdiff.files.atomic import MANIFEST, STEP_NAME, digest, latest, read_manifest, verify
 from mdiff.files.model_files import CONFIG, MODEL_INDEX, PIPELINE, ModelFiles, read_model_files
-from mdiff.files.untrusted import inside, read_json
 
 BUILTIN = "builtin:"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -74,8 +72,8 @@ def _step(path: Path) -> Path:
 
 def _verified(folder: Path) -> ModelFiles:
     """The files of a folder, verified against its manifest where it has or needs one."""
-    ours = (folder / MANIFEST).exists() or (folder / PIPELINE).exists()
-    return read_model_files(folder, manifest=verify(folder) if ours else None)
+    checked = (folder / MANIFEST).exists() or (folder / PIPELINE).exists()
+    return read_model_files(folder, manifest=verify(folder) if checked else None)
 
 
 def _from_hub(name: str) -> ModelFiles:
@@ -103,14 +101,12 @@ def _from_hub(name: str) -> ModelFiles:
 
 
 def snapshot(folder: Path) -> ModelFiles:
-    """The checked files of a snapshot of the Hub: links into the cache that it lies in."""
+    """The checked files of a snapshot of the Hub, which are links into the cache around it."""
     root = folder.parent.parent
     manifest = None
     if (folder / PIPELINE).exists():
-        manifest = read_json(folder / MANIFEST)
-        for name, entry in manifest.get("files", {}).items():
-            with inside(folder, name, root=root).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != entry["sha256"]:
+        manifest = read_manifest(folder, root=root)
+        for name, entry in manifest["files"].items():
+            if digest(folder / name)["sha256"] != entry["sha256"]:
                 raise CheckpointError(f"{folder / name} is not the file that the manifest lists")
     return read_model_files(folder, root=root, manifest=manifest)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mdiff.errors import CheckpointError, nearest
+from mdiff.files.atomic import Manifest
 from mdiff.files.untrusted import (
     Header,
     TensorEntry,
@@ -31,7 +32,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What the small files in `folder` say, checked; no tensor has been read.
+    """The contents of the small files in `folder`, checked; no tensor has been read.
 
     `config` is config.json, `headers` those of the safetensors files with weights, `manifest`
     and `pipeline` the files of these names, None where there are none. A directory of several
@@ -42,7 +43,7 @@ class ModelFiles:
     folder: Path
     config: Mapping[str, Any]
     headers: Mapping[Path, Header]
-    manifest: Mapping[str, Any] | None = None
+    manifest: Manifest | None = None
     pipeline: Mapping[str, Any] | None = None
     classes: Mapping[str, str] = field(default_factory=dict)
     parts: Mapping[str, ModelFiles] = field(default_factory=dict)
@@ -54,14 +55,14 @@ class ModelFiles:
 
 
 def read_model_files(
-    folder: Path, *, root: Path | None = None, manifest: Mapping[str, Any] | None = None
+    folder: Path, *, root: Path | None = None, manifest: Manifest | None = None
 ) -> ModelFiles:
     """The `ModelFiles` of a folder; its contents are compared with no manifest here.
 
     Links may lead anywhere in `root`, by default the folder or, of a snapshot of the Hub, whose
-    files are links, the cache that it lies in. Raises CheckpointError for files that are
-    missing, truncated, altered or not regular, for a pickle, and for names and links that lead
-    out of `root`.
+    files are links, the cache around it. Raises CheckpointError for files that are missing,
+    truncated, altered or not regular, for a pickle, and for names and links that lead out of
+    `root`.
     """
     refuse_special(folder)
     root = _root(folder) if root is None else root

@@ -1,4 +1,4 @@
-"""Files from anywhere, read without trust: JSON and safetensors, checked before they are used.
+"""Untrusted JSON and safetensors files, checked before they are used.
 
 Nothing here unpickles, no name leads out of its directory, and every refusal is a
 CheckpointError before anything is loaded.
@@ -10,28 +10,29 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, TypedDict
+from typing import Any, BinaryIO, TypedDict
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mdiff.errors import CheckpointError
 
-# What a file system takes for one name.
+# The longest name in usual file systems.
 MAX_NAME_BYTES = 255
 # Larger than any tokenizer or index file in use, and parsed well within a second or two.
 MAX_JSON_BYTES = 32 * 2**20
-# As many as the index of the largest public models has, some ten times over; a parser makes of
-# each some hundred bytes. Files below the second number cannot hold too many.
+# Ten times as many values as the index of the largest public models; the parser takes some
+# hundred bytes for each. Files shorter than COUNTED_FROM cannot hold too many.
 MAX_JSON_VALUES, COUNTED_FROM = 10**6, 2**20
-# Configurations nest a handful of levels; a parser's stack is not to be a file's choice.
+# Configurations nest a handful of levels; a file must not exhaust the parser's stack.
 MAX_JSON_DEPTH = 64
 # The header of the largest public models is about 1 MB.
 MAX_HEADER_BYTES = 32 * 2**20
-# Of one file: the largest public models have some hundred in each of theirs.
+# In one file: the largest public models have some hundred in each.
 MAX_TENSORS = 30_000
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # A zip archive (torch.save), a pickle of protocol 2 to 5, and torch's oldest magic number.
@@ -44,7 +45,7 @@ ITEM_BYTES = {
 
 
 class TensorEntry(TypedDict):
-    """What the header of a safetensors file says of a tensor."""
+    """The entry of a tensor in the header of a safetensors file."""
 
     dtype: str
     shape: list[int]
@@ -82,12 +83,12 @@ def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
 
 
 def refuse_special(folder: Path) -> None:
-    """Raise CheckpointError where a pipe, a device or a socket lies in `folder`: libraries that
-    are given the folder would wait for what it never says.
+    """Raise CheckpointError where `folder` holds a pipe, a device or a socket: a library that
+    is given the folder would block on it.
     """
     for directory, _, names in os.walk(folder):
         for path in (Path(directory, name) for name in sorted(names)):
-            # What a link without a target means is for its reader to say.
+            # A link without a target is left to its reader.
             if path.exists() and not path.is_file():
                 raise CheckpointError(f"{path} is not a plain file")
 
@@ -125,7 +126,7 @@ def parse_json(data: bytes, *, origin: str) -> dict[str, Any]:
         raise CheckpointError(f"{origin} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{origin} holds a {type(value).__name__}: expected an object")
-    level: list[Any] = [value]
+    level: list[object] = [value]
     for _ in range(MAX_JSON_DEPTH):
         level = [
             child
@@ -139,20 +140,22 @@ def parse_json(data: bytes, *, origin: str) -> dict[str, Any]:
 
 
 def has_too_many_values(text: str) -> bool:
-    """Whether JSON could hold more than MAX_JSON_VALUES values, in time that parsing it takes."""
+    """Whether JSON could hold more than MAX_JSON_VALUES values; faster than parsing it."""
     return len(text) >= COUNTED_FROM and sum(map(text.count, ",[{")) > MAX_JSON_VALUES
 
 
-def read_tensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of the safetensors file `path`, by name.
+def read_tensors(path: Path, *, header: Header | None = None) -> dict[str, Tensor]:
+    """The tensors of the safetensors file `path`, by name, on the CPU.
 
-    Raises CheckpointError, with nothing loaded, for a pickle (by its name or its first
-    bytes), a truncated file, and a header that does not describe exactly the data there.
+    `header` is the result of `check_tensors`, where there is one already. Raises
+    CheckpointError, with nothing loaded, for a pickle (by its name or its first bytes), a
+    truncated file, and a header that does not describe exactly the data in the file.
     """
     path = Path(path)
-    check_tensors(path)
+    if header is None:
+        check_tensors(path)
     try:
-        return load_file(path, device=str(device))
+        return load_file(path)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from None
 
@@ -186,54 +189,54 @@ def check_tensors(path: Path) -> Header:
                 f"{end - begin}"
             )
         runs.append((begin, end))
-    reached = 0
+    total = 0
     for begin, end in sorted(runs):
-        if begin != reached:
+        if begin != total:
             raise CheckpointError(f"{path}: the data of its tensors overlaps or leaves a hole")
-        reached = end
-    if reached != data_bytes:
+        total = end
+    if total != data_bytes:
         raise CheckpointError(
-            f"{path} is truncated or altered: {data_bytes} bytes of data, the header says {reached}"
+            f"{path} is truncated or altered: {data_bytes} bytes of data, the header says {total}"
         )
     return header
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """The header and the number of bytes after it."""
+    with _regular_file(path) as (file, size):
+        start = file.read(8)
+        if path.suffix in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
+            raise CheckpointError(
+                f"{path} is a pickle, which can run code: only safetensors files are opened"
+            )
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            raise CheckpointError(f"{path} is truncated or not a safetensors file")
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{path} has a header of {length} bytes: at most {MAX_HEADER_BYTES} are read"
+            )
+        header = parse_json(file.read(length), origin=f"the header of {path}")
+    return header, size - 8 - length
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a file of at most `max_bytes`."""
+    with _regular_file(path) as (file, size):
+        if size > max_bytes:
+            raise CheckpointError(f"{path} has {size} bytes: at most {max_bytes} are read")
+        return file.read()
+
+
+@contextmanager
+def _regular_file(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """The open file and its size in bytes; a pipe or a device is refused before it is opened."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path} is not a plain file")
         with path.open("rb") as file:
-            start = file.read(8)
-            if path.suffix in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
-                raise CheckpointError(
-                    f"{path} is a pickle, which can run code: only safetensors files are opened"
-                )
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > status.st_size - 8:
-                raise CheckpointError(f"{path} is truncated or not a safetensors file")
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path} has a header of {length} bytes: absurd")
-            header = parse_json(file.read(length), origin=f"the header of {path}")
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    return header, status.st_size - 8 - length
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a plain file of at most `max_bytes`; a pipe or a device is not opened."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} is not a plain file")
-        if status.st_size > max_bytes:
-            raise CheckpointError(
-                f"{path} has {status.st_size} bytes: at most {max_bytes} are read"
-            )
-        return path.read_bytes()
+            yield file, status.st_size
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:

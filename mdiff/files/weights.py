@@ -1,4 +1,4 @@
-"""Published weights into a module: every tensor accounted for, then read where it is to lie.
+"""Weights of safetensors files into a module, once every tensor is accounted for.
 
 Files are read tensor by tensor into the memory that the module keeps, without a map of the file
 and without a second copy, so that a model takes little more memory than its files.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,12 @@ TYPES = {
     "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
     "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
+# The name of a submodule -> its device; "" is the whole module.
+Devices = Mapping[str, torch.device | str | int]
 # Names in a message; the others are counted.
 SHOWN = 4
-# Held around what transformers loads: it sets the default type of the whole process for that
-# time, and its first import is not for several threads.
+# Held while transformers loads: it sets the default type of the whole process for that time, and
+# its first import is not safe in several threads.
 TRANSFORMERS = threading.RLock()
 
 
@@ -35,7 +37,7 @@ def load_weights(
     headers: Mapping[Path, Header],
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | Mapping[str, Any] | str = "cpu",
+    device: torch.device | Devices | str = "cpu",
     tied: Mapping[str, str] | None = None,
 ) -> set[str]:
     """Give a module made on the meta device its tensors from safetensors files.
@@ -60,7 +62,7 @@ def load_weights(
                 _fill(tensor, file, path)
                 cast = dtype is not None and tensor.is_floating_point() and name in learned
                 kind = dtype if cast else tensor.dtype
-                _put(module, name, tensor.to(device=_place(name, device), dtype=kind))
+                _put(module, name, tensor.to(device=_device_of(name, device), dtype=kind))
     for name, source in tied.items():
         own, other = _tensor_of(module, name), _tensor_of(module, source)
         if own.is_meta or torch.equal(own, other):
@@ -72,7 +74,7 @@ def load_weights(
 def problems(
     module: nn.Module, headers: Mapping[Path, Header], tied: Mapping[str, str]
 ) -> dict[str, list[str]]:
-    """The tensors that are not as the module needs them, by what is wrong with them, as said."""
+    """What is wrong with the tensors that the module cannot take: a line for each, by the kind."""
     wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     every = {name: entry for header in headers.values() for name, entry in header.items()}
     found = {name: entry["shape"] for name, entry in every.items()}
@@ -102,23 +104,22 @@ def problems(
 
 
 def _account(module: nn.Module, headers: Mapping[Path, Header], tied: Mapping[str, str]) -> None:
-    """Raise CheckpointError unless the files hold just what the module needs."""
-    said = [
+    """Raise CheckpointError unless the files hold exactly what the module needs."""
+    found = [
         f"{kind}: {', '.join(n[:120] for n in some[:SHOWN])}"
         + (f" and {len(some) - SHOWN} more" if len(some) > SHOWN else "")
         for kind, some in problems(module, headers, tied).items()
         if some
     ]
-    if said:
-        raise CheckpointError(f"{next(iter(headers)).parent}: tensors {'; '.join(said)}")
+    if found:
+        raise CheckpointError(f"{next(iter(headers)).parent}: tensors {'; '.join(found)}")
 
 
-def _fill(tensor: Tensor, file: Any, path: Path) -> None:
+def _fill(tensor: Tensor, file: FileIO, path: Path) -> None:
     """Read a contiguous CPU tensor's bytes."""
     if tensor.numel() == 0:
         return
-    numbers: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    view = memoryview(numbers)
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
     done = 0
     while done < len(view):
         got = file.readinto(view[done:])
@@ -143,7 +144,7 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
         holder._buffers[last] = tensor
 
 
-def _place(name: str, device: torch.device | Mapping[str, Any] | str) -> torch.device:
+def _device_of(name: str, device: torch.device | Devices | str) -> torch.device:
     """The device of a tensor: of the longest submodule name in the map that begins its own."""
     if not isinstance(device, Mapping):
         return torch.device(device)

@@ -22,7 +22,7 @@ class SafeRecipeLoader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """The next node; an alias could grow without bound, so none is followed."""
+        """The next node; aliases are refused, as they could expand without bound."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(
                 None, None, "aliases are not accepted", self.get_mark()
@@ -38,18 +38,18 @@ class SafeRecipeLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping; a key must be text and may occur once."""
-        seen: set[str] = set()
+        known: set[str] = set()
         for key_node, _ in node.value:
             key = key_node.value
             if not isinstance(key_node, yaml.ScalarNode) or not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
                     None, None, "a key must be a word", key_node.start_mark
                 )
-            if key in seen:
+            if key in known:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key[:80]!r} occurs twice", key_node.start_mark
                 )
-            seen.add(key)
+            known.add(key)
         return {
             key_node.value: self.construct_object(value_node, deep=True)
             for key_node, value_node in node.value
@@ -57,7 +57,7 @@ class SafeRecipeLoader(yaml.SafeLoader):
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """YAML's own rules without its dates and base-60 numbers, and with its floats mended."""
+    """YAML's own rules without its dates and base-60 numbers, and with floats such as 1e-3."""
     replaced = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "int", "float", "merge")}
     rules = {
         first: [(tag, pattern) for tag, pattern in pairs if tag not in replaced]
@@ -85,7 +85,7 @@ SafeRecipeLoader.yaml_implicit_resolvers = _resolvers()
 def parse_yaml(text: bytes, *, origin: str) -> Any:
     """The plain value of `text`: dict, list, str, int, float, bool or None.
 
-    Raises ConfigError, one line naming `origin` and the place.
+    Raises ConfigError, one line with `origin`, the line and the column.
     """
     try:
         return yaml.load(text, Loader=SafeRecipeLoader)

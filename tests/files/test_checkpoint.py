@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and hostile files end in a CheckpointError."""
+"""Checkpoints are written atomically, and hostile files end in a CheckpointError."""
 
 from __future__ import annotations
 
@@ -19,18 +19,15 @@ from safetensors.torch import save_file
 from mdiff.errors import CheckpointError
 from mdiff.files.atomic import (
     complete,
-    inside,
     latest,
     locked,
-    read_json,
-    read_tensors,
     replace_file,
     staged,
     step_path,
     sweep,
     verify,
 )
-from mdiff.files.untrusted import parse_json
+from mdiff.files.untrusted import inside, parse_json, read_json, read_tensors
 
 
 @pytest.fixture
@@ -240,13 +237,13 @@ def test_tensors_come_back_as_they_were(tmp_path):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    place=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.integers(0, 10**6) | st.none()
+    position=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.integers(0, 10**6) | st.none()
 )
-def test_mutated_tensor_files_load_whole_or_not_at_all(tmp_path_factory, place, value, cut):
+def test_mutated_tensor_files_load_completely_or_not_at_all(tmp_path_factory, position, value, cut):
     path = tmp_path_factory.mktemp("mutated") / "x.safetensors"
     save_file({"w": torch.arange(5.0), "v": torch.zeros(2, 2, dtype=torch.int64)}, path)
     data = bytearray(path.read_bytes())
-    data[place % len(data)] = value
+    data[position % len(data)] = value
     path.write_bytes(data[: cut % len(data)] if cut is not None else data)
     try:
         tensors = read_tensors(path)
@@ -271,7 +268,7 @@ HOLD = (
 )
 
 
-def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path):
+def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
     ) as holder:
@@ -304,7 +301,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
             os.close(handle)
 
 
-def test_a_file_is_as_before_until_it_is_replaced_whole(tmp_path):
+def test_a_file_is_replaced_atomically(tmp_path):
     def pieces():
         yield b"half"
         raise OSError(errno.ENOSPC, "full")
