@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mdiff.errors import ConfigError as ConfigError
     from mdiff.errors import DataError as DataError
     from mdiff.errors import MdiffError as MdiffError
+    from mdiff.modalities.image import load_codec as load_codec
     from mdiff.objective import Bound as Bound
     from mdiff.objective import Loss as Loss
     from mdiff.objective import corrupt as corrupt
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 _ROOM = {
     "denoiser": ("Denoiser", "from_logits", "guided"),
     "errors": ("BackendError", "CheckpointError", "ConfigError", "DataError", "MdiffError"),
+    "modalities.image": ("load_codec",),
     "objective": (
         "Bound", "Loss", "corrupt", "masked_diffusion_loss", "nll_bound", "token_nll",
     ),

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
-from mdiff.files import check_tensors, load_weights, read_json, read_tensors
+from mdiff.files import Header, check_tensors, load_weights, read_json, read_tensors
 from mdiff.find import find, module_of, names
 
 SETTINGS = "codec.json"
@@ -113,20 +113,21 @@ def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
     # What is of another project's sizes takes no memory before its files were seen to fit.
     shell = folder is not None and name.replace("-", "_") in published_codecs()
     path = None if folder is None else Path(folder) / TENSORS
+    header = check_tensors(path) if path is not None and path.exists() else None
     try:
-        if path is not None and path.exists():
-            _check_sizes(build, options, path)
+        if header is not None:
+            _check_sizes(build, options, header, origin=str(path))
         with torch.device("meta") if shell else nullcontext():
             codec = build(**options)
     except TypeError as error:
         raise ConfigError(f"codec {name!r}: {error}") from None
     if path is not None:
         # A codec that has learnt something refuses a folder without it.
-        codec.load_state(read_tensors(path) if path.exists() else {})
+        codec.load_state({} if header is None else read_tensors(path, header=header))
     return codec
 
 
-def _check_sizes(build: Any, options: dict[str, Any], path: Path) -> None:
+def _check_sizes(build: Any, options: dict[str, Any], header: Header, *, origin: str) -> None:
     """Raise CheckpointError, before memory is taken, where the options are not of these files."""
     try:
         with torch.device("meta"):
@@ -135,11 +136,10 @@ def _check_sizes(build: Any, options: dict[str, Any], path: Path) -> None:
         # A codec whose making asks for values, which that device has not, bounds its own sizes.
         return
     if isinstance(shell, nn.Module):
-        held = check_tensors(path)
         for name, tensor in shell.state_dict().items():
-            if name in held and held[name]["shape"] != list(tensor.shape):
+            if name in header and header[name]["shape"] != list(tensor.shape):
                 raise CheckpointError(
-                    f"{path}: {name} has shape {held[name]['shape']}, the settings need "
+                    f"{origin}: {name} has shape {header[name]['shape']}, the settings need "
                     f"{list(tensor.shape)}"
                 )
 
