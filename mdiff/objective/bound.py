@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ from mdiff.denoiser import Condition, Denoiser, block_length_of, finished_blocks
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.objective.corruption import corrupt, maskable_positions
-from mdiff.objective.nll import hidden_loss
+from mdiff.objective.nll import Inputs, hidden_loss
 from mdiff.schedule import Schedule
 from mdiff.tokens import TokenSpace, ranks
 
-# The exact chain rule visits every subset of the places: 2^16 is where patience ends.
+# The exact chain rule calls the denoiser on every subset of the positions: at most 2^16.
 EXACT_POSITIONS = 16
 
 
@@ -43,23 +43,23 @@ def nll_bound(
     cond: Condition | None = None,
     sample: Tensor | None = None,
 ) -> Bound:
-    """The bound on -log p(tokens) of each row (B, L) in nats, given its places not maskable.
+    """The bound on -log p in nats of each row of `tokens` (B, L), given what is not maskable.
 
-    estimator: "any_order" draws k uniform in 1..L (L the maskable places of the row), hides
+    estimator: "any_order" draws k uniform in 1..L (L the maskable positions of the row), hides
     exactly k and weighs L / k (Uria et al. 2014, eq. 5; Nie et al. 2025, eq. 6); refused where
     the denoiser uses the time. "time" draws m = u^2, t = time_at(m) and weighs 2 / u: the
     time integral by importance in m. "exact" is the chain rule averaged over all orders, for
-    at most 16 places. "left_to_right" is the exact likelihood of that sampler: not this bound,
+    at most 16 positions. "left_to_right" is the exact likelihood of that sampler: not this bound,
     but one term of its average.
 
     `draws` is read by the first two only; the standard error is over them (0 for the others).
     Row b is hidden by the stream (seed, sample[b]), sample being 0..B-1 by default, so that a
-    row's estimate does not depend on its batch. A row without maskable places scores 0. No
-    gradient is kept.
+    row's estimate does not depend on its batch. A row without maskable positions scores 0.
+    No gradient is kept.
 
     Of a block model the bound is the sum over its blocks of the bound of each, given those
-    before (Arriola et al. 2025, eq. 8); it does not see those after. A block has draws of its
-    own, and "exact" takes at most 16 places in each.
+    before (Arriola et al. 2025, eq. 8); those after are cut off. A block has draws of its own,
+    and "exact" takes at most 16 positions in each.
 
     Raises ConfigError for an unknown estimator, draws < 2, or an estimator that does not apply.
     """
@@ -69,10 +69,10 @@ def nll_bound(
         sample = torch.arange(tokens.shape[0], device=tokens.device)
     nats, variance = torch.zeros(2, len(tokens), dtype=torch.float64, device=tokens.device)
     with torch.no_grad():
-        for number, places in _own_blocks(denoiser, maskable, valid):
-            score.look_at(number)
+        for number, block in _own_blocks(denoiser, maskable, valid):
+            score.hide_in_block(number)
             part = _bound_of(
-                score, places, schedule=schedule, estimator=estimator, draws=draws,
+                score, block, schedule=schedule, estimator=estimator, draws=draws,
                 seed=int(philox.derive(seed, 0, number)) if number else seed, sample=sample,
             )  # fmt: skip
             nats, variance = nats + part.nats, variance + part.stderr**2
@@ -82,16 +82,16 @@ def nll_bound(
 def _own_blocks(
     denoiser: Denoiser, maskable: Tensor, valid: Tensor | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Each block of a block model with its maskable places (B, L); else all are one block.
+    """Each block of a block model with its maskable positions (B, L); else all are one block.
 
-    Blocks are runs of valid places, as the model counts them.
+    Blocks are runs of valid positions, as the model counts them.
     """
     length = block_length_of(denoiser)
     if length is None:
         yield 0, maskable
         return
     block = torch.where(maskable, ranks(maskable, valid) // length, -1)
-    # Without maskable places one empty block is left, so that what does not apply is refused.
+    # Without maskable positions one empty block is left, so that what does not apply is refused.
     for number in sorted(set(block[maskable].tolist())) or [0]:
         yield number, block == number
 
@@ -100,7 +100,7 @@ def _bound_of(
     score: _Scorer, maskable: Tensor, *, schedule: Schedule, estimator: str, draws: int,
     seed: int, sample: Tensor,
 ) -> Bound:  # fmt: skip
-    """The bound of the `maskable` places (B, L), the others given; see `nll_bound`."""
+    """The bound of the `maskable` positions (B, L), the others given; see `nll_bound`."""
     denoiser, tokens = score.denoiser, score.tokens
     if estimator in ("any_order", "time"):
         if draws < 2:
@@ -125,9 +125,9 @@ def _bound_of(
 
 
 class _Scorer:
-    """-log p of the clean tokens at hidden places, for one batch of rows.
+    """-log p of the clean tokens at hidden positions, for one batch of rows.
 
-    Of a block model that can keep finished blocks, it runs on one block at a time.
+    A block model that can cache finished blocks runs on one block at a time.
     """
 
     def __init__(
@@ -135,30 +135,30 @@ class _Scorer:
         cond: Condition | None,
     ) -> None:  # fmt: skip
         self.denoiser, self.tokens, self.space = denoiser, tokens, space
-        self.told: dict[str, Any] = {"valid": valid, "cond": cond}
+        self.inputs: Inputs = {"valid": valid, "cond": cond}
         self.columns = slice(None)
         self.length = block_length_of(denoiser)
         self.finished = None
         if self.length is not None and not space.parts:
             self.finished = finished_blocks(denoiser, valid=valid, cond=cond)
 
-    def look_at(self, block: int) -> None:
-        """Only places of this block are hidden from here on; those before it are kept."""
+    def hide_in_block(self, block: int) -> None:
+        """From here on only positions of this block are hidden; those before it are cached."""
         if self.finished is not None and self.length is not None:
             start = block * self.length
             self.finished.grow(self.tokens, start)
             self.columns = slice(start, start + self.length)
-            self.told = {"cache": self.finished.cache}
+            self.inputs = {"cache": self.finished.cache}
 
     def __call__(self, hidden: Tensor, t: Tensor | None = None) -> Tensor:
         """(B, L) float64 nats, 0 where not hidden."""
         noisy = torch.where(hidden, self.space.mask_id, self.tokens)
         nats = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
         if bool(hidden.any()):
+            inputs: Inputs = {**self.inputs, "t": t if self.denoiser.uses_time else None}
             _, nll = hidden_loss(
                 self.denoiser, noisy[:, self.columns], self.tokens[:, self.columns],
-                hidden[:, self.columns], space=self.space,
-                t=t if self.denoiser.uses_time else None, **self.told,
+                hidden[:, self.columns], space=self.space, **inputs,
             )  # fmt: skip
             nats[hidden] = nll.double()
         return nats
@@ -167,15 +167,15 @@ class _Scorer:
 def _any_order_draw(
     score: _Scorer, maskable: Tensor, *, schedule: Schedule, seed: int, sample: Tensor, step: int
 ) -> Tensor:
-    places = maskable.sum(1)
+    number = maskable.sum(1)
     u = philox.uniform(seed, 0, sample, step, purpose=philox.TIME)
-    count = (u * places).floor().long() + 1
+    count = (u * number).floor().long() + 1
     noisy = corrupt(
         score.tokens, torch.ones_like(u), space=score.space, schedule=schedule,
         may_hide=maskable, count=count, seed=philox.derive(seed, step), sample=sample,
     )  # fmt: skip
     nats = score((noisy == score.space.mask_id) & maskable).sum(1)
-    return nats * places / count
+    return nats * number / count
 
 
 def _time_draw(
@@ -192,15 +192,15 @@ def _time_draw(
 
 
 def _all_orders(maskable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every non-empty hidden subset with the share of the L! orders that meet each place in it.
+    """Every non-empty hidden subset with the share of the L! orders that meet each position in it.
 
-    When a place of a hidden set of size k is revealed next, (k - 1)! (L - k)! orders agree.
+    When a position of a hidden set of size k is revealed next, (k - 1)! (L - k)! orders agree.
     """
-    places = maskable.sum(1)
-    most = int(places.max()) if places.numel() else 0
+    number = maskable.sum(1)
+    most = int(number.max()) if number.numel() else 0
     if most > EXACT_POSITIONS:
         raise ConfigError(
-            f"{most} maskable places: the exact bound takes at most {EXACT_POSITIONS}"
+            f"{most} maskable positions: the exact bound takes at most {EXACT_POSITIONS}"
         )
     rank = torch.where(maskable, maskable.cumsum(1) - 1, -1)
     for size in range(1, most + 1):
@@ -208,18 +208,18 @@ def _all_orders(maskable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             [
                 0.0 if n < size
                 else math.factorial(size - 1) * math.factorial(n - size) / math.factorial(n)
-                for n in places.tolist()
+                for n in number.tolist()
             ],
             dtype=torch.float64, device=maskable.device,
         )  # fmt: skip
         for subset in combinations(range(most), size):
             members = torch.tensor(subset, device=maskable.device)
-            fits = (places > subset[-1])[:, None]
+            fits = (number > subset[-1])[:, None]
             yield (share[:, None] * fits), torch.isin(rank, members) & fits
 
 
 def _left_to_right(maskable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each maskable place in turn: it and all later ones hidden, only it scored."""
+    """For each maskable position in turn: it and all later ones hidden, only it scored."""
     rank = torch.where(maskable, maskable.cumsum(1) - 1, -1)
-    for place in range(int(maskable.sum(1).max())):
-        yield (rank == place).double(), rank >= place
+    for position in range(int(maskable.sum(1).max())):
+        yield (rank == position).double(), rank >= position

@@ -44,11 +44,11 @@ def drop_condition(
 class GivenParts:
     """Which parts of a canvas are given: subsets with their probabilities; see `of`.
 
-    `hideable` (subsets, L) bool are the positions that each subset leaves to be hidden.
+    `cumulative` (subsets,) float64 are the cumulative probabilities, `hideable` (subsets, L) bool
+    the positions that each subset leaves to be hidden.
     """
 
-    names: tuple[str, ...]
-    upto: Tensor
+    cumulative: Tensor
     hideable: Tensor
 
     @classmethod
@@ -71,14 +71,13 @@ class GivenParts:
             if not bool(row.any()):
                 raise ConfigError(f"objective.given: {name!r} leaves nothing to hide")
         weight = torch.tensor(list(shares.values()), dtype=torch.float64, device="cpu")
-        return cls(tuple(shares), weight.cumsum(0) / weight.sum(), hideable)
+        return cls(weight.cumsum(0) / weight.sum(), hideable)
 
     def may_hide(self, *, seed: int, sample: Tensor) -> Tensor:
         """The positions (B, L) bool that the rows may hide, one subset a row by (seed, sample)."""
         u = philox.uniform(seed, PARTS, sample, 0, purpose=philox.DROP)
-        chosen = torch.searchsorted(self.upto.to(u), u, right=True)
-        chosen = chosen.clamp(max=len(self.names) - 1)
-        return self.hideable.to(sample.device)[chosen]
+        chosen = torch.searchsorted(self.cumulative.to(u), u, right=True)
+        return self.hideable.to(sample.device)[chosen.clamp(max=len(self.hideable) - 1)]
 
 
 def hideable_positions(

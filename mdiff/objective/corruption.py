@@ -1,4 +1,4 @@
-"""Which places of a canvas are hidden, and at which time: all of it by a seed."""
+"""Which positions of a canvas are hidden, and at which time: all of it by a seed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def corrupt(
     seed: int | Tensor,
     sample: Tensor | None = None,
 ) -> Tensor:
-    """`tokens` (B, L) int64 with places hidden: independent coins at m(t), t (B,).
+    """`tokens` (B, L) int64 with positions hidden: independent coins at m(t), t (B,).
 
-    With `count` (B,) int64, exactly that many of a row's places, uniformly; t is then not
-    read. `may_hide` (B, L) bool are the places that may be hidden. Row b uses the random
+    With `count` (B,) int64, exactly that many of a row's positions, uniformly; t is then
+    not read. `may_hide` (B, L) bool are the positions that may be hidden. Row b uses the random
     stream (seed, sample[b]), sample being 0..B-1 by default.
 
     >>> from mdiff.schedule import Linear
@@ -37,8 +37,8 @@ def corrupt(
     rows, length = tokens.shape
     device = tokens.device
     sample = torch.arange(rows, device=device) if sample is None else sample
-    places = torch.arange(length, device=device)
-    coin = philox.uniform(_column(seed), places, sample[:, None], 0, purpose=philox.CORRUPT)
+    positions = torch.arange(length, device=device)
+    coin = philox.uniform(_column(seed), positions, sample[:, None], 0, purpose=philox.CORRUPT)
     if count is None:
         hide = coin < schedule.mask_prob(t.double())[:, None]
         if may_hide is not None:
@@ -58,7 +58,7 @@ def maskable_positions(
     may_hide: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """The places of `tokens` (B, L) that may be hidden and are scored, (B, L) bool.
+    """The positions of `tokens` (B, L) that may be hidden and are scored, (B, L) bool.
 
     Those in `may_hide` and in `valid` whose token can be generated: `never` ids are given.
     """

@@ -1,16 +1,27 @@
-"""What the clean tokens at hidden places cost: -log p, by a denoiser or by its logits."""
+"""The cost of the clean tokens at hidden positions: -log p, by a denoiser or by its logits."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from mdiff.denoiser import Denoiser, has_own_head
+from mdiff.denoiser import Cache, Condition, Denoiser, has_own_head
 from mdiff.kernels.loss import CrossEntropy, row_nll
 from mdiff.ops import masked_cross_entropy
 from mdiff.tokens import TokenSpace
+
+
+class Inputs(TypedDict, total=False):
+    """What a denoiser is called with beside the tokens and `at`."""
+
+    valid: Tensor | None
+    documents: Tensor | None
+    t: Tensor | None
+    cond: Condition | None
+    cache: Cache | None
 
 
 def token_nll(logits: Tensor, tokens: Tensor, noisy: Tensor, *, space: TokenSpace) -> Tensor:
@@ -34,21 +45,21 @@ def hidden_loss(
     space: TokenSpace,
     weights: Tensor | None = None,
     smoothing: float = 0.0,
-    **told: Any,
+    **inputs: Unpack[Inputs],
 ) -> CrossEntropy:
-    """The weighted sum over hidden places (N) of smoothed -log p, and -log p of each, (N,).
+    """The weighted sum over hidden positions (N) of smoothed -log p, and -log p of each, (N,).
 
-    The denoiser is called with `noisy` (B, L) and what it is `told`; `weights` (N,). Where it
-    is its features and a head, the logits are never whole.
+    The denoiser is called with `noisy` (B, L) and `inputs`; `weights` (N,). Where it is its
+    features and a head, the logits never exist all at once.
     """
     spans, targets = _spans_at(space, hidden), tokens[hidden]
     if has_own_head(denoiser) and isinstance(denoiser.head, nn.Module):
-        features = denoiser.features(noisy, at=hidden, **told)
+        features: Callable[..., Tensor] = denoiser.features
         return masked_cross_entropy(
-            features, denoiser.head, targets, weights=weights, never=space.forbidden, span=spans,
-            label_smoothing=smoothing,
+            features(noisy, at=hidden, **inputs), denoiser.head, targets, weights=weights,
+            never=space.forbidden, span=spans, label_smoothing=smoothing,
         )  # fmt: skip
-    logits = denoiser(noisy, at=hidden, **told)
+    logits = denoiser(noisy, at=hidden, **inputs)
     nll, smooth = row_nll(
         logits, targets, forbidden=space.forbidden, span=spans, smoothing=smoothing
     )
@@ -57,6 +68,6 @@ def hidden_loss(
 
 
 def _spans_at(space: TokenSpace, hidden: Tensor) -> Tensor | None:
-    """The (first, stop) ids of each hidden place, (N, 2), or None without parts."""
+    """The (first, stop) ids of each hidden position, (N, 2), or None without parts."""
     spans = space.spans(hidden.shape[1], hidden.device)
     return None if spans is None else spans.expand(*hidden.shape, 2)[hidden]

@@ -81,7 +81,7 @@ def test_parts_are_given_as_often_as_asked_for():
         ({"a": float("nan")}, "positive share"),
     ],
 )
-def test_a_policy_that_cannot_be_meant_is_refused(shares, said):
+def test_a_policy_that_is_invalid_is_refused(shares, said):
     with pytest.raises(ConfigError, match=said):
         GivenParts.of(shares, space=SPACE, part_names=NAMES)
 
@@ -91,7 +91,7 @@ def test_parts_given_on_a_canvas_without_parts_are_refused():
         GivenParts.of({"": 1.0}, space=TokenSpace(4, mask_id=4), part_names=())
 
 
-def test_the_places_outside_the_given_parts_are_those_that_may_be_hidden():
+def test_the_positions_outside_the_given_parts_are_those_that_may_be_hidden():
     free = hideable_positions("a+c", 6, space=SPACE, part_names=NAMES)
     assert free.tolist() == [False, False, False, True, False, False]
 
