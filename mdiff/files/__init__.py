@@ -43,6 +43,7 @@ from mdiff.files.untrusted import read_tensors as read_tensors
 from mdiff.files.untrusted import refuse_special as refuse_special
 from mdiff.files.weights import TRANSFORMERS as TRANSFORMERS
 from mdiff.files.weights import TYPES as TYPES
+from mdiff.files.weights import DeviceMap as DeviceMap
 from mdiff.files.weights import load_weights as load_weights
 from mdiff.files.weights import problems as problems
 from mdiff.files.yaml import parse_yaml as parse_yaml

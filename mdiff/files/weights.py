@@ -24,7 +24,7 @@ TYPES = {
     "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 # The name of a submodule -> its device; "" is the whole module.
-Devices = Mapping[str, torch.device | str | int]
+DeviceMap = Mapping[str, torch.device | str | int]
 # Names in a message; the others are counted.
 SHOWN = 4
 # Held while transformers loads: it sets the default type of the whole process for that time, and
@@ -37,7 +37,7 @@ def load_weights(
     headers: Mapping[Path, Header],
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | Devices | str = "cpu",
+    device: torch.device | DeviceMap | str = "cpu",
     tied: Mapping[str, str] | None = None,
 ) -> set[str]:
     """Give a module made on the meta device its tensors from safetensors files.
@@ -119,7 +119,7 @@ def _fill(tensor: Tensor, file: FileIO, path: Path) -> None:
     """Read a contiguous CPU tensor's bytes."""
     if tensor.numel() == 0:
         return
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    view = tensor.reshape(-1).view(torch.uint8).numpy().data
     done = 0
     while done < len(view):
         got = file.readinto(view[done:])
@@ -144,7 +144,7 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
         holder._buffers[last] = tensor
 
 
-def _device_of(name: str, device: torch.device | Devices | str) -> torch.device:
+def _device_of(name: str, device: torch.device | DeviceMap | str) -> torch.device:
     """The device of a tensor: of the longest submodule name in the map that begins its own."""
     if not isinstance(device, Mapping):
         return torch.device(device)

@@ -1,8 +1,8 @@
-"""Published pickles (.pth, .ckpt) into safetensors: the one place where one is ever opened.
+"""Published pickles (.pth, .ckpt) into safetensors: the only module that opens a pickle.
 
 torch's restricted reader makes tensors and plain containers and nothing else; what a training
-run kept beside its weights is read as an inert thing or the file is refused. Nothing in it is
-called.
+run kept beside its weights is read as an inert object, or the file is refused. Nothing in the
+file is called.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -42,9 +41,9 @@ FLAG = "--from-pickle"
 # Where training runs keep a state dict, the first that is there.
 NESTS = ("state_dict", "model_state_dict", "model")
 EMA, SHADOW = "ema", "shadow_params"
-# What wrappers put before every name, and what belongs to a training's loss.
+# Prefixes of every name by wrappers, and of what belongs to a training's loss.
 WRAPPERS, LOSSES = ("module.", "_orig_mod."), ("loss.",)
-# Names of a run's settings: read as inert things, as no weight depends on them.
+# Names of a run's settings: read as inert objects, as no weight depends on them.
 INERT = (
     "argparse.Namespace", "builtins.dict", "builtins.int", "builtins.list", "builtins.str",
     "collections.defaultdict", "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata",
@@ -53,30 +52,30 @@ INERT = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "typing.Any",
 )  # fmt: skip
 CONFIG_NAMES = ("config.json", "config.yaml", "model.yaml")
-# How deep in a yaml a model's own node lies, such as model.vq_model.
+# How deep in a YAML file the node of a model is, such as model.vq_model.
 NODE_DEPTH = 3
 
 
 class Inert:
-    """Stands for what a run kept; it takes any arguments and keeps none."""
+    """Stands for an object of a run's settings; it takes any arguments and keeps none."""
 
-    def __new__(cls, *_: Any, **__: Any) -> Inert:
+    def __new__(cls, *_: object, **__: object) -> Inert:
         """An empty one."""
         return super().__new__(cls)
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         """Nothing is kept."""
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         """Nothing is kept."""
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def __setitem__(self, key: object, value: object) -> None:
         """Nothing is kept."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: the family, the tensors' names and what of the file was left out."""
+    """What was written: the family and the tensors' names; `dropped` was left out of the file."""
 
     family: str
     tensors: list[str]
@@ -89,11 +88,11 @@ def convert(
 ) -> Converted:  # fmt: skip
     """Write the model in `source` as config.json and model.safetensors in the new folder `out`.
 
-    `from_pickle` says that a pickle may be opened. `family` is the name of the backbone or
-    codec where the config does not say. `config` is a JSON or YAML file, by default one beside
-    the source. `ema` takes the averaged weights. `codec` is copied beside a generator. Every
-    tensor is accounted for before `out` appears. Raises CheckpointError for what cannot be
-    read or does not fit, ConfigError for options that cannot be meant.
+    `from_pickle` allows a pickle to be opened. `family` is the name of the backbone or codec
+    where the config does not decide it. `config` is a JSON or YAML file, by default one beside
+    the source. `ema` takes the averaged weights. `codec` is a codec's folder, copied beside a
+    generator. Every tensor is accounted for before `out` appears. Raises CheckpointError for
+    files that cannot be read or do not fit, ConfigError for invalid options.
     """
     if family is not None and family not in (known := families()):
         raise ConfigError(f"--family {family!r}; {nearest(family, known)}")
@@ -103,17 +102,17 @@ def convert(
         raise CheckpointError(f"{out} exists already: name a new folder")
     if codec is not None and not holds_codec(codec):
         raise CheckpointError(f"--codec {codec}: expected the folder of a codec")
-    room, described = _described(source, config, family)
+    name, described = _described(source, config, family)
     content = _content(source, from_pickle=from_pickle)
-    tensors, dropped = weights_in(content, ema=ema, names=_parameters(room, described))
+    tensors, dropped = weights_in(content, ema=ema, names=_parameters(name, described))
     with staged(out) as folder:
         (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         save_file(_apart(tensors), folder / WEIGHTS[0], metadata={"format": "pt"})
-        _check(room, folder, source)
+        _check(name, folder, source)
         if codec is not None:
             shutil.copytree(codec, folder / CODEC_FOLDER, ignore=shutil.ignore_patterns(MANIFEST))
             load_codec(folder / CODEC_FOLDER)
-    return Converted(room, sorted(tensors), dropped)
+    return Converted(name, sorted(tensors), dropped)
 
 
 def families() -> list[str]:
@@ -121,16 +120,18 @@ def families() -> list[str]:
     return sorted([*published_backbones(), *published_codecs()])
 
 
-def read_pickle(path: Path) -> Any:
-    """What a pickle holds, read by torch's restricted reader; CheckpointError where it needs
-    more than that.
+def read_pickle(path: Path) -> object:
+    """The content of a pickle, by torch's restricted reader; CheckpointError where it needs more
+    than that.
     """
-    inert: list[Any] = [(Inert, name) for name in INERT]
+    inert: list[Callable[..., object] | tuple[Callable[..., object], str]]
+    inert = [(Inert, name) for name in INERT]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(inert):
             # It warns of pickles newer than its own, and reads or refuses them all the same.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content: object = torch.load(path, map_location="cpu", weights_only=True)
+            return content
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except MemoryError:
@@ -142,7 +143,7 @@ def read_pickle(path: Path) -> Any:
             f"{path} needs more than weights{needs}: it is not opened, as that could run code"
         ) from None
     except Exception as error:
-        # A damaged file ends in whatever its bytes happen to mean.
+        # A damaged file may raise anything.
         raise CheckpointError(
             f"{path} cannot be read as weights: {type(error).__name__}: "
             f"{(str(error).splitlines() or [''])[0][:120]}"
@@ -150,11 +151,11 @@ def read_pickle(path: Path) -> Any:
 
 
 def weights_in(
-    content: Any, *, ema: bool = False, names: set[str] | None = None
+    content: object, *, ema: bool = False, names: set[str] | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a checkpoint under their plain names, and what was left out.
 
-    A state dict lies at the top or under one of `NESTS`; `ema` takes the averages: a state
+    A state dict is at the top or under one of `NESTS`; `ema` takes the averages: a state
     dict of their own, or a list in the order of the parameters, which `names` tells from
     buffers. Raises CheckpointError where there is none.
     """
@@ -180,8 +181,8 @@ def weights_in(
     return found, dropped
 
 
-def _plain(state: Mapping[Any, Any], dropped: list[str]) -> dict[str, Tensor]:
-    """The tensors of a state dict without wrappers' prefixes; the others are told in `dropped`."""
+def _plain(state: Mapping[object, object], dropped: list[str]) -> dict[str, Tensor]:
+    """The tensors of a state dict without wrappers' prefixes; `dropped` gets the other keys."""
     found: dict[str, Tensor] = {}
     for key, value in state.items():
         name = str(key)
@@ -198,24 +199,24 @@ def _plain(state: Mapping[Any, Any], dropped: list[str]) -> dict[str, Tensor]:
 
 
 def _shadow(
-    averages: list[Any], found: Mapping[str, Tensor], names: set[str] | None
+    averages: Sequence[object], found: Mapping[str, Tensor], names: set[str] | None
 ) -> dict[str, Tensor]:
     """A list of averages by the names of the parameters, in their order."""
     own = [name for name in found if names is None or name in names]
-    same = len(own) == len(averages) and all(
-        isinstance(x, Tensor) and x.shape == found[name].shape for name, x in zip(own, averages)
-    )
-    if not same:
+    fitting = {
+        name: x
+        for name, x in zip(own, averages)
+        if isinstance(x, Tensor) and x.shape == found[name].shape
+    }
+    if not len(fitting) == len(own) == len(averages):
         raise CheckpointError(
             f"--ema: {len(averages)} averages do not fit the {len(own)} parameters in order"
         )
-    return dict(zip(own, averages))
+    return fitting
 
 
-def _content(source: Path, *, from_pickle: bool) -> Any:
-    """What the file holds: a safetensors file, or a pickle where that is allowed."""
-    if not source.is_file():
-        raise CheckpointError(f"{source}: expected a file such as model.ckpt")
+def _content(source: Path, *, from_pickle: bool) -> object:
+    """The content of a safetensors file, or of a pickle where that is allowed."""
     with source.open("rb") as file:
         start = file.read(4)
     if source.suffix not in PICKLE_SUFFIXES and not start.startswith(PICKLE_STARTS):
@@ -228,31 +229,33 @@ def _content(source: Path, *, from_pickle: bool) -> Any:
     return read_pickle(source)
 
 
-def _described(source: Path, config: Path | None, family: str | None) -> tuple[str, dict[str, Any]]:
+def _described(
+    source: Path, config: Path | None, family: str | None
+) -> tuple[str, dict[str, object]]:
     """The family and its config: the one node of the config file that a family claims."""
     beside = [source.with_suffix(suffix) for suffix in (".json", ".yaml", ".yml")]
     beside += [source.parent / name for name in CONFIG_NAMES]
     path = config or next((path for path in beside if path.is_file()), None)
     if path is None:
-        raise ConfigError(f"{source}: no config lies beside it: give --config FILE")
-    found: Any = (
+        raise ConfigError(f"{source}: no config beside it: give --config FILE")
+    found: object = (
         parse_yaml(path.read_bytes(), origin=str(path))
         if path.suffix in (".yaml", ".yml")
         else read_json(path)
     )
-    claims = [(room, node) for node in _nodes(found) for room in _claims(node)]
+    claims = [(name, node) for node in _nodes(found) for name in _claims(node)]
     if family is not None:
-        claims = [(room, node) for room, node in claims if room == family]
-        named = published_backbones().get(family)
-        if not claims and named is not None and isinstance(found, dict):
-            return family, found | {"architectures": [named]}
+        claims = [(name, node) for name, node in claims if name == family]
+        claim = published_backbones().get(family)
+        if not claims and claim is not None and claim.architectures and isinstance(found, dict):
+            return family, found | {"architectures": [claim.architectures[0]]}
     if len(claims) != 1:
-        what = " or ".join(room for room, _ in claims) or "no known family"
+        what = " or ".join(name for name, _ in claims) or "no known family"
         raise CheckpointError(f"{path} is of {what}: give --family, one of {', '.join(families())}")
     return claims[0]
 
 
-def _nodes(found: Any, depth: int = NODE_DEPTH) -> Iterator[dict[str, Any]]:
+def _nodes(found: object, depth: int = NODE_DEPTH) -> Iterator[dict[str, object]]:
     """The mappings of a config, outer ones first."""
     if isinstance(found, dict) and depth:
         yield found
@@ -260,8 +263,8 @@ def _nodes(found: Any, depth: int = NODE_DEPTH) -> Iterator[dict[str, Any]]:
             yield from _nodes(value, depth - 1)
 
 
-def _claims(node: Mapping[str, Any]) -> list[str]:
-    """The families whose config this is."""
+def _claims(node: Mapping[str, object]) -> list[str]:
+    """The families whose config this is, at most one."""
     backbone = family_of(node)
     if backbone is not None:
         return [backbone]
@@ -269,30 +272,29 @@ def _claims(node: Mapping[str, Any]) -> list[str]:
     return [] if codec is None else [codec]
 
 
-def _parameters(room: str, described: Mapping[str, Any]) -> set[str] | None:
+def _parameters(family: str, config: Mapping[str, object]) -> set[str] | None:
     """The names of a backbone's parameters; None for a codec."""
-    if room not in published_backbones():
+    if family not in published_backbones():
         return None
-    return {name for name, _ in built(room, described).named_parameters()}
+    return {name for name, _ in built(family, config).named_parameters()}
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without shared memory, which the format has not."""
-    seen: set[int] = set()
+    """The tensors without shared memory, which the format does not have."""
+    written: set[int] = set()
     found = {}
     for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if place in seen else tensor
-        found[name] = found[name].contiguous()
-        seen.add(place)
+        address = tensor.untyped_storage().data_ptr()
+        found[name] = (tensor.clone() if address in written else tensor).contiguous()
+        written.add(address)
     return found
 
 
-def _check(room: str, folder: Path, source: Path) -> None:
+def _check(family: str, folder: Path, source: Path) -> None:
     """Load what was written; CheckpointError, naming the source, where a tensor does not fit."""
     try:
-        if room in published_backbones():
-            load_published(read_model_files(folder), room)
+        if family in published_backbones():
+            load_published(read_model_files(folder), family)
         else:
             load_codec(folder)
     except CheckpointError as error:

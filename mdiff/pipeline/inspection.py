@@ -1,12 +1,13 @@
-"""What the files of a model are, told from their config and headers: no weight is read."""
+"""The report on a model's files, from its config and headers alone: no weight is read."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
+from mdiff.denoiser import block_length_of
 from mdiff.errors import CheckpointError
 from mdiff.files import (
     CONFIG,
@@ -22,6 +23,16 @@ from mdiff.pipeline.loading import CODEC_FOLDER
 from mdiff.pipeline.published import built, recognised, unsupported
 
 
+class TensorReport(TypedDict):
+    """A tensor of a file: `used` is "loaded", "renamed", "unknown" or what is wrong with it."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    used: str
+    bytes: int
+
+
 def is_foreign(files: ModelFiles) -> bool:
     """Whether they are of one model of another project that is no masked LM of transformers.
 
@@ -32,29 +43,29 @@ def is_foreign(files: ModelFiles) -> bool:
     return recognised(files) is not None or unsupported(files) is not None
 
 
-def report(files: ModelFiles) -> tuple[dict[str, Any], CheckpointError | None]:
-    """What a foreign model is, and why it cannot be loaded, if it cannot.
+def report(files: ModelFiles) -> tuple[dict[str, object], CheckpointError | None]:
+    """The report on a foreign model, and why it cannot be loaded, if it cannot.
 
     `used` of a tensor is "loaded" or what is wrong with it, such as "unexpected"; of a model
     that is not supported "unknown". `missing` are tensors that the files lack. Raises
     CheckpointError for files or a config that cannot be read.
     """
-    described, folder = files.config, files.folder
-    room = recognised(files)
-    named = [str(name)[:80] for name in described.get("architectures") or []]
-    found: dict[str, Any] = {
+    config, folder = files.config, files.folder
+    family = recognised(files)
+    named = [str(name)[:80] for name in config.get("architectures") or []]
+    found: dict[str, object] = {
         "path": str(folder),
-        "architecture": ", ".join(named) or str(described.get("model_type", "not named"))[:80],
-        "family": room,
-        "supported": room is not None,
-        "sizes": {k: v for k, v in described.items() if type(v) is int},
+        "architecture": ", ".join(named) or str(config.get("model_type", "not named"))[:80],
+        "family": family,
+        "supported": family is not None,
+        "sizes": {k: v for k, v in config.items() if type(v) is int},
     }
     used: dict[str, str] = {}
     fault: CheckpointError | None = None
-    if room is None:
+    if family is None:
         fault = unsupported(files)
     else:
-        module = built(room, described)
+        module = built(family, config)
         wrong = problems(module, files.headers, module.tied)
         used = {line.split(" ")[0]: kind for kind, lines in wrong.items() for line in lines}
         found |= {
@@ -63,22 +74,22 @@ def report(files: ModelFiles) -> tuple[dict[str, Any], CheckpointError | None]:
             "window": module.window,
             "shifted": module.shifted,
             "uses_time": module.uses_time,
-            "block_length": getattr(module, "block_length", None),
+            "block_length": block_length_of(module),
             "refused": module.refused,
             "missing": wrong["missing"],
         }
         if any(wrong.values()):
-            said = "; ".join(f"{kind}: {len(some)}" for kind, some in wrong.items() if some)
-            fault = CheckpointError(f"{folder} does not load: tensors {said}")
+            counts = "; ".join(f"{kind}: {len(some)}" for kind, some in wrong.items() if some)
+            fault = CheckpointError(f"{folder} does not load: tensors {counts}")
     tensors = [
-        described_tensor(name, entry, used.get(name, "unknown" if room is None else "loaded"))
+        described_tensor(name, entry, used.get(name, "unknown" if family is None else "loaded"))
         for header in files.headers.values()
         for name, entry in sorted(header.items())
     ]
     return found | summed(tensors), fault
 
 
-def loose(folder: Path) -> tuple[dict[str, Any], CheckpointError] | None:
+def loose(folder: Path) -> tuple[dict[str, object], CheckpointError] | None:
     """The tensors of a folder that holds safetensors files and no config; None for another."""
     paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not paths or any((folder / name).exists() for name in (PIPELINE, CONFIG, MODEL_INDEX)):
@@ -88,29 +99,30 @@ def loose(folder: Path) -> tuple[dict[str, Any], CheckpointError] | None:
         for path in paths
         for name, entry in sorted(check_tensors(inside(folder, path.name)).items())
     ]
-    found = {
+    found: dict[str, object] = {
         "path": str(folder),
         "architecture": f"unknown: there is no {CONFIG}",
         "supported": False,
     }
     return found | summed(tensors), CheckpointError(
-        f"{folder} has weights and no {CONFIG}: what they are is not known, so not supported"
+        f"{folder} has weights and no {CONFIG}: a model of unknown kind is not supported"
     )
 
 
-def summed(tensors: list[dict[str, Any]]) -> dict[str, Any]:
-    """The tensors, their bytes, how many of each type, and whether every one is accounted for."""
-    strange = sorted(t["name"] for t in tensors if t["used"] not in ("loaded", "renamed"))
+def summed(tensors: list[TensorReport]) -> dict[str, object]:
+    """The tensors, their bytes, how many of each type, and the names of those not accounted for."""
+    unused = sorted(t["name"] for t in tensors if t["used"] not in ("loaded", "renamed"))
     return {
         "tensors": tensors,
         "bytes": sum(tensor["bytes"] for tensor in tensors),
         "types": dict(Counter(tensor["dtype"] for tensor in tensors)),
-        "not_used": strange,
+        "not_used": unused,
     }
 
 
-def described_tensor(name: str, entry: TensorEntry, used: str) -> dict[str, Any]:
-    """A tensor of a file's header."""
+def described_tensor(name: str, entry: TensorEntry, used: str) -> TensorReport:
+    """The report on a tensor of a file's header."""
     begin, end = entry["data_offsets"]
-    kept = {"shape": entry["shape"], "dtype": entry["dtype"]}
-    return {"name": name, **kept, "used": used, "bytes": end - begin}
+    return TensorReport(
+        name=name, shape=entry["shape"], dtype=entry["dtype"], used=used, bytes=end - begin
+    )

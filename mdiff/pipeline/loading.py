@@ -13,14 +13,13 @@ import torch
 from mdiff.backbones.layers import Backbone, GridModel
 from mdiff.denoiser import BlockModel, Denoiser, HasDevice, HasWindow
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
-from mdiff.files import PIPELINE, ModelFiles, locate
+from mdiff.files import PIPELINE, DeviceMap, ModelFiles, locate
 from mdiff.find import find
 from mdiff.modalities import Modality
 from mdiff.modalities.text import Pretrained, Text
 from mdiff.pipeline.pipeline import Pipeline
 from mdiff.pipeline.published import (
     AUTO,
-    DeviceMap,
     built,
     filled,
     planned,

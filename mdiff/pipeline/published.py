@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from mdiff.backbones.layers import Backbone
 from mdiff.errors import BackendError, CheckpointError, nearest
-from mdiff.files import CONFIG, TYPES, ModelFiles, load_weights
+from mdiff.files import CONFIG, TYPES, DeviceMap, ModelFiles, load_weights
 from mdiff.find import find, module_of, names
 
 # What AutoModelForMaskedLM takes, whatever comes before it.
@@ -23,8 +23,24 @@ ANY = f"any ...{MASKED_LM}"
 AUTO = "auto"
 # In a device map: the whole model, and the device that stands for "does not fit".
 WHOLE, DISK = "", "disk"
-# The name of a submodule -> its device.
-DeviceMap = Mapping[str, torch.device | str | int]
+
+
+class Claim(NamedTuple):
+    """Which configs are a backbone's own: by the architectures that they name, or by their keys."""
+
+    architectures: tuple[str, ...]
+    recognises: Callable[[Mapping[str, object]], bool] | None
+
+
+def published_backbones() -> dict[str, Claim]:
+    """The backbones of other projects, by name."""
+    found = {}
+    for name in names("backbones"):
+        entries = vars(module_of("backbones", name))
+        claim = Claim(tuple(entries.get("ARCHITECTURES", ())), entries.get("recognises"))
+        if claim.architectures or claim.recognises:
+            found[name] = claim
+    return found
 
 
 def recognised(files: ModelFiles) -> str | None:
@@ -32,81 +48,67 @@ def recognised(files: ModelFiles) -> str | None:
     return family_of(files.config, origin=str(files.folder / CONFIG))
 
 
-def family_of(described: Mapping[str, Any], *, origin: str = CONFIG) -> str | None:
+def family_of(config: Mapping[str, object], *, origin: str = CONFIG) -> str | None:
     """The name of the backbone that claims a config; None where none does.
 
     By the architecture that the config names; by its keys only where it names none. `origin` is
     what a CheckpointError names.
     """
-    named = described.get("architectures") or []
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise CheckpointError(f"{origin}: architectures: expected a list of names")
-    for room in names("backbones"):
-        module = module_of("backbones", room)
-        if set(named) & set(getattr(module, "ARCHITECTURES", ())):
-            return room
-    if not named:
-        for room in names("backbones"):
-            claims: Callable[[Mapping[str, Any]], bool] | None
-            claims = getattr(module_of("backbones", room), "recognises", None)
-            if claims is not None and claims(described):
-                return room
+    named = _architectures(config, origin)
+    for name, claim in published_backbones().items():
+        if set(named) & set(claim.architectures):
+            return name
+        if not named and claim.recognises is not None and claim.recognises(config):
+            return name
     return None
 
 
-def published_backbones() -> dict[str, str | None]:
-    """The backbones of other projects, each with the first of its architectures.
-
-    None where published configs name none, and their keys say whose they are.
-    """
-    files = {room: module_of("backbones", room) for room in names("backbones")}
-    return {
-        room: next(iter(getattr(module, "ARCHITECTURES", ())), None)
-        for room, module in files.items()
-        if hasattr(module, "ARCHITECTURES") or hasattr(module, "recognises")
-    }
+def _architectures(config: Mapping[str, object], origin: str) -> list[str]:
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(f"{origin}: architectures: expected a list of names")
+    return named
 
 
 def supported() -> list[str]:
     """The architectures of other projects that have a file here."""
-    return sorted(
-        name
-        for room in names("backbones")
-        for name in getattr(module_of("backbones", room), "ARCHITECTURES", ())
-    )
+    return sorted(name for claim in published_backbones().values() for name in claim.architectures)
 
 
 def unsupported(files: ModelFiles) -> CheckpointError | None:
     """Why no backbone opens a model that none recognises; None for a masked LM of transformers."""
-    folder, described = files.folder, files.config
-    named = [" ".join(str(name)[:80].split()) for name in described.get("architectures") or []]
+    named = _architectures(files.config, str(files.folder / CONFIG))
     if not named:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-        kind = str(described.get("model_type"))[:80]
+        kind = str(files.config.get("model_type"))[:80]
         if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             return None
-        kind = " ".join(kind.split())
         return CheckpointError(
-            f"{folder} names no architecture (model_type {kind}): not supported; "
+            f"{files.folder} names no architecture (model_type {_one_line(kind)}): not supported; "
             f"known: {', '.join([*supported(), ANY])}"
         )
     other = next((name for name in named if not name.endswith(MASKED_LM)), None)
     if other is None:
         return None
+    other = _one_line(other[:80])
     known = nearest(other, [*supported(), ANY])
-    return CheckpointError(f"{folder} is a {other}, which is not supported; {known}")
+    return CheckpointError(f"{files.folder} is a {other}, which is not supported; {known}")
+
+
+def _one_line(name: str) -> str:
+    return " ".join(name.split())
 
 
 def load_published(
     files: ModelFiles,
-    room: str,
+    family: str,
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | Mapping[str, Any] | str = "cpu",
+    device: torch.device | DeviceMap | str = "cpu",
 ) -> Backbone:
-    """The model of these files, whose backbone is `room`, with its weights on `device`."""
-    return filled(built(room, files.config), files, dtype=dtype, device=device)
+    """The model of these files, whose backbone is `family`, with its weights on `device`."""
+    return filled(built(family, files.config), files, dtype=dtype, device=device)
 
 
 def filled(
@@ -114,7 +116,7 @@ def filled(
     files: ModelFiles,
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | Mapping[str, Any] | str = "cpu",
+    device: torch.device | DeviceMap | str = "cpu",
 ) -> Backbone:
     """The module from `built` with the weights in these files; see `load_weights`."""
     stored = load_weights(module, files.headers, dtype=dtype, device=device, tied=module.tied)
@@ -122,10 +124,10 @@ def filled(
     return module
 
 
-def built(room: str, described: Mapping[str, Any]) -> Backbone:
+def built(family: str, config: Mapping[str, object]) -> Backbone:
     """The module of a config, without memory for its weights (on the meta device)."""
     with torch.device("meta"):
-        module: Backbone = find("backbones", room)(described)
+        module: Backbone = find("backbones", family)(config)
     return module
 
 
@@ -134,8 +136,8 @@ def planned(
     files: ModelFiles,
     *,
     dtype: torch.dtype | None = None,
-    max_memory: Mapping[Any, Any] | None = None,
-) -> dict[str, Any]:
+    max_memory: Mapping[int | str, int] | None = None,
+) -> dict[str, torch.device | str | int]:
     """The device of each part, {"": device} where one device holds all.
 
     GPUs are filled first, then the CPU. `max_memory` {device: bytes} is by default what is free.
@@ -153,7 +155,7 @@ def planned(
         name: dtype if dtype is not None and kind.is_floating_point and name in learned else kind
         for name, kind in stored.items()
     }
-    found: dict[str, Any] = infer_auto_device_map(
+    found: dict[str, torch.device | str | int] = infer_auto_device_map(
         module, max_memory=max_memory, no_split_module_classes=list(module.no_split),
         special_dtypes=kinds,
     )  # fmt: skip
@@ -167,18 +169,19 @@ def spread(
 ) -> Backbone:
     """The module from `built` with its weights read to `devices`, by the name of a submodule.
 
-    What lies on the CPU beside a GPU is copied there as it is used. A call takes tokens on
-    `module.main_device`, the first GPU if there is one, and gives logits there. Raises
-    CheckpointError where a tensor has no device in the map.
+    Parts on the CPU are copied to the GPU, if there is one, as they are used. A call takes
+    tokens on `module.main_device`, the first GPU if there is one, and gives logits there.
+    Raises CheckpointError where a tensor has no device in the map.
     """
     from accelerate import dispatch_model
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-    strange = [name for name in devices if name and not _is_part(module, name)]
-    if strange:
-        raise CheckpointError(
-            f"{files.folder}: the device map names {strange[0]!r}, which is no part"
-        )
+    tensors = module.state_dict()
+    for part in devices:
+        if part and not any(name == part or name.startswith(f"{part}.") for name in tensors):
+            raise CheckpointError(
+                f"{files.folder}: the device map names {part!r}, which is no part"
+            )
     each = {name: torch.device(device) for name, device in devices.items()}
     filled(module, files, dtype=dtype, device=each)
     module.main_device = next((d for d in each.values() if d.type != "cpu"), torch.device("cpu"))
@@ -186,14 +189,10 @@ def spread(
         return module
     module.eval()
     with warnings.catch_warnings():
-        # A tensor of the module itself is a part of its own, which accelerate remarks on.
+        # A tensor of the module itself is a part of its own, of which accelerate warns.
         warnings.filterwarnings("ignore", message="The following device_map keys")
         dispatch_model(module, dict(devices), main_device=module.main_device, force_hooks=True)
     # Features and logits are the caller's: they come back to where its tokens are.
     back = AlignDevicesHook(io_same_device=True)
     add_hook_to_module(module.head, back, append=True)
     return module
-
-
-def _is_part(module: Backbone, name: str) -> bool:
-    return any(n == name or n.startswith(f"{name}.") for n in module.state_dict())
