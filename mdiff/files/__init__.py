@@ -13,7 +13,7 @@ from mdiff.files.atomic import steps as steps
 from mdiff.files.atomic import sweep as sweep
 from mdiff.files.atomic import verify as verify
 from mdiff.files.atomic import write_json as write_json
-from mdiff.files.config_fields import CONFIG_FILE as CONFIG_FILE
+from mdiff.files.config_fields import CONFIG as CONFIG
 from mdiff.files.config_fields import MOST_EXPERTS as MOST_EXPERTS
 from mdiff.files.config_fields import MOST_IDS as MOST_IDS
 from mdiff.files.config_fields import MOST_LAYERS as MOST_LAYERS
@@ -21,7 +21,6 @@ from mdiff.files.config_fields import MOST_WIDTH as MOST_WIDTH
 from mdiff.files.config_fields import Fields as Fields
 from mdiff.files.locate import BUILTIN as BUILTIN
 from mdiff.files.locate import locate as locate
-from mdiff.files.model_files import CONFIG as CONFIG
 from mdiff.files.model_files import MODEL_INDEX as MODEL_INDEX
 from mdiff.files.model_files import PIPELINE as PIPELINE
 from mdiff.files.model_files import WEIGHTS as WEIGHTS

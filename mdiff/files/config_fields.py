@@ -8,7 +8,7 @@ from typing import TypeVar
 from mdiff.errors import CheckpointError
 
 Kind = TypeVar("Kind")
-CONFIG_FILE = "config.json"
+CONFIG = "config.json"
 # More than any published model has, and little enough that a module of it is made at once.
 MOST_LAYERS, MOST_WIDTH, MOST_IDS, MOST_EXPERTS = 256, 1 << 18, 1 << 24, 4096
 
@@ -16,7 +16,7 @@ MOST_LAYERS, MOST_WIDTH, MOST_IDS, MOST_EXPERTS = 256, 1 << 18, 1 << 24, 4096
 class Fields:
     """The entries of a config.json, each checked as it is read; CheckpointError names it."""
 
-    def __init__(self, described: Mapping[str, object], origin: str = CONFIG_FILE) -> None:
+    def __init__(self, described: Mapping[str, object], origin: str = CONFIG) -> None:
         self.described, self.origin = described, origin
 
     def whole(

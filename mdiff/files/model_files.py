@@ -9,6 +9,7 @@ from typing import Any
 
 from mdiff.errors import CheckpointError, nearest
 from mdiff.files.atomic import Manifest
+from mdiff.files.config_fields import CONFIG
 from mdiff.files.untrusted import (
     Header,
     TensorEntry,
@@ -19,7 +20,6 @@ from mdiff.files.untrusted import (
 )
 
 PIPELINE = "pipeline.json"
-CONFIG = "config.json"
 # What the weights in a folder are called, by transformers and by diffusers; with an index where
 # they are in shards.
 WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")

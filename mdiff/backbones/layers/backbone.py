@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mdiff.backbones.layers.transformer import attention_layout
 from mdiff.denoiser import Condition, flat_positions
 from mdiff.errors import ConfigError
-from mdiff.files import CONFIG_FILE
+from mdiff.files import CONFIG
 
 
 class KeyValues:
@@ -157,7 +157,7 @@ class Backbone(nn.Module):
 
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.described, indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps(self.described, indent=2) + "\n")
         tensors = self.state_dict() if state_dict is None else state_dict
         kept = {n: x for n, x in tensors.items() if n in self.stored or n not in self.tied}
         # A tied tensor that the files held is written again, as a tensor of its own.

@@ -12,7 +12,7 @@ from torch import Tensor
 from mdiff.denoiser import POOLED, STATES
 from mdiff.errors import CheckpointError
 from mdiff.files import (
-    CONFIG_FILE,
+    CONFIG,
     MAX_JSON_BYTES,
     MOST_IDS,
     MOST_LAYERS,
@@ -78,7 +78,7 @@ def load_text_encoder(
     are missing, unexpected or of another shape, and a tokenizer that cannot be read.
     """
     described, folder = encoder.config, encoder.folder
-    fields = Fields(described, str(folder / CONFIG_FILE))
+    fields = Fields(described, str(folder / CONFIG))
     if described.get("architectures") != [ARCHITECTURE]:
         got = described.get("architectures")
         raise CheckpointError(f"{folder}: architectures {got!r}: expected [{ARCHITECTURE!r}]")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mdiff.errors import CheckpointError, ConfigError
-from mdiff.files import CONFIG_FILE, MOST_IDS, MOST_LAYERS, Fields
+from mdiff.files import CONFIG, MOST_IDS, MOST_LAYERS, Fields
 from mdiff.modalities.image.codec import Report, check_ids, check_pictures
 from mdiff.modalities.image.codecs.networks.diffusers import Decoder, Encoder
 from mdiff.modalities.image.codecs.networks.fit import take_state
@@ -140,7 +140,7 @@ class VQDiffusers(nn.Module):
         """Write config.json and the weights in the layout and the types that they came in."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.described, indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps(self.described, indent=2) + "\n")
         tensors = {
             name: tensor.to("cpu", self.stored.get(name, tensor.dtype)).contiguous()
             for name, tensor in self.state_dict().items()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.errors import CheckpointError, ConfigError
-from mdiff.files import CONFIG_FILE, Fields
+from mdiff.files import CONFIG, Fields
 from mdiff.modalities.image.codec import PUBLISHED_TENSORS, Report, check_ids, check_pictures
 from mdiff.modalities.image.codecs.networks.fit import check_state
 from mdiff.modalities.image.codecs.networks.vqgan import GROUPS
@@ -125,7 +125,7 @@ class PublishedCodec(nn.Module):
         from safetensors.torch import save_file
 
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CONFIG_FILE).write_text(json.dumps(self.described, indent=2) + "\n")
+        (Path(folder) / CONFIG).write_text(json.dumps(self.described, indent=2) + "\n")
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, Path(folder) / PUBLISHED_TENSORS, metadata={"format": "pt"})
 
