@@ -9,16 +9,28 @@ tokens at the front, so that every family counts as it was trained to.
 from __future__ import annotations
 
 import inspect
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
 from mdiff.denoiser import Condition, flat_positions
-from mdiff.errors import CheckpointError, ConfigError, DataError
-from mdiff.files import TRANSFORMERS
+from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError
+from mdiff.files import CONFIG, TRANSFORMERS, ModelFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Settings that say how many layers there are, and the name of a tensor in one of several layers.
+LAYERS = re.compile(r"(^|_)n?_?(layers?|depth|blocks?)$")
+IN_A_LAYER = re.compile(r"\.\d+\.")
+# A model has up to twice the weights of its files, where tied ones are saved once.
+MOST_OVER_FILES, SPARE = 4, 2**20
 
 
 class MaskedLM(nn.Module):
@@ -109,6 +121,9 @@ class MaskedLM(nn.Module):
 
         `state_dict` are weights to write instead of its own, by the names of this module.
         """
+        from transformers import logging
+
+        logging.disable_progress_bar()
         if state_dict is not None:
             options["state_dict"] = {
                 name.removeprefix("model."): tensor for name, tensor in state_dict.items()
@@ -145,7 +160,7 @@ def masked_lm(
     """
     source = None
     if isinstance(model, str | Path):
-        source, model = str(model), _loaded(str(model), dtype)
+        source, model = str(model), _from_pretrained(str(model), dtype)
     elif dtype is not None:
         model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     if model.config.is_encoder_decoder or model.base_model is model:
@@ -164,24 +179,81 @@ def masked_lm(
     return MaskedLM(model, mask_id=mask_id)
 
 
-def _loaded(source: str, dtype: torch.dtype | str | None) -> PreTrainedModel:
-    try:
-        with TRANSFORMERS:
-            model, report = AutoModelForMaskedLM.from_pretrained(
-                source, dtype="auto" if dtype is None else dtype, use_safetensors=True,
-                output_loading_info=True,
-            )  # fmt: skip
-    except MemoryError:
-        raise
-    # Whatever the library raises on a file: it is not one that it can load.
-    except Exception as error:
-        raise CheckpointError(f"{source}: {str(error).strip() or type(error).__name__}") from error
-    if report["missing_keys"]:
-        raise CheckpointError(f"{source} lacks weights: {sorted(report['missing_keys'])[:3]}")
+def load_masked_lm(files: ModelFiles, dtype: torch.dtype | None, *, mask_id: int) -> MaskedLM:
+    """The model of transformers in a folder; every one of its tensors is in the files.
+
+    Raises CheckpointError where transformers cannot load it, or its files lack something.
+    """
+    from transformers import AutoConfig, AutoModelForMaskedLM, logging
+
+    check_settings(files)
+    with TRANSFORMERS:
+        logging.disable_progress_bar()
+        with _as_checkpoint_errors(str(files.folder)):
+            config = AutoConfig.from_pretrained(str(files.folder), local_files_only=True)
+            with torch.device("meta"):
+                skeleton = AutoModelForMaskedLM.from_config(config)
+        held = sum(math.prod(entry["shape"]) for entry in files.entries.values())
+        described = sum(parameter.numel() for parameter in skeleton.parameters())
+        # transformers makes all of them before it finds that they are of other shapes.
+        if described > MOST_OVER_FILES * held + SPARE:
+            raise CheckpointError(
+                f"{files.folder / CONFIG} describes {described:,} weights, the files hold {held:,}"
+            )
+        model = _from_pretrained(str(files.folder), dtype, local_files_only=True)
+    return masked_lm(model, mask_id=mask_id)
+
+
+def check_settings(files: ModelFiles) -> None:
+    """Raise CheckpointError for settings that cost far more to read than the files are worth.
+
+    Each layer has a tensor of its own at least; and code of the Hub is not run here.
+    """
+    origin, tensors = files.folder / CONFIG, len(files.entries)
+    for name, value in files.config.items():
+        if LAYERS.search(name) and type(value) is int and not 0 <= value <= tensors:
+            raise CheckpointError(f"{origin}: {name}={value}: the files hold {tensors} tensors")
+        if name.endswith("_implementation") and "/" in str(value):
+            raise CheckpointError(f"{origin}: {name}={value!r} is code of the Hub: refused")
+
+
+def _from_pretrained(
+    source: str, dtype: torch.dtype | str | None, **options: bool
+) -> PreTrainedModel:
+    from transformers import AutoModelForMaskedLM
+
+    with TRANSFORMERS, _as_checkpoint_errors(source):
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            source, dtype="auto" if dtype is None else dtype, use_safetensors=True,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report[problem]:
+            absent = sorted(map(str, report[problem]))
+            raise CheckpointError(f"{source}: {problem.replace('_', ' ')}: {', '.join(absent[:4])}")
+    left_out = sorted(name for name in report["unexpected_keys"] if IN_A_LAYER.search(name))
+    if left_out:
+        raise CheckpointError(
+            f"{source}: {CONFIG} leaves out layers that the files hold: {', '.join(left_out[:4])}"
+        )
     return model
 
 
+@contextmanager
+def _as_checkpoint_errors(source: str) -> Iterator[None]:
+    """Whatever transformers raises on a file, as a CheckpointError of one line."""
+    try:
+        yield
+    except (MdiffError, MemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise CheckpointError(f"{source} cannot be loaded: {first}") from error
+
+
 def _tokenizers_mask(source: str) -> int | None:
+    from transformers import AutoTokenizer
+
     try:
         mask_id: int | None = AutoTokenizer.from_pretrained(source).mask_token_id
     except (OSError, ValueError):

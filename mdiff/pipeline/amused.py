@@ -44,14 +44,15 @@ def load_directory(
     denoiser = load_published(files.parts["transformer"], "uvit", dtype=dtype, device=device)
     settings = Fields(read_json(folder / "scheduler" / SCHEDULER), SCHEDULER)
     settings.choice("masking_schedule", ("cosine",), default="cosine")
-    row = int(denoiser.described["vocab_size"]) - 1
+    config = files.parts["transformer"].config
+    row = int(config["vocab_size"]) - 1
     if settings.whole("mask_token_id", least=0) != row:
         raise CheckpointError(f"{SCHEDULER}: mask_token_id: expected {row}, the transformer's last")
     codec = load_codec(files.parts["vqvae"], device)
     encoder = load_text_encoder(
         files.parts["text_encoder"], folder / "tokenizer", dtype=dtype, device=device
     )
-    sizes, config = encoder.model.config, denoiser.described
+    sizes = encoder.model.config
     got = codec.codebook_size, sizes.hidden_size, sizes.projection_dim
     wanted = denoiser.vocab_size, config["encoder_hidden_size"], config["cond_embed_dim"]
     if got != wanted:

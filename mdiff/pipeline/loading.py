@@ -11,9 +11,10 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 
 from mdiff.backbones.layers import Backbone, GridModel
+from mdiff.backbones.masked_lm import check_settings, load_masked_lm
 from mdiff.denoiser import BlockModel, Denoiser, HasDevice, HasWindow
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
-from mdiff.files import PIPELINE, DeviceMap, ModelFiles, locate
+from mdiff.files import CONFIG, PIPELINE, DeviceMap, ModelFiles, locate
 from mdiff.find import find
 from mdiff.modalities import Modality
 from mdiff.modalities.text import Pretrained, Text
@@ -22,13 +23,13 @@ from mdiff.pipeline.published import (
     AUTO,
     built,
     filled,
+    own_backbone,
     planned,
     recognised,
     spread,
     unsupported,
 )
 from mdiff.pipeline.saving import FORMAT
-from mdiff.pipeline.transformers_model import transformers_model
 from mdiff.schedule import named_schedule
 from mdiff.tokens import TokenSpace
 
@@ -131,12 +132,9 @@ def _own(
             f"{space.vocab_size}: they are not of the same training"
         )
     find("backbones", backbone)
-    family = recognised(files)
-    denoiser: Denoiser
-    if family is not None:
-        denoiser = _published(files, family, dtype, device)
-    else:
-        denoiser = transformers_model(files, dtype, mask_id=space.mask_id)
+    denoiser: Denoiser | None = _backbone(files, dtype, device)
+    if denoiser is None:
+        denoiser = load_masked_lm(files, dtype, mask_id=space.mask_id)
     columns = _columns(denoiser)
     if columns != space.vocab_size:
         raise DataError(
@@ -192,11 +190,10 @@ def _foreign(
     """A model of another project or a Hugging Face masked language model, with its tokenizer or
     without one.
     """
-    folder, family = files.folder, recognised(files)
-    fault = unsupported(files) if family is None else None
+    folder, module = files.folder, _backbone(files, dtype, device)
+    fault = unsupported(files) if module is None else None
     if fault is not None:
         raise fault
-    module = None if family is None else _published(files, family, dtype, device)
     if module is not None and mask_id is None:
         mask_id = module.mask_id
     text = _text_of(folder, mask_id, tokenizer)
@@ -206,7 +203,7 @@ def _foreign(
         mask_id = text.tokenizer.mask_id
     if type(mask_id) is not int:
         raise ConfigError(f"{folder} does not say which id is the mask: give mask_id=")
-    denoiser: Any = module or transformers_model(files, dtype, mask_id=mask_id)
+    denoiser: Any = module or load_masked_lm(files, dtype, mask_id=mask_id)
     space = TokenSpace(_columns(denoiser), mask_id=mask_id)
     if text is not None and text.tokenizer.size > max(space.vocab_size, mask_id + 1):
         raise DataError(
@@ -222,12 +219,24 @@ def _foreign(
     return Pipeline(denoiser, space, modality, window=window if type(window) is int else None)
 
 
-def _published(
-    files: ModelFiles, family: str, dtype: torch.dtype | None,
-    device: torch.device | DeviceMap | str,
-) -> Backbone:  # fmt: skip
-    """Another project's model on its device or devices; ConfigError for one that is refused."""
-    module = built(family, files.config)
+def _backbone(
+    files: ModelFiles, dtype: torch.dtype | None, device: torch.device | DeviceMap | str
+) -> Backbone | None:
+    """The model of one of our backbones on its device or devices; None where none claims it.
+
+    ConfigError for one that is refused.
+    """
+    own = own_backbone(files)
+    if own is not None:
+        check_settings(files)
+    family = own or recognised(files)
+    if family is None:
+        return None
+    try:
+        module = built(family, files.config)
+    except RuntimeError as error:
+        # torch's, for sizes whose product overflows.
+        raise CheckpointError(f"{files.folder / CONFIG} is not valid: {error}") from error
     if module.refused is not None:
         raise ConfigError(f"{files.folder} cannot be used: {module.refused}")
     if isinstance(device, torch.device):

@@ -17,6 +17,8 @@ from mdiff.errors import BackendError, CheckpointError, nearest
 from mdiff.files import CONFIG, TYPES, DeviceMap, ModelFiles, load_weights
 from mdiff.find import find, module_of, names
 
+# What the model_type of our own architectures begins with.
+OURS = "mdiff-"
 # What AutoModelForMaskedLM takes, whatever comes before it.
 MASKED_LM = "ForMaskedLM"
 ANY = f"any ...{MASKED_LM}"
@@ -46,6 +48,16 @@ def published_backbones() -> dict[str, Claim]:
 def recognised(files: ModelFiles) -> str | None:
     """The name of the backbone whose config.json is in these files; None where none claims it."""
     return family_of(files.config, origin=str(files.folder / CONFIG))
+
+
+def own_backbone(files: ModelFiles) -> str | None:
+    """The name of our own backbone that a config.json is of; None for another project's.
+
+    Its model_type is the name of its file; any other name there imports nothing.
+    """
+    kind = str(files.config.get("model_type"))
+    name = kind.removeprefix(OURS).replace("-", "_")
+    return name if kind.startswith(OURS) and name in names("backbones") else None
 
 
 def family_of(config: Mapping[str, object], *, origin: str = CONFIG) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mdiff.denoiser import Denoiser, Saveable
 from mdiff.errors import ConfigError
 from mdiff.files import PIPELINE, staged, write_json
+from mdiff.find import names
 from mdiff.modalities import HasFolders, Modality
 from mdiff.schedule import SCHEDULES, Schedule
 from mdiff.tokens import TokenSpace
@@ -42,21 +43,23 @@ def save_model(
     name = type(schedule).__name__.lower()
     if name not in SCHEDULES:
         raise ConfigError(f"the schedule {name} cannot be saved; known: {', '.join(SCHEDULES)}")
-    from transformers import logging
-
-    logging.disable_progress_bar()
     with staged(folder) as inner:
         denoiser.save_pretrained(inner)
         modality.save(inner)
         write_pipeline(
             inner,
-            # A part lies in the module of its name.
-            backbone=type(denoiser).__module__.rpartition(".")[2],
+            backbone=_backbone_of(denoiser),
             window=window,
             modality=modality.config(),
             space=space,
             schedule={"name": name, **vars(schedule)},
         )
+
+
+def _backbone_of(denoiser: Denoiser) -> str:
+    """The backbone's name, that of its module; of a class made of one, that one's."""
+    modules = [kind.__module__.rpartition(".")[2] for kind in type(denoiser).__mro__]
+    return next((name for name in modules if name in names("backbones")), modules[0])
 
 
 def write_pipeline(

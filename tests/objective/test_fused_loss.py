@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mdiff.backbones.bit_transformer import bit_transformer
-from mdiff.backbones.transformer import TransformerForMaskedLM, transformer
+from mdiff.backbones.transformer import Transformer, transformer
 from mdiff.kernels.loss_heads import MatrixHead
 from mdiff.objective.bound import nll_bound
 from mdiff.objective.loss import masked_diffusion_loss
@@ -112,7 +112,7 @@ def test_the_bound_by_features_and_a_head_is_that_by_whole_logits():
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-class Sharpened(TransformerForMaskedLM):
+class Sharpened(Transformer):
     """A model whose call is no longer its features and its head."""
 
     def forward(self, tokens, **rest):

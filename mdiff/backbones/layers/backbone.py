@@ -12,6 +12,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -92,7 +93,7 @@ class Backbone(nn.Module):
     refused: str | None = None
     # Where a call takes its tokens, of a model whose parts lie on several devices.
     main_device: torch.device | None = None
-    tied: ClassVar[dict[str, str]] = {}
+    tied: Mapping[str, str] = MappingProxyType({})
     # Modules that accelerate keeps on one device.
     no_split: ClassVar[tuple[str, ...]] = ()
     # What its weights are called, without .safetensors.
@@ -103,18 +104,29 @@ class Backbone(nn.Module):
         self, described: Mapping[str, Any], *, vocab_size: int, mask_id: int | None,
         window: int | None,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.described = dict(described)
+        # Not by super(): a class that is also one of transformers' has another one next.
+        nn.Module.__init__(self)
+        self.described: dict[str, object] = dict(described)
         self.vocab_size, self.mask_id, self.window = vocab_size, mask_id, window
         # The names of the files that it was loaded from; none where it was not.
         self.stored: frozenset[str] = frozenset()
 
-    @abstractmethod
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, of a model on one device."""
+        return next(self.parameters()).device
+
     def hidden(
         self, tokens: Tensor, *, valid: Tensor | None, documents: Tensor | None,
         t: Tensor | None, cond: Condition | None, cache: KeyValues | None,
     ) -> Tensor:  # fmt: skip
-        """What `head` reads, at all places: (B, L, D), unshifted."""
+        """What `head` reads, at all positions: (B, L, D), unshifted."""
+        raise NotImplementedError
 
     def features(
         self, tokens: Tensor, *, at: Tensor | None = None, valid: Tensor | None = None,
@@ -145,6 +157,10 @@ class Backbone(nn.Module):
         logits: Tensor = self.head(x)
         return logits
 
+    def saved_config(self) -> dict[str, object]:
+        """What `save_pretrained` writes as config.json."""
+        return self.described
+
     def save_pretrained(
         self, directory: str | Path, *, state_dict: dict[str, Tensor] | None = None,
         max_shard_size: int | str = "5GB", **_: Any,
@@ -157,7 +173,7 @@ class Backbone(nn.Module):
 
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps(self.described, indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps(self.saved_config(), indent=2) + "\n")
         tensors = self.state_dict() if state_dict is None else state_dict
         kept = {n: x for n, x in tensors.items() if n in self.stored or n not in self.tied}
         # A tied tensor that the files held is written again, as a tensor of its own.

@@ -53,7 +53,7 @@ def rotary_tables(
     positions: Tensor,
     size: int,
     *,
-    grid: tuple[int, int] | None = None,
+    grid: Sequence[int] | None = None,
     axes: Tensor | None = None,
     base: float,
 ) -> tuple[Tensor, Tensor]:

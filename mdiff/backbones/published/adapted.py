@@ -12,7 +12,7 @@ are not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -41,7 +41,7 @@ class Adapted(Decoder):
 class Tied(Adapted):
     """The same, of files whose output matrix may be the embedding's."""
 
-    tied: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    tied: Mapping[str, str] = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 class DiffuLLaMA(Adapted):

@@ -134,7 +134,7 @@ class LastNorm(nn.Module):
 class HaltonTransformer(Backbone):
     """The denoiser; see `halton_transformer`. cond {"label": (B,)}; `classes` says none."""
 
-    tied: ClassVar[dict[str, str]] = {"head.weight": "tok_emb.weight"}
+    tied: Mapping[str, str] = {"head.weight": "tok_emb.weight"}
     no_split: ClassVar[tuple[str, ...]] = ("Block",)
     codes_per_position = 1
 
