@@ -50,11 +50,11 @@ def copy(tmp_path: Path) -> Path:
     return shutil.copytree(FOLDER, tmp_path / "amused")
 
 
-def told() -> dict[str, Tensor]:
+def conditions() -> dict[str, Tensor]:
     return {name: GOLDEN[f"uvit.{name}"] for name in (STATES, POOLED, MICRO)}
 
 
-def places(logits: Tensor) -> Tensor:
+def by_position(logits: Tensor) -> Tensor:
     """Logits (B, K, h, w) as (B, L, K)."""
     return logits.flatten(2).transpose(1, 2)
 
@@ -71,9 +71,9 @@ def test_the_denoiser_s_logits_are_the_official_ones(pipeline: Pipeline, mask: i
     tokens = GOLDEN["uvit.input_ids"].flatten(1)
     tokens = torch.where(tokens == PUBLISHED_MASK, mask, tokens)
     with torch.no_grad():
-        logits = pipeline.denoiser(tokens, cond=told())
-        some = pipeline.denoiser(tokens, at=tokens == mask, cond=told())
-    assert torch.allclose(logits, places(GOLDEN["uvit.logits"]), rtol=0, atol=TOLERANCE)
+        logits = pipeline.denoiser(tokens, cond=conditions())
+        some = pipeline.denoiser(tokens, at=tokens == mask, cond=conditions())
+    assert torch.allclose(logits, by_position(GOLDEN["uvit.logits"]), rtol=0, atol=TOLERANCE)
     assert torch.allclose(logits[tokens == mask], some, rtol=0, atol=1e-5)
 
 
@@ -89,9 +89,9 @@ def test_a_row_s_logits_do_not_depend_on_its_batch(dtype: torch.dtype, near: flo
     model = load_published(read_model_files(FOLDER / "transformer"), "uvit", dtype=dtype)
     tokens = GOLDEN["uvit.input_ids"].flatten(1)
     with torch.no_grad():
-        both = model(tokens, cond=told())
+        both = model(tokens, cond=conditions())
         for row in range(2):
-            cond = {name: value[row, None] for name, value in told().items()}
+            cond = {name: value[row, None] for name, value in conditions().items()}
             alone = model(tokens[row, None], cond=cond)
             assert torch.allclose(alone[0], both[row], rtol=0, atol=near)
 
@@ -152,12 +152,12 @@ def test_guided_logits_are_those_of_the_official_pipeline(pipeline: Pipeline) ->
         pipeline.denoiser, guidance_scale=4.0, without=pipeline.modality.null_condition
     )
     cond = pipeline.modality.encode_condition(PROMPTS[0])
-    for seen, expected in zip(GOLDEN["pipe.sample_in"], GOLDEN["pipe.guided_logits"]):
-        tokens = seen.flatten(1)
+    for canvas, expected in zip(GOLDEN["pipe.sample_in"], GOLDEN["pipe.guided_logits"]):
+        tokens = canvas.flatten(1)
         tokens = torch.where(tokens == PUBLISHED_MASK, MASK, tokens)
         with torch.no_grad():
             logits = denoiser(tokens, cond=cond)
-        assert torch.allclose(logits, places(expected), rtol=0, atol=TOLERANCE)
+        assert torch.allclose(logits, by_position(expected), rtol=0, atol=TOLERANCE)
 
 
 class Script:
@@ -169,7 +169,7 @@ class Script:
         self.steps = iter(steps)
 
     def __call__(self, tokens: Tensor, *, at: Tensor, **_: Any) -> Tensor:
-        return places(next(self.steps))[at]
+        return by_position(next(self.steps))[at]
 
 
 def test_the_sampler_takes_the_official_steps() -> None:
@@ -213,7 +213,7 @@ def test_a_picture_of_a_prompt_does_not_depend_on_the_others(pipeline: Pipeline)
     assert all(0 <= token < 32 for sample in together for token in sample.tokens)
 
 
-def test_the_words_and_what_is_pushed_away_from_have_an_effect(pipeline: Pipeline) -> None:
+def test_the_prompt_and_the_negative_prompt_have_an_effect(pipeline: Pipeline) -> None:
     def logits(**options: Any) -> float:
         return pipeline.generate("a red cat", steps=2, **options)[0].log_prob
 
@@ -359,7 +359,7 @@ def test_the_layout_that_halves_its_grid_is_the_official_one(
     with torch.no_grad():
         ours = load_published(read_model_files(folder), "uvit")(tokens, cond=cond)
         model = official.from_pretrained(folder).eval()
-        theirs = places(model(tokens.view(2, 6, 6), **cond))
+        theirs = by_position(model(tokens.view(2, 6, 6), **cond))
     assert torch.allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
@@ -389,9 +389,9 @@ def test_the_layout_that_halves_its_grid_takes_even_sides_only(tmp_path: Path) -
     folder = random_folder(tmp_path / "uvit", described, built("uvit", described).state_dict())
     model = load_published(read_model_files(folder), "uvit")
     with torch.no_grad():
-        assert model(torch.zeros(2, 16, dtype=torch.int64), cond=told()).shape == (2, 16, 32)
+        assert model(torch.zeros(2, 16, dtype=torch.int64), cond=conditions()).shape == (2, 16, 32)
         with pytest.raises(DataError, match="even side"):
-            model(torch.zeros(2, 9, dtype=torch.int64), cond=told())
+            model(torch.zeros(2, 9, dtype=torch.int64), cond=conditions())
 
 
 # Bad input
@@ -470,13 +470,13 @@ def test_conditions_and_canvases_that_do_not_fit_are_refused(pipeline: Pipeline)
     for name, value in ((STATES, torch.zeros(2, 7, 5)), (POOLED, torch.zeros(1, 10)),
                         (MICRO, torch.zeros(2, 4))):  # fmt: skip
         with pytest.raises(ConfigError, match=name):
-            model(tokens, cond={**told(), name: value})
+            model(tokens, cond={**conditions(), name: value})
     with pytest.raises(ConfigError, match=STATES):
         model(tokens)
     with pytest.raises(DataError, match="a square"):
-        model(tokens[:, :63], cond=told())
+        model(tokens[:, :63], cond=conditions())
     with pytest.raises(ConfigError, match="padding"):
-        model(tokens, cond=told(), valid=torch.ones_like(tokens, dtype=torch.bool))
+        model(tokens, cond=conditions(), valid=torch.ones_like(tokens, dtype=torch.bool))
     with pytest.raises(ConfigError, match="guidance_scale"):
         pipeline.generate("dog", negative="cat")
     with pytest.raises(DataError, match="label"):

@@ -80,7 +80,7 @@ def test_a_lightning_file_of_a_tokenizer_becomes_a_codec(
     content = {
         "state_dict": state | {"loss.discriminator.main.0.weight": torch.ones(2)},
         "callbacks": {kind: {"best": 0.1}},
-        "hyper_parameters": argparse.Namespace(lr=1.0, seen=[1, 2]),
+        "hyper_parameters": argparse.Namespace(lr=1.0, steps=[1, 2]),
         "optimizer_states": [{"state": {}}],
     }
     torch.save(content, tmp_path / "last.ckpt")
@@ -111,9 +111,9 @@ class Hostile:
 
 
 @pytest.mark.parametrize("way", ["torch", "pickle", "old"])
-@pytest.mark.parametrize("place", ["beside", "inside", "whole"])
+@pytest.mark.parametrize("position", ["beside", "inside", "whole"])
 def test_a_file_that_would_run_code_is_refused_and_nothing_runs(
-    way: str, place: str, tmp_path: Path, capsys: Any
+    way: str, position: str, tmp_path: Path, capsys: Any
 ) -> None:
     mark = tmp_path / "it ran"
     state: dict[str, Any] = dict(halton())
@@ -121,7 +121,7 @@ def test_a_file_that_would_run_code_is_refused_and_nothing_runs(
         "beside": {"model": state, "args": Hostile(mark)},
         "inside": {"model": state | {"head.weight": Hostile(mark)}},
         "whole": Hostile(mark),
-    }[place]
+    }[position]
     source = pickled(tmp_path, {})
     if way == "pickle":
         source.write_bytes(pickle.dumps(content))

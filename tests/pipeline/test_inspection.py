@@ -63,9 +63,9 @@ def test_inspect_shows_the_tensors_of_what_is_not_supported_and_exits_with_4(fol
     assert {tensor["used"] for tensor in found["tensors"]} == {"unknown"}
     assert found["types"] == {"F32": 31, "F8_E4M3": 1}
     assert run(["inspect", str(folder)]) == 4
-    told = capsys.readouterr()
-    assert "supported     no" in told.out
-    assert "SomethingElse, which is not supported" in told.err
+    printed = capsys.readouterr()
+    assert "supported     no" in printed.out
+    assert "SomethingElse, which is not supported" in printed.err
 
 
 def test_inspect_names_what_is_missing_and_what_is_left_over(folder, capsys):
