@@ -1,4 +1,4 @@
-"""The command line: one file a command, and one place where errors become exit codes."""
+"""The command line: one file a command; errors become exit codes here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNEXPECTED = 1
 DEBUG = "--debug"
 
 # Typer brings its own copy of click in some versions and imports it in others.
-UsageError: Any = typer.BadParameter.__mro__[1]
+UsageError: type = typer.BadParameter.__mro__[1]
 
 
 def app() -> typer.Typer:
@@ -32,6 +32,7 @@ def app() -> typer.Typer:
     from mdiff.cli.generate import generate
     from mdiff.cli.images.edit import edit
     from mdiff.cli.inspect import inspect
+    from mdiff.cli.options import RENAMING
     from mdiff.cli.tokenizer import tokenizer
     from mdiff.cli.train import train
 
@@ -43,10 +44,10 @@ def app() -> typer.Typer:
         pretty_exceptions_enable=False,
         no_args_is_help=False,
     )
+    line.command("demo")(demo)
+    line.command("generate", context_settings=RENAMING)(generate)
+    line.command("edit", context_settings=RENAMING)(edit)
     for name, command in (
-        ("demo", demo),
-        ("generate", generate),
-        ("edit", edit),
         ("eval", evaluate),
         ("train", train),
         ("inspect", inspect),
@@ -75,10 +76,11 @@ REFUSED = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code (DESIGN: 0, 1, 2, 3, 4, 5, 6, 7 or 130)."""
-    # A stream that was closed is None: what goes there is lost, and nothing else.
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    # A stream that was closed is None: what is written there is discarded.
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w")  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr)
+    )
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -100,11 +102,12 @@ def run(arguments: Sequence[str]) -> int:
                 command.invoke(context)
         finally:
             sys.stdout.flush()
-    except (typer.Exit, SystemExit) as stop:
-        code = getattr(stop, "exit_code", getattr(stop, "code", 0))
-        return code if isinstance(code, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
     except BrokenPipeError:
-        # The reader has gone; what Python still holds for it must not raise at exit.
+        # The reader has closed the pipe; flushing what is left must not raise at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:
@@ -151,16 +154,16 @@ def _usage(error: Any) -> str:
     command = error.ctx.command if error.ctx is not None else None
     if command is None:
         return message
-    place = error.ctx.command_path
-    wrong = getattr(error, "option_name", None)
-    if type(error).__name__ == "NoSuchOption" and wrong:
+    path = error.ctx.command_path
+    if type(error).__name__ == "NoSuchOption":
+        wrong = error.option_name
         known = [option for parameter in command.params for option in parameter.opts]
         known = [option for option in known if option.startswith("--")] + [DEBUG, "--help"]
-        return f"{place} has no option {wrong}; {nearest(wrong, known)}"
-    commands = getattr(command, "commands", None)
+        return f"{path} has no option {wrong}; {nearest(wrong, known)}"
+    commands = command.commands if isinstance(command, typer.core.TyperGroup) else {}
     if commands and message.startswith("No such command"):
         wrong = message.split("'")[1] if message.count("'") >= 2 else ""
-        return f"{place} has no command {wrong!r}; {nearest(wrong, commands)}"
+        return f"{path} has no command {wrong!r}; {nearest(wrong, commands)}"
     if commands and message.startswith("Missing command"):
-        return f"{place} needs a command: {', '.join(sorted(commands))}"
-    return f"{place}: {message[0].lower()}{message[1:]}"
+        return f"{path} needs a command: {', '.join(sorted(commands))}"
+    return f"{path}: {message[0].lower()}{message[1:]}"

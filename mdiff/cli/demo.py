@@ -1,34 +1,36 @@
-"""`mdiff demo`: text, pictures that do not exist, and a page to watch both fill in."""
+"""`mdiff demo`: generated text and pictures, and a page that replays how both were filled in."""
 
 from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mdiff.cli.views.console import message, result, writable
+from mdiff.cli.views.samples import figures, summary
 
 if TYPE_CHECKING:
     from mdiff.cli.views.trace import Record
-    from mdiff.pipeline import Pipeline
+    from mdiff.pipeline import Pipeline, SamplingOptions
 
 QUALITY_GATE = 7
 MODEL = "builtin:shakespeare"
 PICTURES = "builtin:emoji"
 LEAST_WORDS = 60
-# A page that has not reached the words by then never will.
+# Pages after which a model without words is given up.
 MOST_PAGES = 8
 SENTENCE = "What say you,[MASK:24] and so farewell.\n"
 PAGE = Path("demo.html")
-# The pictures that do not exist, and how they are drawn.
+# The number of pictures, and their sampler.
 COUNT = 20
-DRAWN: dict[str, Any] = {"sampler": "confidence", "steps": 48, "noise": 10.0}
-# What the picture that is inpainted shows, where the model is told in words; the share of its
-# height, from below, that is made anew; and how often.
+SAMPLER = "confidence"
+OPTIONS: SamplingOptions = {"steps": 48, "noise": 10.0}
+# The caption of the picture that is inpainted, where the model has captions; the share of its
+# height, from below, that is regenerated; and how often.
 SHOWN = "grinning face"
-ANEW = 0.5
+REGENERATED = 0.5
 VARIANTS = 8
 COLUMNS = 10
 SCALE = 3
@@ -40,7 +42,7 @@ def demo(
     model: Annotated[str, typer.Option(help="Another model of text.")] = MODEL,
     pictures: Annotated[str, typer.Option(help="Another model of pictures.")] = PICTURES,
 ) -> None:
-    """Generate text and pictures, and fill in one of each; write a page to scrub through."""
+    """Generate text and pictures, and fill in one of each; write a page that replays it."""
     from mdiff.cli.views.trace import page
     from mdiff.pipeline import load
 
@@ -61,8 +63,7 @@ def demo(
 
 
 def written(pipeline: Pipeline, model: str, seed: int) -> list[Record]:
-    """Print a page of text and a sentence filled in; typer.Exit where there are too few words."""
-    from mdiff.cli.generate import figures
+    """Print a page of text and a sentence filled in; typer.Exit for a page of too few words."""
     from mdiff.cli.views.trace import Recorder
     from mdiff.kernels.philox import derive
 
@@ -101,8 +102,8 @@ def is_here(model: str) -> bool:
 
 
 def drawn(pipeline: Pipeline, model: str, seed: int, beside: Path | None) -> list[Record]:
-    """Draw pictures, then make a part of one anew; write all of them as one grid."""
-    from mdiff.cli.images.generate import followed, shows_pictures, summary
+    """Generate pictures, then regenerate a part of one; write all of them as one grid."""
+    from mdiff.cli.images.generate import followed, pictures_of, shows_pictures
     from mdiff.cli.views.grid import enlarged, grid_of
     from mdiff.errors import ConfigError
     from mdiff.kernels.philox import derive
@@ -112,24 +113,27 @@ def drawn(pipeline: Pipeline, model: str, seed: int, beside: Path | None) -> lis
         name = pipeline.modality.name
         raise ConfigError(f"--pictures {model}: a model of {name}, not of pictures")
     modality = image_modality(pipeline.modality)
-    message(f"{model}: {COUNT} pictures that do not exist")
-    runs = pipeline.runs(pipeline.canvases(num_samples=COUNT), seed=seed, **DRAWN)
-    made, records = followed(modality, ((run, lambda row, each: each) for run in runs))
+    message(f"{model}: {COUNT} new pictures")
+    canvases = pipeline.canvases(num_samples=COUNT)
+    new = pipeline.runs(canvases, seed=seed, sampler=SAMPLER, **OPTIONS)
+    made, records = followed(modality, ((run, lambda row, each: each) for run in new))
     result(f"[{summary(made)}]")
 
-    told = {"caption": SHOWN} if "caption" in modality.part_names else {}
-    (whole,) = pipeline.generate(told, seed=int(derive(seed, COUNT)), **DRAWN)
+    given = {"caption": SHOWN} if "caption" in modality.part_names else {}
+    other = int(derive(seed, COUNT))
+    (whole,) = pipeline.generate(given, seed=other, sampler=SAMPLER, **OPTIONS)
     height, width = modality.size
-    top = height - max(1, round(height * ANEW))
-    message(f"{model}: one more, its lower part made anew {VARIANTS} times")
-    edits, runs = pipeline.edit_runs(
-        whole.output, f"{top}:{height},0:{width}", given=told, n=VARIANTS, seed=seed, **DRAWN
-    )
-    again, more = followed(modality, ((run, lambda row, each: edits.pasted(each)) for run in runs))
+    top = height - max(1, round(height * REGENERATED))
+    message(f"{model}: one more, its lower part regenerated {VARIANTS} times")
+    edits, edited = pipeline.edit_runs(
+        whole.output, f"{top}:{height},0:{width}", given=given, num_samples=VARIANTS, seed=seed,
+        sampler=SAMPLER, **OPTIONS,
+    )  # fmt: skip
+    pasted = ((run, lambda row, each: edits.pasted(each)) for run in edited)
+    again, more = followed(modality, pasted)
     result(f"[{summary(again)}]")
     if beside is not None:
         covered = edits.pasted(modality.decode(edits.canvases[0]))
-        shown = [sample.output for sample in (*made, whole)]
-        shown += [covered, *(sample.output for sample in again)]
+        shown = [*pictures_of([*made, whole]), covered, *pictures_of(again)]
         enlarged(grid_of(shown, columns=COLUMNS), SCALE).save(beside)
     return records + more

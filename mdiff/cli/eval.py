@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mdiff.cli.images.eval import Wanted, evaluate_pictures, samplers_own
+import mdiff.cli.options as ask
+from mdiff.cli.images.eval import Wanted, evaluate_pictures
 from mdiff.cli.images.eval import table as picture_table
 from mdiff.cli.images.generate import shows_pictures
-from mdiff.cli.options import (
-    Device,
-    Dtype,
-    GuidanceScale,
-    MaskId,
-    Pairs,
-    SamplerName,
-    Seed,
-    Steps,
-    Temperature,
-    TokenizerName,
-    check_seed,
-    parsed_options,
-)
 from mdiff.cli.views.console import message, result, result_json
 from mdiff.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from mdiff.evaluation import Evaluation
     from mdiff.modalities.text import Source
-    from mdiff.pipeline import Pipeline
+    from mdiff.pipeline import CallOptions, Pipeline
 
 CHARACTERS = 20_000
 PICTURES = 1_000
@@ -40,14 +28,14 @@ METRICS = ("bound", "frechet", "classifier", "diversity", "nearest", "probe")
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="builtin:NAME, a directory or a Hub id.")],
+    model: ask.Model,
     data: Annotated[
         list[str],
         typer.Option(help="Text (.txt, .jsonl, .parquet; .gz too), or pictures; may be repeated."),
     ],
     metrics: Annotated[
         str,
-        typer.Option(help=f"Of {','.join(METRICS)}; all but the first for pictures alone."),
+        typer.Option(help=f"Of {','.join(METRICS)}; bound alone for text."),
     ] = "bound",
     split: Annotated[
         str | None,
@@ -60,7 +48,7 @@ def evaluate(
     limit: Annotated[
         int | None,
         typer.Option(
-            help=f"Characters or pictures to look at; 0 takes all.  [default: "
+            help=f"Characters or pictures to evaluate; 0 takes all.  [default: "
             f"{CHARACTERS:,}, {PICTURES:,}]"
         ),
     ] = None,
@@ -68,7 +56,7 @@ def evaluate(
     captions: Annotated[
         str, typer.Option(help="Of pictures: none, data, or unicode (names of files).")
     ] = "none",
-    draws: Annotated[int, typer.Option(help="How often each window is hidden.")] = 64,
+    draws: Annotated[int, typer.Option(help="Draws of the bound for each window.")] = 64,
     estimator: Annotated[
         str | None, typer.Option(help="any_order, time, exact or left_to_right.")
     ] = None,
@@ -76,49 +64,48 @@ def evaluate(
     samples: Annotated[
         int | None,
         typer.Option(
-            help=f"Samples to look at; 0 for none.  [default: {TEXT_SAMPLES}, of "
+            help=f"Samples to evaluate; 0 for none.  [default: {TEXT_SAMPLES}, of "
             f"pictures {PICTURE_SAMPLES}]"
         ),
     ] = None,
-    sampler: SamplerName = "first_hitting",
-    steps: Steps = None,
-    temperature: Temperature = None,
-    option: Pairs = None,
-    guidance_scale: GuidanceScale = None,
+    sampler: ask.SamplerName = "first_hitting",
+    steps: ask.Steps = None,
+    temperature: ask.Temperature = None,
+    option: ask.Pairs = None,
+    guidance_scale: ask.GuidanceScale = None,
     classifier: Annotated[
         Path | None, typer.Option(help="Folder of a classifier of pictures.")
     ] = None,
     inception: Annotated[
         Path | None, typer.Option(help="Inception's weights: Frechet distances are then FIDs.")
     ] = None,
-    mask_ratio: Annotated[float, typer.Option(help="Share of tokens that a probe misses.")] = 0.0,
-    layer: Annotated[int | None, typer.Option(help="Layer that is probed; else the last.")] = None,
-    seed: Seed = 0,
+    mask_ratio: Annotated[float, typer.Option(help="Share of tokens hidden from a probe.")] = 0.0,
+    layer: Annotated[int | None, typer.Option(help="Layer of the probe; else the last.")] = None,
+    seed: ask.Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 32,
-    device: Device = None,
-    dtype: Dtype = None,
-    mask_id: MaskId = None,
-    tokenizer: TokenizerName = None,
+    device: ask.Device = None,
+    dtype: ask.Dtype = None,
+    mask_id: ask.MaskId = None,
+    tokenizer: ask.TokenizerName = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Evaluate a model on data: an upper bound on its bits, with the standard error; and more."""
-    for name, value, least in (
-        ("limit", limit, 0), ("samples", samples, 0), ("batch-size", batch_size, 1),
-        ("draws", draws, 2), ("window", window, 1),
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise ConfigError(f"--{name} {value}: need at least {least}")
-    check_seed(seed)
+    _check_numbers(
+        {"limit": (limit, 0), "samples": (samples, 0), "batch-size": (batch_size, 1),
+         "draws": (draws, 2), "window": (window, 1)}
+    )  # fmt: skip
+    ask.call_options(sampler, seed, batch_size)
     asked = _metrics(metrics)
-    named = {"steps": steps, "temperature": temperature, "guidance_scale": guidance_scale}
-    sampling = {key: value for key, value in named.items() if value is not None}
-    sampling |= {"sampler": sampler} | parsed_options(option or [])
+    sampling = ask.sampling_options(
+        option, steps=steps, temperature=temperature, guidance_scale=guidance_scale,
+        sampler=sampler,
+    )  # fmt: skip
 
     from mdiff.pipeline import load
 
     pipeline = load(model, device=device, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer)
     start = time.perf_counter()
-    report: dict[str, Any] = {"model": model, "data": data[0] if len(data) == 1 else data}
+    report: dict[str, object] = {"model": model, "data": data[0] if len(data) == 1 else data}
     if shows_pictures(pipeline):
         if window is not None:
             raise ConfigError("--window: a picture is one window")
@@ -132,10 +119,10 @@ def evaluate(
             inception=None if inception is None else str(inception),
             mask_ratio=mask_ratio, layer=layer,
         )  # fmt: skip
-        source = PictureSource(
+        pictures = PictureSource(
             source=data, captions=captions, holdout=holdout, validation=validation
         )
-        report |= {"split": wanted.split} | evaluate_pictures(pipeline, source, wanted)
+        report |= {"split": wanted.split} | evaluate_pictures(pipeline, pictures, wanted)
         report["seconds"] = time.perf_counter() - start
         result_json(report) if as_json else picture_table(report)
         return
@@ -143,19 +130,22 @@ def evaluate(
         raise ConfigError(f"--metrics {metrics}: of text there is bound alone")
     from mdiff.modalities.text import Source
 
+    source = Source(source=data, field=field, holdout=holdout, validation=validation)
     report["split"] = split or "all"
     found, drawn = _of_text(
-        pipeline,
-        Source(source=data, field=field, holdout=holdout, validation=validation),
-        split=report["split"], limit=CHARACTERS if limit is None else limit, draws=draws,
-        estimator=estimator, window=window, seed=seed, batch_size=batch_size,
+        pipeline, source, split=split or "all", limit=CHARACTERS if limit is None else limit,
+        draws=draws, estimator=estimator, window=window, seed=seed, batch_size=batch_size,
         samples=TEXT_SAMPLES if samples is None else samples, sampling=sampling,
     )  # fmt: skip
     report |= found.as_dict() | {"seconds": time.perf_counter() - start} | drawn
-    if as_json:
-        result_json(report)
-    else:
-        _table(report, list(found.units))
+    result_json(report) if as_json else _table(report, list(found.units))
+
+
+def _check_numbers(numbers: dict[str, tuple[int | None, int]]) -> None:
+    """Raise ConfigError for the first number that is below its least value."""
+    for name, (value, least) in numbers.items():
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value}: need at least {least}")
 
 
 def _metrics(names: str) -> tuple[str, ...]:
@@ -168,14 +158,14 @@ def _metrics(names: str) -> tuple[str, ...]:
 
 
 def _of_text(
-    pipeline: Pipeline, source: Source, *, split: str, limit: int, window: int | None,
-    samples: int, seed: int, batch_size: int, sampling: dict[str, Any], **options: Any,
-) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
+    pipeline: Pipeline, source: Source, *, split: str, limit: int, draws: int,
+    estimator: str | None, window: int | None, samples: int, seed: int, batch_size: int,
+    sampling: CallOptions,
+) -> tuple[Evaluation, dict[str, object]]:  # fmt: skip
     """The bound of documents, and {"of_samples": figures} where samples are asked for."""
     from mdiff.evaluation import evaluate as bound
     from mdiff.evaluation import sample_figures
     from mdiff.modalities.text import cut_documents
-    from mdiff.sampling import resolve
 
     documents = source.documents()
     if split != "all":
@@ -185,19 +175,20 @@ def _of_text(
     if limit:
         documents = first_characters(documents, limit)
     if samples:
-        # Before the long part: it may be refused.
-        resolve(sampling["sampler"], samplers_own(sampling))
+        # Invalid options are refused before the long computation.
+        ask.check_sampler(sampling)
     found = bound(
-        pipeline, documents, seed=seed, window=window, batch_size=batch_size,
-        progress=lambda done, all_: message(f"{done} of {all_} windows"), **options,
+        pipeline, documents, draws=draws, estimator=estimator, seed=seed, window=window,
+        batch_size=batch_size, progress=lambda done, of: message(f"{done} of {of} windows"),
     )  # fmt: skip
     if not samples:
         return found, {}
     message(f"drawing {samples} samples")
-    drawn = pipeline.generate(
-        n=samples, seed=seed, batch_size=batch_size, length=window or pipeline.window, **sampling
-    )
-    return found, {"of_samples": sample_figures(drawn) | sampling}
+    canvases = pipeline.canvases(num_samples=samples, length=window or pipeline.window)
+    options: CallOptions = {**sampling, "seed": seed, "batch_size": batch_size}
+    runs = pipeline.runs(canvases, **options)
+    drawn = [sample for run in runs for sample in run.finished()]
+    return found, {"of_samples": sample_figures(drawn) | {**sampling}}
 
 
 def first_characters(documents: list[str], limit: int) -> list[str]:
@@ -211,7 +202,8 @@ def first_characters(documents: list[str], limit: int) -> list[str]:
     return kept
 
 
-def _table(report: dict[str, Any], units: list[str]) -> None:
+def _table(report: Mapping[str, Any], units: list[str]) -> None:
+    """Print the report."""
     for unit in units:
         bits, stderr = report[f"bits_per_{unit}"], report[f"bits_per_{unit}_stderr"]
         result(f"bits per {unit:<6} {bits:8.4f} ± {1.96 * stderr:.4f} (95 %)")

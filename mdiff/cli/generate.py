@@ -1,40 +1,127 @@
-"""`mdiff generate`: fill in canvases, from prompts, templates or a file of them."""
+"""`mdiff generate`: samples from prompts, templates or a file of them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mdiff.cli import options as ask
+import mdiff.cli.options as ask
+from mdiff.cli.images.generate import Wanted, generate_pictures, shows_pictures
 from mdiff.cli.images.requests import combined, requests_of
-from mdiff.cli.offline import at_volume, device_of
-from mdiff.cli.views.console import message, result, result_json
-from mdiff.errors import ConfigError, DataError, nearest
+from mdiff.cli.offline import device_of, generate_at_volume
+from mdiff.cli.text import generate_text, requests_of_file, text_requests
+from mdiff.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mdiff.pipeline import Generated, Pipeline
+    from mdiff.pipeline import Pipeline
 
-INPUT_KEYS = ("prompt", "infill", "chat", "length")
+# The flags of worker processes.
+POOL = ("workers", "timeout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags of `mdiff generate` but for the options of sampling."""
+
+    model: str
+    prompt: list[str] | None
+    infill: list[str] | None
+    chat: list[str] | None
+    label: list[str] | None
+    image: list[Path] | None
+    resize: bool
+    input_file: Path | None
+    num_samples: int
+    length: int | None
+    max_new_tokens: int | None
+    out: Path | None
+    scale_up: int | None
+    device: str | None
+    dtype: str | None
+    mask_id: int | None
+    tokenizer: str | None
+    stream: bool
+    trace: Path | None
+    as_json: bool
+    workers: int | None
+    timeout: float | None
+
+    @property
+    def volume(self) -> bool:
+        """Whether the folder of results may hold a part of them already: see `cli/offline`."""
+        return self.out is not None and self.input_file is not None
+
+    def check(self) -> None:
+        """Raise ConfigError for flags that exclude each other."""
+        if self.volume and self.tokenizer is not None:
+            raise ConfigError(
+                "--tokenizer: with --input and --out, put its files beside the weights"
+            )
+        texts = {"--prompt": self.prompt, "--infill": self.infill, "--chat": self.chat}
+        sizes = {"--length": self.length, "--max-new-tokens": self.max_new_tokens}
+        pictures = {"--label": self.label or self.image, "--infill": self.infill}
+        source = {"--input": self.input_file}
+        for exclusive in (texts | source, {"--infill": self.infill} | sizes, pictures | source):
+            ask.refuse_both(exclusive)
+        if not self.volume:
+            self._refuse("needs --input FILE and --out FOLDER, of a model of text", *POOL)
+
+    def load(self) -> tuple[str, Pipeline]:
+        """The model and its name: at volume the folder, since a run may get newer checkpoints."""
+        from mdiff.files import locate
+        from mdiff.pipeline import load
+
+        name, device = self.model, self.device
+        if self.volume:
+            plans_only = (self.workers or 1) > 1 or self.timeout is not None
+            name, device = str(locate(name).folder), device_of(device, plans_only=plans_only)
+        pipeline = load(
+            name, device=device, dtype=self.dtype, mask_id=self.mask_id, tokenizer=self.tokenizer
+        )
+        return name, pipeline
+
+    def refuse_text(self, name: str) -> None:
+        """Raise ConfigError for flags that a model of pictures does not take."""
+        of_text = ("infill", "chat", "length", "max_new_tokens", "stream", *POOL)
+        self._refuse(f"is for models of text; {name} is one of pictures", *of_text)
+
+    def refuse_pictures(self, name: str, medium: str) -> None:
+        """Raise ConfigError for flags that a model of text, or of ids, does not take."""
+        of_pictures = ("label", "image", "resize", "scale_up")
+        self._refuse(f"is for models of pictures; {name} is one of {medium}", *of_pictures)
+        if self.volume:
+            self._refuse("does not go with --input and --out", "stream", "trace")
+        else:
+            self._refuse(f"is for models of pictures; one of {medium} takes it with --input", "out")
+
+    def _refuse(self, why: str, *names: str) -> None:
+        """Raise ConfigError for the first of these flags that was given."""
+        given = vars(self)
+        for name in names:
+            if given[name] is not None and given[name] is not False:
+                raise ConfigError(f"--{name.replace('_', '-')} {why}")
 
 
 def generate(
     model: ask.Model,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Text to go on from; of a picture, what it shows.")
+        list[str] | None, typer.Option(help="Text to continue; of a picture, its caption.")
     ] = None,
     infill: Annotated[
         list[str] | None, typer.Option(help='Text with gaps: "The [MASK:8] of [MASK:3] night".')
     ] = None,
     chat: Annotated[
-        list[str] | None, typer.Option(help="What you say, put by the model's chat template.")
+        list[str] | None, typer.Option(help="A user's message, for the model's chat template.")
     ] = None,
     label: Annotated[
-        list[str] | None, typer.Option(help="What a picture shows, of the model's names.")
+        list[str] | None, typer.Option(help="Label of a picture, of the model's names.")
     ] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="A picture to put into words.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture to describe: its label or caption.")
+    ] = None,
     resize: ask.Resize = False,
     input_file: Annotated[
         Path | None,
@@ -43,9 +130,12 @@ def generate(
             help="JSONL: a prompt or chat (and length), an infill, or a label and image a line.",
         ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="Samples for each.")] = 1,
+    num_samples: ask.NumSamples = 1,
     length: Annotated[
         int | None, typer.Option(help="Tokens of the canvas, prompt included.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens after the prompt, instead of --length.")
     ] = None,
     out: ask.Out = None,
     scale_up: ask.ScaleUp = None,
@@ -60,7 +150,7 @@ def generate(
     order: Annotated[str | None, typer.Option(help="Order of the reveals.")] = None,
     option: ask.Pairs = None,
     guidance_scale: ask.GuidanceScale = None,
-    negative: ask.Negative = None,
+    negative_prompt: ask.NegativePrompt = None,
     guidance_schedule: ask.GuidanceSchedule = None,
     guidance_interval: ask.GuidanceInterval = None,
     end: Annotated[
@@ -72,222 +162,59 @@ def generate(
     dtype: ask.Dtype = None,
     mask_id: ask.MaskId = None,
     tokenizer: ask.TokenizerName = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Watch the canvas fill in.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Show the canvas as it fills.")] = False,
     trace: ask.Trace = None,
     as_json: ask.AsJson = False,
     workers: Annotated[
         int | None,
-        typer.Option(help="Processes that fill in --input for the folder --out, of text."),
+        typer.Option(help="Processes that generate for --input and a folder --out, of text."),
     ] = None,
-    patience: ask.Patience = None,
+    timeout: ask.Timeout = None,
 ) -> None:
     """Generate samples: text to stdout, pictures to files; figures go to stderr."""
-    from mdiff.cli.images import generate as shown
-
-    named = {
-        "steps": steps, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "min_p": min_p, "threshold": threshold, "block_length": block_length, "order": order,
-    }  # fmt: skip
-    options: dict[str, Any]
-    options = {key: value for key, value in named.items() if value is not None}
-    options |= ask.parsed_options(option or [])
+    options = ask.sampling_options(
+        option, steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        threshold=threshold, block_length=block_length, order=order,
+    )  # fmt: skip
     options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval)
-    options |= {"sampler": sampler, "seed": seed, "batch_size": batch_size, "end": end}
-    ask.check_seed(seed)
-    # With a file of requests the folder may hold a part of what is to be there: see cli/offline.
-    volume = out is not None and input_file is not None
-    if volume and tokenizer is not None:
-        raise ConfigError("--tokenizer: with --input and --out, put its files beside the weights")
-    target = None if volume else out
-    wanted = shown.Wanted(target, scale_up, trace, as_json, ask.title_of(model, sampler))
-    refuse_both({"--prompt": prompt, "--infill": infill, "--chat": chat, "--input": input_file})
-    refuse_both({"--infill": infill, "--length": length})
-    refuse_both({"--label": label or image, "--infill": infill, "--input": input_file})
-
-    if not volume:
-        of_volume = {"--workers": workers, "--patience": patience}
-        refuse_given(of_volume, "needs --input FILE and --out FOLDER, of a model of text")
-    apart = (workers or 1) > 1 or patience is not None
-    place = device_of(device, plans_only=apart) if volume else device
-
-    from mdiff.files import locate
-    from mdiff.pipeline import load
-
-    if volume:
-        # Of a run that is still being trained the newest step may be another one a moment later.
-        model = str(locate(model).folder)
-    pipeline = load(model, device=place, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer)
-    if negative is not None:
-        options["negative"] = negative if chat is None else {"chat": negative}
-    if shown.shows_pictures(pipeline):
-        refuse_given(
-            {
-                "--infill": infill,
-                "--chat": chat,
-                "--length": length,
-                "--stream": stream or None,
-                "--workers": workers,
-                "--patience": patience,
-            },
-            f"is for models of text; {model} is one of pictures",
-        )
-        wanted = replace(wanted, out=out)
-        asked = combined(label, prompt, image) if input_file is None else requests_of(input_file)
-        shown.generate_pictures(
-            pipeline, asked, model=model, n=n, wanted=wanted, resize=resize, **options
-        )
-        return
-    refuse_given(
-        {
-            "--label": label,
-            "--image": image,
-            "--resize": resize or None,
-            "--scale-up": scale_up,
-        },
-        f"is for models of pictures; {model} is one of {pipeline.modality.name}",
+    options |= ask.call_options(sampler, seed, batch_size)
+    options["end"] = end
+    if negative_prompt is not None:
+        options["negative_prompt"] = negative_prompt if chat is None else {"chat": negative_prompt}
+    flags = Flags(
+        model=model, prompt=prompt, infill=infill, chat=chat, label=label, image=image,
+        resize=resize, input_file=input_file, num_samples=num_samples, length=length,
+        max_new_tokens=max_new_tokens, out=out, scale_up=scale_up, device=device, dtype=dtype,
+        mask_id=mask_id, tokenizer=tokenizer, stream=stream, trace=trace, as_json=as_json,
+        workers=workers, timeout=timeout,
+    )  # fmt: skip
+    wanted = Wanted(
+        None if flags.volume else out, scale_up, trace, as_json, ask.title_of(model, sampler)
     )
-    of_medium = f"one of {pipeline.modality.name} takes it with --input"
-    refuse_given({"--out": target}, f"is for models of pictures; {of_medium}")
+    flags.check()
+    name, pipeline = flags.load()
+    if shows_pictures(pipeline):
+        flags.refuse_text(name)
+        asked = combined(label, prompt, image) if input_file is None else requests_of(input_file)
+        generate_pictures(
+            pipeline, asked, model=name, num_samples=num_samples, wanted=replace(wanted, out=out),
+            resize=resize, options=options,
+        )  # fmt: skip
+        return
+    flags.refuse_pictures(name, pipeline.modality.name)
     if input_file is not None and out is not None:
-        refuse_given(
-            {"--stream": stream or None, "--trace": trace}, "does not go with --input and --out"
-        )
-        at_volume(
-            pipeline, input_file, out, model=model, n=n, length=length, options=options,
-            dtype=dtype, device=device, mask_id=mask_id, as_json=as_json,
-            workers=1 if workers is None else workers, patience=patience,
+        generate_at_volume(
+            pipeline, input_file, out, model=name, num_samples=num_samples, length=length,
+            max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size, options=options,
+            dtype=dtype, device=device, mask_id=mask_id, timeout=timeout, as_json=as_json,
+            workers=1 if workers is None else workers,
         )  # fmt: skip
         return
     if wanted.is_film:
         raise ConfigError(f"--trace {trace}: a GIF shows pictures; name a page such as trace.html")
-    wishes = requests(prompt, infill, chat, input_file)
-    # Of a chat the answer is shown.
-    options["echo"] = not all(kind == "chat" for kind, _, _ in wishes)
-    canvases = [
-        canvas
-        for kind, words, own in wishes
-        for canvas in (
-            pipeline.templates(words, num_samples=n)
-            if kind == "infill"
-            else pipeline.canvases(
-                {"chat": words} if kind == "chat" else words, length=own or length, num_samples=n
-            )
-        )
-    ]
-    samples = fill_in(
-        pipeline, canvases, live=stream, trace=trace, title=wanted.title, **options
+    requests = text_requests(prompt, infill, chat)
+    generate_text(
+        pipeline, requests if input_file is None else requests_of_file(input_file),
+        num_samples=num_samples, length=length, max_new_tokens=max_new_tokens, live=stream,
+        trace=trace, title=wanted.title, as_json=as_json, options=options,
     )  # fmt: skip
-    for number, sample in enumerate(samples):
-        show(sample, as_json=as_json, first=number == 0)
-    if trace is not None:
-        message(f"wrote {trace}")
-
-
-def refuse_given(options: dict[str, Any], why: str) -> None:
-    """Raise ConfigError for the first option that was given."""
-    for name, value in options.items():
-        if value is not None:
-            raise ConfigError(f"{name} {why}")
-
-
-def refuse_both(options: dict[str, Any]) -> None:
-    """Raise ConfigError where more than one of the options was given."""
-    given = [name for name, value in options.items() if value is not None]
-    if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)}: give one of them")
-
-
-def fill_in(
-    pipeline: Pipeline,
-    canvases: list[list[int]],
-    *,
-    live: bool = False,
-    trace: Path | None = None,
-    title: str = "",
-    **options: Any,
-) -> list[Generated]:
-    """Every canvas filled in, watched and recorded where asked for."""
-    from mdiff.cli.views.live import watched
-    from mdiff.cli.views.trace import Recorder, page
-
-    samples: list[Generated] = []
-    records = []
-    for run in pipeline.runs(canvases, **options):
-        recorder = Recorder(run.canvas, run.valid, space=pipeline.space)
-        for state in watched(run, pipeline.modality) if live else run:
-            if trace is not None:
-                recorder.add(state)
-        done = run.finished()
-        samples += done
-        if trace is not None:
-            records += recorder.records(pipeline.modality, [figures(sample) for sample in done])
-    if trace is not None:
-        trace.write_text(page(records, title=title), encoding="utf-8")
-    return samples
-
-
-def show(sample: Generated, *, as_json: bool, first: bool) -> None:
-    """A sample: its text to stdout and its figures to stderr, or all of it as JSON."""
-    if as_json:
-        result_json(
-            {
-                "text": sample.output,
-                "tokens": sample.tokens,
-                "calls": sample.calls,
-                "seconds": round(sample.seconds, 6),
-                "log_prob": sample.log_prob,
-                "entropy": sample.entropy,
-                "seed": sample.seed,
-            }
-        )
-        return
-    if not first:
-        result("---")
-    result(str(sample.output))
-    message(figures(sample))
-
-
-def figures(sample: Generated) -> str:
-    """One line on how a sample came about; nats are labelled."""
-    return (
-        f"{len(sample.tokens)} tokens, {sample.calls} calls, {sample.seconds:.2f} s, "
-        f"entropy {sample.entropy:.3f} nats a draw, log-probability {sample.log_prob:.2f} nats, "
-        f"seed {sample.seed}"
-    )
-
-
-def requests(
-    prompts: list[str] | None,
-    infills: list[str] | None,
-    chats: list[str] | None,
-    path: Path | None,
-) -> list[tuple[str, str, int | None]]:
-    """What to fill in, as (kind, text, own length); an empty prompt where nothing is asked."""
-    if path is not None:
-        return _from_file(path)
-    if infills is not None:
-        return [("infill", text, None) for text in infills]
-    if chats is not None:
-        return [("chat", text, None) for text in chats]
-    return [("prompt", text, None) for text in prompts or [""]]
-
-
-def _from_file(path: Path) -> list[tuple[str, str, int | None]]:
-    from mdiff.modalities.text import json_lines, read_text
-
-    found: list[tuple[str, str, int | None]] = []
-    for number, row in enumerate(json_lines(read_text(path), path), start=1):
-        where = f"{path}, object {number}"
-        for key in row:
-            if key not in INPUT_KEYS:
-                raise DataError(f"{where} has an unknown key {key!r}; {nearest(key, INPUT_KEYS)}")
-        kinds = [kind for kind in ("prompt", "infill", "chat") if kind in row]
-        if len(kinds) != 1 or not isinstance(row[kinds[0]], str):
-            raise DataError(f"{where}: expected one of 'prompt', 'infill' and 'chat', a string")
-        length = row.get("length")
-        if length is not None and (type(length) is not int or length < 1 or kinds[0] == "infill"):
-            raise DataError(f"{where}: length={length!r}: expected a whole number, for a prompt")
-        found.append((kinds[0], row[kinds[0]], length))
-    if not found:
-        raise DataError(f"{path} holds no object")
-    return found

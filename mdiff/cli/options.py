@@ -1,84 +1,114 @@
-"""What generate and edit ask alike: the sampler with its options, guidance, and where it runs."""
+"""Options that several commands share, and how their values become arguments of the library."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdiff.cli.views.console import message
 from mdiff.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mdiff.pipeline import CallOptions
+
+# Flags that were renamed: the old name goes on working, with a warning.
+RENAMED = {
+    "patience": "timeout",  # alias: --patience
+    "negative": "negative-prompt",
+}
+
+
+def current_flag(name: str) -> str:
+    """The name of a flag, without dashes, after a warning where it is an old one."""
+    if name in RENAMED:
+        message(f"warning: --{name} is now --{RENAMED[name]}")
+    return RENAMED.get(name, name)
+
+
+# For the commands with such a flag.
+RENAMING = {"token_normalize_func": current_flag}
 
 Model = Annotated[str, typer.Argument(help="builtin:NAME, a directory or a Hub id.")]
 SamplerName = Annotated[str, typer.Option("--sampler", help="A name from samplers/.")]
 OwnSampler = Annotated[
     str | None,
-    typer.Option("--sampler", help="A name from samplers/; else the model's, first_hitting."),
+    typer.Option("--sampler", help="A name from samplers/; default: the model's, first_hitting."),
 ]
-Steps = Annotated[int | None, typer.Option(help="Calls of the sampler.")]
-Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest.")]
-TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest.")]
-TopP = Annotated[float | None, typer.Option(help="Draw from this mass.")]
-MinP = Annotated[float | None, typer.Option(help="Leave out below this share.")]
+NumSamples = Annotated[
+    int, typer.Option("--num-samples", "--n", help="Samples for each prompt or picture.")
+]
+Steps = Annotated[int | None, typer.Option(help="Steps of the sampler, one model call each.")]
+Temperature = Annotated[float | None, typer.Option(help="Of the draw; 0 takes the likeliest.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest of this total mass.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Draw from those at least this share of the likeliest.")
+]
 Threshold = Annotated[
-    float | None, typer.Option(help="Confidence also writes what is at least this sure.")
+    float | None, typer.Option(help="Of confidence: tokens at least this likely are all revealed.")
 ]
 Pairs = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Any option of the sampler, k=v.")
 ]
 GuidanceScale = Annotated[
-    float | None, typer.Option(help="Push away from the model without what is given.")
+    float | None, typer.Option(help="Scale of classifier-free guidance; 1 is none.")
 ]
-Negative = Annotated[
-    str | None, typer.Option(help="Guide away from this in place of the prompt or chat.")
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(help="Replaces the prompt or condition in guidance's unconditional branch."),
 ]
 GuidanceSchedule = Annotated[
-    str | None, typer.Option(help="constant, linear or cosine: how the scale sets in.")
+    str | None, typer.Option(help="constant, linear or cosine: how the scale grows.")
 ]
 GuidanceInterval = Annotated[
-    str | None, typer.Option(help="LO,HI: guide only while this share is hidden.")
+    str | None, typer.Option(help="LO,HI: guide only while this share of tokens is hidden.")
 ]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
-BatchSize = Annotated[int, typer.Option(help="Samples at a time.")]
+BatchSize = Annotated[int, typer.Option(help="Samples that go through the model together.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...")]
-MaskId = Annotated[int | None, typer.Option(help="The mask's id, where the files do not say.")]
+MaskId = Annotated[int | None, typer.Option(help="The mask's id, where no file names it.")]
 TokenizerName = Annotated[
     str | None,
     typer.Option("--tokenizer", help="A path or Hub id, for a checkpoint without a tokenizer."),
 ]
-Patience = Annotated[
+Timeout = Annotated[
     float | None,
-    typer.Option(help="Seconds without a word after which a worker is killed; else never."),
+    typer.Option(help="Seconds of silence after which a worker is killed; default: never."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a sample.")]
 Trace = Annotated[
     Path | None,
-    typer.Option(help="An HTML page to scrub through the reveals; of pictures also a .gif."),
+    typer.Option(help="An HTML page that replays the reveals; of pictures also a .gif."),
 ]
 Out = Annotated[
     Path | None,
     typer.Option(help="Pictures: one grid.png, or a folder of PNGs. Text of --input: a folder."),
 ]
 ScaleUp = Annotated[
-    int | None, typer.Option(help="Pixels of a grid become squares of this side; else it fits.")
+    int | None,
+    typer.Option(help="Side in screen pixels of each pixel of a grid; default: as fits."),
 ]
 
 Resize = Annotated[bool, typer.Option("--resize", help="Crop and scale pictures of another size.")]
 
 
-def check_seed(seed: int) -> None:
-    """Raise ConfigError for a seed of more than 64 bits."""
-    if not -(2**63) <= seed < 2**64:
-        raise ConfigError(f"seed={seed}: expected a 64-bit number")
+def refuse_both(options: Mapping[str, object]) -> None:
+    """Raise ConfigError where more than one of the options was given."""
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: give one of them")
 
 
-def parsed_options(pairs: list[str]) -> dict[str, Any]:
-    """Sampler options from "k=v" words; v is read as a YAML value."""
+def parsed_options(pairs: list[str] | None) -> dict[str, object]:
+    """The options of "k=v" words; v is read as a YAML value."""
     from mdiff.files import parse_yaml
 
-    found: dict[str, Any] = {}
-    for pair in pairs:
+    found: dict[str, object] = {}
+    for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip().isidentifier():
             raise ConfigError(f"option {pair[:80]!r}: expected name=value")
@@ -86,17 +116,42 @@ def parsed_options(pairs: list[str]) -> dict[str, Any]:
     return found
 
 
+def sampling_options(pairs: list[str] | None, **flags: object) -> CallOptions:
+    """The options of sampling that were given by flags, then those of "k=v" words."""
+    # The sampler checks names and types, which are not known here.
+    found: Any = {name: value for name, value in flags.items() if value is not None}
+    options: CallOptions = found | parsed_options(pairs)
+    return options
+
+
+def call_options(sampler: str | None, seed: int, batch_size: int) -> CallOptions:
+    """The options of a call that every command has; ConfigError for a seed over 64 bits."""
+    if not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"seed={seed}: expected a 64-bit number")
+    return {"sampler": sampler, "seed": seed, "batch_size": batch_size}
+
+
+def check_sampler(options: CallOptions) -> None:
+    """Raise ConfigError for an unknown sampler or for an option that it does not take."""
+    from mdiff.sampling import resolve
+
+    own = {
+        name: value
+        for name, value in options.items()
+        if name != "sampler" and not name.startswith("guidance_")
+    }
+    resolve(options.get("sampler") or "first_hitting", own)
+
+
 def guidance_options(
-    scale: float | None, schedule: str | None, interval: str | None, negative: str | None = None
-) -> dict[str, Any]:
+    scale: float | None, schedule: str | None, interval: str | None
+) -> CallOptions:
     """The options of guidance that were given; an interval needs no schedule named.
 
     >>> guidance_options(2.0, None, "0.2,0.8")["guidance_interval"]
     (0.2, 0.8)
     """
-    found: dict[str, Any] = {} if scale is None else {"guidance_scale": scale}
-    if negative is not None:
-        found["negative"] = negative
+    found: CallOptions = {} if scale is None else {"guidance_scale": scale}
     if schedule is not None:
         found["guidance_schedule"] = schedule
     if interval is not None:
@@ -112,5 +167,5 @@ def guidance_options(
 
 
 def title_of(model: str, sampler: str | None) -> str:
-    """What a page is called: the model, and the sampler where one was named."""
+    """The title of a page: the model, and the sampler where one was named."""
     return model if sampler is None else f"{model} · {sampler}"

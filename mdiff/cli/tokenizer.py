@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mdiff.cli.options import Patience
+import mdiff.cli.options as ask
 from mdiff.cli.views.console import message, result, result_json, writable
 from mdiff.errors import ConfigError, DataError, nearest
 from mdiff.find import names
 
 if TYPE_CHECKING:
     from mdiff.modalities.image import Codec
+    from mdiff.modalities.image.data import PictureSource
     from mdiff.modalities.text import Text
 
 tokenizer = typer.Typer(
@@ -27,7 +28,7 @@ Name = Annotated[
     str, typer.Argument(help="byte, a folder, a model (builtin:NAME, a directory) or a Hub id.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
-Size = Annotated[str | None, typer.Option(help="Pictures' HEIGHTxWIDTH; the first one's if not.")]
+Size = Annotated[str | None, typer.Option(help="Pictures' HEIGHTxWIDTH; else the first one's.")]
 Resize = Annotated[bool, typer.Option("--resize", help="Crop and scale pictures to the size.")]
 Captions = Annotated[str | None, typer.Option(help="Pictures' captions: none, data or unicode.")]
 SHOWN = 12
@@ -78,12 +79,11 @@ def train(
     writable(out)
     if kind in codecs:
         from mdiff.cli.images.codec import parsed_size, train_codec
-        from mdiff.cli.options import parsed_options
 
         given = {key.replace("-", "_"): n for key, n in numbers.items() if n is not None}
         train_codec(
             _pictures(data, resize=resize, captions=captions, holdout=holdout), out,
-            described={"name": kind} | given | parsed_options(option or []),
+            described={"name": kind, **given, **ask.parsed_options(option)},
             size=parsed_size(size), seed=seed or 0,
         )  # fmt: skip
         return
@@ -99,20 +99,20 @@ def train(
     result(str(out))
 
 
-@tokenizer.command()
+@tokenizer.command(context_settings=ask.RENAMING)
 def encode(
     name: Name,
     written: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT | PICTURES...]", help="Text: standard input if not given."),
+        typer.Argument(metavar="[TEXT | PICTURES...]", help="Text: by default standard input."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for pictures' tokens.")] = None,
     size: Size = None,
     resize: Resize = False,
     captions: Captions = None,
     rows: Annotated[int | None, typer.Option(help="Pictures a shard (4096).")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; one a core if not given.")] = None,
-    patience: Patience = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    timeout: ask.Timeout = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the ids of a text, or write those of pictures; a rerun writes what is missing."""
@@ -126,12 +126,12 @@ def encode(
             raise ConfigError(f"{name} encodes pictures: expected their paths, and --out DIR")
         encode_pictures(
             made, _pictures(written, resize=resize, captions=captions), out,
-            size=parsed_size(size), rows=rows, workers=workers, patience=patience,
+            size=parsed_size(size), rows=rows, workers=workers, timeout=timeout,
             as_json=as_json,
         )  # fmt: skip
         return
     _refuse_for_text(name, out=out, size=size, captions=captions, rows=rows, workers=workers,
-                     patience=patience, resize=resize or None)  # fmt: skip
+                     timeout=timeout, resize=resize or None)  # fmt: skip
     if written and len(written) > 1:
         raise ConfigError(f"expected one text, got {len(written)} words: put it in quotes")
     ids = made.encode(_input(written[0] if written else None))
@@ -146,7 +146,7 @@ def decode(
     name: Name,
     ids: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[IDS... | DIR]", help="Ids: standard input if not given."),
+        typer.Argument(metavar="[IDS... | DIR]", help="Ids: by default standard input."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Pictures: one grid.png, or a folder.")] = None,
     n: Annotated[int | None, typer.Option(help="The first n; a grid shows 64.")] = None,
@@ -185,13 +185,13 @@ def inspect(
     name: Name,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Files, for characters a token or for what is kept of pictures."),
+        typer.Option(help="Files, for characters a token or reconstruction metrics of pictures."),
     ] = None,
     size: Size = None,
     resize: Resize = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a tokenizer's size and special ids, or a codec's; with data, what it does to them."""
+    """Show the size and special ids of a tokenizer or codec; with data, metrics on it."""
     from mdiff.modalities.text import Text
 
     made = opened(name)
@@ -210,10 +210,10 @@ def inspect(
             result(f"{key:<15} {value}")
 
 
-def _text_report(made: Text, data: list[str] | None) -> dict[str, Any]:
+def _text_report(made: Text, data: list[str] | None) -> dict[str, object]:
     """Size, special ids and longest pieces; with data, characters a token."""
     pieces = {made.decode([i]) for i in range(made.tokenizer.size)}
-    report = {
+    report: dict[str, object] = {
         "tokenizer": made.kind,
         "ids": made.space.vocab_size,
         "mask_id": made.mask_id,
@@ -234,7 +234,7 @@ def _text_report(made: Text, data: list[str] | None) -> dict[str, Any]:
 
 def _pictures(
     paths: list[str], *, resize: bool, captions: str | None, holdout: float = 0.0
-) -> Any:  # fmt: skip
+) -> PictureSource:
     from mdiff.modalities.image.data import PictureSource
 
     return PictureSource(
@@ -242,7 +242,7 @@ def _pictures(
     )
 
 
-def _refuse_for_text(name: str, **options: Any) -> None:
+def _refuse_for_text(name: str, **options: object) -> None:
     for option, value in options.items():
         if value is not None:
             raise ConfigError(f"--{option} is for pictures, {name} is a tokenizer of text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mdiff.evaluation.classifier import Classifier as Classifier
 from mdiff.evaluation.classifier import load_classifier as load_classifier
 from mdiff.evaluation.evaluate import Evaluation as Evaluation
 from mdiff.evaluation.evaluate import evaluate as evaluate

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from mdiff.evaluation.probe import probe
 from mdiff.modalities.image import ImageModality, image_modality
 from mdiff.modalities.image.data import PictureRows, Pictures
 from mdiff.objective import JOINED
-from mdiff.pipeline import Pipeline, Progress, bound_of_rows, features
+from mdiff.pipeline import CallOptions, Pipeline, Progress, bound_of_rows, features
 
 OF_SAMPLES = ("frechet", "classifier", "diversity", "nearest")
 
@@ -87,31 +87,22 @@ def _pixel_units(modality: ImageModality, count: int) -> dict[str, int]:
     return {"dim": pixels * codec.channels} if codec.lossless else {"code_pixel": pixels}
 
 
-def draw_pictures(
-    pipeline: Pipeline,
-    n: int,
-    *,
-    seed: int = 0,
-    batch_size: int = 32,
-    **options: Any,
-) -> Drawn:
-    """`n` samples, the model's labels requested in turn; without labels all have label 0.
+def draw_pictures(pipeline: Pipeline, count: int, **options: Unpack[CallOptions]) -> Drawn:
+    """`count` samples, the model's labels requested in turn; without labels all have label 0.
 
     `options` are those of `Pipeline.generate`.
     """
     modality = image_modality(pipeline.modality)
     names = (modality.labels or []) if modality.label != "none" else []
-    labels = torch.arange(n) % max(1, len(names))
+    labels = torch.arange(count) % max(1, len(names))
     prompts: list[dict[str, object] | str] = (
-        [{"label": names[i]} for i in labels.tolist()] if names else [""] * n
+        [{"label": names[i]} for i in labels.tolist()] if names else [""] * count
     )
-    made = pipeline.generate(
-        prompts, length=modality.length, seed=seed, batch_size=batch_size, **options
-    )
+    made = pipeline.generate(prompts, length=modality.length, **options)
     return Drawn(
         pictures=modality.shown(torch.tensor([sample.tokens for sample in made])),
         labels=labels,
-        calls=sum(sample.calls for sample in made) / n,
+        calls=sum(sample.calls for sample in made) / count,
         seconds=sum(sample.seconds for sample in made),
     )
 

@@ -14,6 +14,7 @@ from mdiff.pipeline.inspection import summed as summed
 from mdiff.pipeline.loading import CODEC_FOLDER as CODEC_FOLDER
 from mdiff.pipeline.loading import load as load
 from mdiff.pipeline.loading import load_modality as load_modality
+from mdiff.pipeline.options import CallOptions as CallOptions
 from mdiff.pipeline.options import SamplingOptions as SamplingOptions
 from mdiff.pipeline.pipeline import Pipeline as Pipeline
 from mdiff.pipeline.saving import write_pipeline as write_pipeline

@@ -106,6 +106,55 @@ def test_generate_reads_a_file_of_prompts_and_templates(
     assert [len(sample["tokens"]) for sample in lines(capsys)] == [5, 4, 7]
 
 
+def test_new_tokens_are_counted_after_each_prompt(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", model, "--prompt", "a", "--prompt", "bcd", "--max-new-tokens", "3"]
+    assert run([*words, "--json"]) == 0
+    assert [len(sample["tokens"]) for sample in lines(capsys)] == [4, 6]
+
+
+def test_an_old_flag_goes_on_working_and_warns_once(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "generate",
+        model,
+        "--prompt",
+        "ab",
+        "--length",
+        "6",
+        "--guidance-scale",
+        "2",
+        "--json",
+    ]
+    assert run([*words, "--json", "--negative-prompt", "xy"]) == 0
+    current = capsys.readouterr()
+    assert "warning" not in current.err
+    assert run([*words, "--json", "--negative", "xy"]) == 0  # alias: --negative
+    old = capsys.readouterr()
+    assert json.loads(old.out)["tokens"] == json.loads(current.out)["tokens"]
+    assert old.err.count("warning: --negative is now --negative-prompt\n") == 1
+    # As a value it is a text like any other.
+    assert run(["generate", model, "--prompt", "--negative", "--length", "12"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("--negative")
+    assert "warning" not in captured.err
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "a", "length": 4}')
+    volume = ["generate", model, "--input", str(path), "--out", str(tmp_path / "out")]
+    assert run([*volume, "--patience", "60"]) == 0  # alias: --patience
+    assert capsys.readouterr().err.startswith("warning: --patience is now --timeout\n")
+
+
+def test_help_shows_the_new_names_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["generate"], ["edit"], ["tokenizer", "encode"]):
+        assert run([*command, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert not re.search(r"--patience|--negative\b(?!-)", shown)
+    assert "--timeout" in shown
+
+
 class Fetches(HTMLParser):
     """Collects what a page would load, and its visible words."""
 
@@ -257,7 +306,9 @@ def refused(words: list[str], code: int, message: str, capsys: pytest.CaptureFix
     ("words", "code", "message"),
     [
         (["--length", "0"], 2, "length=0: need at least 1"),
-        (["--n", "0"], 2, "n=0: need at least 1"),
+        (["--num-samples", "0"], 2, "num_samples=0: need at least 1"),
+        (["--max-new-tokens", "0"], 2, "max_new_tokens=0: need at least 1"),
+        (["--length", "9", "--max-new-tokens", "3"], 2, "give one of them"),
         (["--batch-size", "0"], 2, "batch_size=0"),
         (["--lenght", "4"], 2, "did you mean '--length'"),
         (["--seed", "x"], 2, "--seed"),
@@ -384,12 +435,12 @@ def test_every_failure_has_its_exit_code(
     error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("mdiff.pipeline.pipeline.load", failing(error))
+    monkeypatch.setattr("mdiff.pipeline.load", failing(error))
     refused(["generate", "anything"], code, message, capsys)
 
 
 def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mdiff.pipeline.pipeline.load", failing(ZeroDivisionError("x")))
+    monkeypatch.setattr("mdiff.pipeline.load", failing(ZeroDivisionError("x")))
     with pytest.raises(ZeroDivisionError):
         run(["generate", "anything", "--debug"])
 

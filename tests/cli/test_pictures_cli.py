@@ -83,7 +83,7 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model is read from its folder once, not by every command of this file."""
-    monkeypatch.setattr("mdiff.pipeline.pipeline.load", kept)
+    monkeypatch.setattr("mdiff.pipeline.load", kept)
 
 
 @functools.cache
@@ -541,7 +541,7 @@ def test_a_picture_that_the_codec_cannot_take_does_not_end_the_batch(
         (["--mask", "0:2,0:2", "--keep", "0:2,0:2"], 2, "give one of them"),
         (["--strength", "1.5"], 2, "strength=1.5"),
         (["--strength", "nan"], 2, "strength=nan"),
-        (["--n", "0"], 2, "n=0"),
+        (["--n", "0"], 2, "num_samples=0"),
         (["--label", "sneker"], 3, "did you mean 'sneaker'"),
         (["--prompt", "a caption that is much too long"], 3, "at most 6 fit"),
         (["--sampler", "haltn"], 2, "did you mean 'halton'"),
@@ -573,7 +573,7 @@ def test_bad_options_of_edit_are_one_line(
     [
         (["--label", "sneker"], 3, "did you mean 'sneaker'"),
         (["--prompt", "a cat"], 2, "--prompt: this model knows no caption"),
-        (["--image", "face.png"], 2, "nothing is left to make"),
+        (["--image", "face.png"], 2, "nothing is left to generate"),
         (["--label", "sneaker", "--label", "t-shirt", "--image", "a", "--image", "b", "--image",
           "c"], 2, "--label 2 times and --image 3 times"),
         (["--infill", "[MASK]"], 2, "--infill is for models of text"),
@@ -581,7 +581,7 @@ def test_bad_options_of_edit_are_one_line(
         (["--length", "4"], 2, "--length is for models of text"),
         (["--guidance-scale", "2"], 2, "guidance_scale without a condition"),
         (["--input", "in.jsonl"], 3, "did you mean 'label'"),
-        (["--n", "0"], 2, "n=0"),
+        (["--n", "0"], 2, "num_samples=0"),
         (["--out", "x.gif"], 2, "ends in .png"),
     ],
 )  # fmt: skip
@@ -660,7 +660,7 @@ def test_an_interval_of_guidance_needs_no_schedule_named() -> None:
 def test_a_long_job_says_how_far_it_is(
     grey: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mdiff.cli.images.generate.SAY_EVERY", 0.0)
+    monkeypatch.setattr("mdiff.cli.images.generate.REPORT_EVERY", 0.0)
     words = ["generate", grey, "--label", "sneaker", "--n", "4", *QUICK]
     assert run([*words, "--out", str(tmp_path / "grid.png")]) == 0
     said = re.findall(r"(\d+) made, (\d+) more (\d+) percent filled in", capsys.readouterr().err)

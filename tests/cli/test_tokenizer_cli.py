@@ -151,12 +151,12 @@ def test_a_later_process_of_a_launcher_makes_its_share_and_says_nothing(
     assert len(open_shards(tokens)) == 10
 
 
-def test_a_patience_that_cannot_be_meant_is_one_line(
+def test_an_invalid_timeout_is_one_line(
     faces: Path, codec: str, tmp_path: Path, capsys: Captured
 ) -> None:
     words = ["tokenizer", "encode", codec, str(faces), "--out", str(tmp_path / "tokens")]
-    assert run([*words, "--patience", "0"]) == 2
-    assert capsys.readouterr().err == "error: patience=0: expected more than 0 seconds\n"
+    assert run([*words, "--timeout", "0"]) == 2
+    assert capsys.readouterr().err == "error: timeout=0: expected more than 0 seconds\n"
     assert not (tmp_path / "tokens").exists()
 
 

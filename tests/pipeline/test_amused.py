@@ -281,7 +281,7 @@ def test_the_command_line_generates_inspects_edits_and_evaluates(
 
     out, folder = tmp_path / "fruit.png", tmp_path / "made"
     asked = ("generate", FOLDER, "--prompt", "a bowl of fruit")
-    said(*asked, "--steps", 12, "--out", out, "--guidance-scale", 10, "--negative", "dog",
+    said(*asked, "--steps", 12, "--out", out, "--guidance-scale", 10, "--negative-prompt", "dog",
          "--trace", tmp_path / "trace.html")  # fmt: skip
     assert Pillow.open(out).size[0] >= 16
     assert json.loads(said(*asked, "--out", f"{folder}/", "--json"))["calls"] == 12

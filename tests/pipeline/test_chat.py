@@ -235,7 +235,7 @@ def test_a_negative_prompt_that_cannot_be_meant_is_refused(
         pipeline.generate("w1", length=4, negative="w2")
     with pytest.raises(ConfigError, match="expected the beginning of a text"):
         pipeline.generate("w1", length=4, negative="", guidance_scale=2.0)
-    words = ["generate", str(folder), "--chat", "w1", "--length", "8", "--negative", "w2"]
+    words = ["generate", str(folder), "--chat", "w1", "--length", "8", "--negative-prompt", "w2"]
     assert run([*words, "--guidance-scale", "2"]) == 0
     assert run(words) == 2
 

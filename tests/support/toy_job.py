@@ -14,7 +14,7 @@ from mdiff.files.atomic import replace_file, sweep
 from mdiff.pipeline.batch.jobs import Job
 
 # Long against the start of a worker, short against a test.
-PATIENCE = 2.0
+TIMEOUT = 2.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ToyShard:
     def __str__(self):
         return f"toy {self.number}"
 
-    def is_whole(self):
+    def is_complete(self):
         return self.path.exists()
 
     def clear(self):
@@ -37,33 +37,33 @@ class ToyShard:
     def part(self):
         return self
 
-    def without(self, place, how):
-        words = tuple(word for word in self.words if word != place)
-        return None if place == "hopeless" else replace(self, words=words)
+    def without(self, item, how):
+        words = tuple(word for word in self.words if word != item)
+        return None if item == "hopeless" else replace(self, words=words)
 
 
-def make(shard, tell):
+def make(shard, heartbeat):
     """Write the words; each call leaves a line in the journal beside the folder."""
     with (shard.path.parent.parent / "journal").open("a") as journal:
         journal.write(f"{shard.number}\n")
     half = shard.path.parent / f".{shard.path.name}.{os.getpid()}.tmp"
     half.write_text("half")
     for word in shard.words:
-        if word != "untold":
-            tell(word)
+        if word != "unreported":
+            heartbeat(word)
         mishap(word, shard.path.parent.parent / f"once {shard.number} {word}")
     half.unlink()
     replace_file(shard.path, [" ".join(shard.words).encode()])
 
 
 def mishap(word, mark):
-    """What a word does; "once" words do it to the first maker alone."""
+    """The effect of a word; "once" words have it on the first maker alone."""
     kind, _, often = word.partition(" ")
     if often == "once":
         if mark.exists():
             return
         mark.touch()
-    if kind in ("kill", "hopeless", "untold"):
+    if kind in ("kill", "hopeless", "unreported"):
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "leave":
         os._exit(7)
@@ -72,7 +72,7 @@ def mishap(word, mark):
     elif kind == "hang":
         time.sleep(1000)
     elif kind == "slow":
-        time.sleep(PATIENCE / 6)
+        time.sleep(TIMEOUT / 6)
     elif kind == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
     elif kind == "refuse":

@@ -59,23 +59,23 @@ def serve_workers(address):
     )
 
 
-def tell_workers(path):
-    """Write the process id of each worker that is hired into a file, a line each."""
-    hired = workers._hired
+def record_workers(path):
+    """Write the process id of each worker that starts into a file, a line each."""
+    start = workers.start_worker
 
-    def told(maker, number):
-        worker = hired(maker, number)
+    def recorded(maker, number):
+        worker = start(maker, number)
         with open(path, "a") as file:
             file.write(f"{worker.process.pid}\n")
         return worker
 
-    workers._hired = told
+    workers.start_worker = recorded
 
 
 def launched(task, *arguments, address, pids, **options):
     """What a process of the server does: a task, with workers of the server."""
     serve_workers(address)
-    tell_workers(pids)
+    record_workers(pids)
     task(*arguments, **options)
 
 
@@ -158,15 +158,15 @@ def results(out):
 
 @dataclass(frozen=True)
 class DeadlyGenerator(Generator):
-    """A worker's model that takes its process down where a canvas starts with DEADLY."""
+    """A worker's model that kills its process where a canvas starts with DEADLY."""
 
     def open(self, worker):
-        """Load the model, and have it die."""
+        """Load the model with a hook that kills the process."""
         make = super().open(worker)
 
-        def die_or_go_on(module, given):
+        def kill_or_go_on(module, given):
             if (given[0][:, : len(DEADLY)] == ord("x")).all(1).any():
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        make.args[0].denoiser.register_forward_pre_hook(die_or_go_on)
+        make.args[0].denoiser.register_forward_pre_hook(kill_or_go_on)
         return make

@@ -1,21 +1,20 @@
-"""The picture side of `mdiff tokenizer`: codecs trained, used and measured."""
+"""Pictures for `mdiff tokenizer`: codecs trained, used and measured."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mdiff.cli.images.requests import refuse_problems
 from mdiff.cli.views.console import message, result, result_json
-from mdiff.errors import BackendError, ConfigError, DataError
+from mdiff.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from mdiff.modalities.image import Codec
     from mdiff.modalities.image.data import Pictures, PictureSource
 
-# So many unreadable files are named; the rest are counted.
-NAMED = 20
-# A grid shows so many pictures unless told.
+# A grid shows so many pictures by default.
 SHOWN = 64
 
 
@@ -33,10 +32,10 @@ def parsed_size(size: str | None) -> tuple[int, int] | None:
 
 
 def train_codec(
-    source: PictureSource, out: Path, *, described: dict[str, Any], size: tuple[int, int] | None,
+    source: PictureSource, out: Path, *, described: dict[str, object], size: tuple[int, int] | None,
     seed: int,
 ) -> None:  # fmt: skip
-    """Fit a codec on the training split, save it whole, and say how the held-out part fares."""
+    """Fit a codec on the training split, save it, and measure it on the held-out part."""
     from mdiff.files import staged
     from mdiff.modalities.image import make_codec, save_codec
 
@@ -54,23 +53,23 @@ def train_codec(
         except BackendError as missing:
             message(f"not measured: {missing}")
     result(str(out))
-    _refuse_problems(pictures)
+    refuse_problems(pictures.problems, len(pictures))
 
 
 def encode_pictures(
     codec: Codec, source: PictureSource, out: Path, *, size: tuple[int, int] | None,
-    rows: int | None, workers: int | None, patience: float | None, as_json: bool,
+    rows: int | None, workers: int | None, timeout: float | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write shards of the pictures; what could not be read is named at the end, DataError.
+    """Write shards of the pictures; files that cannot be read are a DataError at the end.
 
-    Of a launcher's processes the first one says so.
+    Under a launcher the first process alone reports.
     """
     from mdiff.pipeline.batch import ROWS, Launched, write_shards
 
     pictures = _read(source, codec, size)
     done = write_shards(
         pictures, out, codec=codec, rows=ROWS if rows is None else rows, workers=workers,
-        patience=patience, report=message,
+        timeout=timeout, report=message,
     )  # fmt: skip
     if Launched.here().rank:
         return
@@ -79,7 +78,7 @@ def encode_pictures(
         result_json({"out": str(out), **asdict(done), "problems": pictures.problems})
     else:
         result(str(out))
-    _refuse_problems(pictures)
+    refuse_problems(pictures.problems, len(pictures))
 
 
 def decode_tokens(codec: Codec, tokens: Path, out: Path, *, count: int | None) -> None:
@@ -101,17 +100,17 @@ def decode_tokens(codec: Codec, tokens: Path, out: Path, *, count: int | None) -
 
 def codec_report(
     codec: Codec, source: PictureSource | None, *, size: tuple[int, int] | None
-) -> dict[str, Any]:
-    """What a codec is and, of pictures, what it keeps."""
+) -> dict[str, object]:
+    """The properties of a codec and, with pictures, its reconstruction metrics."""
     from mdiff.modalities.image.data import fingerprint
 
-    report: dict[str, Any] = {
+    report: dict[str, object] = {
         "tokenizer": codec.name,
         "ids": codec.codebook_size,
         "channels": codec.channels,
         "stride": codec.stride,
-        "codes_per_position": codec.codes_per_position,
-        "receptive_field_margin": codec.receptive_field_margin,
+        "codes_a_place": codec.codes_per_position,  # alias: the key of --json
+        "reach": codec.receptive_field_margin,  # alias: the key of --json
         "lossless": codec.lossless,
         "parameters": sum(tensor.numel() for tensor in codec.state().values()),
         "fingerprint": fingerprint(codec),
@@ -119,7 +118,7 @@ def codec_report(
     if source is not None:
         pictures = _read(source, codec, size)
         report |= {"pictures": len(pictures), **_figures(codec, pictures)}
-        _refuse_problems(pictures)
+        refuse_problems(pictures.problems, len(pictures))
     return report
 
 
@@ -133,18 +132,3 @@ def _figures(codec: Codec, pictures: Pictures) -> dict[str, float]:
     from mdiff.modalities.image import fidelity
 
     return asdict(fidelity(codec, pictures.pixels))
-
-
-def _refuse_problems(pictures: Pictures) -> None:
-    """Name the files that could not be read, and raise DataError if there are any."""
-    problems = pictures.problems
-    if not problems:
-        return
-    for problem in problems[:NAMED]:
-        message(f"left out: {problem}")
-    if len(problems) > NAMED:
-        message(f"and {len(problems) - NAMED} more")
-    raise DataError(
-        f"{len(problems)} of {len(problems) + len(pictures)} pictures were left out; "
-        f"the first: {problems[0]}"
-    )

@@ -1,49 +1,55 @@
-"""`mdiff edit`: pictures made anew inside a mask, around what is kept, or as variations."""
+"""`mdiff edit`: pictures regenerated inside a mask, around what is kept, or as variations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mdiff.cli import options as ask
+import mdiff.cli.options as ask
+from mdiff.cli.images.generate import Wanted, fill_in, report, shows_pictures
 from mdiff.cli.images.requests import (
     Request,
     combined,
-    read_picture,
     refuse_problems,
     refuse_unknown,
+    with_pictures,
 )
 from mdiff.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from mdiff.cli.views.gif import Finish
-    from mdiff.modalities.image import Edits
-    from mdiff.pipeline import Generation
+    from torch import Tensor
 
-# A mask's file is made anew where it is brighter than this.
+    from mdiff.cli.views.gif import Finish
+    from mdiff.modalities.image import Edits, ImageModality
+    from mdiff.pipeline import Generation, Pipeline
+
+# A mask's file is regenerated where it is brighter than this.
 HALF = 127
 
 
 def edit(
     model: ask.Model,
-    pictures: Annotated[list[Path], typer.Argument(help="The files; each has n variants.")],
+    pictures: Annotated[list[Path], typer.Argument(help="The files; each has its own variants.")],
     mask: Annotated[
-        str | None, typer.Option(help="ROWS,COLUMNS to make anew, half-open: 8:24,8:24.")
+        str | None, typer.Option(help="ROWS,COLUMNS to regenerate, half-open: 8:24,8:24.")
     ] = None,
     mask_file: Annotated[
-        Path | None, typer.Option(help="A picture of the same size, white where to make anew.")
+        Path | None,
+        typer.Option(help="A picture of the same size, white where to regenerate."),
     ] = None,
     keep: Annotated[
-        str | None, typer.Option(help="ROWS,COLUMNS to keep; all around it is made anew.")
+        str | None, typer.Option(help="ROWS,COLUMNS to keep; all around it is regenerated.")
     ] = None,
-    strength: Annotated[float, typer.Option(help="Share of its tokens made anew.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="Share of the tokens to regenerate.")] = 1.0,
     resize: ask.Resize = False,
-    prompt: Annotated[str | None, typer.Option(help="What it shows, where told in words.")] = None,
-    label: Annotated[str | None, typer.Option(help="What it shows, of the model's names.")] = None,
-    n: Annotated[int, typer.Option("--n", help="Variants of each.")] = 1,
+    prompt: Annotated[
+        str | None, typer.Option(help="Its caption, where the model takes one.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Its label, of the model's names.")] = None,
+    num_samples: ask.NumSamples = 1,
     out: ask.Out = None,
     scale_up: ask.ScaleUp = None,
     sampler: ask.OwnSampler = None,
@@ -54,7 +60,7 @@ def edit(
     min_p: ask.MinP = None,
     option: ask.Pairs = None,
     guidance_scale: ask.GuidanceScale = None,
-    negative: ask.Negative = None,
+    negative_prompt: ask.NegativePrompt = None,
     guidance_schedule: ask.GuidanceSchedule = None,
     guidance_interval: ask.GuidanceInterval = None,
     seed: ask.Seed = 0,
@@ -64,60 +70,54 @@ def edit(
     trace: ask.Trace = None,
     as_json: ask.AsJson = False,
 ) -> None:
-    """Make pictures anew in part; not one pixel outside the mask changes."""
-    from mdiff.cli.images import generate as shown
+    """Regenerate a part of pictures; not one pixel outside the mask changes."""
     from mdiff.kernels.philox import derive
-    from mdiff.modalities.image import image_modality
     from mdiff.pipeline import load
 
-    named = {
-        "steps": steps, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p
-    }  # fmt: skip
-    options = {key: value for key, value in named.items() if value is not None}
-    options |= ask.parsed_options(option or [])
-    options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval, negative)
-    ask.check_seed(seed)
-    regions = {"--mask": mask, "--mask-file": mask_file, "--keep": keep}
-    given = [name for name, value in regions.items() if value is not None]
-    if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)}: give one of them")
-    wanted = shown.Wanted(out, scale_up, trace, as_json, ask.title_of(model, sampler))
+    options = ask.sampling_options(
+        option, steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        negative_prompt=negative_prompt,
+    )  # fmt: skip
+    options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval)
+    options |= ask.call_options(sampler, seed, batch_size)
+    options["num_samples"] = num_samples
+    ask.refuse_both({"--mask": mask, "--mask-file": mask_file, "--keep": keep})
+    wanted = Wanted(out, scale_up, trace, as_json, ask.title_of(model, sampler))
 
     pipeline = load(model, device=device, dtype=dtype)
-    if not shown.shows_pictures(pipeline):
-        raise ConfigError(f"{model} is a model of {pipeline.modality.name}, not of pictures")
-    modality = image_modality(pipeline.modality)
-    (told,) = combined(
+    modality = _modality(model, pipeline)
+    (given,) = combined(
         None if label is None else [label], None if prompt is None else [prompt], None
     )
-    refuse_unknown(modality, [told])
+    refuse_unknown(modality, [given])
     region = region_of(mask, mask_file, keep, size=modality.size)
-    read: list[tuple[Path, Any]] = []
-    problems = []
-    for path in pictures:
-        try:
-            read.append((path, read_picture(path, modality, resize=resize)))
-        except DataError as error:
-            problems.append(str(error))
-    if not read:
-        refuse_problems(problems, 0)
+    files = [{"image": str(path)} for path in pictures]
+    read, problems = with_pictures(modality, files, resize=resize)
 
     def runs() -> Iterator[tuple[Generation, Finish]]:
-        for number, (_, pixels) in enumerate(read):
+        for number, request in enumerate(read):
+            options["seed"] = seed if number == 0 else int(derive(seed, number))
             edits, batches = pipeline.edit_runs(
-                pixels, region, given=told, strength=strength, n=n,
-                seed=seed if number == 0 else int(derive(seed, number)), sampler=sampler,
-                batch_size=batch_size, **options,
-            )  # fmt: skip
+                request.given["image"], region, given=given, strength=strength, **options
+            )
             for run in batches:
                 yield run, pasting(edits)
 
-    wanted = wanted.of(len(read), n)
-    samples = shown.fill_in(modality, runs(), wanted)
-    wanted = shown.placed(wanted, f"{read[0][0].stem}-edited")
-    requests = [Request(told, path) for path, _ in read for _ in range(n)]
-    shown.report(modality, samples, requests, wanted)
+    wanted = wanted.of(len(read), num_samples)
+    samples = fill_in(modality, runs(), wanted)
+    first = read[0].source
+    wanted = wanted.with_target(f"{first.stem if first else ''}-edited")
+    requests = [Request(given, each.source) for each in read for _ in range(num_samples)]
+    report(modality, samples, requests, wanted)
     refuse_problems(problems, len(read))
+
+
+def _modality(model: str, pipeline: Pipeline) -> ImageModality:
+    from mdiff.modalities.image import image_modality
+
+    if not shows_pictures(pipeline):
+        raise ConfigError(f"{model} is a model of {pipeline.modality.name}, not of pictures")
+    return image_modality(pipeline.modality)
 
 
 def pasting(edits: Edits) -> Finish:
@@ -127,11 +127,11 @@ def pasting(edits: Edits) -> Finish:
 
 def region_of(
     mask: str | None, mask_file: Path | None, keep: str | None, *, size: tuple[int, int]
-) -> Any:
-    """The pixels (H, W) bool to make anew, None for all of them.
+) -> Tensor | None:
+    """The pixels (H, W) bool to regenerate, None for all of them.
 
-    Raises ConfigError for a box that is not one, DataError for one outside the picture, a mask
-    of another size, and one that leaves nothing to make anew.
+    Raises ConfigError for an invalid box, DataError for one outside the picture, a mask of
+    another size, and one that leaves nothing to regenerate.
     """
     from mdiff.modalities.image import box_mask, pixel_mask
     from mdiff.modalities.image.data import as_array, open_picture

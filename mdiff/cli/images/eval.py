@@ -1,17 +1,19 @@
-"""What `mdiff eval` does for models of pictures: bounds, figures of samples, probes."""
+"""Pictures for `mdiff eval`: bounds, metrics of samples, probes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mdiff.cli.options import check_sampler
 from mdiff.cli.views.console import message, result
 from mdiff.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from mdiff.evaluation import Classifier
     from mdiff.modalities.image import ImageModality
-    from mdiff.modalities.image.data import PictureSource
-    from mdiff.pipeline import Pipeline
+    from mdiff.modalities.image.data import PictureRows, Pictures, PictureSource
+    from mdiff.pipeline import CallOptions, Pipeline
 
 CONFIDENCE = 1.96
 
@@ -32,86 +34,95 @@ class Wanted:
     samples: int
     seed: int
     batch_size: int
+    sampling: CallOptions
     classifier: str | None = None
     inception: str | None = None
     mask_ratio: float = 0.0
     layer: int | None = None
-    sampling: dict[str, Any] = field(default_factory=lambda: {"sampler": "first_hitting"})
+
+    @property
+    def of_samples(self) -> list[str]:
+        """The metrics of samples."""
+        from mdiff.evaluation import OF_SAMPLES
+
+        return [name for name in self.metrics if name in OF_SAMPLES]
 
 
-def evaluate_pictures(pipeline: Pipeline, source: PictureSource, wanted: Wanted) -> dict[str, Any]:
+def evaluate_pictures(
+    pipeline: Pipeline, source: PictureSource, wanted: Wanted
+) -> dict[str, object]:
     """The report of every metric that is asked for."""
-    from mdiff.evaluation import (
-        OF_SAMPLES,
-        draw_pictures,
-        figures_of,
-        load_classifier,
-        probe_figures,
-        require_inception,
-        spread,
-        with_model_labels,
-    )
+    from mdiff.evaluation import probe_figures, spread, with_model_labels
     from mdiff.modalities.image import image_modality
     from mdiff.modalities.image.data import holds_shards, read_pictures
-    from mdiff.sampling import resolve
 
-    modality, report = image_modality(pipeline.modality), dict[str, Any]()
-    asked = [name for name in wanted.metrics if name in OF_SAMPLES]
-    # Before the long part: any of these may be refused.
-    classifier = None if wanted.classifier is None else load_classifier(wanted.classifier)
-    resolve(wanted.sampling["sampler"], samplers_own(wanted.sampling))
-    if asked and wanted.samples < 2:
-        raise ConfigError(f"--samples {wanted.samples}: metric {asked[0]} needs at least 2")
-    if "classifier" in asked and classifier is None:
-        raise ConfigError("metric classifier needs --classifier FOLDER")
-    if wanted.inception is not None:
-        require_inception()
+    modality = image_modality(pipeline.modality)
+    classifier = _checked(pipeline, wanted)
     if any(holds_shards(path) for path in source.paths):
         if wanted.metrics != ("bound",):
             raise DataError("tokens have no pixels: only metric bound can be had of them")
         rows = modality.examples(source, split=wanted.split)
-        return report | {"bounds": _bounds(pipeline, rows, wanted)}
+        return {"bounds": _bounds(pipeline, rows, wanted)}
     everything = with_model_labels(
         read_pictures(source, channels=modality.codec.channels, size=modality.size), modality
     )
     shares = {"holdout": source.holdout, "validation": source.validation}
     test = everything.split(wanted.split, **shares)
     few = spread(test, wanted.limit)
-    report |= {"pictures": len(few)}
+    report: dict[str, object] = {"pictures": len(few)}
     if "bound" in wanted.metrics:
-        rows = modality.examples(few, split="all")
-        report |= {"bounds": _bounds(pipeline, rows, wanted)} | _codec_figures(modality, few)
-    if "probe" in wanted.metrics or asked:
-        train = everything.split("train", **shares)
+        report["bounds"] = _bounds(pipeline, modality.examples(few, split="all"), wanted)
+        report |= _codec_figures(modality, few)
+    if wanted.metrics == ("bound",):
+        return report
+    # Metrics of samples and probes compare with the training split.
+    train = everything.split("train", **shares)
     if "probe" in wanted.metrics:
         message("reading features")
         report["probe"] = probe_figures(
             pipeline, train=spread(train, wanted.limit), test=few, mask_ratio=wanted.mask_ratio,
             layer=wanted.layer, seed=wanted.seed, batch_size=wanted.batch_size,
         )  # fmt: skip
-    if asked:
-        message(f"drawing {wanted.samples} samples")
-        drawn = draw_pictures(
-            pipeline, wanted.samples, seed=wanted.seed, batch_size=wanted.batch_size,
-            **wanted.sampling,
-        )  # fmt: skip
-        report["of_samples"] = wanted.sampling | figures_of(
-            drawn, pipeline, train=train, test=test, metrics=asked, classifier=classifier,
-            inception=wanted.inception, limit=wanted.limit,
-        )  # fmt: skip
+    if wanted.of_samples:
+        report["of_samples"] = _of_samples(pipeline, train, test, wanted, classifier)
     return report
 
 
-def samplers_own(sampling: dict[str, Any]) -> dict[str, Any]:
-    """The options that the sampler itself takes: not its name, nothing of guidance."""
-    return {
-        name: value
-        for name, value in sampling.items()
-        if name != "sampler" and not name.startswith("guidance_")
-    }
+def _checked(pipeline: Pipeline, wanted: Wanted) -> Classifier | None:
+    """The classifier; ConfigError for options that would be refused after a long computation."""
+    from mdiff.evaluation import load_classifier, require_inception
+
+    classifier = None if wanted.classifier is None else load_classifier(wanted.classifier)
+    check_sampler(wanted.sampling)
+    of_samples = wanted.of_samples
+    if of_samples and wanted.samples < 2:
+        raise ConfigError(f"--samples {wanted.samples}: metric {of_samples[0]} needs at least 2")
+    if "classifier" in wanted.metrics and classifier is None:
+        raise ConfigError("metric classifier needs --classifier FOLDER")
+    if wanted.inception is not None:
+        require_inception()
+    return classifier
 
 
-def _bounds(pipeline: Pipeline, rows: Any, wanted: Wanted) -> list[dict[str, Any]]:
+def _of_samples(
+    pipeline: Pipeline, train: Pictures, test: Pictures, wanted: Wanted,
+    classifier: Classifier | None,
+) -> dict[str, object]:  # fmt: skip
+    """The metrics of samples, which are drawn here."""
+    from mdiff.evaluation import draw_pictures, figures_of
+
+    message(f"drawing {wanted.samples} samples")
+    options: CallOptions = {
+        **wanted.sampling, "seed": wanted.seed, "batch_size": wanted.batch_size
+    }  # fmt: skip
+    drawn = draw_pictures(pipeline, wanted.samples, **options)
+    return {**wanted.sampling} | figures_of(
+        drawn, pipeline, train=train, test=test, metrics=wanted.of_samples, classifier=classifier,
+        inception=wanted.inception, limit=wanted.limit,
+    )  # fmt: skip
+
+
+def _bounds(pipeline: Pipeline, rows: PictureRows, wanted: Wanted) -> list[dict[str, object]]:
     from mdiff.evaluation import conditional_bounds
 
     return conditional_bounds(
@@ -121,7 +132,7 @@ def _bounds(pipeline: Pipeline, rows: Any, wanted: Wanted) -> list[dict[str, Any
     )  # fmt: skip
 
 
-def _codec_figures(modality: ImageModality, pictures: Any) -> dict[str, Any]:
+def _codec_figures(modality: ImageModality, pictures: Pictures) -> dict[str, object]:
     """What the codec loses of the pictures, which no bound counts; nothing where lossless."""
     from mdiff.modalities.image import fidelity
 

@@ -1,4 +1,4 @@
-"""What generate and edit do for models of pictures: fill in, write, and say so."""
+"""Pictures for `mdiff generate` and `mdiff edit`: generated, written and reported."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mdiff.cli.images.requests import Request, refuse_problems, refuse_unknown, with_pictures
 from mdiff.cli.views.console import message, printable, result, result_json, writable
 from mdiff.cli.views.gif import Film, Finish, write_gif
 from mdiff.cli.views.grid import picture_target, write_pictures
+from mdiff.cli.views.samples import entries, figures, summary
 from mdiff.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mdiff.cli.views.trace import Record
-    from mdiff.pipeline import Generated, Generation, Pipeline
+    from mdiff.modalities.image import ImageModality
+    from mdiff.pipeline import CallOptions, Generated, Generation, Pipeline
 
-# Seconds between two messages about how far a long job is.
-SAY_EVERY = 10.0
+# Seconds between two messages on the progress of a long job.
+REPORT_EVERY = 10.0
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Where pictures go: `out` a grid or a folder, enlarged by `scale`, and how they came about.
+    """Where pictures and their trace go: `out` is a grid or a folder, `scale` enlarges a grid.
 
     A grid has `columns`, or is about square.
     """
@@ -46,9 +48,19 @@ class Wanted:
             picture_target(self.out)
         writable(self.trace)
 
-    def of(self, requests: int, n: int) -> Wanted:
+    def of(self, requests: int, num_samples: int) -> Wanted:
         """With a row of the grid for each request where several have several samples."""
-        return replace(self, columns=n) if min(requests, n) > 1 else self
+        return replace(self, columns=num_samples) if min(requests, num_samples) > 1 else self
+
+    def with_target(self, name: str) -> Wanted:
+        """With a file for the grid where none was given: a new .png of this name, here."""
+        if self.out is not None:
+            return self
+        stem = Path(name).resolve().name or "pictures"
+        numbered = (f"{stem}-{number}.png" if number > 1 else f"{stem}.png" for number in count(1))
+        out = next(path for path in map(Path, numbered) if not path.exists())
+        message(f"no --out: the grid goes to {out}")
+        return replace(self, out=picture_target(out))
 
     @property
     def is_film(self) -> bool:
@@ -64,49 +76,46 @@ def shows_pictures(pipeline: Pipeline) -> bool:
 
 
 def generate_pictures(
-    pipeline: Pipeline, asked: Sequence[dict[str, str]], *, model: str, n: int, wanted: Wanted,
-    resize: bool = False, **options: Any,
+    pipeline: Pipeline, asked: Sequence[dict[str, str]], *, model: str, num_samples: int,
+    wanted: Wanted, resize: bool, options: CallOptions,
 ) -> None:  # fmt: skip
-    """`n` samples for each of what is asked; a file that cannot be read is reported at the end."""
+    """Generate samples of each request; a file that cannot be read is reported at the end."""
     from mdiff.modalities.image import image_modality
 
     modality = image_modality(pipeline.modality)
     refuse_unknown(modality, asked)
     requests, problems = with_pictures(modality, asked, resize=resize)
     given = [request.given for request in requests]
-    canvases = pipeline.canvases(given, length=modality.length, num_samples=n)
+    canvases = pipeline.canvases(given, length=modality.length, num_samples=num_samples)
     if not any(modality.space.mask_id in canvas for canvas in canvases):
         raise ConfigError(
-            f"nothing is left to make: this model makes {', '.join(modality.part_names)}; "
+            f"nothing is left to generate: this model makes {', '.join(modality.part_names)}; "
             "a picture is changed by mdiff edit"
         )
-    runs = pipeline.runs(canvases, conditions=pipeline.conditions(given, num_samples=n), **options)
+    conditions = pipeline.conditions(given, num_samples=num_samples)
+    runs = pipeline.runs(canvases, conditions=conditions, **options)
 
-    def told(run: Generation) -> Finish:
+    def labelled(run: Generation) -> Finish:
         def finish(row: int, picture: Image) -> Image:
-            known = given[(run.first + row) // n]
-            if modality.classes and modality.labels and "label" in known:
-                picture.info["label"] = modality.labels[modality.label_id(known["label"])]
+            known = given[(run.first + row) // num_samples].get("label")
+            if modality.classes and modality.labels and isinstance(known, str):
+                picture.info["label"] = modality.labels[modality.label_id(known)]
             return picture
 
         return finish
 
-    wanted = wanted.of(len(requests), n)
-    samples = fill_in(modality, ((run, told(run)) for run in runs), wanted)
-    whole = [request for request in requests for _ in range(n)]
-    spoken = all("image" in known for known in given)
-    if not spoken:
-        wanted = placed(wanted, model.rpartition(":")[2])
-    report(modality, samples, whole, wanted)
+    wanted = wanted.of(len(requests), num_samples)
+    samples = fill_in(modality, ((run, labelled(run)) for run in runs), wanted)
+    if not all("image" in known for known in given):
+        wanted = wanted.with_target(model.rpartition(":")[2])
+    report(modality, samples, [each for each in requests for _ in range(num_samples)], wanted)
     refuse_problems(problems, len(requests))
 
 
 def fill_in(
-    modality: Any, runs: Iterable[tuple[Generation, Finish]], wanted: Wanted
+    modality: ImageModality, runs: Iterable[tuple[Generation, Finish]], wanted: Wanted
 ) -> list[Generated]:
     """Every run to its end, each picture finished by the function beside it; the trace written."""
-    from mdiff.cli.views.trace import page
-
     if wanted.trace is None:
         return followed(modality, runs, recording=False)[0]
     if wanted.is_film:
@@ -114,6 +123,8 @@ def fill_in(
         samples, _ = followed(modality, runs, film=film, recording=False)
         write_gif(film.frames(columns=wanted.columns), wanted.trace, scale=wanted.scale)
     else:
+        from mdiff.cli.views.trace import page
+
         samples, records = followed(modality, runs)
         wanted.trace.write_text(page(records, title=wanted.title), encoding="utf-8")
     message(f"wrote {wanted.trace}")
@@ -121,22 +132,21 @@ def fill_in(
 
 
 def followed(
-    modality: Any, runs: Iterable[tuple[Generation, Finish]], *, film: Film | None = None,
-    recording: bool = True,
+    modality: ImageModality, runs: Iterable[tuple[Generation, Finish]], *,
+    film: Film | None = None, recording: bool = True,
 ) -> tuple[list[Generated], list[Record]]:  # fmt: skip
     """The finished samples of every run, with their records and frames where asked for."""
-    from mdiff.cli.generate import figures
     from mdiff.cli.views.trace import Recorder
 
     samples: list[Generated] = []
     records: list[Record] = []
-    said = time.monotonic()
+    reported = time.monotonic()
     for run, finish in runs:
         recorder = Recorder(run.canvas, run.valid, space=modality.space)
         reel = None if film is None else film.reel(run.canvas, finish)
         for state in run:
-            if time.monotonic() - said > SAY_EVERY:
-                said = time.monotonic()
+            if time.monotonic() - reported > REPORT_EVERY:
+                reported = time.monotonic()
                 hidden = (state.tokens == modality.space.mask_id).double().mean()
                 share = round(100 * (1 - float(hidden)))
                 message(f"{len(samples)} made, {len(state.tokens)} more {share} percent filled in")
@@ -144,39 +154,48 @@ def followed(
                 recorder.add(state)
             if reel is not None:
                 reel.add(state.tokens)
+        drawn = [(sample, sample.image) for sample in run.finished()]
         done = [
-            replace(sample, output=finish(row, sample.output))
-            for row, sample in enumerate(run.finished())
+            replace(sample, output=finish(row, image))
+            for row, (sample, image) in enumerate(drawn)
+            if image is not None
         ]
         samples += done
         if recording:
-            records += recorder.records(
-                modality, [figures(sample) for sample in done],
-                pictures=[sample.output for sample in done],
-            )  # fmt: skip
+            lines = [figures(sample) for sample in done]
+            records += recorder.records(modality, lines, pictures=pictures_of(done))
     return samples, records
 
 
+def pictures_of(samples: Sequence[Generated]) -> list[Image]:
+    """The pictures of samples."""
+    return [image for sample in samples if (image := sample.image) is not None]
+
+
 def report(
-    modality: Any, samples: Sequence[Generated], requests: Sequence[Request], wanted: Wanted
-) -> None:
-    """Write the pictures; print where they are, and what was said of those that were given."""
+    modality: ImageModality, samples: Sequence[Generated], requests: Sequence[Request],
+    wanted: Wanted,
+) -> None:  # fmt: skip
+    """Write the pictures; print their paths, and the generated words of those that were given."""
+    pictures = pictures_of(samples)
     files: Sequence[Path | None] = [None] * len(samples)
     if wanted.out is not None:
-        made = [sample.output for sample in samples]
-        files = write_pictures(made, wanted.out, scale=wanted.scale, columns=wanted.columns)
+        files = write_pictures(pictures, wanted.out, scale=wanted.scale, columns=wanted.columns)
     several = len({request.source for request in requests}) > 1
-    for number, (sample, request, file) in enumerate(zip(samples, requests, files)):
-        said = {name: sample.output.info.get(name) for name in ("label", "caption")}
-        said = {name: words for name, words in said.items() if words is not None}
+    for number, (sample, picture, request, file) in enumerate(
+        zip(samples, pictures, requests, files)
+    ):
+        known = {name: picture.info.get(name) for name in ("label", "caption")}
+        words = {name: str(text) for name, text in known.items() if text is not None}
         fresh = ": ".join(
-            words for name, words in said.items()
+            text
+            for name, text in words.items()
             if name in modality.part_names and name not in request.given
-        )  # fmt: skip
+        )
         if wanted.as_json:
             source = {} if request.source is None else {"picture": str(request.source)}
             where = {"text": fresh} if file is None else {"file": str(file)}
-            result_json(source | where | said | _figures(sample))
+            result_json({**source, **where, **words, **entries(sample)})
         elif "image" in request.given:
             line = " ".join(fresh.split())
             result(f"{request.source}: {line}" if several else line)
@@ -185,33 +204,3 @@ def report(
     if wanted.out is not None and not wanted.as_json:
         result(str(wanted.out))
     message(summary(samples))
-
-
-def _figures(sample: Generated) -> dict[str, Any]:
-    return {
-        "tokens": sample.tokens,
-        "calls": sample.calls,
-        "seconds": round(sample.seconds, 6),
-        "log_prob": sample.log_prob,
-        "entropy": sample.entropy,
-        "seed": sample.seed,
-    }
-
-
-def summary(samples: Sequence[Generated]) -> str:
-    """One line on how the samples came about."""
-    calls = sorted({sample.calls for sample in samples})
-    each = f"{calls[0]}" if len(calls) == 1 else f"{calls[0]} to {calls[-1]}"
-    seconds = sum(sample.seconds for sample in samples)
-    return f"{len(samples)} samples, {each} calls each, {seconds:.2f} s"
-
-
-def placed(wanted: Wanted, name: str) -> Wanted:
-    """With a place for the grid where none was given: a new .png of this name, here."""
-    if wanted.out is not None:
-        return wanted
-    stem = Path(name).resolve().name or "pictures"
-    numbered = (f"{stem}-{number}.png" if number > 1 else f"{stem}.png" for number in count(1))
-    out = next(path for path in map(Path, numbered) if not path.exists())
-    message(f"no --out: the grid goes to {out}")
-    return replace(wanted, out=picture_target(out))

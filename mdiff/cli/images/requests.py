@@ -1,16 +1,21 @@
-"""What generate and edit are asked for pictures: options, files of requests, pictures to read."""
+"""Requests for pictures: from options or a file, with the pictures that they name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mdiff.cli.views.console import message
 from mdiff.errors import ConfigError, DataError, nearest
 
-# What can be given, by the option that gives it.
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mdiff.modalities.image import ImageModality
+
+# The option of each part that can be given.
 OPTIONS = {"label": "--label", "caption": "--prompt", "image": "--image"}
 # So many unreadable files are named; the rest are counted.
 NAMED = 20
@@ -18,25 +23,25 @@ NAMED = 20
 
 @dataclass(frozen=True)
 class Request:
-    """What is given, by name as in `Pipeline.generate`, and the file that a picture is from."""
+    """A prompt as for `Pipeline.generate`, and the file that its picture is from."""
 
-    given: dict[str, Any]
+    given: Mapping[str, object]
     source: Path | None = None
 
 
 def combined(
     labels: list[str] | None, prompts: list[str] | None, images: list[Path] | None
 ) -> list[dict[str, str]]:
-    """What is asked for: options given once go with all, those given more often go in pairs."""
+    """The prompts of options: one given once goes with all, those given more often go in pairs."""
     given = {"label": labels, "caption": prompts, "image": images}
-    told = {name: list(map(str, values)) for name, values in given.items() if values}
-    often = sorted({len(values) for values in told.values()} - {1})
+    named = {name: list(map(str, values)) for name, values in given.items() if values}
+    often = sorted({len(values) for values in named.values()} - {1})
     if len(often) > 1:
-        counts = " and ".join(f"{OPTIONS[name]} {len(v)} times" for name, v in told.items())
+        counts = " and ".join(f"{OPTIONS[name]} {len(v)} times" for name, v in named.items())
         raise ConfigError(f"{counts}: give each once, or equally often")
     rows = often[0] if often else 1
     found = [
-        {name: values[0 if len(values) == 1 else row] for name, values in told.items()}
+        {name: values[0 if len(values) == 1 else row] for name, values in named.items()}
         for row in range(rows)
     ]
     # As with text, an empty prompt is none.
@@ -44,7 +49,7 @@ def combined(
 
 
 def requests_of(path: Path) -> list[dict[str, str]]:
-    """What a JSONL file asks for: a label, a prompt (the caption) and an image a line."""
+    """The prompts of a JSONL file: a label, a prompt (the caption) and an image a line."""
     from mdiff.modalities.text import json_lines, read_text
 
     keys = {option.removeprefix("--"): name for name, option in OPTIONS.items()}
@@ -62,7 +67,7 @@ def requests_of(path: Path) -> list[dict[str, str]]:
     return found
 
 
-def refuse_unknown(modality: Any, asked: Sequence[dict[str, str]]) -> None:
+def refuse_unknown(modality: ImageModality, asked: Sequence[dict[str, str]]) -> None:
     """Raise ConfigError for an option that this model cannot take."""
     for name in {name for one in asked for name in one}:
         if name not in modality.takes:
@@ -71,7 +76,7 @@ def refuse_unknown(modality: Any, asked: Sequence[dict[str, str]]) -> None:
 
 
 def with_pictures(
-    modality: Any, asked: Sequence[dict[str, str]], *, resize: bool
+    modality: ImageModality, asked: Sequence[dict[str, str]], *, resize: bool
 ) -> tuple[list[Request], list[str]]:
     """The requests with their pictures read, and a line for each that cannot be.
 
@@ -93,14 +98,14 @@ def with_pictures(
     return requests, problems
 
 
-def read_picture(path: Path, modality: Any, *, resize: bool = False) -> Any:
+def read_picture(path: Path, modality: ImageModality, *, resize: bool = False) -> np.ndarray:
     """The pixels (H, W, C) uint8 of a file, clear parts on white; DataError where it is unfit."""
     from mdiff.modalities.image.data import PictureSource, as_array, open_picture, read_pictures
 
     channels, (height, width) = modality.codec.channels, modality.size
     opened = open_picture(path)
     if opened.size == (width, height):
-        pixels = as_array(opened, channels=channels, name=str(path))
+        pixels: np.ndarray = as_array(opened, channels=channels, name=str(path))
     elif resize:
         source = PictureSource(source=str(path), resize=True)
         read = read_pictures(source, channels=channels, size=modality.size)
@@ -111,7 +116,7 @@ def read_picture(path: Path, modality: Any, *, resize: bool = False) -> Any:
             f"{width}; --resize crops and scales it"
         )
     try:
-        # What a codec cannot take is to be known before anything is made.
+        # A picture that the codec cannot take is refused before anything is generated.
         modality.codes(modality.picture(pixels)[None])
     except DataError as error:
         raise DataError(f"{path}: {error}") from None

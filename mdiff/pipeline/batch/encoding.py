@@ -1,7 +1,7 @@
-"""Writing tokenised pictures: in parallel, whole files only, and only what is missing.
+"""Writing tokenised pictures: in parallel, by atomic writes, and only what is missing.
 
-A shard says in its header which pictures and which codec made it: a second run over the same
-pictures finds it and leaves it. Who shares the work is for `volume` to say.
+The header of a shard names the pictures and the codec that made it: a second run over the same
+pictures finds it and leaves it. `volume` divides the work among processes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -32,13 +32,13 @@ from mdiff.modalities.image.data import (
     fingerprint,
     packed,
 )
-from mdiff.pipeline.batch.jobs import Job, Make, Tell
-from mdiff.pipeline.batch.volume import Launched, check_crew, make_all
+from mdiff.pipeline.batch.jobs import Heartbeat, Job, Make
+from mdiff.pipeline.batch.volume import Launched, check_pool, make_all
 
 SHARD = "shard-{:06d}.safetensors"
 SHARD_NAME = re.compile(r"shard-\d{6,}\.safetensors")
 # The digests of codec, pictures and content. One entry alone: the order of several in a header is
-# the library's whim.
+# not defined by the library.
 ORIGIN = "origin"
 # Pictures a shard: a few MB of ids at most.
 ROWS = 4096
@@ -47,9 +47,9 @@ LARGEST_INT16 = 2**15 - 1
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_shards` did: pictures in all, shards made and shards found made already.
+    """The result of `write_shards`: pictures in all, shards made and shards that were there.
 
-    Under a launcher, made is what this process made; the others' shards count as found.
+    Under a launcher, `made` is what this process made; the others' shards count as there.
     """
 
     count: int
@@ -59,14 +59,14 @@ class Written:
 
 @dataclass(frozen=True)
 class PicturePart:
-    """What a shard is made from: `pixels` (N, C, H, W) uint8 as a plain array, and the rest.
+    """The input of a shard: `pixels` (N, C, H, W) uint8 as a plain array, and the rest.
 
-    `texts` has the columns of strings that there are, `origin` is what the header is to say.
+    `texts` has the columns of strings that there are, `origin` is the entry of the header.
     """
 
     path: Path
     origin: str
-    pixels: Any
+    pixels: np.ndarray
     labels: list[int] | None
     texts: dict[str, list[str]]
 
@@ -85,34 +85,34 @@ class PictureShard:
     def __str__(self) -> str:
         return self.path.name
 
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether its file is there, from these pictures and this codec."""
-        return _said(self.path)[0] == self.origin
+        return _header(self.path)[0] == self.origin
 
     def clear(self) -> None:
         """Remove what killed makers have left, and the file where its content was altered."""
         sweep(self.path.parent, f"{self.path.name}.")
-        if self.is_whole() and not _is_unaltered(self.path):
+        if self.is_complete() and not _is_unaltered(self.path):
             self.path.unlink()
 
     def part(self) -> PicturePart:
-        """The pictures, cut out when they are asked for: only those at work are held twice."""
+        """The pictures, sliced on demand: only those of active workers are held twice."""
         cut = self.pictures.at(torch.arange(self.first, self.stop))
         return PicturePart(
             path=self.path, origin=self.origin, pixels=cut.pixels.numpy(),
             labels=None if cut.labels is None else cut.labels.tolist(),
-            texts={name: texts for name in TEXTS if (texts := getattr(cut, name)) is not None},
+            texts={name: texts for name in TEXTS if (texts := vars(cut)[name]) is not None},
         )  # fmt: skip
 
-    def without(self, place: Hashable, how: str) -> None:
-        """None: pictures of one size cost the same, so that no one of them is to blame."""
+    def without(self, item: Hashable, how: str) -> None:
+        """None: pictures of one size cost the same, so no single one causes a crash."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How a worker comes by a codec: its options, and the folder with what it has learnt."""
+    """Makes the codec in a worker, from its options and the folder of its weights."""
 
-    described: dict[str, Any]
+    described: dict[str, object]
     folder: str
 
     def open(self, worker: int) -> Make:
@@ -122,12 +122,12 @@ class Encoder:
 
 def write_shards(
     pictures: Pictures, out: Path, *, codec: Codec, rows: int = ROWS, workers: int | None = None,
-    patience: float | None = None, report: Report | None = None,
+    timeout: float | None = None, report: Report | None = None,
 ) -> Written:  # fmt: skip
-    """Encode pictures into the folder `out`, whatever part of it is not there yet.
+    """Encode the pictures whose shards are not yet in the folder `out`.
 
     `rows` pictures a shard; `workers` processes (None: one a core) of one thread each, which may
-    take `patience` seconds for a shard (see `volume.make_all`). Raises ConfigError where `out`
+    take `timeout` seconds for a shard (see `volume.make_all`). Raises ConfigError where `out`
     holds tokens of another codec or other files, CheckpointError while another process writes
     there, DataError where the codec refuses the pictures.
     """
@@ -136,19 +136,19 @@ def write_shards(
         raise ConfigError(f"rows={rows}, workers={workers}: need at least 1 of each")
     usual = os.cpu_count() or 1 if launched.world == 1 else 1
     count = usual if workers is None else workers
-    check_crew(count, patience, launched)
+    check_pool(count, timeout, launched)
     made_by = fingerprint(codec)
     shards = _shards(pictures, out, made_by, rows)
-    crew = max(1, min(count, len(shards)))
+    count = max(1, min(count, len(shards)))
     with launched.held(out), tempfile.TemporaryDirectory() as folder:
         replaced = _begin(shards, out, made_by, launched)
         if replaced and report is not None:
             report(f"{replaced} shards of other pictures in {out} are replaced")
-        if crew > 1 or patience is not None:
+        if count > 1 or timeout is not None:
             save_codec(codec, folder)
         job = Job(shards, partial(encode_shard, codec), Encoder(codec.config(), folder), out)
         made = make_all(
-            job, launched, workers=crew, patience=patience, report=report or (lambda line: None)
+            job, launched, workers=count, timeout=timeout, report=report or (lambda line: None)
         )
         if launched.rank == 0:
             replace_file(out / MANIFEST, [_manifest(codec, made_by, pictures, shards)])
@@ -167,16 +167,16 @@ def _shards(pictures: Pictures, out: Path, made_by: str, rows: int) -> list[Pict
 
 
 def _begin(shards: Sequence[PictureShard], out: Path, made_by: str, launched: Launched) -> int:
-    """See that the folder may take these shards, and that what is not whole has no manifest.
+    """Check that the folder may take these shards; remove the manifest of an incomplete one.
 
-    How many shards of other pictures it holds, which are written over or removed.
+    Returns how many shards of other pictures it holds, which are written over or removed.
     """
     known = _known(out, made_by)
-    # A later rank looks at its own shards alone: when it comes late, the first may have written
-    # the manifest since it looked at another's.
-    looked_at = launched.share(shards) if launched.rank else shards
+    # A later rank checks its own shards alone: when it comes late, the first may have written
+    # the manifest since it checked another's.
+    checked = launched.share(shards) if launched.rank else shards
     surplus = set(known) - {shard.path.name for shard in shards} if launched.rank == 0 else set()
-    if surplus or any(known.get(shard.path.name) != shard.origin for shard in looked_at):
+    if surplus or any(known.get(shard.path.name) != shard.origin for shard in checked):
         (out / MANIFEST).unlink(missing_ok=True)
     if launched.rank == 0:
         sweep(out, MANIFEST)
@@ -192,15 +192,15 @@ def _known(out: Path, made_by: str) -> dict[str, str]:
 
     Raises ConfigError for another codec's tokens and for a folder of other things.
     """
-    # Looked at once: another rank may add to it. A hidden file is a lock or a desktop's own.
+    # Listed once: another rank may add to it. A hidden file is a lock or a desktop's own.
     there = {path.name for path in out.iterdir() if not path.name.startswith(".")}
     found = {name for name in there if SHARD_NAME.fullmatch(name)}
     known = {}
     for name in sorted(found):
         try:
-            known[name] = _said(out / name)[0]
+            known[name] = _header(out / name)[0]
         except LookupError:
-            # A file of tensors that says nothing of where it comes from is somebody else's.
+            # A file of tensors without an origin is not one of ours.
             found.discard(name)
     if there - found - {MANIFEST} or (there and not found):
         raise ConfigError(f"{out} holds {min(there - found)}: name a new folder")
@@ -209,26 +209,26 @@ def _known(out: Path, made_by: str) -> dict[str, str]:
     return known
 
 
-def _said(path: Path) -> tuple[str, str]:
-    """The origin in a shard's header, and its content's digest; "" where the file is not whole.
+def _header(path: Path) -> tuple[str, str]:
+    """The origin in a shard's header, and its content's digest; "" where the file is not complete.
 
-    Raises LookupError for a whole file of tensors that is no shard.
+    Raises LookupError for a complete file of tensors that is no shard.
     """
     try:
         check_tensors(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            said = json.loads(file.read(length)).get("__metadata__", {})[ORIGIN]
+            entry = json.loads(file.read(length)).get("__metadata__", {})[ORIGIN]
     except (CheckpointError, OSError):
         return "", ""
-    origin, _, content = str(said).rpartition(":")
+    origin, _, content = str(entry).rpartition(":")
     return origin, content
 
 
 def _is_unaltered(path: Path) -> bool:
-    """Whether a shard's tensors are those that its header was written for."""
+    """Whether a shard's tensors have the digest that its header names."""
     try:
-        return _content_digest(read_tensors(path)) == _said(path)[1]
+        return _content_digest(read_tensors(path)) == _header(path)[1]
     except CheckpointError:
         return False
 
@@ -243,7 +243,7 @@ def _content_digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _digest_of(part: Pictures) -> str:
-    """SHA-256 of what a shard is made from."""
+    """SHA-256 of the input of a shard."""
     total = hashlib.sha256(str(tuple(part.pixels.shape)).encode())
     total.update(part.pixels.contiguous().numpy().tobytes())
     labels = None if part.labels is None else part.labels.tolist()
@@ -252,8 +252,8 @@ def _digest_of(part: Pictures) -> str:
     return total.hexdigest()
 
 
-def encode_shard(codec: Codec, part: PicturePart, tell: Tell) -> None:
-    """Encode one shard and put it in its place, whole."""
+def encode_shard(codec: Codec, part: PicturePart, heartbeat: Heartbeat) -> None:
+    """Encode one shard and write it atomically."""
     ids = codec.encode(torch.from_numpy(part.pixels))
     small = codec.codebook_size - 1 <= LARGEST_INT16
     tensors = {"ids": ids.to(torch.int16 if small else torch.int32).contiguous()}
@@ -261,8 +261,8 @@ def encode_shard(codec: Codec, part: PicturePart, tell: Tell) -> None:
         tensors["labels"] = torch.tensor(part.labels, dtype=torch.int64)
     for name, texts in part.texts.items():
         tensors[name], tensors[f"{name}.ends"] = packed(texts)
-    said = f"{part.origin}:{_content_digest(tensors)}"
-    replace_file(part.path, [save(tensors, metadata={ORIGIN: said})])
+    origin = f"{part.origin}:{_content_digest(tensors)}"
+    replace_file(part.path, [save(tensors, metadata={ORIGIN: origin})])
 
 
 def _manifest(

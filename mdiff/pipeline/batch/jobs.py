@@ -1,7 +1,7 @@
-"""Work at volume, its nouns: shards that are whole or not there, and what makes them.
+"""The types of batch processing: a job, its shards, and what makes them.
 
-`volume` and `workers` do a job without knowing what it makes: results of requests
-(`offline_shards`), tokens of pictures (`shard_writing`).
+`volume` and `workers` run a job whatever it makes: results of requests (`shards`), or tokens of
+pictures (`encoding`).
 """
 
 from __future__ import annotations
@@ -12,44 +12,44 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Report = Callable[[str], None]
-# Told of a place in a shard before its making goes on from there.
-Tell = Callable[[Hashable], None]
-# Makes one shard, whole, of its `part`; what it raises ends the run.
-Make = Callable[[Any, Tell], None]
+# Called with each work item of a shard before it is made.
+Heartbeat = Callable[[Hashable], None]
+# Makes one shard from its `part` and writes it atomically; what it raises ends the run.
+Make = Callable[[Any, Heartbeat], None]
 
 
 class Shard(Protocol):
-    """What is made, written and counted as one; `str` of it is its name in messages.
+    """A unit of work that is made, written and counted as one; `str` names it in messages.
 
-    Two makers of a shard leave the same bytes. One that is killed at any moment leaves it whole
-    or not there.
+    Two makers of a shard write the same bytes, and write them atomically.
     """
 
     @property
     def number(self) -> int:
-        """Its place in the job, from 0."""
+        """Its index in the job, from 0."""
 
-    def is_whole(self) -> bool:
-        """Whether it is there; a look, without reading all of it."""
+    def is_complete(self) -> bool:
+        """Whether it is there; checked without reading all of it."""
 
     def clear(self) -> None:
         """Remove what killed makers left of it, and itself where it is damaged.
 
-        For the one process that is to make it, with its lock in hand.
+        For the one process that is to make it and holds its lock.
         """
 
     def part(self) -> Any:
-        """What a maker needs of this shard: plain data that a pipe takes."""
+        """What a maker needs of this shard, as data that can be pickled."""
 
-    def without(self, place: Hashable, how: str) -> Shard | None:
-        """The same shard for makers that keep clear of a place; None where there is no such.
+    def without(self, item: Hashable, how: str) -> Shard | None:
+        """The same shard without a work item; None where the item cannot be left out.
 
-        Several makers died there, the last as `how` says. Only so many calls may give a shard.
+        Several workers crashed at it, the last as `how` states. The number of calls that give a
+        shard is bounded.
         """
 
 
 class Maker(Protocol):
-    """How another process comes by a `Make`; it is sent there once, as plain data."""
+    """Opens a `Make` in another process; it is pickled and sent there once."""
 
     def open(self, worker: int) -> Make:
         """Load the model or the codec, in the worker of that number."""
@@ -59,7 +59,7 @@ class Maker(Protocol):
 class Job:
     """Shards in the order of their numbers, and what makes them: here, and in workers.
 
-    `out` is the folder whose lock says who may write.
+    `out` is the folder whose lock gives the right to write.
     """
 
     shards: Sequence[Shard]

@@ -1,7 +1,7 @@
-"""Generation at volume: a file of requests in, their results out, over several runs.
+"""Batch generation: from a file of requests to a file of results, over several runs.
 
-Started again, a run makes only what is missing; another file, model or option is refused. Who
-shares the work is for `volume` to say.
+A run that is started again makes only what is missing; another file, model or option is refused.
+`volume` divides the work among processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mdiff.pipeline.batch.jobs import Job, Report
 from mdiff.pipeline.batch.plan import PLAN, Plan, Setting, agree, model_digest, planned, write_plan
 from mdiff.pipeline.batch.requests import Failure
 from mdiff.pipeline.batch.shards import RESULTS, Generator, RequestShard, make_shard, merge
-from mdiff.pipeline.batch.volume import LOOK_EVERY, Launched, check_crew, make_all
+from mdiff.pipeline.batch.volume import POLL_EVERY, Launched, check_pool, make_all
 from mdiff.pipeline.pipeline import Pipeline
 
 SHARDS = "shards"
@@ -30,7 +30,7 @@ BEGIN_WITHIN = 600.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is there at the end: samples, the file that holds them, and the requests that failed."""
+    """The file of results, how many samples it holds, and the requests that failed."""
 
     results: Path
     samples: int
@@ -48,26 +48,24 @@ def generate_offline(
     device: str | None = None,
     mask_id: int | None = None,
     workers: int = 1,
-    patience: float | None = None,
+    timeout: float | None = None,
     report: Report = lambda line: None,
 ) -> Outcome | None:
     """Every request of a JSONL file filled in, in `out`/results.jsonl; None in later ranks.
 
     `model` is what `pipeline` was loaded from, a checkpoint of its own where training goes on:
-    workers load it themselves, and `patience` is how
-    many seconds one may take for a batch (see `volume.make_all`). What is there of an earlier
-    run is kept. Raises ConfigError for other requests, options or another model than it was
-    begun with, CheckpointError while another process writes there, MdiffError where workers
-    keep dying; shards that are complete stay.
+    workers load it themselves, and `timeout` is how many seconds one may take for a batch (see
+    `volume.make_all`). What is there of an earlier run is kept. Raises ConfigError for other
+    requests, options or another model than it was begun with, CheckpointError while another
+    process writes there, MdiffError where workers keep crashing; shards that are complete stay.
     """
     launched = Launched.here()
-    check_crew(workers, patience, launched)
+    check_pool(workers, timeout, launched)
     folder = locate(model).folder
     usual = "cuda" if torch.cuda.is_available() else "cpu"
-    told = {"dtype": dtype, "device": (device or usual).partition(":")[0], "mask_id": mask_id}
-    plan = planned(
-        pipeline, read_bytes(requests), setting, model=model_digest(folder), told=told
-    )  # fmt: skip
+    fixed = {"dtype": dtype, "device": (device or usual).partition(":")[0], "mask_id": mask_id}
+    digest = model_digest(folder)
+    plan = planned(pipeline, read_bytes(requests), setting, model=digest, fixed=fixed)
     shards = [
         RequestShard(number, batches, out / SHARDS / f"shard-{number:06d}")
         for number, batches in enumerate(plan.shards)
@@ -76,19 +74,19 @@ def generate_offline(
     job = Job(shards, partial(make_shard, pipeline, setting), maker, out)
     with launched.held(out):
         _begin(plan, out, launched)
-        make_all(job, launched, workers=workers, patience=patience, report=report)
+        make_all(job, launched, workers=workers, timeout=timeout, report=report)
         if launched.rank:
             return None
         return Outcome(out / RESULTS, *merge(plan, shards, out))
 
 
 def _begin(plan: Plan, out: Path, launched: Launched) -> None:
-    """See that the folder has this plan: the first rank writes it, the others wait for it."""
+    """Check that the folder has this plan: the first rank writes it, the others wait for it."""
     end = time.monotonic() + BEGIN_WITHIN
     while launched.rank and not (out / PLAN).exists():
         if time.monotonic() > end:
             raise BackendError(f"{out}: the first process wrote no plan in {BEGIN_WITHIN:.0f} s")
-        time.sleep(LOOK_EVERY)
+        time.sleep(POLL_EVERY)
     if launched.rank == 0:
         sweep(out)
     if not agree(plan, out):

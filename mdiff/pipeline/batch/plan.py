@@ -1,4 +1,4 @@
-"""Generation at volume, the plan: what is made together, and what a run has to agree with.
+"""The plan of batch generation: its batches and shards, and what a later run has to agree with.
 
 A plan is a function of the file of requests, the model and the options alone: every process makes
 the same, and a run that is started again finds its own.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,42 +20,57 @@ from mdiff.files import MANIFEST, staged, verify
 from mdiff.modalities.text import HOLE
 from mdiff.pipeline.batch.requests import MOST_TOKENS, Failure, Request, read_requests
 from mdiff.pipeline.generation import Generation
+from mdiff.pipeline.options import CallOptions
 from mdiff.pipeline.pipeline import Pipeline
 
 PLAN, PLAN_FILE, LINES_FILE = "plan", "plan.json", "lines.sha256"
 FORMAT = 1
+# The keys of options in the file of the plan that have another name now.
+RECORDED = {"negative_prompt": "negative"}
 # About so many shards, for workers to share, of at most so many batches, for a kill to cost.
 SHARDS_WANTED = 64
 MOST_BATCHES = 32
-# Bytes of a line's digest: what it takes to tell which line is another.
+# Bytes of a line's digest: enough to find the first line that differs.
 LINE_BYTES = 8
-# What a request can be to blame for; a disk, a memory or a device that fails is not among it.
-BLAMED = (MdiffError, ValueError, TypeError, LookupError, ArithmeticError)
+# Errors that a request can cause; that of a disk, a memory or a device is not among them.
+REQUEST_ERRORS = (MdiffError, ValueError, TypeError, LookupError, ArithmeticError)
 
-# Requests that are made, written and counted as one: what goes through the model together.
+# The requests of a shard, by the batch in which they go through the model together.
 Batches = tuple[tuple[Request, ...], ...]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every shard of a run is made with.
+    """The arguments that every shard of a run is made with.
 
-    `options` are those of `Pipeline.runs` but for seed, batch_size and echo; `length` is that of
-    requests without their own; `n` is samples a request, `batch_size` samples at a time.
+    `options` are those of `Pipeline.runs` but for seed, batch_size and echo; `length`, or else
+    `max_new_tokens`, is for requests without a length of their own; `num_samples` samples are
+    made of each request, `batch_size` at a time.
     """
 
     seed: int = 0
-    n: int = 1
+    num_samples: int = 1
     length: int | None = None
+    max_new_tokens: int | None = None
     batch_size: int = 32
-    options: dict[str, Any] = field(default_factory=dict)
+    options: CallOptions = field(default_factory=CallOptions)
+
+    def record(self) -> dict[str, object]:
+        """What a later run has to agree with, under the names of the file of the plan."""
+        # Names that were in use when the first of these files were written stay.
+        options = {RECORDED.get(name, name): value for name, value in self.options.items()}
+        more = {} if self.max_new_tokens is None else {"max_new_tokens": self.max_new_tokens}
+        return {
+            "seed": self.seed, "n": self.num_samples, "length": self.length,
+            "batch_size": self.batch_size, "options": options, **more,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is to be made: `record` is what a later run must agree with; a shard is batches."""
 
-    record: dict[str, Any]
+    record: dict[str, object]
     lines: bytes
     requests: list[Request]
     failures: list[Failure]
@@ -64,18 +78,23 @@ class Plan:
 
 
 def planned(
-    pipeline: Pipeline, content: bytes, setting: Setting, *, model: str, told: dict[str, Any]
+    pipeline: Pipeline,
+    content: bytes,
+    setting: Setting,
+    *,
+    model: str,
+    fixed: Mapping[str, object],
 ) -> Plan:
     """The plan of a JSONL file's `content`, the same whoever makes it.
 
-    `model` is the digest of the weights; `told` what else has to be the same in a later run, such
+    `model` is the digest of the weights; `fixed` what else has to be the same in a later run, such
     as the device. Requests are sorted by the length of their canvas and by their id, so that a
     file in another order is made in the same batches. Raises ConfigError for options that the
     sampler does not take, DataError for a file without a request.
     """
-    for name in ("n", "batch_size"):
-        if getattr(setting, name) < 1:
-            raise ConfigError(f"{name}={getattr(setting, name)}: need at least 1")
+    for name, value in (("num_samples", setting.num_samples), ("batch_size", setting.batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name}={value}: need at least 1")
     requests, failures = read_requests(content)
     if not requests and not failures:
         raise DataError("the file of requests holds no object")
@@ -93,12 +112,8 @@ def planned(
         "format": FORMAT,
         "requests": {"count": len(good), "sha256": hashlib.sha256(content).hexdigest()},
         "model": model,
-        "seed": setting.seed,
-        "n": setting.n,
-        "length": setting.length,
-        "batch_size": setting.batch_size,
-        "options": setting.options,
-        **told,
+        **setting.record(),
+        **fixed,
     }
     digests = b"".join(hashlib.sha256(line).digest()[:LINE_BYTES] for line in lines)
     # As it is read back: a tuple is a list then.
@@ -116,7 +131,7 @@ def _sizes(
     for request in requests:
         try:
             canvas = canvas_of(pipeline, request, setting)
-        except BLAMED as error:
+        except REQUEST_ERRORS as error:
             failures.append(failure_of(request, error))
             continue
         size = len(canvas)
@@ -133,9 +148,9 @@ def _sizes(
 
 
 def _refusal(pipeline: Pipeline, size: int, setting: Setting) -> str:
-    """Why no canvas of this size can be filled in, or nothing.
+    """Why no canvas of this size can be generated, or "".
 
-    Raises ConfigError where it is not the size that is to blame.
+    Raises ConfigError where that is not due to the size.
     """
     try:
         runs_of(pipeline, [[pipeline.space.mask_id] * size], [0], setting)
@@ -147,15 +162,15 @@ def _refusal(pipeline: Pipeline, size: int, setting: Setting) -> str:
 
 
 def _probe(pipeline: Pipeline, canvas: list[int], setting: Setting) -> None:
-    """Take one step: an option that cannot be meant is refused before there is a plan."""
+    """Take one step: an invalid option is refused before there is a plan."""
     try:
         for run in runs_of(pipeline, [canvas], [0], setting):
             with torch.no_grad():
                 next(iter(run), None)
     except ConfigError:
         raise
-    except BLAMED:
-        # Of this request alone: it fails in its turn.
+    except REQUEST_ERRORS:
+        # An error of this request alone: it fails in its turn.
         return
 
 
@@ -165,11 +180,11 @@ def _shards(
     """Requests in batches of like length, batches in shards."""
 
     def group(request: Request) -> tuple[bool, bool]:
-        # Whether the canvas is shown whole, and whether the sampler moves a window along.
+        # Whether the output begins with the prompt, and whether the sampler moves a window along.
         return request.kind == "chat", window is not None and sizes[request.line] > window
 
     ordered = sorted(requests, key=lambda r: (group(r), sizes[r.line], r.key))
-    most = max(1, setting.batch_size // setting.n)
+    most = max(1, setting.batch_size // setting.num_samples)
     batches: list[tuple[Request, ...]] = []
     for _, members in groupby(ordered, key=group):
         alike = list(members)
@@ -179,7 +194,7 @@ def _shards(
 
 
 def canvas_of(pipeline: Pipeline, request: Request, setting: Setting) -> list[int]:
-    """The canvas of a request; DataError or ConfigError where there is none."""
+    """The canvas of a request; DataError or ConfigError for an invalid one."""
     if request.kind == "infill":
         holes = sum(
             min(int(hole[1] or 1), MOST_TOKENS + 1) for hole in HOLE.finditer(request.words)
@@ -188,7 +203,9 @@ def canvas_of(pipeline: Pipeline, request: Request, setting: Setting) -> list[in
             raise DataError(f"the gaps hold more than {MOST_TOKENS} tokens")
         return pipeline.templates(request.words)[0]
     prompt = {"chat": request.words} if request.kind == "chat" else request.words
-    return pipeline.canvases(prompt, length=request.length or setting.length)[0]
+    length = request.length or setting.length
+    new = None if request.length else setting.max_new_tokens
+    return pipeline.canvases(prompt, length=length, max_new_tokens=new)[0]
 
 
 def runs_of(
@@ -196,14 +213,15 @@ def runs_of(
     *, echo: bool = True,
 ) -> Iterator[Generation]:  # fmt: skip
     """The batches of canvases with a seed each; ConfigError as `Pipeline.runs` raises it."""
-    return pipeline.runs(
-        canvases, seed=torch.tensor(seeds), batch_size=setting.batch_size, echo=echo,
-        **setting.options,
-    )  # fmt: skip
+    options: CallOptions = {
+        **setting.options, "seed": torch.tensor(seeds), "batch_size": setting.batch_size,
+        "echo": echo,
+    }  # fmt: skip
+    return pipeline.runs(canvases, **options)
 
 
 def failure_of(request: Request, error: BaseException) -> Failure:
-    """What is said of a request that an error met."""
+    """The failure of a request by an error."""
     text = " ".join(str(error).split())[:1000]
     named = text if isinstance(error, MdiffError) else f"{type(error).__name__}: {text}"
     return Failure(request.line, request.id, named)
@@ -224,19 +242,19 @@ def agree(plan: Plan, out: Path) -> bool:
     known = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
     if known == plan.record:
         return True
-    told = [
+    changed = [
         f"{name} was {json.dumps(was)}, now {json.dumps(now)}"
         for name, was, now in _differences(known, plan.record)
         if not name.startswith("requests.")
     ]
     if known.get("requests") != plan.record["requests"]:
-        told.insert(0, _other_line((folder / LINES_FILE).read_bytes(), plan.lines))
+        changed.insert(0, _other_line((folder / LINES_FILE).read_bytes(), plan.lines))
     raise ConfigError(
-        f"{out} was begun with another plan: {'; '.join(told)}; give the same, or another --out"
+        f"{out} was begun with another plan: {'; '.join(changed)}; give the same, or another --out"
     )
 
 
-def _differences(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _differences(was: object, now: object, name: str = "") -> Iterator[tuple[str, object, object]]:
     """Each value that differs, by its dotted name; what is missing counts as null."""
     if isinstance(was, dict) and isinstance(now, dict):
         for key in sorted(was.keys() | now.keys()):
@@ -256,7 +274,7 @@ def _other_line(was: bytes, now: bytes) -> str:
 
 
 def write_plan(plan: Plan, out: Path) -> None:
-    """Write the plan, whole, before anything is made."""
+    """Write the plan, atomically, before anything is made."""
     with staged(out / PLAN) as folder:
         text = json.dumps(plan.record, indent=1) + "\n"
         (folder / PLAN_FILE).write_text(text, encoding="utf-8")
@@ -264,7 +282,7 @@ def write_plan(plan: Plan, out: Path) -> None:
 
 
 def model_digest(folder: Path) -> str:
-    """SHA-256 of what a model's directory holds: of its manifest, or of its files themselves."""
+    """SHA-256 of a model's directory: of its manifest, or of its files themselves."""
     if (folder / MANIFEST).exists():
         return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
     total = hashlib.sha256()

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from mdiff.errors import CheckpointError, DataError, nearest
 from mdiff.files import parse_json
@@ -22,7 +21,7 @@ MOST_ID = 200
 
 @dataclass(frozen=True)
 class Request:
-    """One line of a file: what to fill in, and the names that its result goes by.
+    """One line of a file: what to generate, and the id of its result.
 
     `kind` is one of KINDS and `words` its text; `id` is its own or the number of its line.
     """
@@ -53,7 +52,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Failure:
-    """A request that cannot be met: its line, its id where that is known, and why."""
+    """A request that failed: its line, its id where that is known, and why."""
 
     line: int
     id: str | int | None
@@ -65,9 +64,9 @@ class Failure:
 
 
 def read_requests(content: bytes) -> tuple[list[Request], list[Failure]]:
-    """The requests of a JSONL file's content in their order, and the lines that are none.
+    """The requests of a JSONL file's content in their order, and the invalid lines.
 
-    Lines with the same id are all failures: which one is meant cannot be known.
+    Lines with the same id are all failures.
     """
     requests: list[Request] = []
     failures: list[Failure] = []
@@ -88,7 +87,7 @@ def read_requests(content: bytes) -> tuple[list[Request], list[Failure]]:
 
 
 def _request(line: bytes, number: int) -> Request:
-    """The request of one line; DataError or CheckpointError where it is none."""
+    """The request of one line; DataError or CheckpointError for an invalid one."""
     if len(line) > MOST_BYTES:
         raise DataError(f"the line has {len(line)} bytes: at most {MOST_BYTES} are read")
     row = parse_json(line, origin=f"line {number}")
@@ -99,22 +98,22 @@ def _request(line: bytes, number: int) -> Request:
     if len(kinds) != 1 or not isinstance(row[kinds[0]], str):
         raise DataError("expected one of 'prompt', 'infill' and 'chat', a string")
     length = row.get("length")
-    if length is not None and (not _whole(length, 1, MOST_TOKENS) or kinds[0] == "infill"):
+    if length is not None and (not _is_integer(length, 1, MOST_TOKENS) or kinds[0] == "infill"):
         raise DataError(
             f"length={str(length)[:80]}: expected 1 to {MOST_TOKENS}, for a prompt or chat"
         )
     seed = row.get("seed")
-    if seed is not None and not _whole(seed, -(2**63), 2**64 - 1):
+    if seed is not None and not _is_integer(seed, -(2**63), 2**64 - 1):
         raise DataError(f"seed={str(seed)[:80]}: expected a whole number of 64 bits")
     return Request(number, _id(row.get("id", number)), kinds[0], row[kinds[0]], length, seed)
 
 
-def _whole(value: Any, least: int, most: int) -> bool:
+def _is_integer(value: object, least: int, most: int) -> bool:
     return type(value) is int and least <= value <= most
 
 
-def _id(value: Any) -> str | int:
-    """The id; DataError where it is no short text or whole number."""
+def _id(value: object) -> str | int:
+    """The id; DataError where it is neither a short text nor a whole number."""
     if type(value) is int and abs(value) < 2**63:
         return value
     # Half a character, as "\\ud800" is, cannot be written.

@@ -1,7 +1,7 @@
-"""Generation at volume, the shards: each is whole or not there, and all of them are one result.
+"""The shards of batch generation, each written atomically, and the file of results made of them.
 
-A shard is a directory with a manifest of SHA-256 sums (see `checkpoint.staged`): one of its name
-is complete whenever its writer was killed. Nothing that it holds depends on who makes it, or when.
+A shard is a directory with a manifest of SHA-256 sums (see `files.staged`): one of its name is
+complete whenever its writer was killed. Its bytes do not depend on the process or the time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,16 @@ import torch
 
 from mdiff.errors import BackendError, CheckpointError
 from mdiff.files import complete, replace_file, staged, sweep, verify
-from mdiff.pipeline.batch.jobs import Make, Tell
-from mdiff.pipeline.batch.plan import BLAMED, Batches, Plan, Setting, canvas_of, failure_of, runs_of
+from mdiff.pipeline.batch.jobs import Heartbeat, Make
+from mdiff.pipeline.batch.plan import (
+    REQUEST_ERRORS,
+    Batches,
+    Plan,
+    Setting,
+    canvas_of,
+    failure_of,
+    runs_of,
+)
 from mdiff.pipeline.batch.requests import Failure, Request
 from mdiff.pipeline.batch.workers import ATTEMPTS
 from mdiff.pipeline.generation import Generated
@@ -29,10 +37,10 @@ from mdiff.pipeline.options import row_seeds
 from mdiff.pipeline.pipeline import Pipeline
 
 RESULTS, FAILURES = "results.jsonl", "failures.jsonl"
-# The place after all batches: whoever dies there was not killed by a request.
+# The work item after all batches: no request is the cause of a crash there.
 WRITING = "writing"
 
-# A request with its `n` samples, or with why it has none.
+# A request with its samples, or with the failure.
 Found = tuple[Request, list[Generated] | Failure]
 
 
@@ -40,8 +48,8 @@ Found = tuple[Request, list[Generated] | Failure]
 class RequestShard:
     """Batches of requests and the directory of their results.
 
-    Makers have died at the batches numbered in `apart`, whose requests are made one by one, and
-    at the lone requests whose lines are in `fatal`, with how: these fail.
+    Workers have crashed at the batches numbered in `apart`, whose requests are made one by one,
+    and at the single requests whose lines are in `fatal`, with how: these fail.
     """
 
     number: int
@@ -53,15 +61,15 @@ class RequestShard:
     def __str__(self) -> str:
         return f"shard {self.number}, {sum(map(len, self.batches))} requests"
 
-    def is_whole(self) -> bool:
-        """Whether its directory is there, with every file's size as its manifest says."""
+    def is_complete(self) -> bool:
+        """Whether its directory is there, with the sizes of files that its manifest lists."""
         return complete(self.path)
 
     def clear(self) -> None:
         """Remove what killed makers have left, and the directory where it is damaged."""
         sweep(self.path.parent, f"{self.path.name}.")
         if self.path.is_symlink() or self.path.is_file():
-            # Somebody put it there; what a link leads to stays.
+            # Not written by this job; the target of a link stays.
             self.path.unlink()
         elif self.path.exists():
             try:
@@ -73,17 +81,17 @@ class RequestShard:
         """Itself: requests are short."""
         return self
 
-    def without(self, place: Hashable, how: str) -> RequestShard | None:
-        """The same with the batch of a `Place` taken apart, or with its lone request failed."""
-        if not isinstance(place, Place):
+    def without(self, item: Hashable, how: str) -> RequestShard | None:
+        """The same with the requests of a batch made one by one, or with a request failed."""
+        if not isinstance(item, WorkItem):
             return None
-        if place.line is None:
-            return replace(self, apart=self.apart | {place.batch})
-        return replace(self, fatal=self.fatal | {place.line: how})
+        if item.line is None:
+            return replace(self, apart=self.apart | {item.batch})
+        return replace(self, fatal=self.fatal | {item.line: how})
 
 
-class Place(NamedTuple):
-    """Where the making of a shard is: at a whole batch, or at the request of a line, alone."""
+class WorkItem(NamedTuple):
+    """What goes through the model at once: a batch, or the request of a line of it."""
 
     batch: int
     line: int | None = None
@@ -91,7 +99,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Generator:
-    """How a worker comes by a model: which one, loaded how; `setting` is the run's."""
+    """Loads the model in a worker; `setting` is the run's."""
 
     model: str
     dtype: str | None
@@ -108,15 +116,17 @@ class Generator:
         return partial(make_shard, pipeline, self.setting)
 
 
-def make_shard(pipeline: Pipeline, setting: Setting, shard: RequestShard, tell: Tell) -> None:
-    """Generate a shard and put it in its place, whole; one that is there is left."""
-    if shard.is_whole():
+def make_shard(
+    pipeline: Pipeline, setting: Setting, shard: RequestShard, heartbeat: Heartbeat
+) -> None:
+    """Generate a shard and write it atomically; one that is there is left."""
+    if shard.is_complete():
         return
     made: dict[int, list[Found]] = {}
-    # Where makers have died comes first: if another does, nothing else was made in vain.
+    # Batches of earlier crashes come first: another crash then costs no other batch.
     for number in sorted(range(len(shard.batches)), key=lambda number: number not in shard.apart):
-        made[number] = list(_batch(pipeline, setting, shard, number, tell))
-    tell(WRITING)
+        made[number] = list(_batch(pipeline, setting, shard, number, heartbeat))
+    heartbeat(WRITING)
     try:
         with (
             staged(shard.path) as folder,
@@ -131,35 +141,35 @@ def make_shard(pipeline: Pipeline, setting: Setting, shard: RequestShard, tell: 
                         results.writelines(_lines(request, found))
     except (CheckpointError, OSError):
         # Another process was faster, with the same result.
-        if not shard.is_whole():
+        if not shard.is_complete():
             raise
 
 
 def _batch(
-    pipeline: Pipeline, setting: Setting, shard: RequestShard, number: int, tell: Tell
+    pipeline: Pipeline, setting: Setting, shard: RequestShard, number: int, heartbeat: Heartbeat
 ) -> Iterator[Found]:
-    """What becomes of a batch: made as one, or request by request where makers died at it."""
+    """A batch, generated as one, or request by request where workers crashed at it."""
     batch = shard.batches[number]
     if number not in shard.apart:
-        tell(Place(number))
+        heartbeat(WorkItem(number))
         yield from filled(pipeline, batch, setting)
         return
     for request in batch:
         if request.line in shard.fatal:
-            how = f"{ATTEMPTS} workers died at it alone, the last by {shard.fatal[request.line]}"
+            how = f"{ATTEMPTS} workers crashed at it alone, the last by {shard.fatal[request.line]}"
             yield request, Failure(request.line, request.id, how)
         else:
-            tell(Place(number, request.line))
+            heartbeat(WorkItem(number, request.line))
             yield from filled(pipeline, [request], setting)
 
 
 def filled(pipeline: Pipeline, batch: Sequence[Request], setting: Setting) -> Iterator[Found]:
-    """Each request of a batch with its `n` samples; one that spoils the batch fails alone."""
+    """Each request of a batch with its samples; one that makes the batch fail, fails alone."""
     try:
         samples = _samples(pipeline, batch, setting)
     except BackendError:
         raise
-    except BLAMED as error:
+    except REQUEST_ERRORS as error:
         if len(batch) == 1:
             yield batch[0], failure_of(batch[0], error)
             return
@@ -167,14 +177,14 @@ def filled(pipeline: Pipeline, batch: Sequence[Request], setting: Setting) -> It
             yield from filled(pipeline, [request], setting)
         return
     for number, request in enumerate(batch):
-        yield request, samples[number * setting.n : (number + 1) * setting.n]
+        yield request, samples[number * setting.num_samples : (number + 1) * setting.num_samples]
 
 
 def _samples(pipeline: Pipeline, batch: Sequence[Request], setting: Setting) -> list[Generated]:
     canvases, seeds = [], []
     for request in batch:
-        canvases += [canvas_of(pipeline, request, setting)] * setting.n
-        seeds += row_seeds(request.seed(setting.seed), setting.n).tolist()
+        canvases += [canvas_of(pipeline, request, setting)] * setting.num_samples
+        seeds += row_seeds(request.seed(setting.seed), setting.num_samples).tolist()
     echo = batch[0].kind != "chat"
     runs = runs_of(pipeline, canvases, seeds, setting, echo=echo)
     return [sample for run in runs for sample in run.finished()]
@@ -199,9 +209,9 @@ def _lines(request: Request, samples: Sequence[Generated]) -> Iterator[str]:
 def merge(plan: Plan, shards: Sequence[RequestShard], out: Path) -> tuple[int, list[Failure]]:
     """Write the results in the order of the requests, and the failures: how many, and which.
 
-    Every shard must be there. Only where a request's lines lie is kept in memory.
+    Every shard must be there. Only the offsets of a request's lines are kept in memory.
     """
-    places: dict[str, list[tuple[Path, int, int]]] = {}
+    offsets: dict[str, list[tuple[Path, int, int]]] = {}
     failures = list(plan.failures)
     for shard in shards:
         path = shard.path / RESULTS
@@ -209,18 +219,18 @@ def merge(plan: Plan, shards: Sequence[RequestShard], out: Path) -> tuple[int, l
         with path.open("rb") as lines:
             for line in lines:
                 key = json.dumps(json.loads(line)["id"])
-                places.setdefault(key, []).append((path, offset, len(line)))
+                offsets.setdefault(key, []).append((path, offset, len(line)))
                 offset += len(line)
-        with (shard.path / FAILURES).open(encoding="utf-8") as told:
-            failures += [Failure(**json.loads(line)) for line in told]
+        with (shard.path / FAILURES).open(encoding="utf-8") as lines:
+            failures += [Failure(**json.loads(line)) for line in lines]
     failures.sort(key=lambda failure: failure.line)
     replace_file(out / FAILURES, (failure.json().encode() for failure in failures))
-    ordered = (place for request in plan.requests for place in places.get(request.key, ()))
-    replace_file(out / RESULTS, (_at(*place) for place in ordered))
-    return sum(map(len, places.values())), failures
+    ordered = (at for request in plan.requests for at in offsets.get(request.key, ()))
+    replace_file(out / RESULTS, (_read(*at) for at in ordered))
+    return sum(map(len, offsets.values())), failures
 
 
-def _at(path: Path, offset: int, size: int) -> bytes:
+def _read(path: Path, offset: int, size: int) -> bytes:
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(size)

@@ -1,7 +1,7 @@
-"""Work at volume: a job done by the processes of this call, or by those of a launcher.
+"""Running a job: by the processes of this call, or by those of a launcher.
 
-What is whole of an earlier run is kept. Each process of a launcher has the shards of its rank;
-the first one makes what is left by those that have died.
+What is complete of an earlier run is kept. Each process of a launcher has the shards of its rank;
+the first one makes what is left by those that have ended early.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,24 +20,24 @@ import torch
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import locked
 from mdiff.pipeline.batch.jobs import Job, Report, Shard
-from mdiff.pipeline.batch.workers import Crew, one_thread
+from mdiff.pipeline.batch.workers import WorkerPool, one_thread
 
-# Seconds between two looks at what other processes do.
-LOOK_EVERY = 0.2
+# Seconds between two polls of the files of other processes.
+POLL_EVERY = 0.2
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Launched:
-    """Which of a launcher's processes this is, as torchrun and accelerate say it."""
+    """The rank of this process under a launcher such as torchrun or accelerate."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def here(cls) -> Launched:
-        """As the environment says; the only one where it says nothing."""
+        """From the environment; the only rank where it names none."""
         try:
             found = cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
         except ValueError:
@@ -65,44 +65,44 @@ class Launched:
     def held(self, out: Path) -> Iterator[None]:
         """The right to write this rank's share in `out`.
 
-        For the first rank, CheckpointError while another process has it; a later rank waits,
-        until the first has made what it took for left behind.
+        For the first rank, CheckpointError while another process has it; a later rank waits
+        while the first makes its share.
         """
         with ExitStack() as stack:
             if self.rank == 0:
                 stack.enter_context(locked(out))
-            while self.rank and not _taken(stack, _room(out, self.rank)):
-                time.sleep(LOOK_EVERY)
+            while self.rank and not _taken(stack, _lock_folder(out, self.rank)):
+                time.sleep(POLL_EVERY)
             yield
 
 
-def check_crew(workers: int, patience: float | None, launched: Launched) -> None:
-    """Raise ConfigError for a number of workers or a patience that cannot be meant."""
+def check_pool(workers: int, timeout: float | None, launched: Launched) -> None:
+    """Raise ConfigError for an invalid number of workers or timeout."""
     if workers < 1 or (workers > 1 and launched.world > 1):
         raise ConfigError(
             f"workers={workers}: expected at least 1, and 1 in each process of a launcher"
         )
-    if patience is not None and not 0 < patience < math.inf:
-        raise ConfigError(f"patience={patience:g}: expected more than 0 seconds")
+    if timeout is not None and not 0 < timeout < math.inf:
+        raise ConfigError(f"timeout={timeout:g}: expected more than 0 seconds")
 
 
 def make_all(
-    job: Job, launched: Launched, *, workers: int = 1, patience: float | None = None,
+    job: Job, launched: Launched, *, workers: int = 1, timeout: float | None = None,
     report: Report = lambda line: None,
 ) -> int:  # fmt: skip
-    """Make what is not whole of this rank's shards; how many were made by this call.
+    """Make the shards of this rank that are not complete; how many this call made.
 
     To be called within `launched.held`. The first rank returns when every shard of the job is
-    whole, a later one when its own are. One worker works in this process, unless it is watched:
-    with `patience` there is a process to kill. Raises MdiffError where workers keep dying, and
-    what a shard's making raises; KeyboardInterrupt says what is complete.
+    complete, a later one when its own are. One worker works in this process, except with a
+    `timeout`, which needs a process that can be killed. Raises MdiffError where workers keep
+    crashing, and what a shard's making raises; KeyboardInterrupt states what is complete.
     """
     try:
-        made = _make(job, launched.share(job.shards), workers, patience, report)
+        made = _make(job, launched.share(job.shards), workers, timeout, report)
         for rank in range(1, launched.world if launched.rank == 0 else 1):
-            made += _await(job, Launched(rank, launched.world), patience, report)
+            made += _await(job, Launched(rank, launched.world), timeout, report)
     except KeyboardInterrupt:
-        done = sum(shard.is_whole() for shard in job.shards)
+        done = sum(shard.is_complete() for shard in job.shards)
         raise KeyboardInterrupt(
             f"interrupted: {done} of {len(job.shards)} shards are complete; "
             "the same command goes on"
@@ -111,12 +111,12 @@ def make_all(
 
 
 def _make(
-    job: Job, shards: Sequence[Shard], workers: int, patience: float | None, report: Report
+    job: Job, shards: Sequence[Shard], workers: int, timeout: float | None, report: Report
 ) -> int:
     """Make what is missing of these shards, here or with workers."""
     for shard in shards:
         shard.clear()
-    left = [shard for shard in shards if not shard.is_whole()]
+    left = [shard for shard in shards if not shard.is_complete()]
     if len(left) < len(shards):
         report(f"{len(shards) - len(left)} of {len(shards)} shards are there already")
     finished = 0
@@ -126,40 +126,37 @@ def _make(
         finished += 1
         report(f"{shard}: {finished} of {len(left)}")
 
-    if patience is not None or workers > 1:
-        Crew(left, job.maker, done=done, report=report, patience=patience).work(workers)
+    if timeout is not None or workers > 1:
+        WorkerPool(left, job.maker, done=done, report=report, timeout=timeout).work(workers)
         return finished
     with one_thread():
         for shard in left:
-            job.make(shard.part(), _unheard)
+            # Nobody watches this process: its work items are not reported.
+            job.make(shard.part(), lambda item: None)
             done(shard)
     return finished
 
 
-def _unheard(place: Hashable) -> None:
-    """Nobody watches over what is made in this process itself."""
-
-
-def _await(job: Job, other: Launched, patience: float | None, report: Report) -> int:
-    """Wait for another rank's shards; what it leaves behind when it dies is made here."""
+def _await(job: Job, other: Launched, timeout: float | None, report: Report) -> int:
+    """Wait for another rank's shards; what it leaves when it ends early is made here."""
     made, shards = 0, other.share(job.shards)
-    while shards := [shard for shard in shards if not shard.is_whole()]:
+    while shards := [shard for shard in shards if not shard.is_complete()]:
         with ExitStack() as stack:
-            if _taken(stack, _room(job.out, other.rank)):
-                made += _make(job, shards, 1, patience, report)
-        time.sleep(LOOK_EVERY)
+            if _taken(stack, _lock_folder(job.out, other.rank)):
+                made += _make(job, shards, 1, timeout, report)
+        time.sleep(POLL_EVERY)
     return made
 
 
-def _taken(stack: ExitStack, room: Path) -> bool:
+def _taken(stack: ExitStack, folder: Path) -> bool:
     """Whether the lock of a directory was free; it is held until the stack closes."""
     try:
-        stack.enter_context(locked(room))
+        stack.enter_context(locked(folder))
     except CheckpointError:
         return False
     return True
 
 
-def _room(out: Path, rank: int) -> Path:
-    """Where a later rank's lock lies: in a hidden folder of its own."""
+def _lock_folder(out: Path, rank: int) -> Path:
+    """The folder of a later rank's lock: a hidden one of its own."""
     return out / ".ranks" / str(rank)

@@ -1,8 +1,8 @@
-"""Work at volume, the workers: processes that take whole shards, and may die or hang.
+"""A pool of worker processes that make shards, and that may crash or hang.
 
-A worker is a process of one thread with a model or codec of its own. One that dies gives its
-shard back. Where several die at the same place of a shard it is made without that place, or
-given up, so that a run always ends.
+A worker is a process of one thread with a model or codec of its own. The shard of one that
+crashed goes to another worker. Where several crash at the same work item, the shard is made
+without it or given up, so that a run always ends.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ import torch
 from mdiff.errors import MdiffError
 from mdiff.pipeline.batch.jobs import Maker, Report, Shard
 
-# So many workers may die at a place: one is an accident, several are the place's doing.
+# So many workers may crash at a work item: one may be an accident, several are its doing.
 ATTEMPTS = 3
-# Seconds that a worker has to end when it is told to.
+# Seconds that a worker has to end after its pipe was closed.
 GRACE = 10.0
 
 
 @dataclass
 class Worker:
-    """A process, this end of its pipe, and what it has: a shard, and the place it told of last.
+    """A process, this end of its pipe, its shard, and the work item that it reported last.
 
-    `heard` is when it last had something to say or was given a shard, in seconds of the
-    monotonic clock.
+    `heard` is the time of its last message or new shard, in seconds of the monotonic clock.
     """
 
     number: int
@@ -43,7 +42,7 @@ class Worker:
     pipe: Connection
     heard: float
     shard: Shard | None = None
-    place: Hashable = None
+    item: Hashable = None
 
 
 @contextmanager
@@ -57,22 +56,22 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Crew:
-    """Workers, the shards that wait for one, and what is known of deaths.
+class WorkerPool:
+    """Workers, the shards that wait for one, and the crashes so far.
 
-    `done` hears of each shard that is whole; `patience` is how many seconds a worker may be
-    silent before it is killed, None for ever.
+    `done` is called with each shard that is complete; `timeout` is how many seconds a worker may
+    be silent before it is killed, None for no limit.
     """
 
     def __init__(
         self, shards: Sequence[Shard], maker: Maker, *, done: Callable[[Shard], None],
-        report: Report, patience: float | None = None,
+        report: Report, timeout: float | None = None,
     ) -> None:  # fmt: skip
         self.waiting = deque(shards)
-        self.maker, self.done, self.report, self.patience = maker, done, report, patience
-        self.team: list[Worker] = []
-        self.leaving: list[Worker] = []
-        self.deaths = Counter[Hashable]()
+        self.maker, self.done, self.report, self.timeout = maker, done, report, timeout
+        self.active: list[Worker] = []
+        self.stopping: list[Worker] = []
+        self.crashes = Counter[Hashable]()
         self.lost: list[str] = []
 
     def work(self, workers: int) -> None:
@@ -82,99 +81,99 @@ class Crew:
         worker gets as far as a shard, and what a worker raised as soon as it does.
         """
         try:
-            while self.waiting or any(worker.shard is not None for worker in self.team):
-                self._hire(workers)
-                self._listen()
-                self._end_the_silent()
+            while self.waiting or any(worker.shard is not None for worker in self.active):
+                self._start(workers)
+                self._receive()
+                self._kill_silent()
         finally:
-            for worker in self.team:
+            for worker in self.active:
                 worker.process.terminate()
-            for worker in self.team + self.leaving:
-                _dismiss(worker)
+            for worker in self.active + self.stopping:
+                _stop(worker)
         if self.lost:
             raise MdiffError(f"{'; '.join(self.lost[:3])}; the other shards are complete")
 
-    def _hire(self, workers: int) -> None:
-        """Start what processes are missing for the shards that wait."""
-        coming = sum(worker.shard is None for worker in self.team)
-        wanted = min(workers - len(self.team), len(self.waiting) - coming)
-        free = sorted(set(range(workers)) - {worker.number for worker in self.team})
-        self.team += [_hired(self.maker, number) for number in free[: max(0, wanted)]]
+    def _start(self, workers: int) -> None:
+        """Start the processes that are missing for the shards that wait."""
+        coming = sum(worker.shard is None for worker in self.active)
+        wanted = min(workers - len(self.active), len(self.waiting) - coming)
+        free = sorted(set(range(workers)) - {worker.number for worker in self.active})
+        self.active += [start_worker(self.maker, number) for number in free[: max(0, wanted)]]
 
-    def _listen(self) -> None:
-        """Wait for words of workers, or for the end of patience with one, and answer them."""
+    def _receive(self) -> None:
+        """Wait for messages of workers, or for the timeout of one, and answer them."""
         rest = None
-        if self.patience is not None:
-            longest = min(worker.heard for worker in self.team) + self.patience
+        if self.timeout is not None:
+            longest = min(worker.heard for worker in self.active) + self.timeout
             rest = max(0.0, longest - time.monotonic())
-        for pipe in wait([worker.pipe for worker in self.team], rest):
-            worker = next(each for each in self.team if each.pipe is pipe)
+        for pipe in wait([worker.pipe for worker in self.active], rest):
+            worker = next(each for each in self.active if each.pipe is pipe)
             worker.heard = time.monotonic()
             try:
-                said = worker.pipe.recv()
+                received = worker.pipe.recv()
             except (EOFError, OSError):
-                self._bury(worker)
+                self._reap(worker)
                 continue
-            if isinstance(said, Exception):
-                raise said
-            if said is not None:
-                worker.place = said
+            if isinstance(received, Exception):
+                raise received
+            if received is not None:
+                worker.item = received
                 continue
             if worker.shard is not None:
                 self.done(worker.shard)
             else:
-                self.deaths.pop(None, None)
-            self._hand(worker)
+                self.crashes.pop(None, None)
+            self._assign(worker)
 
-    def _hand(self, worker: Worker) -> None:
-        """Give a worker the next shard; where there is none it leaves."""
-        worker.shard, worker.place = None, None
+    def _assign(self, worker: Worker) -> None:
+        """Give a worker the next shard; without one left, it is stopped."""
+        worker.shard, worker.item = None, None
         if not self.waiting:
-            self.team.remove(worker)
-            self.leaving.append(worker)
+            self.active.remove(worker)
+            self.stopping.append(worker)
             worker.pipe.close()
             return
         worker.shard = self.waiting.popleft()
-        # One that has died is seen by the next look at its pipe.
+        # A crash is found when its pipe is read next.
         with suppress(OSError):
             worker.pipe.send(worker.shard.part())
         worker.heard = time.monotonic()
 
-    def _end_the_silent(self) -> None:
-        if self.patience is None:
+    def _kill_silent(self) -> None:
+        if self.timeout is None:
             return
-        for worker in list(self.team):
+        for worker in list(self.active):
             silent = time.monotonic() - worker.heard
-            if silent > self.patience and not worker.pipe.poll():
+            if silent > self.timeout and not worker.pipe.poll():
                 worker.process.kill()
-                self._bury(worker, f"{self.patience:g} s of silence")
+                self._reap(worker, f"{self.timeout:g} s of silence")
 
-    def _bury(self, worker: Worker, how: str = "") -> None:
-        """Give a dead worker's shard to the next one, whole, without a place, or not at all."""
-        self.team.remove(worker)
+    def _reap(self, worker: Worker, how: str = "") -> None:
+        """Give a crashed worker's shard to the next one: all of it, without an item, or not."""
+        self.active.remove(worker)
         worker.process.join()
         worker.pipe.close()
         how = how or _ending(worker.process.exitcode or 0)
         shard = worker.shard
         if shard is None:
-            self.deaths[None] += 1
-            if self.deaths[None] == ATTEMPTS:
-                raise MdiffError(f"{ATTEMPTS} workers died before they began, the last by {how}")
+            self.crashes[None] += 1
+            if self.crashes[None] == ATTEMPTS:
+                raise MdiffError(f"{ATTEMPTS} workers crashed before a shard, the last by {how}")
             return
         shard.clear()
-        if shard.is_whole():
+        if shard.is_complete():
             self.done(shard)
             return
-        self.deaths[shard.number, worker.place] += 1
-        if self.deaths[shard.number, worker.place] < ATTEMPTS:
+        self.crashes[shard.number, worker.item] += 1
+        if self.crashes[shard.number, worker.item] < ATTEMPTS:
             self.waiting.appendleft(shard)
             return
-        told = f"{ATTEMPTS} workers died at shard {shard.number}, the last by {how}"
-        other = None if worker.place is None else shard.without(worker.place, how)
+        crashed = f"{ATTEMPTS} workers crashed at shard {shard.number}, the last by {how}"
+        other = None if worker.item is None else shard.without(worker.item, how)
         if other is None:
-            self.lost.append(told)
+            self.lost.append(crashed)
         else:
-            self.report(f"{told}: it is tried without what they died at")
+            self.report(f"{crashed}: it is retried without the work item of the crash")
             self.waiting.appendleft(other)
 
 
@@ -185,19 +184,19 @@ def _ending(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def _hired(maker: Maker, number: int) -> Worker:
+def start_worker(maker: Maker, number: int) -> Worker:
     """A new process, which asks for a shard when it is ready."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, maker, number), daemon=True)
     process.start()
-    # With the other end open here as well, a death would not be seen.
+    # With the other end open here as well, a crash would not end the pipe.
     theirs.close()
     return Worker(number, process, ours, time.monotonic())
 
 
-def _dismiss(worker: Worker) -> None:
-    """End a worker that has no shard: its pipe closes, and it leaves."""
+def _stop(worker: Worker) -> None:
+    """End a worker without a shard by closing its pipe; it is killed after GRACE seconds."""
     worker.pipe.close()
     worker.process.join(GRACE)
     if worker.process.is_alive():
@@ -206,9 +205,10 @@ def _dismiss(worker: Worker) -> None:
 
 
 def _serve(pipe: Connection, maker: Maker, number: int) -> None:
-    """What a worker process does: shards as they come, until its pipe closes.
+    """The main function of a worker process: shards as they come, until its pipe closes.
 
-    It says None when it wants a shard, the places that it comes to, and the error that ends it.
+    It sends None to ask for a shard, each work item before it is made, and the error that ends
+    it.
     """
     # An interrupt is for the parent to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -221,7 +221,7 @@ def _serve(pipe: Connection, maker: Maker, number: int) -> None:
             make(part, pipe.send)
             pipe.send(None)
     except Exception as error:
-        # Where the parent is gone nobody wants to know.
+        # The parent may have ended.
         with suppress(OSError):
             pipe.send(_portable(error))
 
@@ -235,7 +235,7 @@ def _next(pipe: Connection) -> object:
 
 
 def leave_with_parent() -> None:
-    """End this process when its parent has: what it would write is another run's by then."""
+    """End this process when its parent has ended: another run may write its files by then."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""Generation at volume: whatever dies, the result is that of one clean run."""
+"""Batch generation: whatever process is killed, the result is that of one clean run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mdiff.modalities.text.modality import text
 from mdiff.pipeline.batch import offline, workers
 from mdiff.pipeline.batch.plan import Setting
 from mdiff.pipeline.batch.requests import Failure, Request, read_requests
-from mdiff.pipeline.batch.shards import WRITING, Place, RequestShard, filled, make_shard
+from mdiff.pipeline.batch.shards import WRITING, RequestShard, WorkItem, filled, make_shard
 from mdiff.pipeline.pipeline import Pipeline
 
 
@@ -102,7 +102,7 @@ def test_two_ranks_give_the_same_bytes(clean, model, requests, tmp_path):
     assert content(out) == content(clean)
 
 
-def test_the_first_rank_makes_what_a_dead_one_left(clean, model, requests, tmp_path):
+def test_the_first_rank_makes_what_a_killed_one_left(clean, model, requests, tmp_path):
     out = tmp_path / "out"
     late = started(begin, model, requests, out, rank=1, world=2)
     while not (out / ".ranks" / "1" / ".lock").exists():
@@ -113,17 +113,17 @@ def test_the_first_rank_makes_what_a_dead_one_left(clean, model, requests, tmp_p
     assert content(out) == content(clean)
 
 
-def deadly(tmp_path, monkeypatch, rows, *places):
-    """The requests with some that take a worker down put before those places; their lines."""
+def deadly(tmp_path, monkeypatch, rows, *positions):
+    """The requests with some inserted there that kill their worker; their lines."""
     rows = list(rows)
-    for place in places:
-        rows.insert(place, {"id": f"deadly {place}", "prompt": DEADLY, "length": 26})
+    for position in positions:
+        rows.insert(position, {"id": f"deadly {position}", "prompt": DEADLY, "length": 26})
     monkeypatch.setattr(offline, "Generator", DeadlyGenerator)
     path = written(tmp_path / "in.jsonl", rows)
     return path, [number for number, row in enumerate(rows, 1) if "deadly" in str(row.get("id"))]
 
 
-def test_requests_that_take_their_workers_down_fail_alone_and_the_rest_completes(
+def test_requests_that_kill_their_workers_fail_alone_and_the_rest_completes(
     model, tmp_path, fast_workers, monkeypatch
 ):
     path, lines = deadly(tmp_path, monkeypatch, asked()[:59], 7, 30)
@@ -132,9 +132,9 @@ def test_requests_that_take_their_workers_down_fail_alone_and_the_rest_completes
     found = begin(model, path, tmp_path / "out", workers=2, report=said.append)
     assert [failure.line for failure in found.failures] == lines
     for failure in found.failures:
-        assert failure.error.startswith("3 workers died at it alone, the last by signal 9")
+        assert failure.error.startswith("3 workers crashed at it alone, the last by signal 9")
     # Both are of one length and one batch, with a third request.
-    assert sum("it is tried without what they died at" in line for line in said) == 3
+    assert sum("it is retried without the work item of the crash" in line for line in said) == 3
     clean = {row["id"]: row for row in results(tmp_path / "clean")}
     made = {row["id"]: row for row in results(tmp_path / "out")}
     assert list(made) == [name for name in clean if "deadly" not in str(name)]
@@ -147,7 +147,7 @@ def test_requests_that_take_their_workers_down_fail_alone_and_the_rest_completes
     assert begin(model, path, tmp_path / "out").failures == found.failures
 
 
-POISON = [
+INVALID = [
     (b'{"prompt": "a", "length": 99}', "longer than the model's window"),
     (b'{"prompt": "hello", "length": 3}', "do not fit a canvas of 3"),
     (b'{"infill": "no gap"}', "nothing to fill in"),
@@ -176,23 +176,23 @@ POISON = [
 ]
 
 
-def test_poisoned_requests_are_told_and_the_rest_completes(model, tmp_path, capsys):
+def test_invalid_requests_are_reported_and_the_rest_completes(model, tmp_path, capsys):
     path = tmp_path / "in.jsonl"
     good = b'{"id": "good", "prompt": "a", "length": 12}\n'
-    path.write_bytes(b"\xef\xbb\xbf" + good + b"\n".join(line for line, _ in POISON) + b"\n\n")
+    path.write_bytes(b"\xef\xbb\xbf" + good + b"\n".join(line for line, _ in INVALID) + b"\n\n")
     words = ["generate", model, "--input", str(path), "--out", str(tmp_path / "out")]
     start = time.monotonic()
     assert run([*words, "--json"]) == 3
     assert time.monotonic() - start < 10
-    told = capsys.readouterr()
-    assert json.loads(told.out)["failed"] == len(POISON)
-    assert "25 requests failed" in told.err
+    written_out = capsys.readouterr()
+    assert json.loads(written_out.out)["failed"] == len(INVALID)
+    assert "25 requests failed" in written_out.err
     assert [row["id"] for row in results(tmp_path / "out")] == ["good"]
     failures = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").open()]
-    assert [failure["line"] for failure in failures] == list(range(2, len(POISON) + 2))
-    for failure, (line, why) in zip(failures, POISON):
+    assert [failure["line"] for failure in failures] == list(range(2, len(INVALID) + 2))
+    for failure, (line, why) in zip(failures, INVALID):
         assert why in failure["error"], line[:80]
-    # They are told again by a run that has nothing left to make.
+    # They are reported again by a run that has nothing left to make.
     assert run(words) == 3
     alone = written(tmp_path / "alone.jsonl", [{"id": "good", "prompt": "a", "length": 12}])
     assert run([*words[:3], str(alone), "--out", str(tmp_path / "alone")]) == 0
@@ -202,15 +202,15 @@ def test_poisoned_requests_are_told_and_the_rest_completes(model, tmp_path, caps
 class Choking(HashDenoiser):
     """Raises where it is shown an "x"."""
 
-    def __call__(self, tokens, **told):
+    def __call__(self, tokens, **rest):
         if (tokens == ord("x")).any():
             raise DataError("an x")
-        return super().__call__(tokens, **told)
+        return super().__call__(tokens, **rest)
 
 
 def test_a_request_that_spoils_its_batch_fails_alone():
     modality = text()
-    space, setting = modality.space, Setting(seed=5, n=2, length=9)
+    space, setting = modality.space, Setting(seed=5, num_samples=2, length=9)
     whole = Pipeline(HashDenoiser(space), space, modality, window=16)
     choking = Pipeline(Choking(space), space, modality, window=16, sampler="any_order")
     batch = [Request(i, f"q{i}", "prompt", words) for i, words in enumerate("abxd")]
@@ -218,29 +218,29 @@ def test_a_request_that_spoils_its_batch_fails_alone():
     assert found["q2"] == Failure(2, "q2", "an x")
     for request in (batch[0], batch[1], batch[3]):
         alone = whole.generate(
-            request.words, length=9, n=2, seed=request.seed(5), sampler="any_order"
+            request.words, length=9, num_samples=2, seed=request.seed(5), sampler="any_order"
         )
         if not any(ord("x") in sample.tokens for sample in alone):
             assert [s.tokens for s in found[request.id]] == [s.tokens for s in alone]
             assert [s.seed for s in found[request.id]] == [s.seed for s in alone]
 
 
-def test_a_maker_tells_of_each_batch_of_each_lone_request_and_of_the_writing(tmp_path):
+def test_each_batch_each_single_request_and_the_writing_is_a_work_item(tmp_path):
     modality = text()
     pipeline = Pipeline(HashDenoiser(modality.space), modality.space, modality, window=16)
     requests = [Request(i, f"q{i}", "prompt", words) for i, words in enumerate("abcd")]
     batches = (tuple(requests[:1]), tuple(requests[1:]))
-    shard = RequestShard(0, batches, tmp_path / "shard").without(Place(1), "x")
-    shard = shard.without(Place(1, 2), "signal 11")
-    told = []
-    make_shard(pipeline, Setting(length=9), shard, told.append)
-    # What killed comes first; what is told at the end is nobody's fault.
-    assert told == [Place(1, 1), Place(1, 3), Place(0), WRITING]
+    shard = RequestShard(0, batches, tmp_path / "shard").without(WorkItem(1), "x")
+    shard = shard.without(WorkItem(1, 2), "signal 11")
+    items = []
+    make_shard(pipeline, Setting(length=9), shard, items.append)
+    # Items of earlier crashes come first; the last one is the fault of no request.
+    assert items == [WorkItem(1, 1), WorkItem(1, 3), WorkItem(0), WRITING]
     assert shard.without(WRITING, "x") is None
     assert [row["id"] for row in results(shard.path)] == ["q0", "q1", "q3"]
     failed = json.loads((shard.path / "failures.jsonl").read_text())
     assert failed["line"] == 2
-    assert failed["error"] == "3 workers died at it alone, the last by signal 11"
+    assert failed["error"] == "3 workers crashed at it alone, the last by signal 11"
 
 
 def test_a_seed_depends_on_the_id_and_the_seed_of_the_run_alone():
@@ -272,11 +272,11 @@ def test_another_plan_is_refused_with_the_difference(clean, model, requests, tmp
     [
         (Setting(options={"steps": 0, "sampler": "confidence"}), "steps=0"),
         (Setting(options={"nonsense": 1}), "nonsense"),
-        (Setting(n=0), "n=0"),
+        (Setting(num_samples=0), "num_samples=0"),
         (Setting(options={"temperature": -1.0}), "temperature"),
     ],
 )
-def test_options_that_cannot_be_meant_leave_no_plan(model, requests, tmp_path, setting, message):
+def test_invalid_options_leave_no_plan(model, requests, tmp_path, setting, message):
     with pytest.raises(ConfigError, match=message):
         begin(model, requests, tmp_path / "out", setting=setting)
     assert not (tmp_path / "out").exists()
@@ -289,7 +289,7 @@ def test_a_second_run_on_the_folder_is_refused_by_the_lock(model, requests, tmp_
     assert not (out / "plan").exists()
 
 
-def test_a_damaged_shard_is_made_anew_and_what_killed_writers_left_is_removed(
+def test_a_damaged_shard_is_regenerated_and_what_killed_writers_left_is_removed(
     clean, model, requests, tmp_path
 ):
     out = tmp_path / "out"
@@ -318,8 +318,8 @@ def test_an_interrupt_keeps_what_is_complete(clean, model, requests, tmp_path):
     ("words", "message"),
     [
         (["--workers", "2"], "--workers needs --input"),
-        (["--patience", "9"], "--patience needs --input"),
-        (["--input", "IN", "--out", "o", "--patience", "-1"], "patience=-1: expected more than 0"),
+        (["--timeout", "9"], "--timeout needs --input"),
+        (["--input", "IN", "--out", "o", "--timeout", "-1"], "timeout=-1: expected more than 0"),
         (["--out", "o"], "--out is for models of pictures; one of text takes it with --input"),
         (["--input", "IN", "--out", "o", "--workers", "0"], "workers=0"),
         (["--input", "IN", "--out", "o", "--stream"], "--stream does not go with"),
@@ -331,9 +331,9 @@ def test_bad_options_of_volume_are_one_line(
     monkeypatch.chdir(tmp_path)
     words = [str(requests) if word == "IN" else word for word in words]
     assert run(["generate", model, *words]) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.count("\n") == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def command(*words):

@@ -8,13 +8,13 @@ import os
 import time
 
 import pytest
-from toy_job import PATIENCE, ToyMaker, ToyShard, job, journal, there
+from toy_job import TIMEOUT, ToyMaker, ToyShard, job, journal, there
 from volume_runs import ranked, server, started
 
 from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError
 from mdiff.files.atomic import locked
 from mdiff.pipeline.batch import workers
-from mdiff.pipeline.batch.volume import Launched, check_crew, make_all
+from mdiff.pipeline.batch.volume import Launched, check_pool, make_all
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_every_shard_is_made_once_by_any_number_of_workers(out, count):
 
 
 def test_parts_are_cut_out_for_the_workers_at_hand_alone(out, monkeypatch):
-    """What a shard is made from may be large: never are more parts about than workers."""
+    """The input of a shard may be large: there are never more parts than workers."""
     plain, about, most = ToyShard.part, set(), []
 
     def part(shard):
@@ -57,36 +57,38 @@ def test_parts_are_cut_out_for_the_workers_at_hand_alone(out, monkeypatch):
         return plain(shard)
 
     monkeypatch.setattr(ToyShard, "part", part)
-    crew = workers.Crew(
+    pool = workers.WorkerPool(
         job(out, *[("a",)] * 9).shards, ToyMaker(), report=print,
         done=lambda shard: about.remove(shard.number),
     )  # fmt: skip
-    crew.work(2)
+    pool.work(2)
     assert len(most) == 9
     assert max(most) <= 2
 
 
 @pytest.mark.parametrize("word", ["kill once", "leave once"])
-def test_a_dead_workers_shard_is_made_by_the_next(out, word):
+def test_the_shard_of_a_crashed_worker_is_made_by_the_next(out, word):
     make_all(job(out, ("a",), ("b", word), ("c",)), Launched(), workers=2)
     assert there(out) == {"0.txt": "a", "1.txt": f"b {word}", "2.txt": "c"}
     assert journal(out) == [0, 1, 1, 2]
 
 
-def test_what_three_workers_die_at_is_left_out_and_the_rest_made(out):
+def test_a_work_item_at_which_three_workers_crash_is_left_out_and_the_rest_made(out):
     said = []
     shards = job(out, ("a",), ("b", "kill", "c", "leave"), ("d",))
     make_all(shards, Launched(), workers=2, report=said.append)
     assert there(out) == {"0.txt": "a", "1.txt": "b c", "2.txt": "d"}
     assert journal(out) == [0, *[1] * 7, 2]
-    told = [line for line in said if "without what they died at" in line]
-    assert told[0].startswith("3 workers died at shard 1, the last by signal 9 (the system kills")
-    assert told[1].startswith("3 workers died at shard 1, the last by exit code 7")
+    lines = [line for line in said if "without the work item of the crash" in line]
+    assert lines[0].startswith(
+        "3 workers crashed at shard 1, the last by signal 9 (the system kill"
+    )
+    assert lines[1].startswith("3 workers crashed at shard 1, the last by exit code 7")
 
 
-@pytest.mark.parametrize("word", ["hopeless", "untold"])
+@pytest.mark.parametrize("word", ["hopeless", "unreported"])
 def test_a_shard_without_a_way_around_is_given_up_after_the_others(out, word):
-    lost = r"3 workers died at shard 1, the last by signal 9 .*; the other shards are complete"
+    lost = r"3 workers crashed at shard 1, the last by signal 9 .*; the other shards are complete"
     with pytest.raises(MdiffError, match=lost) as caught:
         make_all(job(out, ("a",), (word,), ("c",), ("d",)), Launched(), workers=2)
     assert caught.value.exit_code == 1
@@ -95,23 +97,23 @@ def test_a_shard_without_a_way_around_is_given_up_after_the_others(out, word):
 
 
 def test_workers_that_never_begin_end_the_run(out):
-    with pytest.raises(MdiffError, match="3 workers died before they began, the last by signal 9"):
+    with pytest.raises(MdiffError, match="3 workers crashed before a shard, the last by signal 9"):
         make_all(job(out, ("a",), ("b",), fails="kill"), Launched(), workers=2)
     assert there(out) == {}
 
 
-def test_a_silent_worker_is_killed_and_one_that_tells_of_its_way_is_not(out):
+def test_a_silent_worker_is_killed_and_one_that_reports_is_not(out):
     slow = [f"slow {i}" for i in range(7)]
     start = time.monotonic()
-    make_all(job(out, ("a", "stop once"), slow), Launched(), workers=2, patience=PATIENCE)
-    assert time.monotonic() - start > PATIENCE
+    make_all(job(out, ("a", "stop once"), slow), Launched(), workers=2, timeout=TIMEOUT)
+    assert time.monotonic() - start > TIMEOUT
     assert there(out) == {"0.txt": "a stop once", "1.txt": " ".join(slow)}
     assert journal(out) == [0, 0, 1]
 
 
-def test_what_hangs_every_worker_is_left_out_of_the_only_ones_work_too(out):
+def test_a_work_item_that_hangs_is_left_out_by_a_single_worker_too(out):
     said = []
-    make_all(job(out, ("hang", "a")), Launched(), patience=PATIENCE / 2, report=said.append)
+    make_all(job(out, ("hang", "a")), Launched(), timeout=TIMEOUT / 2, report=said.append)
     assert there(out) == {"0.txt": "a"}
     assert "the last by 1 s of silence" in said[0]
 
@@ -159,7 +161,7 @@ def unlocked(out):
     return {name: text for name, text in WHOLE.items() if (out / name).read_text() == text}
 
 
-@pytest.mark.parametrize("options", [{}, {"patience": 60}])
+@pytest.mark.parametrize("options", [{}, {"timeout": 60}])
 def test_ranks_make_their_shares_and_the_first_waits_for_the_others(out, options):
     out.mkdir()
     processes = [started(as_rank, out, rank, 3, **options) for rank in (2, 0, 1)]
@@ -199,21 +201,21 @@ def test_a_second_first_rank_is_refused(out):
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("arguments", "message"),
     [
         ((0, None, Launched()), "workers=0"),
         ((2, None, Launched(0, 2)), "1 in each process of a launcher"),
-        ((1, 0.0, Launched()), "patience=0"),
-        ((1, float("nan"), Launched()), "patience=nan"),
-        ((1, float("inf"), Launched()), "patience=inf"),
+        ((1, 0.0, Launched()), "timeout=0"),
+        ((1, float("nan"), Launched()), "timeout=nan"),
+        ((1, float("inf"), Launched()), "timeout=inf"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(told, message):
+def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        check_crew(*told)
+        check_pool(*arguments)
 
 
-def test_a_launcher_that_says_nonsense_is_refused(monkeypatch):
+def test_a_launcher_with_an_invalid_environment_is_refused(monkeypatch):
     for rank, message in (("x", "whole numbers"), ("2", "expected less of both")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")

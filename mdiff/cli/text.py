@@ -1,0 +1,116 @@
+"""Text for `mdiff generate`: what is asked for by flags or a file, generated and printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from mdiff.cli.views.console import message, result, result_json
+from mdiff.cli.views.samples import entries, figures
+from mdiff.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from mdiff.pipeline import CallOptions, Generated, Pipeline
+
+KINDS = ("prompt", "infill", "chat")
+INPUT_KEYS = (*KINDS, "length")
+
+
+class TextRequest(NamedTuple):
+    """A text of one of KINDS, and the length of its canvas where it has its own."""
+
+    kind: str
+    text: str
+    length: int | None = None
+
+
+def text_requests(
+    prompts: list[str] | None, infills: list[str] | None, chats: list[str] | None
+) -> list[TextRequest]:
+    """The requests of flags; an empty prompt where none is given."""
+    if infills is not None:
+        return [TextRequest("infill", text) for text in infills]
+    if chats is not None:
+        return [TextRequest("chat", text) for text in chats]
+    return [TextRequest("prompt", text) for text in prompts or [""]]
+
+
+def requests_of_file(path: Path) -> list[TextRequest]:
+    """The requests of a JSONL file; DataError for a line that is not one."""
+    from mdiff.modalities.text import json_lines, read_text
+
+    found = []
+    for number, row in enumerate(json_lines(read_text(path), path), start=1):
+        where = f"{path}, object {number}"
+        for key in row:
+            if key not in INPUT_KEYS:
+                raise DataError(f"{where} has an unknown key {key!r}; {nearest(key, INPUT_KEYS)}")
+        kinds = [kind for kind in KINDS if kind in row]
+        if len(kinds) != 1 or not isinstance(row[kinds[0]], str):
+            raise DataError(f"{where}: expected one of 'prompt', 'infill' and 'chat', a string")
+        length = row.get("length")
+        if length is not None and (type(length) is not int or length < 1 or kinds[0] == "infill"):
+            raise DataError(f"{where}: length={length!r}: expected a whole number, for a prompt")
+        found.append(TextRequest(kinds[0], row[kinds[0]], length))
+    if not found:
+        raise DataError(f"{path} holds no object")
+    return found
+
+
+def generate_text(
+    pipeline: Pipeline, requests: Sequence[TextRequest], *, num_samples: int, length: int | None,
+    max_new_tokens: int | None, live: bool, trace: Path | None, title: str, as_json: bool,
+    options: CallOptions,
+) -> None:  # fmt: skip
+    """Generate and print `num_samples` samples of each request, with a trace where asked for."""
+    # Of a chat the answer alone is shown.
+    options["echo"] = not all(request.kind == "chat" for request in requests)
+    canvases = []
+    for kind, text, own in requests:
+        if kind == "infill":
+            canvases += pipeline.templates(text, num_samples=num_samples)
+            continue
+        canvases += pipeline.canvases(
+            {"chat": text} if kind == "chat" else text, num_samples=num_samples,
+            length=own or length, max_new_tokens=None if own else max_new_tokens,
+        )  # fmt: skip
+    samples = _filled(pipeline, canvases, options, live=live, trace=trace, title=title)
+    for number, sample in enumerate(samples):
+        if as_json:
+            result_json({"text": sample.output, **entries(sample)})
+            continue
+        if number:
+            result("---")
+        result(str(sample))
+        message(figures(sample))
+    if trace is not None:
+        message(f"wrote {trace}")
+
+
+def _filled(
+    pipeline: Pipeline, canvases: list[list[int]], options: CallOptions, *, live: bool,
+    trace: Path | None, title: str,
+) -> list[Generated]:  # fmt: skip
+    """The samples of canvases, shown live and recorded where asked for."""
+    from mdiff.cli.views.live import watched
+
+    samples: list[Generated] = []
+    if trace is None:
+        for run in pipeline.runs(canvases, **options):
+            for _ in watched(run, pipeline.modality) if live else run:
+                pass
+            samples += run.finished()
+        return samples
+    from mdiff.cli.views.trace import Recorder, page
+
+    records = []
+    for run in pipeline.runs(canvases, **options):
+        recorder = Recorder(run.canvas, run.valid, space=pipeline.space)
+        for state in watched(run, pipeline.modality) if live else run:
+            recorder.add(state)
+        done = run.finished()
+        samples += done
+        records += recorder.records(pipeline.modality, [figures(sample) for sample in done])
+    trace.write_text(page(records, title=title), encoding="utf-8")
+    return samples
