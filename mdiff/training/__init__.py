@@ -1,4 +1,4 @@
-"""From a recipe to checkpoints."""
+"""Training: from a recipe to checkpoints."""
 
 from __future__ import annotations
 

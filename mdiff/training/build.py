@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
-from typing import Any
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
+from mdiff.denoiser import Denoiser, Saveable
 from mdiff.errors import ConfigError, MdiffError, nearest
 from mdiff.find import find
 from mdiff.kernels import philox
@@ -17,13 +20,16 @@ from mdiff.modalities import Conditional, HasLayout, HasParts, Modality
 from mdiff.objective import GivenParts
 from mdiff.schedule import Schedule, named_schedule
 from mdiff.tokens import Examples, TokenSpace
+from mdiff.training.batches import StepRows
 from mdiff.training.optim import AveragedWeights, optimizers
-from mdiff.training.recipe import Recipe
+from mdiff.training.recipe import Part, Recipe
 from mdiff.training.state import Placement, TorchPlacement
-from mdiff.training.step import LossOf, Stepper, StepRows
+from mdiff.training.step import LossOf, Stepper
 from mdiff.training.zero import ZeroAccelerator, refuse
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,6 @@ class Run:
     modality: Modality
     examples: Examples
     space: TokenSpace
-    schedule: Schedule
     backbone: nn.Module
     placement: Placement
     averaged: AveragedWeights | None
@@ -47,13 +52,12 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     """The parts of a run, the model with its initial weights by the seed."""
     if isinstance(accelerator, ZeroAccelerator):
         refuse(recipe.train)
-    objective = recipe.objective
-    schedule = named_schedule(objective.schedule.name, **objective.schedule.options)
-    modality: Modality = _part("modalities", recipe.modality.name, recipe.modality.options)
+    noise = recipe.objective.schedule
+    schedule = named_schedule(noise.name, **noise.options)
+    modality: Modality = _part(find("modalities", recipe.modality.name), recipe.modality)
     # The first process prepares what is cached, the others then read it.
     with accelerator.main_process_first():
         examples = modality.examples(recipe.data.options, length=recipe.data.length, split="train")
-    space = modality.space
     rows = StepRows(
         examples,
         train=recipe.train,
@@ -61,48 +65,62 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
         world=accelerator.num_processes,
     )
     for _, batch in rows[1]:
-        space.check(batch.tokens, batch.valid, masks=False)
-    torch.manual_seed(int(philox.derive(recipe.train.seed)))
-    backbone = _part(
-        "backbones",
-        recipe.model.name,
-        recipe.model.options,
-        vocab_size=space.vocab_size,
-        mask_id=space.mask_id,
-        max_length=examples.length,
-        **_of_medium(modality),
-    )
-    backbone.to(DTYPES[recipe.train.precision]).train()
-    given = None
-    if objective.given is not None:
-        names = modality.part_names if isinstance(modality, HasParts) else ()
-        given = GivenParts.of(objective.given, space=space, part_names=names)
-    loss_of = LossOf(
-        backbone, recipe, space=space, schedule=schedule, given=given,
-        without=modality.null_condition if isinstance(modality, Conditional) else None,
-    )  # fmt: skip
-    made = optimizers(backbone, recipe.optim)
-    loss_of, *prepared = accelerator.prepare(loss_of, *made)
-    backbone = accelerator.unwrap_model(loss_of).backbone
+        modality.space.check(batch.tokens, batch.valid, masks=False)
+    loss_of = _loss(recipe, modality, examples, schedule)
+    made = optimizers(loss_of, recipe.optim)
+    prepared, *stepped = accelerator.prepare(loss_of, *made)
+    backbone = accelerator.unwrap_model(prepared).backbone
     if recipe.train.compile:
         backbone.compile()
-    placement = _placement(accelerator, backbone, prepared)
+    placement = _placement(accelerator, backbone, stepped)
     decay = recipe.train.ema
     averaged = None if decay is None else AveragedWeights(placement.parts(), decay=decay)
     return Run(
-        recipe, accelerator, modality, examples, space, schedule, backbone, placement, averaged,
-        rows, Stepper(accelerator, loss_of, placement, prepared, averaged, recipe),
+        recipe, accelerator, modality, examples, modality.space, backbone, placement, averaged,
+        rows, Stepper(accelerator, prepared, rows, placement, stepped, averaged, recipe),
     )  # fmt: skip
 
 
-def _placement(accelerator: Accelerator, backbone: nn.Module, prepared: list[Any]) -> Placement:
+def _loss(recipe: Recipe, modality: Modality, examples: Examples, schedule: Schedule) -> LossOf:
+    """The backbone with its initial weights, and the objective."""
+    space = modality.space
+    torch.manual_seed(int(philox.derive(recipe.train.seed)))
+    backbone: nn.Module = _part(
+        find("backbones", recipe.model.name),
+        recipe.model,
+        section="model",
+        vocab_size=space.vocab_size,
+        mask_id=space.mask_id,
+        max_length=examples.length,
+        **_of_modality(modality),
+    )
+    if not isinstance(backbone, Denoiser) or not isinstance(backbone, Saveable):
+        raise ConfigError(
+            f"model {recipe.model.name!r}: expected a Denoiser with `uses_time` and "
+            "`save_pretrained`, see docs/adding-a-part.md"
+        )
+    backbone.to(DTYPES[recipe.train.precision]).train()
+    given = None
+    if recipe.objective.given is not None:
+        names = modality.part_names if isinstance(modality, HasParts) else ()
+        given = GivenParts.of(recipe.objective.given, space=space, part_names=names)
+    null = modality.null_condition if isinstance(modality, Conditional) else None
+    return LossOf(
+        backbone, recipe, space=space, schedule=schedule, null_condition=null, given=given
+    )
+
+
+def _placement(
+    accelerator: Accelerator, backbone: nn.Module, stepped: Sequence[torch.optim.Optimizer]
+) -> Placement:
     """Where the accelerator put the parameters, and their optimisers' states."""
     if isinstance(accelerator, ZeroAccelerator):
         return accelerator.placement(backbone)
-    return TorchPlacement(backbone, [getattr(o, "optimizer", o) for o in prepared])
+    plain = [o.optimizer if isinstance(o, AcceleratedOptimizer) else o for o in stepped]
+    return TorchPlacement(backbone, plain)
 
 
-def _of_medium(modality: Modality) -> dict[str, Any]:
+def _of_modality(modality: Modality) -> dict[str, object]:
     """The options of a backbone that its modality sets."""
     if not isinstance(modality, HasLayout):
         return {}
@@ -110,20 +128,20 @@ def _of_medium(modality: Modality) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def _part(room: str, name: str, options: dict[str, Any], **given: Any) -> Any:
-    """The part of that name with its options, and what is `given` and it knows.
+def _part(
+    build: Callable[..., Built], part: Part, *, section: str = "modality", **given: object
+) -> Built:
+    """A part of a recipe with its options, and those of the `given` ones that it takes.
 
-    Raises ConfigError for an option that it does not know, or that the data decides.
+    Raises ConfigError for an option that it does not take, or that the data decides.
     """
-    build = find(room, name)
-    section = "model" if room == "backbones" else "modality"
-    parameters = signature(build).parameters
+    options, parameters = part.options, signature(build).parameters
     if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()):
         given = {key: value for key, value in given.items() if key in parameters}
         for key in options:
             if key not in parameters:
                 where = nearest(f"{section}.{key}", [f"{section}.{k}" for k in parameters])
-                raise ConfigError(f"unknown key '{section}.{key}' of {name!r}; {where}")
+                raise ConfigError(f"unknown key '{section}.{key}' of {part.name!r}; {where}")
     for key in options.keys() & given.keys():
         if options[key] != given[key]:
             raise ConfigError(f"{section}.{key}={options[key]!r}: the data gives {given[key]!r}")
@@ -132,4 +150,4 @@ def _part(room: str, name: str, options: dict[str, Any], **given: Any) -> Any:
     except MdiffError:
         raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{section} {name!r} with {options}: {error}") from error
+        raise ConfigError(f"{section} {part.name!r} with {options}: {error}") from error

@@ -1,17 +1,17 @@
-"""What the server of loader processes imports before it makes any; nothing else imports this.
+"""The module that the server of loader processes imports first; nothing else imports it.
 
-A launcher tells whole groups of processes to end. The trainer then saves the step under way, for
-which its loaders have to live: so the server, whose death would end them, leaves SIGTERM to the
-trainer. It ends when the trainer does, by the pipe between them.
+A launcher sends SIGTERM to whole groups of processes. The trainer then saves the current step,
+for which it needs its loaders, and these end with their server: so the server ignores SIGTERM.
+It ends with the trainer, by the pipe between them.
 """
 
 from __future__ import annotations
 
 import signal
 
-# What loaders need, imported once for all of them.
-import mdiff.training.step as stepping
+# The imports of all loaders, once.
+import mdiff.training.batches as batches
 
-__all__ = ["stepping"]
+__all__ = ["batches"]
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""A run's log: every step as a JSON line, a console line now and then, TensorBoard if wanted."""
+"""A run's log: every step as a JSON line, some as a console line, TensorBoard as an option."""
 
 from __future__ import annotations
 
@@ -9,99 +9,89 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mdiff.errors import BackendError, CheckpointError
 from mdiff.files import replace_file
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from mdiff.training.step import Outcome
 
 LOG = "log.jsonl"
 
 
 def to_stderr(line: str) -> None:
-    """Print a progress line where progress goes."""
+    """Print a progress line to stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 class Journal:
     """Writes `log.jsonl` of a run, from after step `start`; lines of later steps are dropped.
 
-    Each line is an object with `step`, `loss` and what else the step reports. `report` gets a
-    readable line at the first, at every `every`-th and at the last step, with losses averaged
-    since the line before.
+    `report` gets a readable line at the first, at every `every`-th and at the last step, with
+    losses averaged since the line before.
     """
 
     def __init__(
-        self,
-        directory: Path,
-        *,
-        start: int,
-        steps: int,
-        every: int,
-        unit: str,
-        tensorboard: bool = False,
-        report: Callable[[str], None] = to_stderr,
-    ) -> None:
+        self, directory: Path, *, start: int, steps: int, every: int, unit: str,
+        tensorboard: bool = False, report: Callable[[str], None] = to_stderr,
+    ) -> None:  # fmt: skip
         self.steps, self.every, self.unit, self.report = steps, every, unit, report
         self.start = start
         path = directory / LOG
         _truncate(path, start)
         self._board = _tensorboard(directory, start) if tensorboard else None
         self._file = path.open("a", encoding="utf-8")
-        self._window: list[dict[str, Any]] = []
+        self._window: list[Outcome] = []
         self._began = self._window_began = time.perf_counter()
 
-    def step(self, record: dict[str, Any]) -> None:
-        """Log one step: its `step`, and unless it was skipped `loss`, `tokens`, `bits_per_UNIT`."""
-        json.dump(record, self._file)
+    def step(self, outcome: Outcome) -> None:
+        """Log one step."""
+        json.dump(outcome.as_json(self.unit), self._file)
         self._file.write("\n")
         self._file.flush()
-        step = record["step"]
-        if record.get("skipped"):
-            self.report(f"step {step}/{self.steps} skipped: not finite in rows {record['rows']}")
+        step = outcome.step
+        if outcome.bad_rows:
+            self.report(f"step {step}/{self.steps} skipped: not finite in rows {outcome.bad_rows}")
         else:
-            self._window.append(record)
+            self._window.append(outcome)
         if step % self.every == 0 or step in (self.start + 1, self.steps):
             self._line(step)
 
     def _line(self, step: int) -> None:
         if not self._window:
             return
-        now = time.perf_counter()
-        mean = {
-            key: sum(r[key] for r in self._window) / len(self._window)
-            for key in ("loss", f"bits_per_{self.unit}")
-        }
-        speed = sum(r["tokens"] for r in self._window) / max(now - self._window_began, 1e-9)
+        now, count = time.perf_counter(), len(self._window)
+        loss = sum(each.loss for each in self._window) / count
+        bits = sum(each.bits for each in self._window) / count
+        tokens = sum(each.tokens for each in self._window)
+        speed = tokens / max(now - self._window_began, 1e-9)
         left = (now - self._began) / (step - self.start) * (self.steps - step)
         self.report(
-            f"step {step}/{self.steps}  loss {mean['loss']:.4f} nats/token  "
-            f"{mean[f'bits_per_{self.unit}']:.3f} bits/{self.unit}  "
+            f"step {step}/{self.steps}  loss {loss:.4f} nats/token  {bits:.3f} bits/{self.unit}  "
             f"{speed:,.0f} tokens/s  ETA {_clock(left)}"
         )
         if self._board is not None:
             last = self._window[-1]
-            for key, value in (mean | {k: last[k] for k in ("lr", "grad_norm")}).items():
+            shown = {"loss": loss, f"bits_per_{self.unit}": bits, "lr": last.lr}
+            shown |= {"grad_norm": last.grad_norm, "tokens_per_second": speed}
+            for key, value in shown.items():
                 self._board.add_scalar(key, value, step)
-            self._board.add_scalar("tokens_per_second", speed, step)
         self._window, self._window_began = [], now
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
 
 
 def _truncate(path: Path, start: int) -> None:
-    """Keep the lines of steps up to `start`, and no half-written one."""
+    """Keep the complete lines of steps up to `start`."""
     if not os.path.lexists(path):
         return
     if not path.is_file():
@@ -120,7 +110,7 @@ def _truncate(path: Path, start: int) -> None:
     replace_file(path, (line.encode() for line in kept))
 
 
-def _tensorboard(directory: Path, start: int) -> Any:
+def _tensorboard(directory: Path, start: int) -> SummaryWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

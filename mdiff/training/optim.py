@@ -1,10 +1,10 @@
-"""Optimisers, rates and averaged weights: every rate is a function of the step alone."""
+"""Optimisers, learning rates and averaged weights: each rate is a function of the step alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +24,19 @@ class Muon(torch.optim.Optimizer):
 
     B <- momentum B + G; O = NewtonSchulz(G + momentum B); W <- (1 - lr decay) W - lr s O, with
     s = 0.2 sqrt(max(rows, columns)) for scale "rms" (Liu et al. 2025, eq. 4) and
-    sqrt(max(1, rows / columns)) for "spectral". A weight that holds several matrices one above
-    the other says so by its attribute `parts`; each is then updated as one of its own. Unlike
-    torch.optim.Muon, whose iteration is always in bfloat16, float64 gradients are
-    orthogonalised in float64.
+    sqrt(max(1, rows / columns)) for "spectral". A weight that stacks several matrices has their
+    number as its attribute `parts`; each is then updated on its own. Unlike torch.optim.Muon,
+    whose iteration is always in bfloat16, float64 gradients are orthogonalised in float64.
     """
 
     def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        *,
-        lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        scale: str = "rms",
-    ) -> None:
+        self, params: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95,
+        weight_decay: float = 0.0, scale: str = "rms",
+    ) -> None:  # fmt: skip
         # A group for each number of parts: sharding replaces parameters and their attributes.
         groups: dict[int, list[nn.Parameter]] = {}
         for weight in params:
-            groups.setdefault(getattr(weight, "parts", 1), []).append(weight)
+            groups.setdefault(vars(weight).get("parts", 1), []).append(weight)
         rms = scale == "rms"
         super().__init__(
             [{"params": weights, "parts": parts} for parts, weights in groups.items()],
@@ -72,7 +66,7 @@ class Muon(torch.optim.Optimizer):
     def move(self, weight: Tensor, ahead: Tensor, group: dict[str, Any]) -> None:
         """Decay a weight and move it by s O of `ahead`, which is G + momentum B.
 
-        A matrix that is cut over processes is put together, and cut again after.
+        A matrix that is sharded over processes is gathered, and sharded again afterwards.
         """
         if isinstance(ahead, DTensor):
             whole = orthogonal_parts(ahead.full_tensor(), group["parts"])
@@ -86,7 +80,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def update_size(shape: torch.Size, group: dict[str, Any]) -> float:
-    """What O is multiplied by, of a weight (rows, columns) of `group["parts"]` matrices."""
+    """The factor s of O, for a weight (rows, columns) of `group["parts"]` matrices."""
     rows, columns = math.ceil(shape[0] / group["parts"]), shape[1]
     if group["rms"]:
         return ADAMW_RMS * math.sqrt(max(rows, columns))
@@ -94,12 +88,12 @@ def update_size(shape: torch.Size, group: dict[str, Any]) -> float:
 
 
 def orthogonal_parts(weight: Tensor, parts: int) -> Tensor:
-    """Each of the `parts` matrices, one above the other, made orthogonal."""
+    """The weight with each of its `parts` stacked matrices made orthogonal."""
     return torch.cat([orthogonalised(part) for part in weight.chunk(parts)])
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """Nearly U V^T of the matrix U S V^T: its singular values brought to about 1.
+    """Approximately U V^T of the matrix U S V^T: its singular values are all about 1.
 
     Five steps of X <- a X + (b A + c A A) X, A = X X^T, in bfloat16, or in float64 where the
     matrix is.
@@ -137,15 +131,10 @@ def optimizers(model: nn.Module, settings: Optim) -> list[torch.optim.Optimizer]
             plain.append(parameter)
     made: list[torch.optim.Optimizer] = []
     if hidden:
-        made.append(
-            Muon(
-                hidden,
-                lr=settings.lr,
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-                scale=settings.muon_scale,
-            )
-        )
+        made.append(Muon(
+            hidden, lr=settings.lr, momentum=settings.momentum,
+            weight_decay=settings.weight_decay, scale=settings.muon_scale,
+        ))  # fmt: skip
     groups = [(decayed, settings.weight_decay), (plain, 0.0)]
     rate = settings.lr if settings.name == "adamw" else settings.adam_lr or settings.lr
     adam = [{"params": params, "weight_decay": decay} for params, decay in groups if params]
@@ -157,22 +146,37 @@ def optimizers(model: nn.Module, settings: Optim) -> list[torch.optim.Optimizer]
     return made
 
 
+@runtime_checkable
+class _GivesOutput(Protocol):
+    """A module of transformers, which names its output layer."""
+
+    def get_output_embeddings(self) -> object: ...
+
+
+@runtime_checkable
+class _WithHead(Protocol):
+    """A module whose output layer is `head`."""
+
+    head: object
+
+
 def _embeddings_and_heads(model: nn.Module) -> set[int]:
     """The ids of weights that hold one row for each token: embeddings and the output layer."""
     found = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
-        output = getattr(module, "get_output_embeddings", lambda: None)()
-        head = output if output is not None else getattr(module, "head", None)
+        head = module.get_output_embeddings() if isinstance(module, _GivesOutput) else None
+        if head is None and isinstance(module, _WithHead):
+            head = module.head
         if isinstance(head, nn.Module):
             found |= {id(parameter) for parameter in head.parameters()}
     return found
 
 
 def rate_at(step: int, *, steps: int, settings: Optim) -> float:
-    """What the rates are multiplied by in step 1, 2, ..., `steps`.
+    """The factor of all rates in step 1, 2, ..., `steps`.
 
-    (step / warm-up) up to the end of the warm-up, then from 1 down towards `final_lr`, which
-    the step after the last would have, along half a cosine or a line; or constant.
+    (step / warm-up) up to the end of the warm-up, then from 1 down towards `final_lr`, which the
+    step after the last would have, along half a cosine or a line; or constant.
     """
     warm = settings.warmup_steps
     if step <= warm:

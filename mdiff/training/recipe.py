@@ -1,4 +1,4 @@
-"""Recipes: what a training run is, as a YAML file checked before anything is built."""
+"""Recipes: the settings of a training run, a YAML file that is checked before anything is built."""
 
 from __future__ import annotations
 
@@ -27,18 +27,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Part(BaseModel):
-    """A part found by `name`; the other keys are its own options, checked where it is built."""
+class OpenSection(BaseModel):
+    """Settings with some known names; the other keys are `options`, checked by who takes them."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
     __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
 
-    name: str
-
     @property
     def options(self) -> dict[str, Any]:
-        """Everything but the name."""
+        """The keys without a known name."""
         return dict(self.__pydantic_extra__)
+
+
+class Part(OpenSection):
+    """A part found by `name`, with its own options."""
+
+    name: str
 
 
 class Schedule(Part):
@@ -47,21 +51,13 @@ class Schedule(Part):
     name: str = "linear"
 
 
-class Data(BaseModel):
-    """Where the rows come from. The keys are the modality's own, but `length`: tokens a row.
+class Data(OpenSection):
+    """The source of the rows; all keys but `length`, tokens a row, are the modality's own.
 
     A null `length` leaves it to the modality, where the medium fixes it.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
-    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
-
     length: Count | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Everything but the length."""
-        return dict(self.__pydantic_extra__)
 
 
 class Ratio(Section):
@@ -79,8 +75,8 @@ class Ratio(Section):
 class Objective(Section):
     """The loss. `max_weight` clips w(t); null leaves the bound as it is.
 
-    `cond_drop` is the probability with which a row's condition is left out. `given` says which
-    parts of a canvas are given, and how often: {"": 2, "a": 1, "a+b": 1}. `ratio` draws the
+    `cond_drop` is the probability with which a row's condition is left out. `given` are the
+    parts of a canvas that are given, with weights: {"": 2, "a": 1, "a+b": 1}. `ratio` draws the
     share of hidden tokens from a truncated normal; the weight is then "uniform".
     """
 
@@ -119,9 +115,9 @@ class Optim(Section):
 class Train(Section):
     """The run. `batch_size` is global rows a step, over all processes and micro-batches.
 
-    `micro_batch`: rows a process holds at once (null: its whole share). `keep`: how many
-    checkpoints stay (null: all). `ema`: decay of the averaged weights (null: none). `workers`:
-    processes that prepare rows. `nonfinite`: what a step with NaN does, stop or be skipped.
+    `micro_batch`: rows in a process's forward pass (null: its whole share). `keep`: the number of
+    checkpoints that are kept (null: all). `ema`: decay of the averaged weights (null: none).
+    `workers`: processes that prepare rows. `nonfinite`: stop at a step with NaN, or skip it.
     """
 
     steps: Count
@@ -138,7 +134,7 @@ class Train(Section):
 
 
 class Log(Section):
-    """Progress: a console line `every` so many steps; TensorBoard too if asked for."""
+    """Progress: a console line `every` so many steps, and TensorBoard as an option."""
 
     every: Count = 10
     tensorboard: bool = False
@@ -226,7 +222,7 @@ def _overridden(content: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first thing wrong: dotted key, what it got, what was expected, the nearest key."""
+    """The first problem: the dotted key, its value, what was expected, the nearest key."""
     problems = error.errors(include_url=False, include_context=False)
     first = problems[0]
     location = [str(part) for part in first["loc"]]

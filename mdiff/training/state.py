@@ -1,4 +1,4 @@
-"""What a checkpoint holds beyond the model, so that training goes on as if never interrupted."""
+"""The training state of a checkpoint: weights, averages and optimiser states, whole on the CPU."""
 
 from __future__ import annotations
 
@@ -14,75 +14,68 @@ from mdiff.training.optim import AveragedWeights
 
 
 class Placement(Protocol):
-    """Where a model's parameters lie, and the states of their optimisers.
+    """The parameters of a model and the states of its optimisers, sharded over processes or not.
 
-    A *part* is what this process holds of a tensor: all of it, or its share where an engine
-    cuts tensors over processes. Names are the model's; states are named INDEX/NAME/KEY by the
-    optimiser's number, the parameter and what is kept of it.
+    A *part* is this process's shard of a tensor, all of it where tensors are not sharded. Names
+    are the model's; states are named INDEX/NAME/KEY by the optimiser's number, the parameter and
+    the optimiser's key.
     """
 
     @property
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
-        """The optimisers, of which a state names one by its number."""
+        """The optimisers, which states name by their number."""
 
     @property
-    def may_be_read_beside_steps(self) -> bool:
-        """Whether another thread may look at the model, not at its values, while it trains."""
+    def allows_async_save(self) -> bool:
+        """Whether another thread may read the module's structure (no values) during a step."""
 
     def parts(self) -> dict[str, Tensor]:
-        """What this process holds of every parameter, by name; steps write to it in place."""
+        """The part of every parameter, by name; steps write to it in place."""
 
     def shape(self, name: str) -> torch.Size:
         """The shape of a whole parameter."""
 
     def whole(self, name: str, part: Tensor, *, into: Tensor | None) -> Tensor:
-        """A copy on the CPU of all of what `part` is this process's share of; see `copied`.
+        """A copy on the CPU of the whole tensor of a `part`; see `copied`.
 
-        `name` is the parameter that it is cut like. Where tensors are cut, every process calls.
+        It is sharded as parameter `name` is. All processes must call this.
         """
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
-        """The part of this process of a tensor of parameter `name`'s shape, on its device."""
+        """The part of a tensor of parameter `name`'s shape, on its device."""
 
     def load(self, wholes: dict[str, Tensor]) -> None:
-        """Give every parameter its value, of the parameter's shape."""
+        """Set every parameter to a whole value."""
 
     def states(self) -> dict[str, Tensor]:
-        """The parts of this process of what the optimisers keep; a scalar is whole."""
+        """The parts of the optimisers' states; a scalar is whole."""
 
     def load_states(self, wholes: dict[str, Tensor]) -> None:
-        """Put back what `states` gave, made whole.
-
-        CheckpointError, with nothing changed, where it cannot be.
-        """
+        """Restore whole states; CheckpointError, with nothing changed, where they do not fit."""
 
 
 class TorchPlacement:
-    """Parameters that are plain tensors, or DTensors as FSDP2 makes them."""
+    """A `Placement` of plain tensors, or of DTensors as FSDP2 makes them."""
 
     def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.model, self.optimizers = model, optimizers
 
     @property
-    def may_be_read_beside_steps(self) -> bool:
-        """See `Placement`. FSDP2 swaps a layer's parameters for whole ones while it runs."""
+    def allows_async_save(self) -> bool:
+        # FSDP2 replaces a layer's parameters by whole ones during a forward.
         return not any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
     def parts(self) -> dict[str, Tensor]:
-        """See `Placement`."""
         return dict(self.model.named_parameters())
 
     def shape(self, name: str) -> torch.Size:
-        """See `Placement`."""
         return self.model.get_parameter(name).shape
 
     def whole(self, name: str, part: Tensor, *, into: Tensor | None) -> Tensor:
-        """See `Placement`."""
         part = part.detach()
         return copied(part.full_tensor() if isinstance(part, DTensor) else part, into=into)
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
-        """See `Placement`."""
         like = self.model.get_parameter(name)
         if isinstance(like, DTensor):
             return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
@@ -90,12 +83,10 @@ class TorchPlacement:
 
     @torch.no_grad()
     def load(self, wholes: dict[str, Tensor]) -> None:
-        """See `Placement`."""
         for name, parameter in self.parts().items():
             parameter.copy_(self.cut(name, wholes[name]))
 
     def states(self) -> dict[str, Tensor]:
-        """See `Placement`."""
         names = {id(parameter): name for name, parameter in self.parts().items()}
         return {
             f"{index}/{names[id(parameter)]}/{key}": value
@@ -105,7 +96,6 @@ class TorchPlacement:
         }
 
     def load_states(self, wholes: dict[str, Tensor]) -> None:
-        """See `Placement`."""
         for name, tensor in wholes.items():
             index, owner, key = state_name(name)
             # AdamW keeps its scalar step count on the CPU, wherever the parameter is.
@@ -114,7 +104,7 @@ class TorchPlacement:
 
 
 def copied(tensor: Tensor, *, into: Tensor | None) -> Tensor:
-    """A copy on the CPU, in the memory of `into` where that fits."""
+    """A copy on the CPU, in the memory of `into` where its shape and type are the same."""
     tensor = tensor.detach()
     if into is not None and into.shape == tensor.shape and into.dtype == tensor.dtype:
         return into.copy_(tensor)
@@ -138,12 +128,12 @@ def capture(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Copies of the weights, their averages and the optimisers' state, by flat names.
 
-    `weights/NAME`, `averaged/NAME`, `optim/INDEX/NAME/KEY`; complete also where they are cut
-    over processes, all of which must call this, those without `keep` for their parts alone.
-    `into` is what an earlier call gave, whose memory is written over: fresh memory takes twice
-    as long as the copies.
+    `weights/NAME`, `averaged/NAME`, `optim/INDEX/NAME/KEY`, whole also where they are sharded
+    over processes, all of which must call this; without `keep` the result is empty. `into` is
+    the result of an earlier call, whose memory is overwritten: allocating takes twice as long
+    as copying.
     """
-    # Each with the parameter that it is cut like; None is whole already.
+    # Each with the parameter that it is sharded as; None is whole already.
     parts: dict[str, tuple[str | None, Tensor]] = {}
     for name, part in placement.parts().items():
         parts[f"weights/{name}"] = (name, part)
@@ -166,12 +156,10 @@ def capture(
 
 
 def restore(
-    tensors: dict[str, Tensor],
-    model: nn.Module,
-    placement: Placement,
+    tensors: dict[str, Tensor], model: nn.Module, placement: Placement,
     averaged: AveragedWeights | None,
-) -> None:
-    """Put back what `capture` gave, whatever placement it was captured from.
+) -> None:  # fmt: skip
+    """Restore the result of `capture`, of this or another placement.
 
     Raises CheckpointError, with nothing changed, where it does not fit.
     """
@@ -208,7 +196,7 @@ def model_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are saved, by name; no engine cuts them."""
+    """The buffers that are saved, by name; they are never sharded."""
     saved = model.state_dict(keep_vars=True).items()
     return {name: t for name, t in saved if not isinstance(t, nn.Parameter)}
 

@@ -1,23 +1,18 @@
-"""One training step: the rows of a process, the loss of a micro-batch, the global update."""
+"""One training step: the loss of a micro-batch, the global gradient and update."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from mdiff.denoiser import Condition
-from mdiff.errors import ConfigError, DataError
+from mdiff.denoiser import Condition, Denoiser
+from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.objective import (
     GivenParts,
@@ -27,124 +22,41 @@ from mdiff.objective import (
     stratified_times,
     truncated_normal,
 )
-from mdiff.pipeline.batch import leave_with_parent
 from mdiff.schedule import MIN_TIME, Schedule
-from mdiff.tokens import Batch, Examples, TokenSpace
-from mdiff.training.batches import rows_of_step
+from mdiff.tokens import Batch, TokenSpace
+from mdiff.training.batches import MicroBatch, StepRows
 from mdiff.training.optim import AveragedWeights, rate_at
-from mdiff.training.recipe import Recipe, Train
+from mdiff.training.recipe import Recipe
 from mdiff.training.state import Placement
-
-# A part of a step's rows: their ids within the global batch (B,) int64, and the rows.
-MicroBatch = tuple[Tensor, Batch]
-
-
-class StepRows(Dataset[list[MicroBatch]]):
-    """The rows of each step that belong to one process, as its micro-batches.
-
-    Process `rank` of `world` holds a run of batch_size / world rows, cut into micro-batches.
-    ConfigError where the processes do not share the batch evenly.
-    """
-
-    def __init__(self, examples: Examples, *, train: Train, rank: int, world: int) -> None:
-        if train.batch_size % world:
-            raise ConfigError(
-                f"train.batch_size={train.batch_size}: expected a multiple of {world} processes"
-            )
-        self.examples, self.train = examples, train
-        share = train.batch_size // world
-        self.samples = torch.arange(rank * share, (rank + 1) * share)
-
-    def __getitem__(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of step 1, 2, ..."""
-        row, epoch = rows_of_step(
-            step,
-            batch_size=self.train.batch_size,
-            rows=len(self.examples),
-            seed=self.train.seed,
-        )
-        size = self.train.micro_batch or len(self.samples)
-        return [
-            (sample, self.examples.batch(row[sample], epoch[sample]))
-            for sample in torch.split(self.samples, size)
-        ]
-
-    def steps(self, first: int) -> Iterator[list[MicroBatch]]:
-        """The micro-batches of step `first` to the last, prepared by `train.workers` processes.
-
-        They are started by a server of one thread: a fork of this process, which by now has
-        many, may never wake up. A script that trains with workers needs the usual guard
-        `if __name__ == "__main__"`.
-        """
-        if self.train.workers:
-            multiprocessing.set_forkserver_preload(["mdiff.training.loader_server"])
-        loader = DataLoader(
-            self,
-            batch_size=None,
-            sampler=range(first, self.train.steps + 1),
-            num_workers=self.train.workers,
-            collate_fn=_as_is,
-            multiprocessing_context="forkserver" if self.train.workers else None,
-            worker_init_fn=_leave_signals_to_the_trainer,
-            # The loader seeds its workers from a generator: not from the global one.
-            generator=torch.Generator(),
-        )
-        try:
-            yield from loader
-        except RuntimeError as error:
-            # What a worker raises keeps its type; that one was killed, torch says in words.
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise DataError(
-                f"a process that prepares rows died ({str(error).splitlines()[0]}); the last "
-                "checkpoint is intact: --resume auto goes on, train.workers=0 needs no such process"
-            ) from error
-
-
-def _as_is(batch: list[MicroBatch]) -> list[MicroBatch]:
-    return batch
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and a launcher's SIGTERM reach every process; the step under way needs its rows."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_next_time)
-    # The trainer is the parent of their server, not theirs: torch looks out for the wrong one.
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def _end_next_time(number: int, frame: FrameType | None) -> None:
-    """The first SIGTERM is the group's, a second one is meant for this process."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class LossOf(nn.Module):
     """A backbone with its objective, as one module: what is distributed and called as a whole.
 
-    `without` is the condition that says nothing, for rows whose own is left out; `given`
-    chooses which parts of a canvas a row is given, None is none.
+    `null_condition` replaces the condition of rows whose own is dropped; `given` chooses which
+    parts of a canvas a row is given, None is none.
     """
 
     def __init__(
-        self, backbone: nn.Module, recipe: Recipe, *, space: TokenSpace, schedule: Schedule,
-        without: Condition | None = None, given: GivenParts | None = None,
+        self, backbone: Denoiser, recipe: Recipe, *, space: TokenSpace, schedule: Schedule,
+        null_condition: Condition | None = None, given: GivenParts | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Denoiser = backbone
         self.recipe, self.space, self.schedule = recipe, space, schedule
-        self.without, self.given = without or {}, given
+        self.null_condition, self.given = null_condition or {}, given
         objective = recipe.objective
         if objective.ratio is not None and objective.weight != "uniform":
             raise ConfigError(
                 "objective.ratio draws its own share of hidden tokens: the weight must be uniform"
             )
-        if objective.cond_drop and not self.without:
+        if objective.cond_drop and not self.null_condition:
             raise ConfigError(
                 f"objective.cond_drop={objective.cond_drop}: this model has no condition"
             )
 
     def may_hide(self, batch: Batch, *, sample: Tensor, seed: int) -> Tensor | None:
-        """The places (B, L) bool that these rows may hide; None is all."""
+        """The positions (B, L) bool that these rows may hide; None is all."""
         if self.given is None:
             return batch.may_hide
         chosen = self.given.may_hide(seed=seed, sample=sample)
@@ -171,15 +83,12 @@ class LossOf(nn.Module):
         device = batch.tokens.device
         t = self.times(sample, seed=seed)
         cond = drop_condition(
-            batch.cond,
-            null_condition=self.without,
-            share=objective.cond_drop,
-            seed=seed,
+            batch.cond, null_condition=self.null_condition, share=objective.cond_drop, seed=seed,
             sample=sample,
-        )
+        )  # fmt: skip
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             loss = masked_diffusion_loss(
-                self.backbone,  # type: ignore[arg-type]
+                self.backbone,
                 batch.tokens,
                 space=self.space,
                 schedule=self.schedule,
@@ -220,42 +129,49 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step did: mean loss and bound in nats a token, tokens, and the rows that were bad.
+    """The result of a step: loss in nats a token, bound in `bits` a unit, tokens, rate and norm.
 
-    `bad` (rows,) int64 are ids within the global batch: empty where all was finite, and then
-    the update was made.
+    `bad_rows` are the numbers of the rows that were not finite: empty where all were and the
+    update was made. `stop` is set where any process asked for a stop.
     """
 
+    step: int
+    epoch: int
+    bad_rows: list[int]
     loss: float
-    nats: float
+    bits: float
     tokens: int
+    lr: float
     grad_norm: float
-    rate: float
     stop: bool
-    bad: Tensor
+
+    def as_json(self, unit: str) -> dict[str, object]:
+        """The line of the log: `step`, `epoch`, `loss`, ..., or `skipped` and `rows`."""
+        found: dict[str, object] = {"step": self.step, "epoch": self.epoch}
+        if self.bad_rows:
+            return found | {"skipped": True, "rows": self.bad_rows}
+        measured = {"loss": self.loss, f"bits_per_{unit}": self.bits, "tokens": self.tokens}
+        return found | measured | {"lr": self.lr, "grad_norm": self.grad_norm}
 
 
 class Stepper:
     """Runs steps of one recipe on this process; see `step`."""
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        loss_of: nn.Module,
-        placement: Placement,
-        optimizers: list[Any],
-        averaged: AveragedWeights | None,
+        self, accelerator: Accelerator, loss_of: nn.Module, rows: StepRows, placement: Placement,
+        optimizers: Sequence[torch.optim.Optimizer], averaged: AveragedWeights | None,
         recipe: Recipe,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.accelerator, self.loss_of, self.placement = accelerator, loss_of, placement
-        self.optimizers, self.averaged, self.recipe = optimizers, averaged, recipe
+        self.rows, self.optimizers, self.averaged = rows, optimizers, averaged
+        self.recipe = recipe
         self.whole: LossOf = accelerator.unwrap_model(loss_of)
 
     def step(self, number: int, rows: list[MicroBatch], *, stopping: Callable[[], bool]) -> Outcome:
         """One step on the global batch: the same update however its rows are split.
 
         The denominator is the global one, so the parts' losses add up; averaging gradients
-        over processes is undone. Where anything is not finite, nothing is updated.
+        over processes is undone. Where a loss or gradient is not finite, nothing is updated.
         """
         accelerator, train = self.accelerator, self.recipe.train
         seed = int(philox.derive(train.seed, number))
@@ -266,13 +182,14 @@ class Stepper:
         loss, bounds = self._gradients(number, rows, total=total, seed=seed)
         stop = torch.full_like(loss, float(stopping()))
         sums = accelerator.reduce(torch.stack([loss, bounds.sum(), stop]), "sum").tolist()
-        clip = self.recipe.optim.grad_clip or torch.inf
-        norm = accelerator.clip_grad_norm_(self.loss_of.parameters(), clip)
-        rate = rate_at(number, steps=train.steps, settings=self.recipe.optim)
+        optim = self.recipe.optim
+        norm = float(
+            accelerator.clip_grad_norm_(self.loss_of.parameters(), optim.grad_clip or torch.inf)
+        )
+        rate = rate_at(number, steps=train.steps, settings=optim)
         tokens = int(total)
-        grad_norm = float(norm)
         bad = torch.empty(0, dtype=torch.int64)
-        if all(torch.isfinite(torch.tensor([sums[0], grad_norm])).tolist()):
+        if all(torch.isfinite(torch.tensor([sums[0], norm])).tolist()):
             self._update(number, rate)
         else:
             finite = accelerator.gather(torch.isfinite(bounds).to(torch.int64)).cpu()
@@ -280,7 +197,18 @@ class Stepper:
             bad = bad if len(bad) else torch.arange(train.batch_size)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        return Outcome(sums[0], sums[1] / tokens, tokens, grad_norm, rate, sums[2] > 0, bad)
+        row, epoch = self.rows.rows(number)
+        return Outcome(
+            step=number,
+            epoch=int(epoch[0]),
+            bad_rows=row[bad].tolist(),
+            loss=sums[0],
+            bits=sums[1] / tokens / math.log(2) / self.rows.examples.units,
+            tokens=tokens,
+            lr=optim.lr * rate,
+            grad_norm=norm,
+            stop=sums[2] > 0,
+        )
 
     def _maskable_tokens(self, batch: Batch, *, sample: Tensor, seed: int) -> Tensor:
         whole = self.whole
@@ -296,7 +224,7 @@ class Stepper:
         accelerator = self.accelerator
         losses, bounds = [], []
         for index, (sample, batch) in enumerate(rows):
-            # Dropout draws from torch's own generator, set anew for each part of each step.
+            # Dropout draws from torch's generator, which is seeded for each part of each step.
             noise = philox.words(
                 self.recipe.train.seed, index, accelerator.process_index, number,
                 philox.DROPOUT << 24,

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from mdiff.errors import BackendError, ConfigError
 from mdiff.training.recipe import Train
 from mdiff.training.zero_slices import Joined, ZeroPlacement, flats_of
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 FILE = "configs/accelerate/zero3.yaml"
 # What accelerate's launcher sets, and accelerate reads.
@@ -50,7 +53,7 @@ def deepspeed() -> ModuleType:
     return cast(ModuleType, package)
 
 
-def quiet() -> contextlib.AbstractContextManager[Any]:
+def quiet() -> contextlib.AbstractContextManager[object]:
     """Within it, and in loggers that are made in it, what goes to stdout goes to stderr.
 
     stdout carries results here, and DeepSpeed prints and logs there.
@@ -58,7 +61,7 @@ def quiet() -> contextlib.AbstractContextManager[Any]:
     return contextlib.redirect_stdout(sys.stderr)
 
 
-def checked(settings: dict[str, Any]) -> dict[str, Any]:
+def checked(settings: dict[str, Any]) -> dict[str, object]:
     """DeepSpeed's settings as a launcher gives them, with what training decides filled in.
 
     ConfigError where they ask for another stage, for offloading or for DeepSpeed's own
@@ -80,7 +83,7 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
     for key, value in (("gradient_accumulation_steps", 1), ("gradient_clipping", 0.0)):
         if settings.get(key, "auto") not in ("auto", value):
             raise ConfigError(f"DeepSpeed with {key}={settings[key]}: expected none, the recipe's")
-    own: dict[str, Any] = {
+    own: dict[str, object] = {
         # Training gives out rows and divides by their tokens: any size will do here.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -93,7 +96,7 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse(settings: Train) -> None:
-    """Raise ConfigError for what a recipe may ask of other engines but not of this one."""
+    """Raise ConfigError for settings of a recipe that this engine does not support."""
     if settings.precision == "fp64":
         raise ConfigError(
             "train.precision='fp64': DeepSpeed keeps weights in float32; expected 'fp32' or "
@@ -101,8 +104,8 @@ def refuse(settings: Train) -> None:
         )
     if settings.compile:
         raise ConfigError(
-            "train.compile=true: what is compiled does not see the weights that DeepSpeed "
-            "gathers; expected false, or configs/accelerate/fsdp2.yaml"
+            "train.compile=true: compiled code does not use the weights that DeepSpeed gathers; "
+            "expected false, or configs/accelerate/fsdp2.yaml"
         )
 
 
@@ -117,13 +120,15 @@ class ZeroAccelerator(Accelerator):  # type: ignore[misc]
     def __init__(self, *, mixed_precision: str, cpu: bool) -> None:
         self.package = deepspeed()
         self.settings = checked(DeepSpeedPlugin().deepspeed_config)
-        # Told of DeepSpeed, accelerate steps within `backward` and has transformers cut models
-        # while they are built; and it knows DeepSpeed on GPUs alone.
+        # With this variable set, accelerate would step within `backward` and have transformers
+        # cut models while they are built; and it supports DeepSpeed on GPUs alone.
         with patch_environment(**{ASKED: "false"}):
             super().__init__(mixed_precision=mixed_precision, cpu=cpu)
-        self.engine: Any = None
+        self.engine: DeepSpeedEngine = None
 
-    def prepare(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> tuple[Any, ...]:
+    def prepare(
+        self, model: nn.Module, *optimizers: torch.optim.Optimizer
+    ) -> tuple[DeepSpeedEngine, EngineStep]:
         """The engine, which is called as the model is, and one optimiser with all groups."""
         joined = Joined(optimizers)
         with quiet():
@@ -142,12 +147,12 @@ class ZeroAccelerator(Accelerator):  # type: ignore[misc]
         """Where the engine put the parameters of `model`, a part of what was prepared."""
         return ZeroPlacement(model, self.engine.optimizer.optimizer, self.package)
 
-    def unwrap_model(self, model: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    def unwrap_model(self, model: DeepSpeedEngine, *args: object, **kwargs: object) -> nn.Module:
         """The module inside the engine."""
-        return cast(nn.Module, getattr(model, "module", model))
+        return cast(nn.Module, model.module if model is self.engine else model)
 
     @contextlib.contextmanager
-    def no_sync(self, model: Any) -> Iterator[None]:
+    def no_sync(self, model: object) -> Iterator[None]:
         """Within it the gradients of a micro-batch are added up, with others to come."""
         self.engine.set_gradient_accumulation_boundary(False)
         try:
@@ -155,7 +160,7 @@ class ZeroAccelerator(Accelerator):  # type: ignore[misc]
         finally:
             self.engine.set_gradient_accumulation_boundary(True)
 
-    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+    def backward(self, loss: Tensor, **kwargs: object) -> None:
         """Add the gradient of a loss, averaged over processes, to this process's slices."""
         self.engine.backward(loss)
 
@@ -173,7 +178,7 @@ class ZeroAccelerator(Accelerator):  # type: ignore[misc]
         local = self.package.utils.safe_get_local_grad
         return [local(parameter) for parameter in parameters if parameter.requires_grad]
 
-    def free_memory(self, *objects: Any) -> Any:
+    def free_memory(self, *objects: object) -> object:
         """Release the engine, with its hooks and buffers."""
         if self.engine is not None:
             self.engine.destroy()
@@ -182,7 +187,7 @@ class ZeroAccelerator(Accelerator):  # type: ignore[misc]
 
 
 class EngineStep:
-    """What training sees as the optimiser: the groups of all, and the engine's one step."""
+    """The optimiser of training: the groups of all, and the engine's one step."""
 
     def __init__(self, accelerator: ZeroAccelerator) -> None:
         self.accelerator = accelerator

@@ -1,14 +1,15 @@
 """Slices of parameters as ZeRO-3 cuts them, and what is done to them alike for all.
 
 A parameter of n numbers is flattened, padded at its end to a multiple of the processes and cut
-into as many slices. The engine keeps the slices of a group of parameters in one flat tensor,
-which is what its optimiser sees.
+into as many slices. The engine keeps the slices of a group of parameters in one flat tensor, the
+parameter of its optimiser.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,23 @@ from mdiff.errors import CheckpointError
 from mdiff.training.optim import Muon, orthogonal_parts, update_size
 from mdiff.training.state import copied, state_name
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    class Sliced(nn.Parameter):
+        """A parameter with what DeepSpeed sets on it: its slice, whole size and shape."""
+
+        ds_tensor: Tensor
+        ds_numel: int
+        ds_shape: torch.Size
+        ds_process_group: ProcessGroup
+
+
 # AdamW's count of steps: all else that our optimisers keep has the shape of the parameter.
 STEP = "step"
 
 
-def whole_of(parameter: Any, part: Tensor) -> Tensor:
+def whole_of(parameter: Sliced, part: Tensor) -> Tensor:
     """All of what `part`, cut as the parameter is, is this process's slice of; all must call."""
     group = parameter.ds_process_group
     flat = part.new_empty(part.numel() * dist.get_world_size(group))
@@ -30,7 +43,7 @@ def whole_of(parameter: Any, part: Tensor) -> Tensor:
     return flat[: parameter.ds_numel].view(parameter.ds_shape)
 
 
-def slice_of(parameter: Any, whole: Tensor) -> Tensor:
+def slice_of(parameter: Sliced, whole: Tensor) -> Tensor:
     """The slice on this process of a tensor of the parameter's shape, padded with zeros."""
     size = parameter.ds_tensor.numel()
     start = size * dist.get_rank(parameter.ds_process_group)
@@ -41,10 +54,10 @@ def slice_of(parameter: Any, whole: Tensor) -> Tensor:
 class Flat:
     """One flat tensor of the engine, and the parameters whose slices lie in it in a row."""
 
-    def __init__(self, tensor: Tensor, parameters: Sequence[Any], group: int) -> None:
+    def __init__(self, tensor: Tensor, parameters: Sequence[Sliced], group: int) -> None:
         self.tensor, self.parameters, self.group = tensor, parameters, group
 
-    def pieces(self, flat: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    def pieces(self, flat: Tensor) -> Iterator[tuple[Sliced, Tensor]]:
         """Every parameter with its slice of a tensor that is laid out as this one, as a view."""
         sizes = [parameter.ds_tensor.numel() for parameter in self.parameters]
         return zip(self.parameters, torch.split(flat, sizes), strict=True)
@@ -68,8 +81,8 @@ def flats_of(engine_optimizer: Any) -> list[Flat]:
 class SlicedMuon(Muon):
     """Muon on flat tensors of slices: each matrix is put together, and cut again after.
 
-    It goes on with the groups of the Muon that it is made of. `flats` is filled later, by who
-    knows them.
+    It continues with the groups of the Muon that it is made of. `flats` is filled later, when the
+    engine exists.
     """
 
     def __init__(self, muon: Muon, flats: list[Flat]) -> None:
@@ -111,37 +124,32 @@ class Joined(torch.optim.Optimizer):
 
 
 class ZeroPlacement:
-    """Parameters in slices; see `mdiff.training_state.Placement`."""
+    """A `Placement` of parameters in slices."""
 
     # Within a forward pass the engine gathers what a module is asked for, by all processes.
-    may_be_read_beside_steps = False
+    allows_async_save = False
 
-    def __init__(self, model: nn.Module, joined: Joined, package: Any) -> None:
+    def __init__(self, model: nn.Module, joined: Joined, package: ModuleType) -> None:
         self.optimizers = joined.optimizers
         self.joined, self.package = joined, package
         self.parameters: dict[str, Any] = dict(model.named_parameters())
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
 
     def parts(self) -> dict[str, Tensor]:
-        """See `Placement`: flat slices."""
         return {name: parameter.ds_tensor.detach() for name, parameter in self.parameters.items()}
 
     def shape(self, name: str) -> torch.Size:
-        """See `Placement`."""
         return torch.Size(self.parameters[name].ds_shape)
 
     def whole(self, name: str, part: Tensor, *, into: Tensor | None) -> Tensor:
-        """See `Placement`."""
         return copied(whole_of(self.parameters[name], part), into=into)
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
-        """See `Placement`."""
         parameter = self.parameters[name]
         return slice_of(parameter, whole).to(parameter.ds_tensor.device)
 
     @torch.no_grad()
     def load(self, wholes: dict[str, Tensor]) -> None:
-        """See `Placement`."""
         for name, parameter in self.parameters.items():
             # Small parameters are kept whole besides: the engine has to know of the change.
             with self.package.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -152,7 +160,6 @@ class ZeroPlacement:
                 held.copy_(slice_of(parameter, wholes[self.names[id(parameter)]]))
 
     def states(self) -> dict[str, Tensor]:
-        """See `Placement`."""
         found = {}
         for flat in self.joined.flats:
             owner = self.joined.owners[flat.group]
@@ -163,7 +170,7 @@ class ZeroPlacement:
         return found
 
     def load_states(self, wholes: dict[str, Tensor]) -> None:
-        """See `Placement`: all parameters of a flat tensor have the same keys and scalars."""
+        """All parameters of a flat tensor have the same keys and scalars."""
         made = [self._flat_state(flat, wholes) for flat in self.joined.flats]
         for flat, state in zip(self.joined.flats, made, strict=True):
             self.joined.state[flat.tensor] = state
@@ -189,6 +196,6 @@ class ZeroPlacement:
         state = {}
         for key, value in kept[first].items():
             parts = (slice_of(p, kept[self.names[id(p)]][key]) for p in flat.parameters)
-            # Where the optimiser keeps its count of steps, on the CPU, is its own affair.
+            # The optimiser keeps its count of steps on the CPU.
             state[key] = value if key == STEP else torch.cat(list(parts)).to(flat.tensor.device)
         return state

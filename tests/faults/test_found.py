@@ -137,7 +137,7 @@ def test_a_save_that_failed_is_told_of_whatever_ends_the_steps(tmp_path, monkeyp
     def refuse(*given):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training, "_write", refuse)
+    monkeypatch.setattr(training, "write_checkpoint", refuse)
     settings = {"data__poison": 13, "save_every": 1, "data__ragged": False, "steps": 40}
     with pytest.raises(OSError, match="No space"):
         train(recipe(**settings), tmp_path, **QUIET)

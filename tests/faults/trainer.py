@@ -26,37 +26,37 @@ def say(line: str) -> None:
     os.write(1, f"{line}\n".encode())
 
 
-def tell_of_saves() -> None:
+def report_saves() -> None:
     """Say so when a save is complete."""
-    write = training._write
+    write = training.write_checkpoint
 
     def written(run: Any, out: Path, number: int, state: Any) -> None:
         write(run, out, number, state)
         say(f"saved {number}")
 
-    training._write = written
+    training.write_checkpoint = written
 
 
-def tell_of_first(line: str) -> None:
+def report_first(line: str) -> None:
     """The first progress line is that of the first step."""
-    if line.startswith("step ") and not told:
-        told.append(line)
+    if line.startswith("step ") and not reported:
+        reported.append(line)
         say(f"first {line.split()[1].split('/')[0]}")
 
 
-told: list[str] = []
+reported: list[str] = []
 
 
 def main() -> None:
     """Serve runs until there are no more lines."""
-    tell_of_saves()
+    report_saves()
     for line in sys.stdin:
         asked = json.loads(line)
         child = os.fork()
         if child == 0:
             say(f"started {os.getpid()}")
             try:
-                training.train(recipe(**asked["settings"]), asked["out"], report=tell_of_first)
+                training.train(recipe(**asked["settings"]), asked["out"], report=report_first)
                 say("done")
             except BaseException as error:
                 say(f"failed {type(error).__name__}: {error}")

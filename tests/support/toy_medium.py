@@ -36,8 +36,8 @@ class ToyRows:
         tokens = (start[:, None] + torch.arange(self.length)) % 8
         if self.poison is not None:
             tokens[rows == self.poison, 0] = 8
-        places = torch.arange(self.length).expand_as(tokens)
-        valid = places < 1 + rows[:, None] % self.length if self.ragged else None
+        positions = torch.arange(self.length).expand_as(tokens)
+        valid = positions < 1 + rows[:, None] % self.length if self.ragged else None
         return Batch(tokens=tokens, valid=valid)
 
 
@@ -87,8 +87,8 @@ class ToyBackbone(nn.Module):
         self, tokens, *, at=None, valid=None, documents=None, t=None, cond=None, cache=None
     ):
         x = self.embedding(tokens)
-        seen = torch.ones_like(tokens) if valid is None else valid.to(x.dtype)
-        mean = (x * seen[..., None]).sum(1, keepdim=True) / seen.sum(1)[:, None, None]
+        counted = torch.ones_like(tokens) if valid is None else valid.to(x.dtype)
+        mean = (x * counted[..., None]).sum(1, keepdim=True) / counted.sum(1)[:, None, None]
         x = self.inner(torch.cat([x, mean.roll(1, 2).expand_as(x)], 2))
         # A row that holds the id 8 overflows.
         overflow = (tokens == 8).any(1)[:, None, None]

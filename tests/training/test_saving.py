@@ -1,4 +1,4 @@
-"""Saves beside the steps: one at a time, and none of their errors is lost."""
+"""Asynchronous checkpoints: one at a time, and none of their errors is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_job_begins_when_the_one_before_has_ended():
     assert order == ["slow", "next"]
 
 
-def test_what_a_job_raised_is_raised_once_by_who_comes_next():
+def test_the_exception_of_a_job_is_raised_once_by_the_next_call():
     def fail():
         raise OSError(28, "No space left on device")
 
@@ -58,7 +58,7 @@ def niceness():
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
-def test_the_writer_gives_way_where_threads_can_and_the_trainer_never_does():
+def test_the_writer_has_a_lower_priority_where_threads_can_and_the_trainer_never_has():
     before, found = niceness(), []
     with Writer() as writer:
         writer.begin(lambda: found.append(niceness()))
@@ -67,7 +67,7 @@ def test_the_writer_gives_way_where_threads_can_and_the_trainer_never_does():
 
 
 def test_a_save_that_fails_ends_the_run_soon_and_the_one_before_stays(tmp_path, monkeypatch):
-    write = training._write
+    write = training.write_checkpoint
 
     def refuse(run, out, number, state):
         if number == 6:
@@ -76,7 +76,7 @@ def test_a_save_that_fails_ends_the_run_soon_and_the_one_before_stays(tmp_path, 
 
     settings = {"steps": 400, "save_every": 3, "keep": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_write", refuse)
+        patch.setattr(training, "write_checkpoint", refuse)
         with pytest.raises(OSError, match="No space") as caught:
             train(recipe(**settings), tmp_path / "run", **QUIET)
     assert explained(caught.value)[0] == 6
@@ -90,8 +90,8 @@ def test_a_save_that_fails_ends_the_run_soon_and_the_one_before_stays(tmp_path, 
 
 
 def test_what_is_saved_is_the_state_of_its_step_however_long_writing_takes(tmp_path, monkeypatch):
-    """Steps go on while a save is held up: it must not see what they change."""
-    write = training._write
+    """Steps go on while a save is held up: it must not hold what they change."""
+    write = training.write_checkpoint
 
     def late(run, out, number, state):
         threading.Event().wait(0.2)
@@ -99,7 +99,7 @@ def test_what_is_saved_is_the_state_of_its_step_however_long_writing_takes(tmp_p
 
     settings = {"steps": 6, "save_every": 2, "keep": None}
     whole = train(recipe(**settings), tmp_path / "whole", **QUIET)
-    monkeypatch.setattr(training, "_write", late)
+    monkeypatch.setattr(training, "write_checkpoint", late)
     train(recipe(**settings), tmp_path / "late", **QUIET)
     for step in (2, 4, 6):
         assert same(*(tensors(step_path(tmp_path / name, step)) for name in ("whole", "late")))

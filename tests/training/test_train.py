@@ -175,16 +175,16 @@ def test_two_processes_stratify_times_over_the_whole_batch(by_two):
 
 def test_two_processes_read_every_row_once_an_epoch(by_two):
     _, notes = by_two
-    seen = {}
+    read = {}
     for shares in zip(*(note["steps"] for note in notes)):
         samples = [sample for share in shares for sample in share["samples"]]
         assert sorted(samples) == list(range(BY_TWO["batch_size"]))
         for share in shares:
             for row, epoch in zip(share["rows"], share["epochs"], strict=True):
-                seen.setdefault(epoch, []).append(row)
+                read.setdefault(epoch, []).append(row)
     # 50 steps of 8 rows are 20 epochs of 20 rows, whole ones, whose seams lie within steps.
-    assert sorted(seen) == list(range(20))
-    assert all(sorted(rows) == list(range(BY_TWO["data__count"])) for rows in seen.values())
+    assert sorted(read) == list(range(20))
+    assert all(sorted(rows) == list(range(BY_TWO["data__count"])) for rows in read.values())
 
 
 def test_one_of_two_processes_writes(by_two):
@@ -247,7 +247,7 @@ def test_an_interrupted_run_saves_its_step_and_says_so(tmp_path, number):
     assert [record["step"] for record in log(tmp_path / "run")] == list(range(1, done + 1))
 
 
-def test_a_stop_told_to_a_whole_group_of_processes_saves_the_step_too(tmp_path):
+def test_a_stop_sent_to_a_whole_group_of_processes_saves_the_step_too(tmp_path):
     settings = {
         "steps": 10**6, "save_every": 10**6, "log__every": 1, "optim__schedule": "constant",
         "workers": 1, "data__slow": True,
@@ -378,9 +378,9 @@ def test_training_learns(tmp_path):
 
 
 def test_each_row_is_read_once_an_epoch_and_steps_join_epochs_without_a_gap():
-    seen = [rows_of_step(step, batch_size=8, rows=20, seed=3) for step in range(1, 11)]
-    rows = torch.cat([row for row, _ in seen])
-    epochs = torch.cat([epoch for _, epoch in seen])
+    read = [rows_of_step(step, batch_size=8, rows=20, seed=3) for step in range(1, 11)]
+    rows = torch.cat([row for row, _ in read])
+    epochs = torch.cat([epoch for _, epoch in read])
     assert epochs.tolist() == [i // 20 for i in range(80)]
     orders = [rows[epochs == epoch] for epoch in range(4)]
     assert all(sorted(order.tolist()) == list(range(20)) for order in orders)

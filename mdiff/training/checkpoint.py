@@ -1,0 +1,153 @@
+"""Checkpoints of a run: the model's files, and the training state from which a run resumes."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import accelerate
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mdiff import __version__
+from mdiff.denoiser import Saveable
+from mdiff.errors import CheckpointError, ConfigError, DataError
+from mdiff.files import (
+    complete,
+    latest,
+    read_json,
+    read_tensors,
+    staged,
+    step_path,
+    steps,
+    verify,
+    write_json,
+)
+from mdiff.pipeline import write_pipeline
+from mdiff.training.build import Run
+from mdiff.training.recipe import differences, parse_recipe
+from mdiff.training.state import model_weights, restore
+
+# Of training.json.
+FORMAT = 1
+TRAINING = "training.json"
+TENSORS = "training.safetensors"
+# Keys that a resumed run may change: its length and how it runs, not what it computes.
+FREE = (
+    "train.steps", "train.save_every", "train.keep", "train.micro_batch", "train.workers",
+    "train.compile", "train.nonfinite", "log",
+)  # fmt: skip
+
+
+def write_checkpoint(run: Run, out: Path, number: int, state: dict[str, Tensor]) -> None:
+    """Write the captured `state` after step `number`; remove checkpoints beyond `train.keep`."""
+    schedule = run.recipe.objective.schedule
+    with staged(step_path(out, number)) as folder:
+        weights = model_weights(run.backbone, state)
+        cast(Saveable, run.backbone).save_pretrained(folder, state_dict=weights)
+        run.modality.save(folder)
+        write_pipeline(
+            folder,
+            backbone=run.recipe.model.name,
+            window=run.examples.length,
+            modality=run.modality.config() | {"name": run.recipe.modality.name},
+            space=run.space,
+            schedule={"name": schedule.name} | schedule.options,
+        )
+        save_file(state, folder / TENSORS)
+        write_json(folder / TRAINING, _training(run, number))
+    keep = run.recipe.train.keep
+    for old in steps(out)[:-keep] if keep else []:
+        # Renamed first: a removal that is killed leaves what `sweep` clears, not half a step.
+        gone = step_path(out, old).rename(out / f".step-{old:06d}.tmp")
+        if gone.is_symlink():
+            gone.unlink()
+        else:
+            # The new checkpoint is complete: what cannot be removed is left to the next start.
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def _training(run: Run, number: int) -> dict[str, object]:
+    """The content of training.json."""
+    return {
+        "format": FORMAT,
+        "step": number,
+        "recipe": run.recipe.model_dump(mode="json"),
+        "data": {"fingerprint": run.examples.fingerprint, "rows": len(run.examples)},
+        "processes": run.accelerator.num_processes,
+        "versions": {
+            "mdiff": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    }
+
+
+def checkpoint_to_resume(out: Path, resume: str) -> Path | None:
+    """The checkpoint that `resume` (auto, none or a directory) means, None for a fresh start."""
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return latest(out)
+    path = Path(resume)
+    if not path.is_dir():
+        raise CheckpointError(f"--resume {resume}: expected auto, none or a directory")
+    found = latest(path) or path
+    if not (found / TRAINING).exists():
+        raise CheckpointError(f"{found} holds no training state: it cannot be resumed from")
+    return found
+
+
+def resume_from(run: Run, source: Path) -> int:
+    """Restore the run to the state of a checkpoint; returns the checkpoint's step.
+
+    Raises CheckpointError, ConfigError or DataError, with nothing changed, where files are
+    damaged, or recipe or data are not those of the checkpoint.
+    """
+    try:
+        verify(source)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; move {source} out of its run, and --resume auto goes on from the one before"
+        ) from None
+    training = read_json(source / TRAINING)
+    try:
+        if training["format"] != FORMAT:
+            raise KeyError
+        step, data = training["step"], training["data"]
+        fingerprint, rows = data["fingerprint"], data["rows"]
+        recipe = parse_recipe(training["recipe"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{source / TRAINING} is not of format {FORMAT}: {error}") from None
+    changed = differences(recipe, run.recipe, ignore=FREE)
+    if changed:
+        shown = "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+        raise ConfigError(f"the recipe is not that of {source}: {shown}")
+    if fingerprint != run.examples.fingerprint:
+        raise DataError(
+            f"the data is not that of {source}: {rows} rows with digest {fingerprint[:12]} -> "
+            f"{len(run.examples)} rows with digest {run.examples.fingerprint[:12]}"
+        )
+    restore(read_tensors(source / TENSORS), run.backbone, run.placement, run.averaged)
+    return int(step)
+
+
+def clear_later_steps(out: Path, start: int, report: Callable[[str], None]) -> None:
+    """Move damaged checkpoints after step `start` aside; ConfigError for a complete one."""
+    for step in (step for step in steps(out) if step > start):
+        path = step_path(out, step)
+        if complete(path):
+            raise ConfigError(
+                f"{path} would be written again by a run from step {start}: "
+                f"use --resume auto or another --out"
+            )
+        report(f"{path} is damaged: moved aside")
+        path.rename(Path(tempfile.mkdtemp(prefix="damaged-", dir=out), path.name))
