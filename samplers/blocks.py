@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mdiff.denoiser import (
-    Cache,
+    BlockWindow,
+    CachedBlock,
     Condition,
     Denoiser,
-    FinishedBlocks,
-    Rows,
     block_length_of,
-    evaluations,
     finished_blocks,
-    row_request,
 )
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
@@ -26,10 +23,6 @@ from mdiff.samplers.first_hitting import first_hitting
 from mdiff.sampling import State, streams
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace, ranks
-
-# The entries under which a row's whole canvas travels with it to the denoiser.
-CANVAS, COLUMNS, SEEN = "blocks.canvas", "blocks.columns", "blocks.seen"
-WRITABLE, ROWS = "blocks.writable", "blocks.rows"
 
 
 def blocks(
@@ -50,29 +43,66 @@ def blocks(
     steps: int | None = None,
     context: int | None = None,
     stop: int | None = None,
-    **options: Any,
+    **options: object,
 ) -> Iterator[State]:
     """States of `inner` run on one block of `canvas` (B, L) after the other.
 
-    A row's blocks are runs of `block_length` valid places from its first hidden place on
+    A row's blocks are runs of `block_length` valid positions from its first hidden one on
     (Nie et al. 2025, section 2.4; Arriola et al. 2025). `steps` counts per block and, like
-    the other `options`, is handed to `inner`. By default the denoiser sees the whole canvas,
-    later blocks hidden; with `context=n` it sees the n valid places that end with the block,
-    so that a canvas may be longer than the training window. `stop` is the id that ends a sample:
-    after the block that draws it, the row's later hidden places take that id without a call.
+    the other `options`, is handed to `inner`. By default the denoiser is given the whole canvas,
+    later blocks hidden; with `context=n` the n valid positions that end with the block, so that a
+    canvas may be longer than the training window. `stop` is the id that ends a sample: after the
+    block that draws it, the row's later hidden positions take that id without a call.
 
     With a block model of the same block_length the blocks are the model's own, counted from
-    the first place of the row. Where it can keep finished blocks (`SequenceBackbone`), no row has
+    the first position of the row. Where it can keep finished blocks (`HasCache`), no row has
     padding, and there is neither a condition nor a context, each step runs on its block alone:
-    same logits, same calls. A finished block costs one pass more, over its own places, which is
+    same logits, same calls. A finished block costs one pass more, over its own positions, which is
     not counted as a call; what is given before the first hidden block shares one such pass.
 
-    A block after the first has a seed of its own, derived from the sample's. A denoiser that
-    uses the time is told the share of what it sees that is still hidden.
+    A block after the first has a seed of its own, derived from the sample's.
 
-    Raises ConfigError for block_length < 1, a context shorter than a block, or a stop id
-    that the space does not have.
+    Raises ConfigError for block_length < 1, a context shorter than a block, a stop id that the
+    space does not have, or steps that `inner` does not take.
     """
+    if steps is not None:
+        options["steps"] = steps
+    _check(space, inner, options, block_length=block_length, context=context, stop=stop)
+    space.check(canvas, valid)
+    aligned = block_length_of(denoiser) == block_length
+    run = _Run(canvas, valid, space.mask_id, block_length, aligned=aligned)
+    kept = None
+    if aligned and context is None:
+        kept = finished_blocks(denoiser, valid=valid, cond=cond)
+    seeds, samples = streams(seed, len(canvas), canvas.device)
+    for number in run.numbers():
+        columns = run.columns(number)
+        window = BlockWindow(
+            denoiser, run.canvas, columns, attended=run.attended(number, context),
+            writable=run.writable, schedule=schedule, mask_id=space.mask_id,
+        )  # fmt: skip
+        alone = None
+        if kept is not None:
+            start = number * block_length
+            before = partial(kept.before, run.canvas, start)
+            alone = CachedBlock(window, before, min(block_length, canvas.shape[1] - start))
+        states = inner(
+            alone or window, run.canvas.gather(1, columns), space=space, schedule=schedule,
+            seed=seed if number == 0 else philox.derive(seeds, samples, number),
+            valid=(run.block == number).gather(1, columns), cond=cond, temperature=temperature,
+            top_k=top_k, top_p=top_p, min_p=min_p, **options,
+        )  # fmt: skip
+        yield from run.fill(states, columns)
+        if stop is not None:
+            run.end(number, stop)
+    if run.filled_up:
+        yield run.stopped()
+
+
+def _check(
+    space: TokenSpace, inner: Callable[..., Iterator[State]], options: dict[str, object], *,
+    block_length: int, context: int | None, stop: int | None,
+) -> None:  # fmt: skip
     if block_length < 1:
         raise ConfigError(f"block_length={block_length}: need at least 1")
     if context is not None and context < block_length:
@@ -83,219 +113,82 @@ def blocks(
         raise ConfigError("blocks: a canvas of parts is sampled whole")
     if inner is blocks:
         raise ConfigError("blocks: the inner sampler fills one block, it cannot be blocks")
-    space.check(canvas, valid)
-    if steps is not None:
-        if "steps" not in signature(inner).parameters:
-            raise ConfigError(
-                f"steps={steps}: {inner.__name__}, the inner sampler, takes no steps; "
-                "inner='confidence' and inner='ancestral' do"
-            )
-        options["steps"] = steps
-    canvas = canvas.clone()
-    seen = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
-    writable = seen & (canvas == space.mask_id)
-    rank = ranks(canvas, valid)
-    aligned = block_length_of(denoiser) == block_length
-    block = _blocks(canvas, seen, rank, block_length, space.mask_id, aligned=aligned)
-    finished = None
-    if aligned and context is None:
-        finished = finished_blocks(denoiser, valid=valid, cond=cond)
-    seeds, samples = streams(seed, len(canvas), canvas.device)
-    calls = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
-    states, filled_up = 0, False
-    number = torch.arange(len(canvas), device=canvas.device)
-    for index in range(_first_block(block, writable), int(block.max()) + 1):
-        inside = block == index
-        width = min(block_length, canvas.shape[1])
-        columns = (~inside).long().argsort(dim=1, stable=True)[:, :width]
-        shown = seen if context is None else seen & _ends_with(inside, rank, context)
-        last: State | None = None
-        window = _Window(denoiser, schedule, space.mask_id)
-        if finished is not None:
-            window = _Alone(window, finished, canvas, index * block_length)
-        for last in inner(
-            window,
-            canvas.gather(1, columns),
-            space=space,
-            schedule=schedule,
-            seed=seed if index == 0 else philox.derive(seeds, samples, index),
-            valid=inside.gather(1, columns),
-            cond={
-                **(cond or {}), CANVAS: canvas, COLUMNS: columns, SEEN: shown,
-                WRITABLE: writable, ROWS: number,
-            },
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            **options,
-        ):  # fmt: skip
-            states += 1
-            yield _whole(last, canvas, columns, states, calls)
-        if last is not None:
-            canvas = canvas.scatter(1, columns, last.tokens)
-            calls = calls + last.calls
-        if stop is not None:
-            ended = (inside & writable & (canvas == stop)).any(1, keepdim=True)
-            rest = ended & (block > index) & (canvas == space.mask_id)
-            canvas = torch.where(rest, stop, canvas)
-            block = torch.where(ended & (block > index), -1, block)
-            filled_up = filled_up or bool(rest.any())
-    if filled_up:
-        yield _stopped(canvas, calls, states + 1)
+    if "steps" in options and "steps" not in signature(inner).parameters:
+        raise ConfigError(
+            f"steps={options['steps']}: {inner.__name__}, the inner sampler, takes no steps; "
+            "inner='confidence' and inner='ancestral' do"
+        )
 
 
-class _Window:
-    """A Denoiser of one block: it puts the block into the row's canvas and asks there."""
+class _Run:
+    """A batch of canvases (B, L) and how far it is filled.
 
-    def __init__(self, denoiser: Denoiser, schedule: Schedule, mask_id: int) -> None:
-        self.denoiser, self.schedule, self.mask_id = denoiser, schedule, mask_id
-        self.uses_time, self.request = denoiser.uses_time, row_request(denoiser)
-
-    def row_evaluations(
-        self, tokens: Tensor, *, valid: Tensor | None, cond: Condition | None
-    ) -> int | Tensor:
-        """What the call costs each row: the model sees the whole canvas."""
-        rest = dict(cond or {})
-        whole = rest.pop(CANVAS).scatter(1, rest.pop(COLUMNS), tokens)
-        seen = rest.pop(SEEN)
-        del rest[WRITABLE], rest[ROWS]
-        return evaluations(self.denoiser, whole, valid=seen, cond=rest or None)
-
-    def __call__(
-        self,
-        tokens: Tensor,
-        *,
-        at: Tensor | None = None,
-        valid: Tensor | None = None,
-        documents: Tensor | None = None,
-        t: Tensor | None = None,
-        cond: Condition | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Logits (N, V) of the places `at` of the block."""
-        whole, seen, t, rest = self._around(tokens, t, cond)
-        asked = None if at is None else self._asked(at, seen, cond)
-        return self.denoiser(whole, at=asked, valid=seen, t=t, cond=rest, cache=cache)
-
-    def requested_rows(
-        self, tokens: Tensor, *, at: Tensor, number: int | None = None,
-        valid: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
-    ) -> Rows:  # fmt: skip
-        """The denoiser's rows at the positions `at` of the block; see `row_request`."""
-        whole, seen, t, rest = self._around(tokens, t, cond)
-        asked = self._asked(at, seen, cond)
-        return self.request(whole, at=asked, number=number, valid=seen, t=t, cond=rest)
-
-    def _around(
-        self, tokens: Tensor, t: Tensor | None, cond: Condition | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Condition | None]:
-        """The whole canvas, what of it is seen, its own time and the condition that is left."""
-        rest = dict(cond or {})
-        canvas, columns, seen = (rest.pop(name) for name in (CANVAS, COLUMNS, SEEN))
-        writable = rest.pop(WRITABLE) & seen
-        del rest[ROWS]
-        whole = canvas.scatter(1, columns, tokens)
-        if t is not None:
-            # The time is that of all the model sees: the share of it that is still hidden.
-            left = (writable & (whole == self.mask_id)).sum(1).double()
-            t = self.schedule.time_at(left / writable.sum(1).clamp(min=1)).to(t.dtype)
-        return whole, seen, t, rest or None
-
-    @staticmethod
-    def _asked(at: Tensor, seen: Tensor, cond: Condition | None) -> Tensor:
-        """The places `at` of the block as places of the canvas, (B, L) bool."""
-        return torch.zeros_like(seen).scatter(1, (cond or {})[COLUMNS], at)
-
-
-class _Alone(_Window):
-    """The same of a block model that keeps finished blocks: it asks of the block's places alone.
-
-    `start` is the first place of the block in the whole batch of canvases (B, L).
+    `block` (B, L) int64 is the block of each position, counted from the row's first hidden one,
+    or from its first one where they are `aligned`; -1 where it is in none.
     """
 
     def __init__(
-        self, window: _Window, finished: FinishedBlocks, canvas: Tensor, start: int
+        self, canvas: Tensor, valid: Tensor | None, mask_id: int, length: int, *, aligned: bool
     ) -> None:
-        super().__init__(window.denoiser, window.schedule, window.mask_id)
-        self.finished, self.canvas, self.start = finished, canvas, start
+        self.canvas, self.mask_id, self.length = canvas.clone(), mask_id, length
+        self.valid = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
+        self.writable = self.valid & (canvas == mask_id)
+        self.rank = ranks(canvas, valid)
+        first = torch.where(self.writable, self.rank, canvas.shape[1]).amin(1, keepdim=True)
+        first = torch.zeros_like(first) if aligned else first
+        inside = self.valid & (self.rank >= first)
+        self.block = torch.where(inside, (self.rank - first) // length, -1)
+        self.calls = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
+        self.states, self.filled_up = 0, False
 
-    def __call__(
-        self,
-        tokens: Tensor,
-        *,
-        at: Tensor | None = None,
-        valid: Tensor | None = None,
-        documents: Tensor | None = None,
-        t: Tensor | None = None,
-        cond: Condition | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Logits (N, V) of the places `at` of the block."""
-        own, asked, t, kept = self._block(tokens, at, t, cond)
-        return self.denoiser(own, at=asked, t=t, cache=kept)
+    def numbers(self) -> range:
+        """The blocks from the first in which any row has a position to write."""
+        wanted = self.block[self.writable]
+        first = int(wanted.min()) if wanted.numel() else 0
+        return range(first, int(self.block.max()) + 1)
 
-    def requested_rows(
-        self, tokens: Tensor, *, at: Tensor, number: int | None = None,
-        valid: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
-    ) -> Rows:  # fmt: skip
-        """The denoiser's rows at the positions `at` of the block; see `row_request`."""
-        own, asked, t, kept = self._block(tokens, at, t, cond)
-        return self.request(own, at=asked, number=number, t=t, cache=kept)
+    def columns(self, number: int) -> Tensor:
+        """The positions of a block, (B, W) int64, those of other blocks behind its own."""
+        width = min(self.length, self.canvas.shape[1])
+        return (self.block != number).long().argsort(dim=1, stable=True)[:, :width]
 
-    def _block(
-        self, tokens: Tensor, at: Any, t: Tensor | None, cond: Condition | None
-    ) -> tuple[Tensor, Any, Tensor | None, Any]:
-        """The block's tokens and asked places, its time, and what is kept of those before."""
-        self.finished.grow(self.canvas, self.start)
-        _, _, t, _ = self._around(tokens, t, cond)
-        rows, total = (cond or {})[ROWS], len(self.canvas)
-        # The last block of a canvas may be short; its columns come first.
-        width = min(tokens.shape[1], self.canvas.shape[1] - self.start)
-        asked = None if at is None else at[:, :width]
-        return tokens[:, :width], asked, t, self.finished.of_rows(rows, total=total)
+    def attended(self, number: int, context: int | None) -> Tensor:
+        """The `context` valid positions of each row that end with its block, (B, L) bool."""
+        if context is None:
+            return self.valid
+        end = torch.where(self.block == number, self.rank, -1).amax(1, keepdim=True)
+        return self.valid & (self.rank <= end) & (self.rank > end - context)
 
+    def fill(self, states: Iterator[State], columns: Tensor) -> Iterator[State]:
+        """The states of a block as states of the whole canvas, which is filled by the last."""
+        canvas, calls = self.canvas, self.calls
 
-def _blocks(
-    canvas: Tensor, seen: Tensor, rank: Tensor, length: int, mask_id: int, *, aligned: bool
-) -> Tensor:
-    """The block of each place, (B, L) int64, counted from the row's first hidden one; else -1.
+        def spread(values: Tensor) -> Tensor:
+            blank = torch.zeros(canvas.shape, dtype=values.dtype, device=values.device)
+            return blank.scatter(1, columns, values)
 
-    With `aligned` they are counted from the row's first place.
-    """
-    if aligned:
-        return torch.where(seen, rank // length, -1)
-    hidden = seen & (canvas == mask_id)
-    first = torch.where(hidden, rank, canvas.shape[1]).amin(1, keepdim=True)
-    return torch.where(seen & (rank >= first), (rank - first) // length, -1)
+        for state in states:
+            self.states += 1
+            self.canvas = canvas.scatter(1, columns, state.tokens)
+            self.calls = calls + state.calls
+            yield State(
+                self.canvas, state.t, self.states, self.calls, spread(state.revealed),
+                spread(state.log_prob), spread(state.entropy),
+            )  # fmt: skip
 
+    def end(self, number: int, stop: int) -> None:
+        """Fill rows up with `stop` that drew it in this block; they have no later blocks."""
+        drawn = (self.block == number) & self.writable & (self.canvas == stop)
+        later = drawn.any(1, keepdim=True) & (self.block > number)
+        rest = later & (self.canvas == self.mask_id)
+        self.canvas = torch.where(rest, stop, self.canvas)
+        self.block = torch.where(later, -1, self.block)
+        self.filled_up = self.filled_up or bool(rest.any())
 
-def _first_block(block: Tensor, writable: Tensor) -> int:
-    """The first block in which any row has a place to write."""
-    wanted = block[writable]
-    return int(wanted.min()) if wanted.numel() else 0
-
-
-def _ends_with(inside: Tensor, rank: Tensor, context: int) -> Tensor:
-    """The `context` places of each row that end where its block ends, (B, L) bool."""
-    end = torch.where(inside, rank, -1).amax(1, keepdim=True)
-    return (rank <= end) & (rank > end - context)
-
-
-def _whole(state: State, canvas: Tensor, columns: Tensor, states: int, calls: Tensor) -> State:
-    """The state of a block as a state of the whole canvas."""
-
-    def spread(values: Tensor) -> Tensor:
-        blank = torch.zeros(canvas.shape, dtype=values.dtype, device=values.device)
-        return blank.scatter(1, columns, values)
-
-    return State(
-        canvas.scatter(1, columns, state.tokens), state.t, states, calls + state.calls,
-        spread(state.revealed), spread(state.log_prob), spread(state.entropy),
-    )  # fmt: skip
-
-
-def _stopped(canvas: Tensor, calls: Tensor, states: int) -> State:
-    """The last state, in which ended samples are filled up and nothing is drawn."""
-    nothing = torch.zeros(canvas.shape, dtype=torch.float32, device=canvas.device)
-    return State(
-        canvas, torch.zeros_like(calls, dtype=torch.float64), states, calls,
-        nothing.bool(), nothing, nothing,
-    )  # fmt: skip
+    def stopped(self) -> State:
+        """The last state, in which ended samples are filled up and nothing is drawn."""
+        nothing = torch.zeros(self.canvas.shape, dtype=torch.float32, device=self.canvas.device)
+        return State(
+            self.canvas, torch.zeros_like(self.calls, dtype=torch.float64), self.states + 1,
+            self.calls, nothing.bool(), nothing, nothing,
+        )  # fmt: skip

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from mdiff.denoiser.block_cache import FinishedBlocks as FinishedBlocks
 from mdiff.denoiser.block_cache import finished_blocks as finished_blocks
+from mdiff.denoiser.block_window import BlockWindow as BlockWindow
+from mdiff.denoiser.block_window import CachedBlock as CachedBlock
 from mdiff.denoiser.condition_names import MICRO as MICRO
 from mdiff.denoiser.condition_names import POOLED as POOLED
 from mdiff.denoiser.condition_names import STATES as STATES
 from mdiff.denoiser.guidance import guided as guided
-from mdiff.denoiser.negative_condition import away_from as away_from
-from mdiff.denoiser.negative_condition import other_start as other_start
+from mdiff.denoiser.negative_condition import negative_prompt as negative_prompt
 from mdiff.denoiser.protocol import AsksRows as AsksRows
 from mdiff.denoiser.protocol import BlockModel as BlockModel
 from mdiff.denoiser.protocol import Cache as Cache

@@ -23,33 +23,20 @@ def finished_blocks(
 
 
 class FinishedBlocks:
-    """The cache of one batch of rows: it grows by finished blocks and is read by the next."""
+    """The cache of one batch of rows, which grows by finished blocks."""
 
     def __init__(self, denoiser: Denoiser, cache: Cache) -> None:
         self.denoiser, self.cache = denoiser, cache
-        # The last choice of rows: samplers ask for the same ones many times in a row.
-        self.chosen: tuple[list[int], Cache] = ([], cache)
 
-    def grow(self, canvas: Tensor, start: int) -> None:
-        """Keep the positions of `canvas` (B, L) before `start`, in one pass over the new ones."""
+    def before(self, canvas: Tensor, start: int) -> Cache:
+        """The cache of the positions of `canvas` (B, L) before `start`: one pass over new ones."""
         kept = self.cache.length
-        if kept >= start:
-            return
-        tokens = canvas[:, kept:start]
-        self.cache.growing = True
-        try:
-            self.denoiser(
-                tokens, at=torch.zeros_like(tokens, dtype=torch.bool), cache=self.cache
-            )  # fmt: skip
-        finally:
-            self.cache.growing = False
-        self.chosen = ([], self.cache)
-
-    def of_rows(self, rows: Tensor, *, total: int) -> Cache:
-        """The cache for `rows` (N,) of the batch of `total` rows."""
-        if len(rows) == total:
-            return self.cache
-        numbers = rows.tolist()
-        if numbers != self.chosen[0]:
-            self.chosen = (numbers, self.cache.of_rows(rows))
-        return self.chosen[1]
+        if kept < start:
+            tokens = canvas[:, kept:start]
+            nowhere = torch.zeros_like(tokens, dtype=torch.bool)
+            self.cache.growing = True
+            try:
+                self.denoiser(tokens, at=nowhere, cache=self.cache)
+            finally:
+                self.cache.growing = False
+        return self.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from mdiff.denoiser.protocol import (
     Cache,
     Condition,
     Denoiser,
+    RowBound,
     Rows,
     block_length_of,
     evaluations,
@@ -22,7 +24,7 @@ from mdiff.errors import ConfigError, nearest
 from mdiff.kernels.reference import guided_logits
 from mdiff.tokens import TokenSpace
 
-# How far a row is on its way from scale 1 to the full scale: (B,) from its hidden share (B,).
+# g(h) of `guided`: (B,) from the hidden share of each row (B,).
 Ramp = Callable[[Tensor], Tensor]
 RAMPS: dict[str, Ramp | None] = {
     "constant": None,
@@ -31,25 +33,50 @@ RAMPS: dict[str, Ramp | None] = {
 }
 
 
+class Strength(NamedTuple):
+    """The guidance scale s and, where it depends on the hidden share, g(h) and its space."""
+
+    scale: float
+    ramp: Ramp | None = None
+    space: TokenSpace | None = None
+
+    def of_rows(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        """The scale of each row (B,) float64, by the share of its valid positions now hidden."""
+        if self.ramp is None or self.space is None:
+            return torch.full_like(tokens[:, 0], self.scale, dtype=torch.float64)
+        hidden = tokens == self.space.mask_id
+        inside = torch.ones_like(hidden) if valid is None else valid
+        share = (hidden & inside).sum(1).double() / inside.sum(1).clamp(min=1)
+        grown = torch.as_tensor(self.ramp(share), device=tokens.device)
+        return 1 + (self.scale - 1) * grown.expand(share.shape)
+
+
+class Call(NamedTuple):
+    """What a model is called with: a batch, and behind it some of its rows as the other branch."""
+
+    tokens: Tensor
+    at: Tensor | None
+    valid: Tensor | None
+    cond: Condition | None
+
+
 class Guided:
-    """A Denoiser that pushes away from its unconditional branch; see `guided`."""
+    """A Denoiser that mixes the logits of two branches of another; see `guided`."""
 
     def __init__(
         self,
         denoiser: Denoiser,
+        strength: Strength,
         *,
-        scale: float,
-        without: Condition,
-        hide: str | None,
-        space: TokenSpace | None,
-        ramp: Ramp | None = None,
+        without: Condition | None = None,
+        hide: str | None = None,
+        mask_id: int = 0,
     ) -> None:
-        self.denoiser = denoiser
-        self.scale = scale
-        self.without = without
-        self.hide = hide
-        self.space = space
-        self.ramp = ramp
+        """`mask_id` is what stands at the positions of `hide` in the other branch."""
+        if isinstance(denoiser, RowBound):
+            raise ConfigError("guidance of a denoiser that is bound to rows: guide its own model")
+        self.denoiser, self.strength = denoiser, strength
+        self.without, self.hide, self.mask_id = without or {}, hide, mask_id
         self.uses_time = denoiser.uses_time
 
     @property
@@ -61,25 +88,15 @@ class Guided:
     def evaluations(self) -> int:
         """The most model evaluations that a call costs a row: one at scale 1, else two."""
         inner = fixed_evaluations(self.denoiser)
-        return inner if self.scale == 1 else 2 * inner
+        return inner if self.strength.scale == 1 else 2 * inner
 
     def row_evaluations(
         self, tokens: Tensor, *, valid: Tensor | None = None, cond: Condition | None = None
     ) -> Tensor:
         """Model evaluations of each row (B,) int64: one branch where its scale is 1, else both."""
-        branches = 1 + (self.row_scale(tokens, valid) != 1).long()
+        branches = 1 + (self.strength.of_rows(tokens, valid) != 1).long()
         rest = {name: value for name, value in (cond or {}).items() if name != self.hide}
         return branches * evaluations(self.denoiser, tokens, valid=valid, cond=rest or None)
-
-    def row_scale(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
-        """The scale of each row (B,) float64, by the share of its valid places now hidden."""
-        if self.ramp is None or self.space is None:
-            return torch.full_like(tokens[:, 0], self.scale, dtype=torch.float64)
-        hidden = tokens == self.space.mask_id
-        seen = torch.ones_like(hidden) if valid is None else valid
-        share = (hidden & seen).sum(1).double() / seen.sum(1).clamp(min=1)
-        grown = torch.as_tensor(self.ramp(share), device=tokens.device)
-        return 1 + (self.scale - 1) * grown.expand(share.shape)
 
     def __call__(
         self,
@@ -93,23 +110,20 @@ class Guided:
         cache: Cache | None = None,
     ) -> Tensor:
         """l_u + s (l_c - l_u), both branches in one batched call, in float32 at least."""
-        given, scale, rows = self._split(tokens, valid, cond)
-        if len(rows) == 0:
-            return self.denoiser(
-                tokens, at=at, valid=valid, documents=documents, t=t, cond=given or None,
-                cache=cache,
-            )  # fmt: skip
-        if cache is not None:
+        scale, rows = self._branches(tokens, valid)
+        if len(rows) and cache is not None:
             raise ConfigError("guidance with a cache: each branch would need its own")
-        twice, condition = self._both(tokens, rows, given, cond)
+        call = self.call(tokens, rows, at=at, valid=valid, cond=cond)
         both = self.denoiser(
-            twice, at=_and_again(at, rows), valid=_and_again(valid, rows),
-            documents=_and_again(documents, rows), t=_and_again(t, rows), cond=condition,
+            call.tokens, at=call.at, valid=call.valid, documents=and_again(documents, rows),
+            t=and_again(t, rows), cond=call.cond, cache=cache,
         )  # fmt: skip
+        if len(rows) == 0:
+            return both
         both = both if both.dtype == torch.float64 else both.float()
         where = rows
         if at is not None:
-            scale, where = _of_asked(at, scale)
+            scale, where = _of_requested(at, scale)
         alone, unconditional = both[: len(scale)], both[len(scale) :]
         mixed = guided_logits(alone[where], unconditional, scale[where])
         return alone.index_copy(0, where, mixed)
@@ -119,75 +133,78 @@ class Guided:
         valid: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
     ) -> Rows:  # fmt: skip
         """Both branches of the positions `at` (B, L), not yet mixed; see `row_request`."""
-        given, scale, rows = self._split(tokens, valid, cond)
-        request = row_request(self.denoiser)
-        if len(rows) == 0:
-            return request(tokens, at=at, number=number, valid=valid, t=t, cond=given or None)
-        twice, condition = self._both(tokens, rows, given, cond)
-        if number is not None:
-            number = 2 * number if len(rows) == len(tokens) else None
-        both = request(
-            twice, at=torch.cat([at, at[rows]]), number=number,
-            valid=_and_again(valid, rows), t=_and_again(t, rows), cond=condition,
+        scale, rows = self._branches(tokens, valid)
+        call = self.call(tokens, rows, at=at, valid=valid, cond=cond)
+        everyone = len(rows) == len(tokens)
+        if number is not None and len(rows):
+            number = 2 * number if everyone else None
+        # Looked up at each call: the model may have got a hook since the last one.
+        both = row_request(self.denoiser)(
+            call.tokens, at=call.at, number=number, valid=call.valid, t=and_again(t, rows),
+            cond=call.cond,
         )  # fmt: skip
+        if len(rows) == 0:
+            return both
         if both.unconditional is not None:
             # The branches have branches of their own: mix the inner ones first.
             return Rows(self(tokens, at=at, valid=valid, t=t, cond=cond))
-        if len(rows) == len(tokens):
+        if everyone:
             alone, unconditional = both.conditional.chunk(2)
             scale = scale.repeat_interleave(at.sum(1), output_size=len(alone))
         else:
-            scale, where = _of_asked(at, scale)
+            scale, where = _of_requested(at, scale)
             alone = both.conditional[: len(scale)]
             unconditional = alone.index_copy(0, where, both.conditional[len(scale) :])
         return Rows(alone, unconditional, scale, both.head)
 
-    def _split(
-        self, tokens: Tensor, valid: Tensor | None, cond: Condition | None
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The condition of the first branch, the rows' scales (B,) and which need the other."""
+    def call(
+        self, tokens: Tensor, rows: Tensor, *, at: Tensor | None, valid: Tensor | None,
+        cond: Condition | None,
+    ) -> Call:  # fmt: skip
+        """The call of the model on all rows and then on `rows` (R,) as the other branch."""
         given = dict(cond or {})
         for name in self.without:
             if name not in given:
                 raise ConfigError(f"guidance without {name!r}: {nearest(name, given)}")
+        hidden = None if self.hide is None else given.pop(self.hide, None)
+        if len(rows) == 0:
+            return Call(tokens, at, valid, given or None)
+        again = tokens[rows]
         if self.hide is not None:
-            given.pop(self.hide, None)
-        scale = self.row_scale(tokens, valid)
-        if self.ramp is None:
-            # One scale for all: known without a look at the device.
-            needed = len(tokens) if self.scale != 1 else 0
-            return given, scale, torch.arange(needed, device=tokens.device)
-        return given, scale, (scale != 1).nonzero()[:, 0]
-
-    def _both(
-        self, tokens: Tensor, rows: Tensor, given: dict[str, Tensor], cond: Condition | None
-    ) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """All rows and then `rows` as the other branch sees them: tokens and condition."""
-        blank = tokens[rows]
-        if self.hide is not None and self.space is not None:
-            hidden = (cond or {}).get(self.hide)
             if hidden is None or hidden.shape != tokens.shape:
+                shape = None if hidden is None else tuple(hidden.shape)
                 raise ConfigError(
-                    f"guidance needs cond[{self.hide!r}] of shape {tuple(tokens.shape)}, got "
-                    f"{None if hidden is None else tuple(hidden.shape)}"
+                    f"guidance needs cond[{self.hide!r}] {tuple(tokens.shape)}, got {shape}"
                 )
-            blank = torch.where(hidden[rows], self.space.mask_id, blank)
-        free = {
-            name: (self.without[name].expand_as(value) if name in self.without else value)[rows]
+            again = torch.where(hidden[rows], self.mask_id, again)
+        condition = {
+            name: torch.cat([value, self.without.get(name, value).expand_as(value)[rows]])
             for name, value in given.items()
         }
-        condition = {name: torch.cat([given[name], free[name]]) for name in given}
-        return torch.cat([tokens, blank]), condition or None
+        return Call(
+            torch.cat([tokens, again]), and_again(at, rows), and_again(valid, rows),
+            condition or None,
+        )  # fmt: skip
+
+    def _branches(self, tokens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The scale of each row (B,), and the rows (R,) that need the other branch."""
+        scale = self.strength.of_rows(tokens, valid)
+        if self.strength.ramp is None:
+            # One scale for all: known without a host-device synchronisation.
+            needed = len(tokens) if self.strength.scale != 1 else 0
+            return scale, torch.arange(needed, device=tokens.device)
+        return scale, (scale != 1).nonzero()[:, 0]
 
 
-def _of_asked(at: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale of each asked place (N,), and which of them need the other branch."""
-    asked = scale[at.nonzero()[:, 0]]
-    return asked, (asked != 1).nonzero()[:, 0]
+def _of_requested(at: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale of each requested row (N,), and which of them need the other branch."""
+    requested = scale[at.nonzero()[:, 0]]
+    return requested, (requested != 1).nonzero()[:, 0]
 
 
-def _and_again(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if tensor is None else torch.cat([tensor, tensor[rows]])
+def and_again(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+    """The tensor (B, ...) with its `rows` (R,) behind it, (B + R, ...)."""
+    return tensor if tensor is None or len(rows) == 0 else torch.cat([tensor, tensor[rows]])
 
 
 def guided(
@@ -207,41 +224,52 @@ def guided(
     literature's w is `cfg_scale` and means s = 1 + w; both at once is an error. What the
     unconditional branch lacks is stated in one or both of two ways: `without` replaces
     entries of `cond` (a null label, say; each value broadcasts over the batch), and `hide`
-    names the entry of `cond`, (B, L) bool, whose places are masked (with `space`): guidance
+    names the entry of `cond`, (B, L) bool, whose positions are masked (with `space`): guidance
     by masking what is given, which needs no training (Nie et al. 2024, SMDM, section 4).
 
     With a `guidance_schedule` a row's scale is 1 + (s - 1) g(h), h the share of its valid
-    places that are hidden at the call, so that it is the row's own at any batch:
+    positions that are hidden at the call, so that it is the row's own at any batch:
 
         constant  g = 1
         linear    g = 1 - h: from 1 where all is hidden to s where nothing is, the rising
                   scale of Muse (Chang et al. 2023, section 2.7)
         cosine    g = (1 - cos(pi (1 - h))) / 2, with the same ends: the power-cosine of
                   MaskBit (Weber et al. 2024) and TiTok (Yu et al. 2024) at power 1
-        interval  g = 1 where lo < h <= hi, else 0 (Kynkaanniemi et al. 2024, in place of
+        interval  g = 1 where lo < h <= hi, else 0 (Kynkaanniemi et al. 2024, instead of
                   noise levels), `interval` = (lo, hi)
 
-    or a function from h (B,) to g (B,). Those papers count steps where h counts places; given
-    places count as revealed. A row whose scale is 1 runs through one branch only.
+    or a function from h (B,) to g (B,). Those papers count steps where h counts positions;
+    given positions count as revealed. A row whose scale is 1 runs through one branch only.
 
     Raises ConfigError where neither scale is given or they are not one finite number, and for
     an unknown schedule, one without `space`, or an interval outside [0, 1].
     """
+    strength = strength_of(guidance_scale, cfg_scale, guidance_schedule, interval, space)
+    if not without and hide is None:
+        raise ConfigError("guided: say what the other branch lacks, by without= or hide=")
+    if hide is not None and space is None:
+        raise ConfigError("guided: hide= needs the space, for its mask id")
+    mask_id = 0 if space is None else space.mask_id
+    return Guided(denoiser, strength, without=without, hide=hide, mask_id=mask_id)
+
+
+def strength_of(
+    guidance_scale: float | None,
+    cfg_scale: float | None = None,
+    schedule: str | Ramp = "constant",
+    interval: tuple[float, float] | None = None,
+    space: TokenSpace | None = None,
+) -> Strength:
+    """The options of `guided` that say how strong guidance is, checked as it says."""
     if (guidance_scale is None) == (cfg_scale is None):
         raise ConfigError("guided: give guidance_scale or cfg_scale, exactly one of the two")
     scale = guidance_scale if guidance_scale is not None else 1.0 + float(cfg_scale or 0.0)
     if not math.isfinite(scale):
         raise ConfigError(f"guidance_scale={scale}: expected a finite number")
-    if not without and hide is None:
-        raise ConfigError("guided: say what the other branch lacks, by without= or hide=")
-    if hide is not None and space is None:
-        raise ConfigError("guided: hide= needs the space, for its mask id")
-    ramp = _ramp(guidance_schedule, interval)
+    ramp = _ramp(schedule, interval)
     if ramp is not None and space is None:
         raise ConfigError("guided: guidance_schedule= needs the space, for its mask id")
-    return Guided(
-        denoiser, scale=scale, without=without or {}, hide=hide, space=space, ramp=ramp
-    )  # fmt: skip
+    return Strength(scale, ramp, space)
 
 
 def _ramp(schedule: str | Ramp, interval: tuple[float, float] | None) -> Ramp | None:

@@ -1,65 +1,65 @@
-"""Guidance away from another beginning: the unconditional branch sees other tokens in front."""
+"""Guidance by a negative prompt: the unconditional branch begins with other tokens."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from mdiff.denoiser.guidance import Guided, guided
-from mdiff.denoiser.protocol import Cache, Condition, Denoiser, Rows, evaluations, row_request
+from mdiff.denoiser.guidance import Call, Guided, Ramp, Strength, strength_of
+from mdiff.denoiser.protocol import Cache, Condition, Denoiser, check_rows
 from mdiff.errors import ConfigError
 from mdiff.tokens import TokenSpace
 
-# The entries of `cond` by which a row's branch is told: whether it is the other one (B,) bool,
-# what then stands in front (B, N) int64, and in place of which tokens (B, L) bool.
-OTHER, START, REPLACED = "other_start.other", "other_start.tokens", "other_start.replaced"
 
+def negative_prompt(
+    denoiser: Denoiser,
+    prompt: Tensor,
+    *,
+    space: TokenSpace,
+    guidance_scale: float,
+    guidance_schedule: str | Ramp = "constant",
+    interval: tuple[float, float] | None = None,
+) -> Callable[[Tensor, Tensor | None], NegativePrompt]:
+    """`guided` with another branch that begins with `prompt` (N,) int64.
 
-def away_from(
-    denoiser: Denoiser, *, space: TokenSpace, device: torch.device | str = "cpu", **guidance: Any
-) -> Guided:
-    """`guided`, with `guidance` as its options, away from canvases of another start.
-
-    The calls, with tensors on `device`, are told `other_start(canvas, start)` in their `cond`.
+    There the prompt stands instead of all that is given before a row's first hidden position.
+    Returns what binds it to a batch: from the canvas (B, L) int64 and its valid positions (B, L)
+    bool or None to the guided Denoiser of these rows, which is called on all of them, or by its
+    `for_rows` on some. The other options are those of `guided`.
     """
-    without = {OTHER: torch.tensor(True, device=device)}
-    return guided(OtherStart(denoiser), without=without, space=space, **guidance)
+    strength = strength_of(guidance_scale, None, guidance_schedule, interval, space)
+
+    def bound(canvas: Tensor, valid: Tensor | None) -> NegativePrompt:
+        hidden = canvas == space.mask_id
+        if valid is not None:
+            hidden &= valid
+        replaced = hidden.cumsum(1) == 0
+        return NegativePrompt(denoiser, strength, prompt.to(canvas.device), replaced)
+
+    return bound
 
 
-def other_start(
-    canvas: Tensor, start: Tensor, *, valid: Tensor | None, space: TokenSpace
-) -> dict[str, Tensor]:
-    """What a canvas (B, L) is told so that its other branch begins with `start` (N,) int64.
+class NegativePrompt(Guided):
+    """A Denoiser of the rows of one canvas; see `negative_prompt`.
 
-    It takes the place of all that is given before the row's first hidden place.
-    """
-    hidden = canvas == space.mask_id
-    if valid is not None:
-        hidden &= valid
-    return {
-        OTHER: torch.zeros(len(canvas), dtype=torch.bool, device=canvas.device),
-        START: start.to(canvas.device).expand(len(canvas), -1),
-        REPLACED: hidden.cumsum(1) == 0,
-    }
-
-
-class OtherStart:
-    """A Denoiser that, in the rows so marked, has other tokens in front than the canvas.
-
-    The places asked for lie behind what is replaced.
+    `replaced` (B, L) bool are the positions instead of which the other branch has `prompt` (N,).
+    No position that is asked for may be one of them.
     """
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self.denoiser = denoiser
-        self.uses_time = denoiser.uses_time
+    # Rows of different starts: the blocks of a block model would not be those of the canvas.
+    block_length = None
 
-    def row_evaluations(
-        self, tokens: Tensor, *, valid: Tensor | None, cond: Condition | None
-    ) -> int | Tensor:
-        """What the call costs each row: one evaluation of what is inside."""
-        return evaluations(self.denoiser, tokens, valid=valid, cond=_rest(cond))
+    def __init__(
+        self, denoiser: Denoiser, strength: Strength, prompt: Tensor, replaced: Tensor
+    ) -> None:
+        super().__init__(denoiser, strength)
+        self.prompt, self.replaced = prompt, replaced
+
+    def for_rows(self, index: Tensor) -> NegativePrompt:
+        """The same for the rows `index` (N,) int64 alone."""
+        return NegativePrompt(self.denoiser, self.strength, self.prompt, self.replaced[index])
 
     def __call__(
         self,
@@ -72,51 +72,40 @@ class OtherStart:
         cond: Condition | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Logits (N, V) of the places `at`; else (B, L, V), 0 at padding and what is replaced."""
-        told = dict(cond or {})
+        """Logits (N, V) of the positions `at`; else (B, L, V), 0 at padding and in the prompt."""
         if documents is not None or cache is not None:
-            raise ConfigError("another start: it is for whole canvases, one a row, and no cache")
-        if at is None:
-            asked = ~(told[REPLACED] & told[OTHER][:, None])
-            asked = asked if valid is None else asked & valid
-            rows = self(tokens, at=asked, valid=valid, t=t, cond=cond)
-            logits = rows.new_zeros(*tokens.shape, rows.shape[1])
-            logits[asked] = rows
-            return logits
-        whole, place, seen = _begun(tokens, at, valid, told)
-        return self.denoiser(whole, at=place, valid=seen, t=t, cond=_rest(cond))
+            raise ConfigError("a negative prompt takes one document a row and no cache")
+        if at is not None:
+            return super().__call__(tokens, at=at, valid=valid, t=t, cond=cond)
+        inside = ~self.replaced if valid is None else ~self.replaced & valid
+        rows = super().__call__(tokens, at=inside, valid=valid, t=t, cond=cond)
+        logits = rows.new_zeros(*tokens.shape, rows.shape[1])
+        logits[inside] = rows
+        return logits
 
-    def requested_rows(
-        self, tokens: Tensor, *, at: Tensor, number: int | None = None,
-        valid: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
-    ) -> Rows:  # fmt: skip
-        """The denoiser's rows at the positions `at`; see `row_request`."""
-        whole, place, seen = _begun(tokens, at, valid, dict(cond or {}))
-        return row_request(self.denoiser)(
-            whole, at=place, number=number, valid=seen, t=t, cond=_rest(cond)
-        )
+    def call(
+        self, tokens: Tensor, rows: Tensor, *, at: Tensor | None, valid: Tensor | None,
+        cond: Condition | None,
+    ) -> Call:  # fmt: skip
+        """The call of the model on all rows and then on `rows` (R,) with the prompt in front.
 
-
-def _begun(
-    tokens: Tensor, at: Tensor, valid: Tensor | None, told: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, asked places and valid ones (B, W) with the marked rows' own start in front."""
-    start, other = told[START], told[OTHER]
-    kept = ~(told[REPLACED] & other[:, None])
-    kept = kept if valid is None else kept & valid
-    # What is kept, in its order, then padding.
-    order = (~kept).long().argsort(dim=1, stable=True)
-    size = kept.sum(1)
-    before = start.shape[1] * other.long()
-    place = torch.arange(int((before + size).max()), device=tokens.device)[None]
-    behind = place - before[:, None]
-    source = order.gather(1, behind.clamp(0, tokens.shape[1] - 1))
-    is_kept = (behind >= 0) & (behind < size[:, None])
-    in_front = start.gather(1, place.clamp(max=start.shape[1] - 1).expand(len(start), -1))
-    whole = torch.where(behind < 0, in_front, tokens.gather(1, source))
-    return whole, is_kept & at.gather(1, source), is_kept | (behind < 0)
-
-
-def _rest(cond: Condition | None) -> dict[str, Tensor] | None:
-    own = (OTHER, START, REPLACED)
-    return {name: value for name, value in (cond or {}).items() if name not in own} or None
+        What is kept of each row stands side by side, padding behind it: (B + R, W).
+        """
+        check_rows(tokens, len(self.replaced))
+        call = super().call(tokens, rows, at=at, valid=valid, cond=cond)
+        device, batch = tokens.device, len(call.tokens)
+        other = torch.arange(batch, device=device) >= len(tokens)
+        replaced = torch.cat([torch.zeros_like(self.replaced), self.replaced[rows]])
+        kept = ~replaced if call.valid is None else ~replaced & call.valid
+        # What is kept, in its order, then padding.
+        order = (~kept).long().argsort(dim=1, stable=True)
+        size = kept.sum(1)
+        before = len(self.prompt) * other.long()
+        position = torch.arange(int((before + size).max()), device=device)[None]
+        behind = position - before[:, None]
+        source = order.gather(1, behind.clamp(0, tokens.shape[1] - 1))
+        is_kept = (behind >= 0) & (behind < size[:, None])
+        prompt = self.prompt[position.clamp(max=len(self.prompt) - 1)]
+        whole = torch.where(behind < 0, prompt, call.tokens.gather(1, source))
+        requested = None if call.at is None else is_kept & call.at.gather(1, source)
+        return Call(whole, requested, is_kept | (behind < 0), call.cond)

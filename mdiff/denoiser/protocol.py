@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, TypeGuard, _ProtocolMeta, runtime_check
 import torch
 from torch import Tensor, nn
 
+from mdiff.errors import ConfigError
 from mdiff.kernels.loss_heads import hooked
 
 Condition = Mapping[str, Tensor]
@@ -45,7 +46,9 @@ class Denoiser(Protocol):
     without a host-device synchronisation.
     """
 
-    uses_time: bool
+    @property
+    def uses_time(self) -> bool:
+        """Whether a call needs `t`."""
 
     def __call__(
         self,
@@ -282,6 +285,14 @@ def fixed_evaluations(denoiser: Denoiser) -> int:
 def block_length_of(denoiser: Denoiser) -> int | None:
     """The length of a block model's blocks; None for another denoiser."""
     return denoiser.block_length if isinstance(denoiser, BlockModel) else None
+
+
+def check_rows(tokens: Tensor, rows: int) -> None:
+    """ConfigError where a denoiser that is bound to so many rows is called on others."""
+    if len(tokens) != rows:
+        raise ConfigError(
+            f"{len(tokens)} rows: this denoiser is bound to {rows}, take its for_rows(index)"
+        )
 
 
 class FromLogits:

@@ -146,9 +146,8 @@ class _Scorer:
         """From here on only positions of this block are hidden; those before it are cached."""
         if self.finished is not None and self.length is not None:
             start = block * self.length
-            self.finished.grow(self.tokens, start)
             self.columns = slice(start, start + self.length)
-            self.inputs = {"cache": self.finished.cache}
+            self.inputs = {"cache": self.finished.before(self.tokens, start)}
 
     def __call__(self, hidden: Tensor, t: Tensor | None = None) -> Tensor:
         """(B, L) float64 nats, 0 where not hidden."""

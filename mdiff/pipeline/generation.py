@@ -209,7 +209,7 @@ def generations(
         raise ConfigError(f"{len(asked)} conditions for {len(canvases)} canvases")
     if guidance.scale is not None and null and not any(asked):
         raise ConfigError(f"guidance_scale without a condition: give {', '.join(null)}")
-    denoiser, guidance_condition = guidance.bind(model, canvases)
+    guide = guidance.bind(model, canvases)
     parts = [slice(i, i + batch_size) for i in range(0, max(1, len(canvases)), batch_size)]
     stacked = [stack(canvases[part], space=model.space) for part in parts]
     seeds, device = row_seeds(seed, len(canvases)), model.device
@@ -218,7 +218,8 @@ def generations(
         for part, (tokens, valid) in zip(parts, stacked):
             canvas = tokens.to(device)
             valid = None if valid is None else valid.to(device)
-            cond = stack_conditions(asked[part], null) | guidance_condition(canvas, valid)
+            denoiser, own = guide(canvas, valid)
+            cond = stack_conditions(asked[part], null) | own
             states = function(
                 denoiser, canvas, space=space, seed=seeds[part].to(device), valid=valid,
                 cond={name: value.to(device) for name, value in cond.items()} or None, **settings,

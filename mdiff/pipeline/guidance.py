@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from mdiff.backbones.layers import GridModel
-from mdiff.denoiser import Denoiser, away_from, guided, other_start
+from mdiff.denoiser import Denoiser, guided, negative_prompt
 from mdiff.errors import ConfigError, DataError
 from mdiff.modalities import Conditional, HasParts, Modality, TextConditional
 from mdiff.pipeline.options import CallOptions, Model, Prompt
 
 # The entry of `cond` that guidance reads: the positions that the unconditional branch hides.
 GIVEN = "given"
-# From a batch's canvas (B, L) and its valid positions to the entries of `cond` for guidance.
-GuidanceCondition = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
+# From a batch's canvas (B, L) and its valid positions to its guided denoiser and the entries of
+# `cond` that this reads.
+Guidance = Callable[[Tensor, Tensor | None], tuple[Denoiser, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,8 @@ class GuidanceOptions:
             old if negative is None else negative,
         )
 
-    def bind(
-        self, model: Model, canvases: Sequence[Sequence[int]]
-    ) -> tuple[Denoiser, GuidanceCondition]:
-        """The guided denoiser, and what gives the entries of `cond` of a batch of `canvases`.
+    def bind(self, model: Model, canvases: Sequence[Sequence[int]]) -> Guidance:
+        """What gives each batch of `canvases` its guided denoiser and entries of `cond`.
 
         Raises ConfigError or DataError for a negative prompt that this model cannot take.
         """
@@ -58,16 +57,16 @@ class GuidanceOptions:
                 raise ConfigError(
                     "guidance_schedule, guidance_interval and negative_prompt need a guidance_scale"
                 )
-            return model.denoiser, lambda canvas, valid: {}
+            return lambda canvas, valid: (model.denoiser, {})
         base, space, device = model.denoiser, model.space, model.device
         scale, schedule, interval = self.scale, self.schedule, self.interval
         if self.negative is not None and not isinstance(model.modality, TextConditional):
             start = _start(model, self.negative, canvases)
-            away = away_from(
-                base, device=device, space=space, guidance_scale=scale,
-                guidance_schedule=schedule, interval=interval,
+            bound = negative_prompt(
+                base, start, space=space, guidance_scale=scale, guidance_schedule=schedule,
+                interval=interval,
             )  # fmt: skip
-            return away, lambda canvas, valid: other_start(canvas, start, valid=valid, space=space)
+            return lambda canvas, valid: (bound(canvas, valid), {})
         null = null_condition(model.modality, self.negative)
         denoiser = guided(
             base, guidance_scale=scale, guidance_schedule=schedule, interval=interval, space=space,
@@ -75,8 +74,8 @@ class GuidanceOptions:
             hide=None if null else GIVEN,
         )  # fmt: skip
         if null:
-            return denoiser, lambda canvas, valid: {}
-        return denoiser, lambda canvas, valid: {GIVEN: canvas != space.mask_id}
+            return lambda canvas, valid: (denoiser, {})
+        return lambda canvas, valid: (denoiser, {GIVEN: canvas != space.mask_id})
 
 
 def null_condition(modality: Modality, negative: Prompt | None = None) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from mdiff.denoiser import (
     Condition,
     Denoiser,
     HasRowCost,
+    RowBound,
     evaluations,
     fixed_evaluations,
     row_request,
@@ -46,6 +47,34 @@ class State:
     revealed: Tensor
     log_prob: Tensor
     entropy: Tensor
+
+
+class _Bound:
+    """Some rows of a batch with the denoiser, what is valid and the condition of these rows.
+
+    `index` are their numbers (N,) int64, None for all of the batch.
+    """
+
+    def __init__(
+        self, rows: tuple[int, ...], index: Tensor | None, denoiser: Denoiser,
+        valid: Tensor | None, cond: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        self.rows, self.index, self.denoiser = rows, index, denoiser
+        self.valid, self.cond = valid, cond
+        self.request = row_request(denoiser)
+
+    def some(self, rows: tuple[int, ...], device: torch.device) -> _Bound:
+        """The same for the rows with these numbers."""
+        index = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        if device.type == "cuda":
+            index = index.pin_memory().to(device, non_blocking=True)
+        index = index.to(device)
+        inner = self.denoiser
+        return _Bound(
+            rows, index, inner.for_rows(index) if isinstance(inner, RowBound) else inner,
+            None if self.valid is None else self.valid[index],
+            {name: value[index] for name, value in self.cond.items()},
+        )  # fmt: skip
 
 
 class Unmasking:
@@ -102,15 +131,14 @@ class Unmasking:
             space.vocab_size, device=device.type, temperature=temperature, top_k=top_k,
             top_p=top_p, min_p=min_p, measure=measure, never=space.forbidden,
         )  # fmt: skip
-        self.request = row_request(denoiser)
         # What every call costs a row; None where that depends on the canvas.
         varies = isinstance(denoiser, HasRowCost)
         self.cost = None if varies else fixed_evaluations(denoiser)
         self.blank = torch.zeros(canvas.shape, dtype=torch.float32, device=device)
         # The places of the last call, in the order of its draws: (N,) of B * L.
         self.place = torch.empty(0, dtype=torch.int64, device=device)
-        self.active: tuple[int, ...] = ()
-        self.active_rows = torch.empty(0, dtype=torch.int64, device=device)
+        self.everyone = _Bound(tuple(range(rows)), None, denoiser, valid, self.cond)
+        self.active = self.everyone
         self.states = 0
 
     def uniform(self, purpose: int, step: int = 0) -> Tensor:
@@ -147,26 +175,24 @@ class Unmasking:
             place = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
         self.place = place
         seed, sample, position = self.counter.index_select(1, self.place).unbind()
-        tokens, asked, valid, cond = self.tokens, at, self.valid, self.cond
-        active = [row for row, n in enumerate(self.left if idle else number) if n]
-        everyone = len(active) == len(tokens)
-        if not everyone:
-            chosen = self._on_device(tuple(active))
-            tokens, asked, t = tokens[chosen], at[chosen], t[chosen]
-            valid = None if valid is None else valid[chosen]
-            cond = {name: value[chosen] for name, value in cond.items()}
-        rows = self.request(
-            tokens, at=asked, number=sum(number), valid=valid,
-            t=t.float() if self.denoiser.uses_time else None, cond=cond or None,
+        active = self._bound(tuple(row for row, n in enumerate(self.left if idle else number) if n))
+        tokens, requested, index = self.tokens, at, active.index
+        if index is not None:
+            tokens, requested, t = tokens[index], at[index], t[index]
+        rows = active.request(
+            tokens, at=requested, number=sum(number), valid=active.valid,
+            t=t.float() if self.denoiser.uses_time else None, cond=active.cond or None,
         )  # fmt: skip
         spent: int | Tensor | None = self.cost
         if spent is None:
-            spent = evaluations(self.denoiser, tokens, valid=valid, cond=cond or None)
-        if everyone:
+            spent = evaluations(
+                active.denoiser, tokens, valid=active.valid, cond=active.cond or None
+            )
+        if index is None:
             self.calls = self.calls + spent
         else:
-            more = torch.as_tensor(spent, device=self.calls.device).expand(len(active))
-            self.calls = self.calls.index_add(0, chosen, more)
+            more = torch.as_tensor(spent, device=self.calls.device).expand(len(index))
+            self.calls = self.calls.index_add(0, index, more)
         row = {
             "seed": seed, "sample": sample, "position": position,
             "step": torch.full_like(seed, step),
@@ -177,14 +203,13 @@ class Unmasking:
             return self.draw(rows.conditional, **row)
         return self.draw.of_features(rows.conditional, rows.head, **row)
 
-    def _on_device(self, active: tuple[int, ...]) -> Tensor:
-        """The numbers of the rows as a tensor, kept until they change."""
-        if active != self.active:
-            numbers = torch.tensor(active, dtype=torch.int64, device="cpu")
-            if self.tokens.device.type == "cuda":
-                numbers = numbers.pin_memory().to(self.tokens.device, non_blocking=True)
-            self.active, self.active_rows = active, numbers.to(self.tokens.device)
-        return self.active_rows
+    def _bound(self, rows: tuple[int, ...]) -> _Bound:
+        """The denoiser bound to these rows, kept until they change."""
+        if len(rows) == len(self.tokens):
+            return self.everyone
+        if rows != self.active.rows:
+            self.active = self.everyone.some(rows, self.tokens.device)
+        return self.active
 
     def reveal(self, at: Tensor, drawn: Draw, t: Tensor, *, number: Sequence[int]) -> State:
         """Write the draws of the places `at`, `number` in each sample; the new state."""

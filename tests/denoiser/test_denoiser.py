@@ -146,10 +146,10 @@ def test_a_scheduled_scale_is_each_rows_own_by_its_hidden_share(name):
     model = HashDenoiser(SPACE)
     scale = torch.tensor(SCALES[name][1])
     pair = scheduled(model, name)
-    assert torch.allclose(pair.row_scale(HALF), scale.double())
+    assert torch.allclose(pair.strength.of_rows(HALF, None), scale.double())
     wide = torch.nn.functional.pad(HALF, (0, 3), value=SPACE.mask_id)
     valid = torch.arange(7).expand(4, 7) < 4
-    assert torch.equal(pair.row_scale(wide, valid), pair.row_scale(HALF))
+    assert torch.equal(pair.strength.of_rows(wide, valid), pair.strength.of_rows(HALF, None))
     c, u = model(HALF, cond=FOUR), model(HALF, cond={"label": torch.zeros(4, dtype=torch.int64)})
     expected = u + scale[:, None, None] * (c - u)
     assert torch.allclose(pair(HALF, cond=FOUR), expected, atol=1e-5)
@@ -250,7 +250,9 @@ def test_guidance_by_masking_takes_a_schedule_too():
     model = HashDenoiser(SPACE)
     hide = torch.tensor([[True, False, False], [False, False, True]])
     pair = guided(model, guidance_scale=3.0, hide="given", space=SPACE, guidance_schedule="linear")
-    assert torch.allclose(pair.row_scale(CANVAS), torch.tensor([7 / 3, 5 / 3]).double())
+    assert torch.allclose(
+        pair.strength.of_rows(CANVAS, None), torch.tensor([7 / 3, 5 / 3]).double()
+    )
     blank = torch.tensor([[2, 2, 1], [2, 2, 2]])
     scale = torch.tensor([7 / 3, 5 / 3])[:, None, None]
     expected = model(blank) + scale * (model(CANVAS) - model(blank))

@@ -13,7 +13,7 @@ from decoder_checkpoints import GOLDEN, copied
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mdiff.cli import run
-from mdiff.denoiser import away_from, from_logits, other_start
+from mdiff.denoiser import from_logits, negative_prompt
 from mdiff.errors import ConfigError, DataError
 from mdiff.modalities.text.modality import text
 from mdiff.objective.bound import nll_bound
@@ -198,17 +198,22 @@ def test_a_negative_start_is_the_other_branch_at_any_length_and_padding(
     for number, row in enumerate(rows):
         part = slice(0, len(row)) if side == "right" else slice(7 - len(row), 7)
         canvas[number, part], valid[number, part] = torch.tensor(row), True
-    denoiser = away_from(pipeline.denoiser, space=pipeline.space, guidance_scale=2.5)
-    cond = other_start(canvas, torch.tensor(negative), valid=valid, space=pipeline.space)
+    denoiser = negative_prompt(
+        pipeline.denoiser, torch.tensor(negative), space=pipeline.space, guidance_scale=2.5
+    )(canvas, valid)
     hidden = valid & (canvas == 126)
     with torch.no_grad():
-        found = denoiser(canvas, at=hidden, valid=valid, cond=cond)
-        whole = denoiser(canvas, valid=valid, cond=cond)
+        found = denoiser(canvas, at=hidden, valid=valid)
+        whole = denoiser(canvas, valid=valid)
+        last = denoiser.for_rows(torch.tensor([2]))(canvas[2:], at=hidden[2:], valid=valid[2:])
     mixed = [mixed_by_hand(pipeline.denoiser, row, negative, 2.5) for row in rows]
     is_hidden = [torch.tensor(row[row.index(126) :]) == 126 for row in rows]
     by_hand = torch.cat([logits[chosen] for logits, chosen in zip(mixed, is_hidden)])
     assert torch.allclose(found, by_hand, atol=1e-4)
     assert torch.allclose(whole[hidden], by_hand, atol=1e-4)
+    assert torch.allclose(last, by_hand[-3:], atol=1e-4)
+    with pytest.raises(ConfigError, match="2 rows: this denoiser is bound to 3"):
+        denoiser(canvas[:2], at=hidden[:2], valid=valid[:2])
 
 
 @pytest.mark.parametrize("sampler", ["confidence", "blocks"])
