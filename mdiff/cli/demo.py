@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,9 +95,9 @@ def written(pipeline: Pipeline, model: str, seed: int) -> list[Record]:
 
 def is_here(model: str) -> bool:
     """Whether this installation holds the model "builtin:NAME"."""
-    from mdiff.files import BUILTIN, PIPELINE
+    from mdiff.files import BUILTIN, builtin_models
 
-    return Path(str(files("mdiff.builtin")), model.removeprefix(BUILTIN), PIPELINE).exists()
+    return model.removeprefix(BUILTIN) in builtin_models()
 
 
 def drawn(pipeline: Pipeline, model: str, seed: int, beside: Path | None) -> list[Record]:

@@ -7,8 +7,6 @@ import platform
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -122,10 +120,9 @@ def backend_checks() -> list[dict[str, Any]]:
 
 def builtins() -> list[str]:
     """The models that this installation holds."""
-    from mdiff.files import BUILTIN, PIPELINE
+    from mdiff.files import BUILTIN, builtin_models
 
-    room = Path(str(files("mdiff.builtin")))
-    return sorted(BUILTIN + entry.name for entry in room.iterdir() if (entry / PIPELINE).exists())
+    return sorted(BUILTIN + name for name in builtin_models())
 
 
 def picture_checks() -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from mdiff.files.config_fields import MOST_LAYERS as MOST_LAYERS
 from mdiff.files.config_fields import MOST_WIDTH as MOST_WIDTH
 from mdiff.files.config_fields import Fields as Fields
 from mdiff.files.locate import BUILTIN as BUILTIN
+from mdiff.files.locate import builtin_models as builtin_models
 from mdiff.files.locate import locate as locate
 from mdiff.files.model_files import MODEL_INDEX as MODEL_INDEX
 from mdiff.files.model_files import PIPELINE as PIPELINE

@@ -29,8 +29,12 @@ def locate(name: str) -> ModelFiles:
     Raises ConfigError for an unknown builtin model, CheckpointError for a path without a
     model or an altered one, BackendError where the Hub cannot be reached.
     """
+    known = builtin_models()
     if name.startswith(BUILTIN):
-        return _verified(_builtin(name.removeprefix(BUILTIN)))
+        own = name.removeprefix(BUILTIN)
+        if own not in known:
+            raise ConfigError(f"no builtin model {own!r}; {nearest(own, known)}")
+        return _verified(known[own])
     path = Path(name).expanduser()
     if path.is_dir():
         return _verified(_step(path))
@@ -38,7 +42,7 @@ def locate(name: str) -> ModelFiles:
         raise CheckpointError(f"{path} is a file: expected the directory that holds the model")
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise CheckpointError(f"{path}: no such directory; expected a model, or builtin:NAME")
-    if name in _builtins():
+    if name in known:
         raise ConfigError(f"{name} is no directory here; did you mean {BUILTIN}{name}?")
     if path.parent.is_dir() and path.parent != Path():
         beside = nearest(path.name, [entry.name for entry in path.parent.iterdir()][:1000])
@@ -46,16 +50,10 @@ def locate(name: str) -> ModelFiles:
     return _from_hub(name)
 
 
-def _builtin(name: str) -> Path:
-    known = _builtins()
-    if name not in known:
-        raise ConfigError(f"no builtin model {name!r}; {nearest(name, known)}")
-    return known[name]
-
-
-def _builtins() -> dict[str, Path]:
-    room = Path(str(files("mdiff.builtin")))
-    return {entry.name: entry for entry in room.iterdir() if (entry / PIPELINE).exists()}
+def builtin_models() -> dict[str, Path]:
+    """The models that this installation holds, by name."""
+    folder = Path(str(files("mdiff.builtin")))
+    return {entry.name: entry for entry in folder.iterdir() if (entry / PIPELINE).exists()}
 
 
 def _step(path: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mdiff.errors import CheckpointError
+from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import CONFIG, MODEL_INDEX, TYPES, Fields, ModelFiles, load_weights, read_json
 from mdiff.find import find
 from mdiff.modalities.image import ARCHITECTURE, described, load_text_encoder
@@ -25,13 +25,13 @@ SCHEDULER = "scheduler_config.json"
 
 
 def load_directory(
-    files: ModelFiles, *, dtype: torch.dtype | None, device: torch.device
+    files: ModelFiles, *, dtype: torch.dtype | None, device: torch.device, mask_id: int | None
 ) -> Pipeline:
     """The model in a directory with a model_index.json; it generates by the sampler `amused`.
 
     `dtype` is that of the denoiser and the text encoder; the codec is float32. Raises
     CheckpointError for a directory of another kind, and where its parts are invalid or do not
-    fit together.
+    fit together, ConfigError for a `mask_id` that is not the model's.
     """
     folder, found = files.folder, files.classes
     for part, kind in CLASSES.items():
@@ -60,6 +60,8 @@ def load_directory(
             f"{folder}: codes, states and vector of the codec and the text encoder: {got}; the "
             f"transformer is for {wanted}"
         )
+    if mask_id not in (None, denoiser.vocab_size):
+        raise ConfigError(f"mask_id={mask_id}: this model's is {denoiser.vocab_size}")
     side = int(config["sample_size"]) * codec.stride
     kept = {
         part: {name: (folder / part / name).read_bytes()}

@@ -243,7 +243,8 @@ def _described(
         if path.suffix in (".yaml", ".yml")
         else read_json(path)
     )
-    claims = [(name, node) for node in _nodes(found) for name in _claims(node)]
+    named = [(family_of(node) or published_codec_of(node), node) for node in _nodes(found)]
+    claims = [(name, node) for name, node in named if name is not None]
     if family is not None:
         claims = [(name, node) for name, node in claims if name == family]
         claim = published_backbones().get(family)
@@ -261,15 +262,6 @@ def _nodes(found: object, depth: int = NODE_DEPTH) -> Iterator[dict[str, object]
         yield found
         for value in found.values():
             yield from _nodes(value, depth - 1)
-
-
-def _claims(node: Mapping[str, object]) -> list[str]:
-    """The families whose config this is, at most one."""
-    backbone = family_of(node)
-    if backbone is not None:
-        return [backbone]
-    codec = published_codec_of(node)
-    return [] if codec is None else [codec]
 
 
 def _parameters(family: str, config: Mapping[str, object]) -> set[str] | None:

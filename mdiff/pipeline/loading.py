@@ -11,22 +11,17 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 
 from mdiff.backbones.layers import Backbone, GridModel
-from mdiff.backbones.masked_lm import check_settings, load_masked_lm
-from mdiff.denoiser import BlockModel, Denoiser, HasDevice, HasWindow
+from mdiff.backbones.masked_lm import MaskedLM, load_masked_lm
+from mdiff.denoiser import BlockModel, HasDevice
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
-from mdiff.files import CONFIG, PIPELINE, DeviceMap, ModelFiles, locate
+from mdiff.files import PIPELINE, DeviceMap, ModelFiles, locate
 from mdiff.find import find
 from mdiff.modalities import Modality
 from mdiff.modalities.text import Pretrained, Text
 from mdiff.pipeline.pipeline import Pipeline
 from mdiff.pipeline.published import (
     AUTO,
-    built,
-    filled,
-    own_backbone,
-    planned,
-    recognised,
-    spread,
+    load_backbone,
     unsupported,
 )
 from mdiff.pipeline.saving import FORMAT
@@ -86,7 +81,9 @@ def load(
     if files.pipeline is not None:
         pipeline = _own(files, files.pipeline, kind, mask_id, target)
     elif files.classes:
-        pipeline = _directory(files, kind, mask_id, main)
+        from mdiff.pipeline.amused import load_directory
+
+        pipeline = load_directory(files, dtype=kind, device=main, mask_id=mask_id)
     else:
         pipeline = _foreign(files, kind, mask_id, target, tokenizer)
     denoiser: Any = pipeline.denoiser
@@ -132,13 +129,11 @@ def _own(
             f"{space.vocab_size}: they are not of the same training"
         )
     find("backbones", backbone)
-    denoiser: Denoiser | None = _backbone(files, dtype, device)
-    if denoiser is None:
-        denoiser = load_masked_lm(files, dtype, mask_id=space.mask_id)
-    columns = _columns(denoiser)
-    if columns != space.vocab_size:
+    denoiser: Backbone | MaskedLM | None = load_backbone(files, dtype=dtype, device=device)
+    denoiser = denoiser or load_masked_lm(files, dtype, mask_id=space.mask_id)
+    if denoiser.vocab_size != space.vocab_size:
         raise DataError(
-            f"{folder}: the model has {columns} ids, {PIPELINE} says {space.vocab_size}"
+            f"{folder}: the model has {denoiser.vocab_size} ids, {PIPELINE} says {space.vocab_size}"
         )
     return Pipeline(denoiser, space, modality, schedule, window)
 
@@ -190,9 +185,8 @@ def _foreign(
     """A model of another project or a Hugging Face masked language model, with its tokenizer or
     without one.
     """
-    folder, module = files.folder, _backbone(files, dtype, device)
-    fault = unsupported(files) if module is None else None
-    if fault is not None:
+    folder, module = files.folder, load_backbone(files, dtype=dtype, device=device)
+    if module is None and (fault := unsupported(files)) is not None:
         raise fault
     if module is not None and mask_id is None:
         mask_id = module.mask_id
@@ -203,8 +197,8 @@ def _foreign(
         mask_id = text.tokenizer.mask_id
     if type(mask_id) is not int:
         raise ConfigError(f"{folder} does not say which id is the mask: give mask_id=")
-    denoiser: Any = module or load_masked_lm(files, dtype, mask_id=mask_id)
-    space = TokenSpace(_columns(denoiser), mask_id=mask_id)
+    denoiser = module or load_masked_lm(files, dtype, mask_id=mask_id)
+    space = TokenSpace(denoiser.vocab_size, mask_id=mask_id)
     if text is not None and text.tokenizer.size > max(space.vocab_size, mask_id + 1):
         raise DataError(
             f"{folder}: the tokenizer has {text.tokenizer.size} ids, the model {space.vocab_size}"
@@ -214,47 +208,10 @@ def _foreign(
         or _image_of(folder, module)
         or find("modalities", "ids")(vocab_size=space.vocab_size, mask_id=mask_id)
     )
-    window = denoiser.window if isinstance(denoiser, HasWindow) else None
-    window = window or files.config.get("max_position_embeddings", files.config.get("max_length"))
+    window = denoiser.window or files.config.get(
+        "max_position_embeddings", files.config.get("max_length")
+    )
     return Pipeline(denoiser, space, modality, window=window if type(window) is int else None)
-
-
-def _backbone(
-    files: ModelFiles, dtype: torch.dtype | None, device: torch.device | DeviceMap | str
-) -> Backbone | None:
-    """The model of one of our backbones on its device or devices; None where none claims it.
-
-    ConfigError for one that is refused.
-    """
-    own = own_backbone(files)
-    if own is not None:
-        check_settings(files)
-    family = own or recognised(files)
-    if family is None:
-        return None
-    try:
-        module = built(family, files.config)
-    except RuntimeError as error:
-        # torch's, for sizes whose product overflows.
-        raise CheckpointError(f"{files.folder / CONFIG} is not valid: {error}") from error
-    if module.refused is not None:
-        raise ConfigError(f"{files.folder} cannot be used: {module.refused}")
-    if isinstance(device, torch.device):
-        return filled(module, files, dtype=dtype, device=device)
-    plan = planned(module, files, dtype=dtype) if isinstance(device, str) else device
-    return spread(module, files, plan, dtype=dtype)
-
-
-def _directory(
-    files: ModelFiles, dtype: torch.dtype | None, mask_id: int | None, device: torch.device
-) -> Pipeline:
-    """The model of a directory with a folder for each of its parts."""
-    from mdiff.pipeline.amused import load_directory
-
-    made = load_directory(files, dtype=dtype, device=device)
-    if mask_id not in (None, made.space.mask_id):
-        raise ConfigError(f"mask_id={mask_id}: this model's is {made.space.mask_id}")
-    return made
 
 
 def _text_of(folder: Path, mask_id: int | None, tokenizer: str | Path | None) -> Text | None:
@@ -292,14 +249,6 @@ def _image_of(folder: Path, module: object) -> Modality | None:
         labels=[str(number) for number in range(module.classes)],
     )  # fmt: skip
     return made
-
-
-def _columns(denoiser: Any) -> int:
-    """How many logits the denoiser has a row."""
-    if isinstance(denoiser, Backbone):
-        return denoiser.vocab_size
-    config = getattr(denoiser, "config", None) or denoiser.model.config
-    return int(config.vocab_size)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""Models of other projects: whose config.json it is, and the module with its weights.
+"""The backbone that a config.json is for, and its module with the weights.
 
 On several devices accelerate plans and moves: `infer_auto_device_map` over the module without
 weights, `dispatch_model` over the module with them.
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from mdiff.backbones.layers import Backbone
-from mdiff.errors import BackendError, CheckpointError, nearest
+from mdiff.backbones.masked_lm import check_settings
+from mdiff.errors import BackendError, CheckpointError, ConfigError, nearest
 from mdiff.files import CONFIG, TYPES, DeviceMap, ModelFiles, load_weights
 from mdiff.find import find, module_of, names
 
@@ -112,6 +113,33 @@ def _one_line(name: str) -> str:
     return " ".join(name.split())
 
 
+def load_backbone(
+    files: ModelFiles, *, dtype: torch.dtype | None, device: torch.device | DeviceMap | str
+) -> Backbone | None:
+    """The model of a backbone of ours or of another project; None where none claims the config.
+
+    `device` may be AUTO or a map of several, see `planned` and `spread`. Raises ConfigError for
+    a model whose family refuses to generate.
+    """
+    own = own_backbone(files)
+    if own is not None:
+        check_settings(files)
+    family = own or recognised(files)
+    if family is None:
+        return None
+    try:
+        module = built(family, files.config)
+    except RuntimeError as error:
+        # torch's, for sizes whose product overflows.
+        raise CheckpointError(f"{files.folder / CONFIG} is not valid: {error}") from error
+    if module.refused is not None:
+        raise ConfigError(f"{files.folder} cannot be used: {module.refused}")
+    if isinstance(device, torch.device):
+        return filled(module, files, dtype=dtype, device=device)
+    plan = planned(module, files, dtype=dtype) if isinstance(device, str) else device
+    return spread(module, files, plan, dtype=dtype)
+
+
 def load_published(
     files: ModelFiles,
     family: str,
@@ -158,14 +186,10 @@ def planned(
     from accelerate import infer_auto_device_map
 
     learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    stored = {
-        name: TYPES[entry["dtype"]]
-        for name, entry in files.entries.items()
-        if entry["dtype"] in TYPES
-    }
     kinds = {
-        name: dtype if dtype is not None and kind.is_floating_point and name in learned else kind
-        for name, kind in stored.items()
+        name: kind if dtype is None or not kind.is_floating_point or name not in learned else dtype
+        for name, entry in files.entries.items()
+        if (kind := TYPES.get(entry["dtype"])) is not None
     }
     found: dict[str, torch.device | str | int] = infer_auto_device_map(
         module, max_memory=max_memory, no_split_module_classes=list(module.no_split),
