@@ -80,6 +80,6 @@ def load_codec(files: ModelFiles, device: torch.device) -> Any:
     """The VQModel in a folder of the layout of diffusers, in float32."""
     with torch.device("meta"):
         codec = find("codecs", "vq_diffusers")(described=files.config)
-    load_weights(codec, files.headers, dtype=torch.float32, device=device)
+    load_weights(codec.published, files.headers, dtype=torch.float32, device=device)
     codec.stored = {name: TYPES[entry["dtype"]] for name, entry in files.entries.items()}
     return codec.requires_grad_(False).eval()

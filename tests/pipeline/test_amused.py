@@ -99,15 +99,16 @@ def test_a_row_s_logits_do_not_depend_on_its_batch(dtype: torch.dtype, near: flo
 def test_the_codec_s_codes_and_pictures_are_the_official_ones(pipeline: Pipeline) -> None:
     codec = pipeline.modality.codec
     with torch.no_grad():
-        latents = codec.quant_conv(codec.encoder(GOLDEN["vq.pixels"]))
+        latents = codec.latents(GOLDEN["vq.pixels"])
     assert torch.allclose(latents, GOLDEN["vq.latents"], rtol=0, atol=TOLERANCE)
     for ids, made in (("vq.indices", "decoded_from_indices"),
                       ("vq.random_indices", "decoded_random_indices")):  # fmt: skip
-        pictures = codec.decoded(GOLDEN[ids])
+        with torch.no_grad():
+            pictures = codec.pictures(codec.codes(GOLDEN[ids]))
         assert torch.allclose(pictures, GOLDEN[f"vq.{made}"], rtol=0, atol=TOLERANCE)
         shown = (GOLDEN[f"vq.{made}"].clamp(0, 1) * 255).round()
         assert int((codec.decode(GOLDEN[ids]) - shown).abs().max()) <= 1
-    quantized = codec.quantize.embedding(GOLDEN["vq.indices"]).permute(0, 3, 1, 2)
+    quantized = codec.codes(GOLDEN["vq.indices"])
     assert torch.allclose(quantized, GOLDEN["vq.quantized"], rtol=0, atol=TOLERANCE)
 
 
@@ -371,7 +372,7 @@ def test_the_codec_with_attention_is_the_official_one(tmp_path: Path) -> None:
         "mid_block_add_attention": True, "vq_embed_dim": 5, "layers_per_block": 2,
     }  # fmt: skip
     codec = vq_diffusers(described=described)
-    folder = random_folder(tmp_path / "vq", described, codec.state_dict())
+    folder = random_folder(tmp_path / "vq", described, codec.state())
     codec.load_state(load_file(folder / WEIGHTS))
     model = official.from_pretrained(folder).eval()
     images = torch.randint(0, 256, (2, 3, 32, 16), dtype=torch.uint8)
@@ -380,7 +381,7 @@ def test_the_codec_with_attention_is_the_official_one(tmp_path: Path) -> None:
         latents = model.encode(images / 255).latents
         assert torch.equal(model.quantize(latents)[2][2].view(ids.shape), ids)
         made = model.decode(ids, force_not_quantize=True, shape=(*ids.shape, 5)).sample
-    assert torch.allclose(codec.decoded(ids), made, rtol=0, atol=TOLERANCE)
+    assert torch.allclose(codec.pictures(codec.codes(ids)), made, rtol=0, atol=TOLERANCE)
 
 
 def test_the_layout_that_halves_its_grid_takes_even_sides_only(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
 from mdiff.files import Header, check_tensors, load_weights, read_json, read_tensors
@@ -127,7 +127,9 @@ def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
     return codec
 
 
-def _check_sizes(build: Any, options: dict[str, Any], header: Header, *, origin: str) -> None:
+def _check_sizes(
+    build: Callable[..., Codec], options: Mapping[str, object], header: Header, *, origin: str
+) -> None:
     """Raise CheckpointError, before memory is taken, where the options are not of these files."""
     try:
         with torch.device("meta"):
@@ -135,13 +137,12 @@ def _check_sizes(build: Any, options: dict[str, Any], header: Header, *, origin:
     except RuntimeError:
         # A codec whose making asks for values, which that device has not, bounds its own sizes.
         return
-    if isinstance(shell, nn.Module):
-        for name, tensor in shell.state_dict().items():
-            if name in header and header[name]["shape"] != list(tensor.shape):
-                raise CheckpointError(
-                    f"{origin}: {name} has shape {header[name]['shape']}, the settings need "
-                    f"{list(tensor.shape)}"
-                )
+    for name, tensor in shell.state().items():
+        if name in header and header[name]["shape"] != list(tensor.shape):
+            raise CheckpointError(
+                f"{origin}: {name} has shape {header[name]['shape']}, the settings need "
+                f"{list(tensor.shape)}"
+            )
 
 
 def save_codec(codec: Codec, folder: Path | str) -> None:
@@ -214,7 +215,7 @@ def _published(folder: Path) -> Any:
         codec = find("codecs", name)(config=described)
         for buffer in sorted(set(codec.optional()) & set(header)):
             codec.keep(buffer)
-    load_weights(codec, {path: header}, dtype=torch.float32)
+    load_weights(codec.published, {path: header}, dtype=torch.float32)
     return codec.requires_grad_(False)
 
 

@@ -46,7 +46,7 @@ class Described(ImageModality):
     @property
     def folders(self) -> dict[str, nn.Module]:
         """The modules beside the denoiser, by the folder that each lies in."""
-        return {"vqvae": self.codec, "text_encoder": self.encoder.model}
+        return {"vqvae": self.codec.published, "text_encoder": self.encoder.model}
 
     @property
     def null_condition(self) -> dict[str, Tensor]:

@@ -10,12 +10,10 @@ TensorFlow's SAME, none with a bias inside a block, and a block that changes the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
-from typing import Any
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_WIDTH, Fields
@@ -24,120 +22,12 @@ from mdiff.modalities.image.codecs.networks.published import (
     MOST_BLOCKS,
     MOST_LEVELS,
     PublishedCodec,
-    multipliers,
+    widths_of,
 )
-from mdiff.modalities.image.codecs.networks.vqgan import norm
+from mdiff.modalities.image.codecs.networks.vqgan import MASKBIT, Names, Shape
 
 # An id of a position, and of a group of its bits, is to fit in memory as a table.
 MOST_BITS = 24
-
-
-class Block(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm x))))) = x + h; h + W h where the width changes."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.norm1 = norm(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = norm(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.widens = inputs != outputs
-        if self.widens:
-            self.nin_shortcut = nn.Conv2d(outputs, outputs, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C', H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        sum_: Tensor = h + (self.nin_shortcut(h) if self.widens else x)
-        return sum_
-
-
-class Stage(nn.Module):
-    """The blocks of one resolution, and half the sides or twice the sides after them."""
-
-    def __init__(
-        self, inputs: int, outputs: int, *, blocks: int, halves: bool = False,
-        doubles: bool = False, by_convolution: bool = True,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.halves, self.doubles, self.by_convolution = halves, doubles, by_convolution
-        widths = [inputs] + [outputs] * (blocks - 1)
-        self.res_blocks = nn.ModuleList(Block(width, outputs) for width in widths)
-        if halves and by_convolution:
-            self.down_conv = nn.Conv2d(outputs, outputs, 3, stride=2)
-        if doubles:
-            self.upsample_conv = nn.Conv2d(outputs, outputs, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C', H', W')."""
-        for block in self.res_blocks:
-            x = block(x)
-        if self.halves and not self.by_convolution:
-            return F.avg_pool2d(x, 2)
-        if self.halves:
-            # SAME padding of even sides: one row below, one column on the right.
-            x = self.down_conv(F.pad(x, (0, 1, 0, 1)))
-        if self.doubles:
-            x = self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return x
-
-
-class Encoder(nn.Module):
-    """Pictures (B, C, H, W) to latents (B, bits, h, w)."""
-
-    def __init__(
-        self, channels: int, widths: list[int], bits: int, *, blocks: int, by_convolution: bool
-    ) -> None:
-        super().__init__()
-        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
-        last = len(widths) - 2
-        self.down = nn.ModuleList(
-            Stage(inputs, outputs, blocks=blocks, halves=number < last,
-                  by_convolution=by_convolution)
-            for number, (inputs, outputs) in enumerate(pairwise(widths))
-        )  # fmt: skip
-        self.mid = Stage(widths[-1], widths[-1], blocks=blocks)
-        self.norm_out = norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], bits, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The latents."""
-        x = self.conv_in(x)
-        for stage in self.down:
-            x = stage(x)
-        found: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
-        return found
-
-
-class Decoder(nn.Module):
-    """Codes (B, bits, h, w) to pictures; `fine_first` is the order of older files."""
-
-    def __init__(
-        self, channels: int, widths: list[int], bits: int, *, blocks: int, fine_first: bool
-    ) -> None:
-        super().__init__()
-        self.fine_first = fine_first
-        self.conv_in = nn.Conv2d(bits, widths[-1], 3, padding=1)
-        self.mid = Stage(widths[-1], widths[-1], blocks=blocks)
-        # Level i takes what the next coarser one gives; the coarsest keeps its width.
-        below = [*widths[2:], widths[-1]]
-        stages = [
-            Stage(inputs, outputs, blocks=blocks, doubles=number > 0)
-            for number, (inputs, outputs) in enumerate(zip(below, widths[1:]))
-        ]
-        self.up = nn.ModuleList(stages if fine_first else reversed(stages))
-        self.norm_out = norm(widths[1])
-        self.conv_out = nn.Conv2d(widths[1], channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The pictures."""
-        x = self.mid(self.conv_in(x))
-        stages = list(self.up)
-        for stage in reversed(stages) if self.fine_first else stages:
-            x = stage(x)
-        pictures: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return pictures
 
 
 class MaskBit(PublishedCodec):
@@ -147,21 +37,15 @@ class MaskBit(PublishedCodec):
     signed = False
 
     def __init__(
-        self, described: Mapping[str, Any], *, channels: int, widths: list[int], bits: int,
-        codes_per_position: int, blocks: tuple[int, int], by_convolution: bool, fine_first: bool,
+        self, described: Mapping[str, object], shape: Shape, names: Names, *,
+        codes_per_position: int,
     ) -> None:  # fmt: skip
         super().__init__(
-            described, stride=1 << len(widths) - 2, codebook_size=1 << bits // codes_per_position,
-            channels=channels,
+            described, shape, codebook_size=1 << shape.latent // codes_per_position,
+            codes_per_position=codes_per_position,
         )  # fmt: skip
-        self.bits, self.codes_per_position = bits, codes_per_position
-        self.encoder = Encoder(
-            channels, widths, bits, blocks=blocks[0], by_convolution=by_convolution
-        )
-        self.decoder = Decoder(channels, widths, bits, blocks=blocks[1], fine_first=fine_first)
-        # Holds what older files name there; a quantiser of signs has nothing to learn.
-        self.quantize = nn.Module()
-        self.eval().requires_grad_(False)
+        self.bits = shape.latent
+        self._named(names)
 
     def latents(self, pictures: Tensor) -> Tensor:
         """Pictures (B, C, H, W) in [0, 1] to (B, bits, h, w)."""
@@ -171,8 +55,9 @@ class MaskBit(PublishedCodec):
     def ids(self, latents: Tensor) -> Tensor:
         """The signs as ids, groups of bits side by side, each with its lowest bit first."""
         signs = (latents > 0).long().permute(0, 2, 3, 1)
-        positive = signs.unflatten(3, (self.codes_per_position, -1))
-        power = torch.arange(positive.shape[4], device=latents.device)
+        bits = self.bits // self.codes_per_position
+        positive = signs.reshape(*signs.shape[:3], self.codes_per_position, bits)
+        power = torch.arange(bits, device=latents.device)
         found: Tensor = (positive << power).sum(4)
         return found[..., 0] if self.codes_per_position == 1 else found
 
@@ -188,7 +73,7 @@ class MaskBit(PublishedCodec):
         made: Tensor = self.decoder(codes)
         return made
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The options that `maskbit` takes back, with the name."""
         codes = self.codes_per_position
         return super().config() | ({CODES_KEY: codes} if codes > 1 else {})
@@ -198,21 +83,21 @@ class MaskBit(PublishedCodec):
         other = maskbit(config=self.described, codes_per_position=codes_per_position)
         for name in sorted(self.kept):
             other.keep(name)
-        other.load_state_dict(self.state_dict(), assign=True)
+        other.published.load_state_dict(self.published.state_dict(), assign=True)
         return other
 
     def optional(self) -> dict[str, tuple[int, ...]]:
-        """The tables of bits."""
+        """The tables of bits; a quantiser of signs has nothing to learn."""
         table = (1 << self.bits, self.bits)
         return {"quantize.bits_to_indices": (self.bits,), "quantize.codebook": table}
 
 
-def recognises(described: Mapping[str, Any]) -> bool:
+def recognises(described: Mapping[str, object]) -> bool:
     """Whether this is the `vq_model` node of MaskBit."""
     return "quantizer_type" in described and "hidden_channels" in described
 
 
-def maskbit(*, config: Mapping[str, Any], codes_per_position: int = 1) -> MaskBit:
+def maskbit(*, config: Mapping[str, object], codes_per_position: int = 1) -> MaskBit:
     """The codec of a MaskBit tokenizer's config, without its weights.
 
     A position's ids are `codes_per_position` groups of as many bits, as a generator with
@@ -228,15 +113,17 @@ def maskbit(*, config: Mapping[str, Any], codes_per_position: int = 1) -> MaskBi
     if type(codes) is not int or not 1 <= codes <= bits or bits % codes:
         raise CheckpointError(f"{bits} bits in {codes!r} groups: expected a divisor of {bits}")
     width = fields.whole("hidden_channels", most=MOST_WIDTH)
-    levels = multipliers(fields, "channel_mult", width=width)
-    fields.choice("num_resolutions", (len(levels),), default=len(levels))
+    widths = widths_of(fields, "channel_mult", width=width)
+    fields.choice("num_resolutions", (len(widths),), default=len(widths))
     blocks = fields.whole("num_res_blocks", most=MOST_BLOCKS)
     after = fields.whole("num_res_blocks_decoder", most=MOST_BLOCKS, default=blocks)
     fields.whole("pixel_size", most=1 << MOST_LEVELS + 6, default=256)
-    return MaskBit(
-        config, channels=fields.whole("num_channels", most=16, default=3),
-        widths=[width, *(width * level for level in levels)], bits=bits,
-        codes_per_position=codes, blocks=(blocks, after),
-        by_convolution=fields.flag("sample_with_conv", default=False),
-        fine_first=fields.flag("legacy", default=False),
+    never = [False] * len(widths)
+    shape = Shape(
+        channels=fields.whole("num_channels", most=16, default=3), width=width, widths=widths,
+        latent=bits, blocks=blocks, decoder_blocks=after, attends=never, decoder_attends=never,
+        middle=(blocks, after), middle_attends=False, bias=False, shortcut_of_result=True,
+        pools=not fields.flag("sample_with_conv", default=False), last_kernel=1,
     )  # fmt: skip
+    names = replace(MASKBIT, fine_first=fields.flag("legacy", default=False))
+    return MaskBit(config, shape, names, codes_per_position=codes)

@@ -79,7 +79,8 @@ class VQ(nn.Module):
     def _unit(self, features: Tensor) -> Tensor:
         """Features (B, n D, h, w) as unit codes (B, h, w, n, D)."""
         rows = features.permute(0, 2, 3, 1)
-        return F.normalize(rows.unflatten(3, (self.codes_per_position, self.code_width)), dim=4)
+        codes = rows.reshape(*rows.shape[:3], self.codes_per_position, self.code_width)
+        return F.normalize(codes, dim=4)
 
     def fit(self, images: Tensor, *, seed: int = 0, report: Report | None = None) -> Self:
         """Train encoder, codebook and decoder on pictures (N, C, H, W) uint8."""

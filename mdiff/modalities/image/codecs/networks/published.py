@@ -1,8 +1,8 @@
 """What the codecs of other projects share: their config.json, their pixels, their files.
 
-A family has one file in codecs/. Its module's parameters have the names of the published
-files; `recognises` says which config.json is its own, and its function makes the module of
-one: `codec.load_codec` then reads the weights as they lie in the folder.
+A family has one file in codecs/: `recognises` says which config.json is its own, and its function
+makes the codec of one, without weights. The files are read into `published`, a tree of the same
+layers under the names that the family gives them; `codec.load_codec` does both.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,15 @@ from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import CONFIG, Fields
 from mdiff.modalities.image.codec import PUBLISHED_TENSORS, Report, check_ids, check_pictures
 from mdiff.modalities.image.codecs.networks.fit import check_state
-from mdiff.modalities.image.codecs.networks.vqgan import GROUPS
+from mdiff.modalities.image.codecs.networks.vqgan import (
+    GROUPS,
+    Decoder,
+    Encoder,
+    Names,
+    Shape,
+    published_tree,
+    submodule,
+)
 
 # Pixels coded at a time: 128 features each at the finest level take 512 MB.
 PIXELS_AT_ONCE = 1 << 20
@@ -31,24 +39,38 @@ class PublishedCodec(nn.Module):
     """A Codec that another project trained; a family writes the four steps between.
 
     `described` is its config.json. Inside, pixels are in [-1, 1], or in [0, 1] where `signed` is
-    false. `optional` are buffers that files may hold and nothing here reads.
+    false. `published` has the layers by the names in the files, and the buffers of `optional`
+    that files may hold and nothing here reads; `stored` are the types of tensors in the files
+    that it was read from, where they are to be written again.
     """
 
     name: ClassVar[str]
     signed: ClassVar[bool] = True
-    channels = 3
-    codes_per_position = 1
+    pixels_at_once: ClassVar[int] = PIXELS_AT_ONCE
+    weights_file: ClassVar[str] = PUBLISHED_TENSORS
     # Attention and group norms read the whole picture.
     receptive_field_margin: int | None = None
     lossless = False
 
     def __init__(
-        self, described: Mapping[str, Any], *, stride: int, codebook_size: int, channels: int
-    ) -> None:
+        self, described: Mapping[str, object], shape: Shape, *, codebook_size: int,
+        codes_per_position: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.described = dict(described)
-        self.stride, self.codebook_size, self.channels = stride, codebook_size, channels
+        self.described, self.channels = dict(described), shape.channels
+        self.stride, self.codebook_size = 1 << len(shape.widths) - 1, codebook_size
+        self.codes_per_position = codes_per_position
+        self.encoder, self.decoder = Encoder(shape), Decoder(shape)
         self.kept: set[str] = set()
+        self.stored: dict[str, torch.dtype] = {}
+
+    def _named(self, names: Names) -> None:
+        """Make `published`, once all layers are there."""
+        tree = published_tree(self, names, levels=len(self.decoder.up))
+        # Not a submodule of this one: its layers would be in the state twice.
+        object.__setattr__(self, "published", tree)
+        self.published: nn.Module
+        self.eval().requires_grad_(False)
 
     @abstractmethod
     def latents(self, pictures: Tensor) -> Tensor:
@@ -70,45 +92,50 @@ class PublishedCodec(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """The ids of pictures uint8."""
         check_pictures(images, channels=self.channels, stride=self.stride)
-        pixels = images.shape[2] * images.shape[3]
-        return torch.cat([
-            self.ids(self.latents(some.float() / 127.5 - 1 if self.signed else some.float() / 255))
-            for some in _parts(images, pixels)
-        ])  # fmt: skip
+        own = self.decoder.conv_out.weight.device
+        found = []
+        for some in self._parts(images, images.shape[2] * images.shape[3]):
+            bright = some.to(own).float()
+            bright = bright / 127.5 - 1 if self.signed else bright / 255
+            found.append(self.ids(self.latents(bright)).to(images.device))
+        return torch.cat(found)
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
         """The pictures (B, C, H, W) uint8 of ids."""
         check_ids(ids, codebook_size=self.codebook_size, codes_per_position=self.codes_per_position)
-        pixels = ids.shape[1] * ids.shape[2] * self.stride**2
-        return torch.cat([
-            self._uint8(self.pictures(self.codes(some))) for some in _parts(ids, pixels)
-        ])  # fmt: skip
+        own = self.decoder.conv_out.weight.device
+        made = []
+        for some in self._parts(ids, ids.shape[1] * ids.shape[2] * self.stride**2):
+            pictures = self.pictures(self.codes(some.to(own)))
+            bright = (pictures + 1) * 127.5 if self.signed else pictures * 255
+            made.append(bright.round().clamp(0, 255).to(ids.device, torch.uint8))
+        return torch.cat(made)
 
-    def _uint8(self, pictures: Tensor) -> Tensor:
-        bright = (pictures + 1) * 127.5 if self.signed else pictures * 255
-        return bright.round().clamp(0, 255).to(torch.uint8)
+    def _parts(self, rows: Tensor, pixels: int) -> Iterator[Tensor]:
+        """The rows in parts of bounded memory, at least one part."""
+        yield from torch.split(rows, max(1, self.pixels_at_once // max(1, pixels)))
 
     def fit(self, images: Tensor, *, seed: int = 0, report: Report | None = None) -> Self:
         """Refused: it was trained elsewhere."""
         check_pictures(images, channels=self.channels, stride=self.stride)
         raise ConfigError(f"codec {self.name}: loaded from its files, not trained here")
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The options that the family's function takes back, with the name."""
         return {"name": self.name, "config": self.described}
 
     def state(self) -> dict[str, Tensor]:
-        """The weights, without buffers that nothing reads."""
-        return {name: x for name, x in self.state_dict().items() if name not in self.kept}
+        """The weights by their published names, without buffers that nothing reads."""
+        return {n: x for n, x in self.published.state_dict().items() if n not in self.kept}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back `state()`; CheckpointError where a tensor is missing or of another shape."""
         wanted = self.state()
         check_state(wanted, tensors)
         # Taken as they are: the module may have been made without memory.
-        own = {name: x.to(wanted[name].dtype) for name, x in tensors.items() if name in wanted}
-        self.load_state_dict(own, strict=False, assign=True)
+        own = {name: tensors[name].to(x.dtype) for name, x in wanted.items()}
+        self.published.load_state_dict(own, strict=False, assign=True)
 
     def optional(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of buffers that files may hold and nothing here reads."""
@@ -117,26 +144,71 @@ class PublishedCodec(nn.Module):
     def keep(self, name: str) -> None:
         """Have an optional buffer, so that it is loaded and saved again."""
         owner, _, last = name.rpartition(".")
-        self.get_submodule(owner).register_buffer(last, torch.empty(self.optional()[name]))
+        empty = torch.empty(self.optional()[name])
+        submodule(self.published, owner).register_buffer(last, empty)
         self.kept.add(name)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and the weights in the published layout."""
+        """Write config.json and the weights in the layout and the types that they came in."""
         from safetensors.torch import save_file
 
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / CONFIG).write_text(json.dumps(self.described, indent=2) + "\n")
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, Path(folder) / PUBLISHED_TENSORS, metadata={"format": "pt"})
+        tensors = {
+            name: tensor.to("cpu", self.stored.get(name, tensor.dtype)).contiguous()
+            for name, tensor in self.published.state_dict().items()
+        }
+        save_file(tensors, Path(folder) / self.weights_file, metadata={"format": "pt"})
 
 
-def _parts(rows: Tensor, pixels: int) -> Iterator[Tensor]:
-    """The rows in parts of bounded memory, at least one part."""
-    yield from torch.split(rows, max(1, PIXELS_AT_ONCE // max(1, pixels)))
+class Codebook(nn.Module):
+    """The codes (K, D) under their published name."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(count, width)
 
 
-def multipliers(fields: Fields, name: str, *, width: int) -> tuple[int, ...]:
-    """The levels' multipliers of the width; every level is a multiple of 32 channels wide."""
+class VQGANCodec(PublishedCodec):
+    """A published codec whose ids are rows of a codebook, searched by Euclidean distance."""
+
+    def __init__(
+        self, described: Mapping[str, object], shape: Shape, names: Names, *, codebook_size: int,
+        code_width: int,
+    ) -> None:  # fmt: skip
+        super().__init__(described, shape, codebook_size=codebook_size)
+        self.quantize = Codebook(codebook_size, code_width)
+        self.quant_conv = nn.Conv2d(shape.latent, code_width, 1)
+        self.post_quant_conv = nn.Conv2d(code_width, shape.latent, 1)
+        self._named(names)
+
+    def latents(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) float to (B, D, h, w)."""
+        found: Tensor = self.quant_conv(self.encoder(pictures))
+        return found
+
+    def table(self) -> Tensor:
+        """The codes (K, D)."""
+        return self.quantize.embedding.weight
+
+    def ids(self, latents: Tensor) -> Tensor:
+        """The nearest codes: the least |e|^2 - 2 z.e, in float32, of equals the lowest id."""
+        rows, table = latents.permute(0, 2, 3, 1).float(), self.table().float()
+        distance = table.square().sum(1) - 2 * rows.flatten(0, 2) @ table.mT
+        return distance.argmin(1).view(rows.shape[:3])
+
+    def codes(self, ids: Tensor) -> Tensor:
+        """The codes (B, D, h, w) of ids (B, h, w)."""
+        return self.table()[ids].permute(0, 3, 1, 2)
+
+    def pictures(self, codes: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) float of codes (B, D, h, w)."""
+        made: Tensor = self.decoder(self.post_quant_conv(codes))
+        return made
+
+
+def widths_of(fields: Fields, name: str, *, width: int) -> tuple[int, ...]:
+    """The widths of the levels; CheckpointError where one is no multiple of 32 channels."""
     found = fields.described.get(name)
     if (
         not isinstance(found, list)
@@ -149,15 +221,4 @@ def multipliers(fields: Fields, name: str, *, width: int) -> tuple[int, ...]:
         )
     if width % GROUPS:
         raise CheckpointError(f"{fields.origin}: {width} channels: expected a multiple of {GROUPS}")
-    return tuple(found)
-
-
-def nearest_code(latents: Tensor, table: Tensor) -> Tensor:
-    """The nearest row of `table` (K, D) to each of `latents` (B, D, h, w): (B, h, w) int64.
-
-    |e|^2 - 2 z.e, in float32, the lowest id of the minimum.
-    """
-    rows = latents.permute(0, 2, 3, 1).float()
-    table = table.float()
-    distance = table.square().sum(1) - 2 * rows.flatten(0, 2) @ table.mT
-    return distance.argmin(1).view(rows.shape[:3])
+    return tuple(width * multiplier for multiplier in found)
