@@ -20,7 +20,8 @@ from machine import commit, machine
 from torch import Tensor
 
 from mdiff.evaluation.classifier import Classifier
-from mdiff.modalities.image.data.images import Pictures, PictureSource, digest_of, read_pictures
+from mdiff.modalities.image.data.images import Pictures, digest_of, read_pictures
+from mdiff.modalities.image.data.source import PictureSource
 
 FOLDER = Path(__file__).parent / "classifier"
 LABELS = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",

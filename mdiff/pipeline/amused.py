@@ -12,7 +12,7 @@ import torch
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import CONFIG, MODEL_INDEX, TYPES, Fields, ModelFiles, load_weights, read_json
 from mdiff.find import find
-from mdiff.modalities.image import ARCHITECTURE, described, load_text_encoder
+from mdiff.modalities.image import ARCHITECTURE, load_text_encoder, text_to_image
 from mdiff.pipeline.pipeline import Pipeline
 from mdiff.pipeline.published import load_published
 from mdiff.tokens import TokenSpace
@@ -70,7 +70,7 @@ def load_directory(
     return Pipeline(
         denoiser,
         TokenSpace(denoiser.vocab_size, mask_id=denoiser.vocab_size),
-        described(codec=codec, size=(side, side), encoder=encoder, files=kept),
+        text_to_image(codec=codec, size=(side, side), encoder=encoder, files=kept),
         window=denoiser.window,
         sampler="amused",
     )

@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import mdiff.files.untrusted as files
-import mdiff.modalities.image.data.readers as picture_files
+import mdiff.modalities.image.data.pixels as picture_files
 import mdiff.modalities.text.documents as sources
 from mdiff.backbones.transformer import transformer
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files.untrusted import read_json, read_tensors
 from mdiff.modalities.image.data.images import read_pictures
-from mdiff.modalities.image.data.readers import open_picture
+from mdiff.modalities.image.data.pixels import open_picture
 from mdiff.modalities.text.documents import Source
 from mdiff.pipeline.loading import load
 

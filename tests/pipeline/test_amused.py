@@ -141,7 +141,7 @@ def test_words_are_encoded_as_officially(copy: Path, only_vocabulary: bool) -> N
     encoder = mdiff.load(copy).modality.encoder
     for row, prompt in enumerate(PROMPTS):
         assert torch.equal(encoder.ids(prompt)[0], GOLDEN["text.input_ids"][row])
-        found = encoder.told(prompt)
+        found = encoder.encode(prompt)
         states, pooled = GOLDEN["text.penultimate_hidden_state"], GOLDEN["text.text_embeds"]
         assert torch.allclose(found[STATES][0], states[row], rtol=0, atol=TOLERANCE)
         assert torch.allclose(found[POOLED][0], pooled[row], rtol=0, atol=TOLERANCE)

@@ -1,19 +1,18 @@
-"""The one contract of a codec: pictures to grids of ids and back, and what it costs them."""
+"""The contract of a codec, pictures to grids of ids and back, and the files of one."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
+from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import Header, check_tensors, load_weights, read_json, read_tensors
 from mdiff.find import find, module_of, names
 
@@ -57,7 +56,7 @@ class Codec(Protocol):
     def fit(self, images: Tensor, *, seed: int = 0, report: Report | None = None) -> Self:
         """Learn from pictures (N, C, H, W) uint8; the same seed gives the same codec."""
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The options that the part's function takes back, with the name."""
 
     def state(self) -> dict[str, Tensor]:
@@ -65,6 +64,20 @@ class Codec(Protocol):
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave; CheckpointError where it does not fit."""
+
+
+class _Published(Codec, Protocol):
+    """A codec of another project, which is read from its files by `published`."""
+
+    @property
+    def published(self) -> nn.Module:
+        """The layers under the names in the files."""
+
+    def optional(self) -> Mapping[str, object]:
+        """The buffers that files may hold, by name."""
+
+    def keep(self, name: str) -> None:
+        """Have an optional buffer."""
 
 
 def check_pictures(images: Tensor, *, channels: int, stride: int) -> None:
@@ -91,7 +104,9 @@ def check_ids(ids: Tensor, *, codebook_size: int, codes_per_position: int) -> No
         raise DataError(f"id {wrong}: this codec has ids 0 to {codebook_size - 1}")
 
 
-def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
+def make_codec(
+    described: Mapping[str, object] | str | Path, *, folder: Path | str | None = None
+) -> Codec:
     """The codec of a description {"name": ..., options}, or of the folder that holds one.
 
     With `folder` what was learnt is read from there. Raises ConfigError for an unknown name or
@@ -110,7 +125,7 @@ def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
     if not isinstance(name, str):
         raise ConfigError("codec.name is missing: expected levels, kmeans, vq, bits or a folder")
     build = find("codecs", name)
-    # What is of another project's sizes takes no memory before its files were seen to fit.
+    # A codec of another project's sizes takes no memory before its files are checked.
     shell = folder is not None and name.replace("-", "_") in published_codecs()
     path = None if folder is None else Path(folder) / TENSORS
     header = check_tensors(path) if path is not None and path.exists() else None
@@ -118,7 +133,7 @@ def make_codec(described: Any, *, folder: Path | str | None = None) -> Any:
         if header is not None:
             _check_sizes(build, options, header, origin=str(path))
         with torch.device("meta") if shell else nullcontext():
-            codec = build(**options)
+            codec: Codec = build(**options)
     except TypeError as error:
         raise ConfigError(f"codec {name!r}: {error}") from None
     if path is not None:
@@ -135,7 +150,7 @@ def _check_sizes(
         with torch.device("meta"):
             shell = build(**options)
     except RuntimeError:
-        # A codec whose making asks for values, which that device has not, bounds its own sizes.
+        # A codec that needs values when it is made, which a meta device lacks, checks its sizes.
         return
     for name, tensor in shell.state().items():
         if name in header and header[name]["shape"] != list(tensor.shape):
@@ -155,7 +170,7 @@ def save_codec(codec: Codec, folder: Path | str) -> None:
         save_file(state, Path(folder) / TENSORS)
 
 
-def load_codec(folder: Path | str) -> Any:
+def load_codec(folder: Path | str) -> Codec:
     """The codec that `save_codec` wrote, or one of another project by its config.json.
 
     Raises CheckpointError where its files are not valid.
@@ -175,10 +190,10 @@ def load_codec(folder: Path | str) -> Any:
 
 def published_codecs() -> list[str]:
     """The codecs of other projects."""
-    return [name for name in names("codecs") if hasattr(module_of("codecs", name), "recognises")]
+    return [name for name in names("codecs") if "recognises" in vars(module_of("codecs", name))]
 
 
-def published_codec_of(described: Mapping[str, Any]) -> str | None:
+def published_codec_of(described: Mapping[str, object]) -> str | None:
     """The name of the codec whose config.json this is; None where no file claims it.
 
     Raises CheckpointError where more than one does.
@@ -199,7 +214,7 @@ def holds_codec(folder: Path | str) -> bool:
     return config.is_file() and published_codec_of(read_json(config)) is not None
 
 
-def _published(folder: Path) -> Any:
+def _published(folder: Path) -> Codec:
     """A codec of another project: every tensor is accounted for, then read as float32."""
     described = read_json(folder / PUBLISHED_CONFIG)
     name = published_codec_of(described)
@@ -212,60 +227,9 @@ def _published(folder: Path) -> Any:
     path = folder / PUBLISHED_TENSORS
     header = check_tensors(path)
     with torch.device("meta"):
-        codec = find("codecs", name)(config=described)
+        codec: _Published = find("codecs", name)(config=described)
         for buffer in sorted(set(codec.optional()) & set(header)):
             codec.keep(buffer)
     load_weights(codec.published, {path: header}, dtype=torch.float32)
-    return codec.requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """What a codec keeps of pictures.
-
-    `psnr` dB over all of them (inf where nothing is lost), `ssim` in [0, 1], `usage` the share
-    of the codebook that they use, `perplexity` 2^entropy of the ids, `bits_per_pixel` the
-    code's length.
-    """
-
-    psnr: float
-    ssim: float
-    usage: float
-    perplexity: float
-    bits_per_pixel: float
-
-
-def fidelity(codec: Codec, images: Tensor, *, batch_size: int = 256) -> Fidelity:
-    """How well the codec gives back `images` (N, C, H, W) uint8; BackendError without torchmetrics.
-
-    SSIM with the usual 11 x 11 Gaussian window (Wang et al. 2004), on 0 to 255.
-    """
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-    except ImportError:
-        raise BackendError(
-            "torchmetrics is not installed: pip install 'mdiff-toolkit[eval]'"
-        ) from None
-    squares = similarity = 0.0
-    counts = torch.zeros(codec.codebook_size, dtype=torch.int64)
-    places = 0
-    for some in torch.split(images, batch_size):
-        ids = codec.encode(some)
-        back = codec.decode(ids)
-        counts += ids.flatten().bincount(minlength=codec.codebook_size)
-        places = ids[0].numel()
-        squares += float((some.double() - back.double()).square().sum())
-        alike = ssim(back.float(), some.float(), data_range=255.0)
-        similarity += float(torch.as_tensor(alike)) * len(some)
-    error = squares / images.numel()
-    share = counts[counts > 0].double() / counts.sum()
-    entropy = -float((share * share.log2()).sum())
-    pixels = images.shape[2] * images.shape[3]
-    bits = places * torch.log2(torch.tensor(float(codec.codebook_size))).item() / pixels
-    return Fidelity(
-        psnr=float("inf") if error == 0 else 10 * float(torch.log10(torch.tensor(255**2 / error))),
-        ssim=similarity / len(images),
-        usage=float((counts > 0).double().mean()),
-        perplexity=2**entropy,
-        bits_per_pixel=bits,
-    )
+    codec.published.requires_grad_(False)
+    return codec

@@ -1,10 +1,10 @@
-"""A text encoder of CLIP's kind (Radford et al. 2021), through transformers: words to vectors."""
+"""A text encoder of CLIP's kind (Radford et al. 2021), loaded by transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,24 +22,30 @@ from mdiff.files import (
     inside,
 )
 
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase
+
 ARCHITECTURE = "CLIPTextModelWithProjection"
 MOST_TOKENS = 1 << 16
-# So many texts are kept with their vectors: a batch asks for the same ones again.
-KEPT = 256
-# Constants that older files hold and that transformers makes anew.
+# Encodings that are cached: a batch asks for the same texts again.
+MOST_CACHED = 256
+# A buffer in older files that transformers regenerates.
 COUNTED = "position_ids"
 
 
 class TextEncoder:
-    """Texts to `STATES` and `POOLED`; see `load_text_encoder`. `tokenizer` is transformers'.
+    """Encodes texts as `STATES` and `POOLED`; see `load_text_encoder`.
 
     `files` are those of the tokenizer's folder, by name, as they were.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, length: int, files: Mapping[str, bytes]):
+    def __init__(
+        self, model: CLIPTextModelWithProjection, tokenizer: PreTrainedTokenizerBase, *,
+        length: int, files: Mapping[str, bytes],
+    ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.length = model, tokenizer, length
         self.files = dict(files)
-        self._kept: dict[str, dict[str, Tensor]] = {}
+        self._cached: dict[str, dict[str, Tensor]] = {}
 
     def ids(self, text: str) -> Tensor:
         """The text's ids (1, length) int64, cut or padded as the tokenizer does."""
@@ -47,21 +53,23 @@ class TextEncoder:
             [text], padding="max_length", truncation=True, max_length=self.length,
             return_tensors="pt",
         )  # fmt: skip
-        found: Tensor = read.input_ids
+        found: Tensor = read["input_ids"]
         return found
 
     @torch.no_grad()
-    def told(self, text: str) -> dict[str, Tensor]:
-        """What is told of a text, on the CPU: `STATES` (1, S, E), the states before the last
-        layer, padding and all, and `POOLED` (1, P), the projection of the text's end.
+    def encode(self, text: str) -> dict[str, Tensor]:
+        """The encoding of a text, on the CPU.
+
+        `STATES` (1, S, E) are the states before the last layer, padding included; `POOLED` (1, P)
+        is the projection of the state at the text's end.
         """
-        if text not in self._kept:
-            if len(self._kept) >= KEPT:
-                self._kept.clear()
+        if text not in self._cached:
+            if len(self._cached) >= MOST_CACHED:
+                self._cached.clear()
             made = self.model(self.ids(text).to(self.model.device), output_hidden_states=True)
             found = {STATES: made.hidden_states[-2].cpu(), POOLED: made.text_embeds.cpu()}
-            self._kept[text] = found
-        return self._kept[text]
+            self._cached[text] = found
+        return self._cached[text]
 
     def save(self, encoder: Path, tokenizer: Path) -> None:
         """Write the model into one folder and the tokenizer's files into the other."""
@@ -74,44 +82,46 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The text encoder in two folders: `encoder` with the weights, `tokenizer` with its files.
 
-    Raises CheckpointError for another architecture, sizes that cannot be meant, tensors that
-    are missing, unexpected or of another shape, and a tokenizer that cannot be read.
+    Raises CheckpointError for another architecture, invalid sizes, tensors that are missing,
+    unexpected or of another shape, and a tokenizer that cannot be read.
     """
     described, folder = encoder.config, encoder.folder
     fields = Fields(described, str(folder / CONFIG))
     if described.get("architectures") != [ARCHITECTURE]:
         got = described.get("architectures")
         raise CheckpointError(f"{folder}: architectures {got!r}: expected [{ARCHITECTURE!r}]")
-    places = fields.whole("max_position_embeddings", most=MOST_TOKENS)
+    positions = fields.whole("max_position_embeddings", most=MOST_TOKENS)
     vocabulary = fields.whole("vocab_size", most=MOST_IDS)
     for name in ("hidden_size", "intermediate_size", "projection_dim", "num_attention_heads"):
         fields.whole(name)
     fields.whole("num_hidden_layers", most=MOST_LAYERS)
     reader = _tokenizer(tokenizer)
     length = reader.model_max_length
-    if not isinstance(length, int) or not 1 <= length <= places or len(reader) > vocabulary:
+    if not isinstance(length, int) or not 1 <= length <= positions or len(reader) > vocabulary:
         raise CheckpointError(
-            f"{tokenizer}: {length} tokens of {len(reader)} ids; the encoder has {places} places "
-            f"and {vocabulary} ids"
+            f"{tokenizer}: {length} tokens of {len(reader)} ids; the encoder has {positions} "
+            f"positions and {vocabulary} ids"
         )
-    model = _model(folder, dtype).to(device).eval().requires_grad_(False)
+    model = _model(folder, dtype)
+    model.to(device).eval().requires_grad_(False)
     return TextEncoder(model, reader, length=length, files=plain_files(tokenizer))
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         with TRANSFORMERS:
             from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise CheckpointError(f"{folder} cannot be loaded as a tokenizer: {first}") from error
+    return found
 
 
-def _model(folder: Path, dtype: torch.dtype | None) -> Any:
+def _model(folder: Path, dtype: torch.dtype | None) -> CLIPTextModelWithProjection:
     try:
         with TRANSFORMERS:
             from transformers import CLIPTextModelWithProjection, logging

@@ -6,19 +6,21 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mdiff.errors import BackendError, ConfigError, DataError, nearest
 from mdiff.files import MAX_JSON_VALUES, has_too_many_values
+from mdiff.modalities.text.source import HUB, SPLITS, DataSource
 
-HUB = "hub:"
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 STANDARD_LIBRARY = "pydoc_data.topics"
-SPLITS = ("train", "validation", "holdout")
 # Text in .gz shrinks some four times, pictures ten: what grows more, and to more, is a bomb.
 MOST_UNPACKED, MOST_GROWTH = 2**27, 50
 READ_AT_ONCE = 2**20
@@ -32,59 +34,29 @@ Piece = TypeVar("Piece", str, list[int])
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(DataSource):
     """The `data` section of a recipe for text.
 
     `source`: a path or a list of paths (.txt, .jsonl, .parquet, each also .gz but Parquet),
     "hub:OWNER/NAME", or "pydoc_data.topics", the help texts of Python's standard library.
-    `field` is the JSONL, Parquet or Hub column; `subset` and `hub_split` name the part of a
-    Hub data set. A text file is one document, unless `separator` cuts it into several.
-
-    `holdout` is the fraction of characters cut from the end; `validation` is the fraction
-    cut from the end of what is left.
+    `field` is the JSONL, Parquet or Hub column. A text file is one document, unless `separator`
+    cuts it into several. `holdout` and `validation` are fractions of the characters.
     """
 
-    source: str | list[str]
     field: str = "text"
-    subset: str | None = None
-    hub_split: str = "train"
     separator: str | None = None
-    holdout: float = 0.1
-    validation: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("holdout", "validation"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < 1:
-                raise ConfigError(f"data.{name}={value!r}: expected 0 or more and less than 1")
-        paths = [self.source] if isinstance(self.source, str) else self.source
-        if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
-            raise ConfigError(f"data.source={self.source!r}: expected a path or a list of paths")
+        super().__post_init__()
         if self.separator == "":
             raise ConfigError("data.separator='': expected at least one character")
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any] | Source | str) -> Source:
-        """From a mapping, or from a path with the defaults; unknown keys are ConfigErrors."""
-        if isinstance(options, Source):
-            return options
-        if isinstance(options, str):
-            return cls(source=options)
-        known = [field.name for field in fields(cls)]
-        for key in options:
-            if key not in known:
-                raise ConfigError(f"unknown key data.{key}; {nearest(str(key), known)}")
-        if "source" not in options:
-            raise ConfigError("data.source is missing: expected a path, a list of them or hub:NAME")
-        return cls(**options)
 
     def documents(self) -> list[str]:
         """Every document that is not empty, in order.
 
         Raises DataError with the file and the byte offset where one cannot be read.
         """
-        paths = [self.source] if isinstance(self.source, str) else self.source
-        found = [text for path in paths for text in self._read(path) if text]
+        found = [text for path in self.paths for text in self._read(path) if text]
         if not found:
             raise DataError(f"{self.source}: there is no text in it")
         return found
@@ -216,7 +188,9 @@ def _neighbour(path: Path) -> str:
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
-def json_lines(text: str, path: str | Path, field: str | None = None) -> Iterator[dict[str, Any]]:
+def json_lines(
+    text: str, path: str | Path, field: str | None = None
+) -> Iterator[dict[str, object]]:
     """The objects of a JSONL file; DataError with line and byte offset where one is not.
 
     With `field`, each object must have it and it must be a string.
@@ -264,17 +238,23 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
 
 
 def _hub(name: str, subset: str | None, split: str, field: str) -> Iterator[str]:
+    rows = hub_rows(name, subset, split)
+    if field not in rows.column_names:
+        raise DataError(f"{HUB}{name} has no column {field!r}; {nearest(field, rows.column_names)}")
+    return (str(row[field]) for row in rows)
+
+
+def hub_rows(name: str, subset: str | None, split: str) -> Dataset:
+    """A data set of the Hub; DataError for a part that it lacks, BackendError without the Hub."""
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, subset, split=split)
+        rows: Dataset = load_dataset(name, subset, split=split)
     except ValueError as error:
         raise DataError(f"{HUB}{name}: {_first_line(error)}") from error
     except Exception as error:
         raise BackendError(f"{HUB}{name} cannot be fetched: {_first_line(error)}") from error
-    if field not in rows.column_names:
-        raise DataError(f"{HUB}{name} has no column {field!r}; {nearest(field, rows.column_names)}")
-    return (str(row[field]) for row in rows)
+    return rows
 
 
 def _first_line(error: BaseException) -> str:

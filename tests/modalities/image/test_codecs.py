@@ -22,7 +22,6 @@ from mdiff.find import names
 from mdiff.modalities.image.codec import (
     SETTINGS,
     TENSORS,
-    fidelity,
     load_codec,
     make_codec,
     save_codec,
@@ -41,6 +40,7 @@ from mdiff.modalities.image.codecs.networks.fit import Training
 from mdiff.modalities.image.codecs.vq import vq
 from mdiff.modalities.image.data.images import read_pictures
 from mdiff.modalities.image.data.readers import DIGITS
+from mdiff.modalities.image.fidelity import fidelity
 from mdiff.modalities.image.inpainting import touched
 
 TRAINED = {"steps": 6, "batch_size": 8, "width": 8}

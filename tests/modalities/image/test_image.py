@@ -12,7 +12,8 @@ from mdiff.backbones.transformer import transformer
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.modalities.image.codecs.levels import levels
 from mdiff.modalities.image.data.examples import variants
-from mdiff.modalities.image.data.images import Pictures, PictureSource, split_index
+from mdiff.modalities.image.data.images import Pictures, split_index
+from mdiff.modalities.image.data.source import PictureSource
 from mdiff.modalities.image.inpainting import box_mask, hidden_share, touched
 from mdiff.modalities.image.modality import image
 from mdiff.pipeline.batch.encoding import write_shards

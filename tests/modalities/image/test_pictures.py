@@ -15,8 +15,10 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from mdiff.errors import ConfigError, DataError
-from mdiff.modalities.image.data.images import PictureSource, read_pictures, split_index
-from mdiff.modalities.image.data.readers import as_array, from_dataset
+from mdiff.modalities.image.data.images import read_pictures, split_index
+from mdiff.modalities.image.data.pixels import as_array
+from mdiff.modalities.image.data.readers import from_dataset
+from mdiff.modalities.image.data.source import PictureSource
 from mdiff.modalities.image.data.unicode_names import base_of, caption_of, code_points
 
 

@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdiff.errors import ConfigError
+from mdiff.errors import ConfigError, DataError
 from mdiff.kernels import philox
-from mdiff.modalities.image.data.images import Pictures, PictureSource
+from mdiff.modalities.image.codec import Codec
+from mdiff.modalities.image.data.images import Pictures, read_pictures
+from mdiff.modalities.image.data.source import PictureSource
+from mdiff.modalities.image.data.token_shards import Shards, holds_shards, open_shards
 from mdiff.tokens import Batch
 
 SIDED = ("left", "right", "clockwise")
@@ -53,19 +56,38 @@ class PictureRows:
         )
 
 
+def open_items(source: PictureSource, *, codec: Codec, size: tuple[int, int]) -> Pictures | Shards:
+    """The source's pictures, or the tokens that this very codec made of them before.
+
+    Raises ConfigError for tokens beside other sources or with variants, DataError for tokens of
+    pictures of another size.
+    """
+    if not any(holds_shards(path) for path in source.paths):
+        return read_pictures(source, channels=codec.channels, size=size)
+    if len(source.paths) > 1 or source.flip or source.shift:
+        raise ConfigError("data.source of tokens is one folder, without flip and shift")
+    stored = open_shards(source.paths[0], codec=codec)
+    if stored.size != tuple(size):
+        raise DataError(
+            f"{source.source}: tokens of {stored.size[0]} x {stored.size[1]} pixels, this "
+            f"model's have {size[0]} x {size[1]}"
+        )
+    return stored
+
+
 def variants(pictures: Pictures, source: PictureSource) -> list[Tensor]:
     """The pictures (N, C, H, W), shifted by up to `shift` pixels each way and flipped.
 
     A shift repeats the border. What a caption calls left or right is not flipped.
     """
-    reach = source.shift
+    most = source.shift
     height, width = pictures.pixels.shape[2:]
-    padded = F.pad(pictures.pixels.float(), (reach,) * 4, mode="replicate").to(torch.uint8)
-    plain = [(reach, reach)]
+    padded = F.pad(pictures.pixels.float(), (most,) * 4, mode="replicate").to(torch.uint8)
+    plain = [(most, most)]
     moves = plain + [
         (down, right)
-        for down in range(2 * reach + 1)
-        for right in range(2 * reach + 1)
+        for down in range(2 * most + 1)
+        for right in range(2 * most + 1)
         if (down, right) not in plain
     ]
     shifted = [padded[:, :, d : d + height, r : r + width] for d, r in moves]

@@ -1,104 +1,23 @@
-"""Where pictures come from: folders, arrays, MNIST files, scikit-learn's digits, data sets."""
+"""Image data sets in memory: pictures of one size, with labels, captions and splits."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mdiff.errors import ConfigError, DataError, nearest
-from mdiff.modalities.image.data.readers import (
-    MODES,
-    Item,
-    as_array,
-    check_words,
-    items_of,
-    open_picture,
-    sized,
-)
+from mdiff.modalities.image.data.pixels import MODES, Pixels, as_array, open_picture, sized
+from mdiff.modalities.image.data.readers import Item, check_words, items_of
+from mdiff.modalities.image.data.source import PictureSource
 from mdiff.modalities.image.data.unicode_names import base_of, caption_of
-from mdiff.modalities.text.documents import SPLITS
-
-CAPTIONS = ("none", "data", "unicode")
-
-
-@dataclass(frozen=True)
-class PictureSource:
-    """The `data` section of a recipe for pictures.
-
-    `source`: a path or a list of paths, or "sklearn.digits", or "hub:OWNER/NAME". A path is a
-    folder of pictures (its subfolders name the labels, or metadata.jsonl has lines with
-    file_name, label and caption), one picture, an .npz with `x` uint8 (N, H, W[, C]) and
-    perhaps `y` and `name`, an MNIST file (*-images-idx3-ubyte[.gz], its labels beside it), or
-    a folder of tokens that `mdiff tokenizer encode` wrote. `resize` crops the middle and
-    scales it to the codec's size; without it, another size is an error. `captions`: none,
-    "data", or "unicode" for files named after code points (variants of one base then stay on
-    one side of a split). `flip` and `shift` (pixels each way) add variants to the training
-    split; a caption that says left or right is not flipped.
-
-    `holdout` is the fraction cut from the end, `validation` that cut from the end of what is
-    left; where there are groups, whole groups by their digest.
-    """
-
-    source: str | list[str]
-    image_field: str = "image"
-    label_field: str = "label"
-    caption_field: str = "caption"
-    subset: str | None = None
-    hub_split: str = "train"
-    resize: bool = False
-    captions: str = "none"
-    flip: bool = False
-    shift: int = 0
-    holdout: float = 0.1
-    validation: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("holdout", "validation"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 <= value < 1:
-                raise ConfigError(f"data.{name}={value!r}: expected 0 or more and less than 1")
-        paths = [self.source] if isinstance(self.source, str) else self.source
-        if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
-            raise ConfigError(f"data.source={self.source!r}: expected a path or a list of paths")
-        if self.captions not in CAPTIONS:
-            raise ConfigError(
-                f"data.captions={self.captions!r}; {nearest(self.captions, CAPTIONS)}"
-            )
-        if type(self.shift) is not int or not 0 <= self.shift <= 8:
-            raise ConfigError(f"data.shift={self.shift!r}: expected 0 to 8 pixels")
-        for name in ("resize", "flip"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"data.{name}={getattr(self, name)!r}: expected true or false")
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any] | PictureSource | str) -> PictureSource:
-        """From a mapping, or from a path with the defaults; unknown keys are ConfigErrors."""
-        if isinstance(options, PictureSource):
-            return options
-        if isinstance(options, str | Path):
-            return cls(source=str(options))
-        known = [each.name for each in fields(cls)]
-        for key in options:
-            if key not in known:
-                near = nearest(f"data.{key}", [f"data.{name}" for name in known])
-                raise ConfigError(f"unknown key data.{key}; {near}")
-        if "source" not in options:
-            raise ConfigError("data.source is missing: expected a path or a list of them")
-        return cls(**options)
-
-    @property
-    def paths(self) -> list[str]:
-        """The sources as a list."""
-        return [self.source] if isinstance(self.source, str) else self.source
+from mdiff.modalities.text.source import SPLITS
 
 
 @dataclass(frozen=True)
@@ -135,13 +54,26 @@ class Pictures:
 
     def split(self, split: str, *, holdout: float, validation: float) -> Pictures:
         """Those of a split: cut by order, or whole groups by digest; DataError if it is empty."""
-        chosen = self.at(split_index(self.groups or len(self), split, holdout, validation))
-        if not len(chosen):
-            raise DataError(
-                f"the {split} split of {len(self)} pictures is empty at holdout={holdout}, "
-                f"validation={validation}"
-            )
-        return chosen
+        return self.at(split_of(self, split, holdout=holdout, validation=validation))
+
+
+class Items(Protocol):
+    """What a split is made of: items in order, perhaps in groups that stay together."""
+
+    @property
+    def groups(self) -> list[str] | None: ...
+    def __len__(self) -> int: ...
+
+
+def split_of(items: Items, split: str, *, holdout: float, validation: float) -> Tensor:
+    """The numbers of a split's items, (M,) int64; DataError where there are none."""
+    index = split_index(items.groups or len(items), split, holdout, validation)
+    if not len(index):
+        raise DataError(
+            f"the {split} split of {len(items)} pictures is empty at holdout={holdout}, "
+            f"validation={validation}"
+        )
+    return index
 
 
 def split_index(
@@ -159,10 +91,10 @@ def split_index(
             split, (kept, groups)
         )
         return torch.arange(first, stop)
-    place = [_share(group) for group in groups]
     inner = (1 - holdout) * (1 - validation)
+    share = [_share(group) for group in groups]
     side = [
-        "train" if at < inner else "validation" if at < 1 - holdout else "holdout" for at in place
+        "train" if at < inner else "validation" if at < 1 - holdout else "holdout" for at in share
     ]
     return torch.tensor([i for i, name in enumerate(side) if name == split], dtype=torch.int64)
 
@@ -173,7 +105,7 @@ def _share(group: str) -> float:
 
 
 def read_pictures(
-    source: PictureSource | Mapping[str, Any] | str,
+    source: PictureSource | Mapping[str, object] | str,
     *,
     channels: int,
     size: tuple[int, int] | None = None,
@@ -207,7 +139,7 @@ class _Taken:
         self, channels: int, size: tuple[int, int] | None, resize: bool, strict: bool
     ) -> None:
         self.channels, self.size, self.resize, self.strict = channels, size, resize, strict
-        self.arrays: list[Any] = []
+        self.arrays: list[Pixels] = []
         self.items: list[Item] = []
         self.problems: list[str] = []
 
@@ -241,16 +173,14 @@ class _Taken:
         )
 
 
-def _numbered(
-    labels: list[str | int | None], source: PictureSource
-) -> tuple[Tensor | None, list[str]]:
+def _numbered(labels: list[object], source: PictureSource) -> tuple[Tensor | None, list[str]]:
     """Labels as numbers, and their names in order; numbers are their own names."""
     if all(label is None for label in labels):
         return None, []
     if any(label is None for label in labels):
         raise DataError(f"{source.source}: some pictures have a label and some have none")
     if all(isinstance(label, int) for label in labels):
-        top = max(int(label) for label in labels if label is not None)
+        top = max(label for label in labels if isinstance(label, int))
         return torch.tensor(labels, dtype=torch.int64), [str(i) for i in range(top + 1)]
     names = sorted({str(label) for label in labels})
     number = {name: i for i, name in enumerate(names)}

@@ -44,7 +44,7 @@ class PublishedCodec(nn.Module):
     that it was read from, where they are to be written again.
     """
 
-    name: ClassVar[str]
+    name: str
     signed: ClassVar[bool] = True
     pixels_at_once: ClassVar[int] = PIXELS_AT_ONCE
     weights_file: ClassVar[str] = PUBLISHED_TENSORS

@@ -1,0 +1,151 @@
+"""The canvas of an image model: its parts, their positions and ids, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mdiff.modalities.image.captions import Captions
+from mdiff.modalities.image.codec import Codec
+from mdiff.modalities.image.labels import Labels
+from mdiff.modalities.image.parts import CanvasParts, Part
+from mdiff.modalities.protocol import Description
+from mdiff.tokens import TokenSpace
+
+
+class ImageCanvas:
+    """The image's positions row by row, each with its codes side by side, then the label's position
+    and the caption's positions where these are parts; the ids of the parts lie one after the other,
+    then the mask. `size` (H, W) pixels.
+    """
+
+    def __init__(
+        self, codec: Codec, *, size: tuple[int, int], labels: Labels | None = None,
+        captions: Captions | None = None,
+    ) -> None:  # fmt: skip
+        self.codec, self.size, self.captions = codec, size, captions
+        self._labels = labels or Labels()
+
+    @property
+    def unit(self) -> str:
+        """The unit of an image alone: "dim" of pixels, or "pixel" of a code; else "token"."""
+        if len(self.part_names) > 1:
+            return "token"
+        return "dim" if self.codec.lossless else "pixel"
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The names of the labels by number, None where they are not known."""
+        return self._labels.names
+
+    @property
+    def label(self) -> str:
+        """What a label is: "none", "condition" or "part"."""
+        return self._labels.role
+
+    @property
+    def latent_grid(self) -> tuple[int, int]:
+        """The image's positions (h, w)."""
+        return self.size[0] // self.codec.stride, self.size[1] // self.codec.stride
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The image's tokens as a grid, the codes of a position side by side."""
+        return self.latent_grid[0], self.latent_grid[1] * self.codec.codes_per_position
+
+    @property
+    def parts(self) -> CanvasParts:
+        """The parts of a canvas."""
+        layout = (*self.latent_grid, self.codec.codes_per_position)
+        found = [Part("image", layout, self.codec.codebook_size)]
+        if self.label == "part":
+            found.append(Part("label", (1, 1, 1), len(self._labels.known)))
+        if self.captions:
+            found.append(Part("caption", (1, self.captions.length, 1), self.captions.size))
+        return CanvasParts(tuple(found))
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The names of the canvas's parts, in order."""
+        more = ["label"] if self.label == "part" else []
+        return ("image", *more, *(["caption"] if self.captions else []))
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The keys of a prompt."""
+        return (*self.part_names, *(["label"] if self.label == "condition" else []))
+
+    @property
+    def layout(self) -> list[tuple[int, int, int]]:
+        """The canvas as runs of (h, w, codes per position), for a backbone's positions."""
+        return self.parts.layout
+
+    @property
+    def space(self) -> TokenSpace:
+        """Ids of all parts, and the mask after them."""
+        return self.parts.space
+
+    @property
+    def length(self) -> int:
+        """Tokens of a canvas."""
+        return self.parts.length
+
+    def span(self, part: str) -> slice:
+        """The positions of a part in the canvas."""
+        return self.parts.span(part)
+
+    @property
+    def classes(self) -> int:
+        """How many labels are a condition; 0 where labels are no condition."""
+        return len(self._labels.known) if self.label == "condition" else 0
+
+    @property
+    def null_condition(self) -> dict[str, Tensor]:
+        """The null condition: the label after the last, {} where labels are no condition."""
+        return {"label": torch.tensor([self.classes], device="cpu")} if self.classes else {}
+
+    def label_id(self, label: object) -> int:
+        """The number of a label by its name or number; DataError with the nearest names."""
+        return self._labels.number(label)
+
+    def own_labels(self, labels: Tensor | None, names: Sequence[str]) -> Tensor | None:
+        """Labels (N,) int64 into `names` as this model's numbers; see `Labels.own`."""
+        return self._labels.own(labels, names)
+
+    def _caption_ids(self, captions: Captions, caption: str, *, cut: bool = False) -> list[int]:
+        """The caption's ids in the canvas; one that is too long is cut, or a DataError."""
+        ids = self.parts.ids("caption")
+        return [ids[i] for i in captions.encode(caption, cut=cut)]
+
+    def described(self, ids: Sequence[int]) -> Description:
+        """The label and the caption of a canvas, where they are parts."""
+        label = caption = None
+        if "label" in self.part_names:
+            own, token = self.parts.ids("label"), ids[self.span("label").start]
+            label = self._labels.known[own.index(token)] if token in own else None
+        if self.captions:
+            caption = self._caption(self.captions, ids[self.span("caption")])
+        return Description(label, caption)
+
+    def _caption(self, captions: Captions, ids: Sequence[int]) -> str:
+        own = self.parts.ids("caption")
+        return captions.decode([own.index(token) if token in own else None for token in ids])
+
+    def pieces(self, ids: Sequence[int]) -> list[str | None]:
+        """Each token as its number, None where it is masked; captions as text."""
+        mask = self.space.mask_id
+        written = [None if token == mask else f"{token} " for token in ids]
+        if self.captions:
+            for position in range(*self.span("caption").indices(len(ids))):
+                if ids[position] != mask:
+                    written[position] = self._caption(self.captions, [ids[position]])
+        return written
+
+    def sizes(self, items: Sequence[object]) -> dict[str, int]:
+        """How many units the items have, beside their tokens."""
+        pixels = len(items) * self.size[0] * self.size[1]
+        if self.unit == "token":
+            return {}
+        return {"dim": pixels * self.codec.channels} if self.unit == "dim" else {"pixel": pixels}

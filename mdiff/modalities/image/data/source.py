@@ -1,0 +1,49 @@
+"""The `data` section of a recipe for images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mdiff.errors import ConfigError, nearest
+from mdiff.modalities.text.source import DataSource
+
+CAPTIONS = ("none", "data", "unicode")
+MOST_SHIFT = 8
+
+
+@dataclass(frozen=True)
+class PictureSource(DataSource):
+    """Where pictures come from, and what is made of them.
+
+    `source`: a path or a list of paths, or "sklearn.digits", or "hub:OWNER/NAME". A path is a
+    folder of pictures (its subfolders name the labels, or metadata.jsonl has lines with
+    file_name, label and caption), one picture, an .npz with `x` uint8 (N, H, W[, C]) and
+    perhaps `y` and `name`, an MNIST file (*-images-idx3-ubyte[.gz], its labels beside it), or
+    a folder of tokens that `mdiff tokenizer encode` wrote. `resize` crops the middle and
+    scales it to the codec's size; without it, another size is an error. `captions`: none,
+    "data", or "unicode" for files named after code points (variants of one base then stay on
+    one side of a split). `flip` and `shift` (pixels each way) add variants to the training
+    split; a caption that says left or right is not flipped.
+
+    Where there are groups, `holdout` and `validation` take whole groups by their digest.
+    """
+
+    image_field: str = "image"
+    label_field: str = "label"
+    caption_field: str = "caption"
+    resize: bool = False
+    captions: str = "none"
+    flip: bool = False
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.captions not in CAPTIONS:
+            raise ConfigError(
+                f"data.captions={self.captions!r}; {nearest(self.captions, CAPTIONS)}"
+            )
+        if type(self.shift) is not int or not 0 <= self.shift <= MOST_SHIFT:
+            raise ConfigError(f"data.shift={self.shift!r}: expected 0 to {MOST_SHIFT} pixels")
+        for name, value in (("resize", self.resize), ("flip", self.flip)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"data.{name}={value!r}: expected true or false")
