@@ -167,7 +167,7 @@ def baselines(rows: int, vocab: int, ours: float) -> dict[str, Any]:
 
 
 def block_step(vocab: int, rows: int = 32) -> dict[str, Any]:
-    """Draw, confidence, choice and writing of a block of 32 places, and that nothing waits."""
+    """Draw, confidence, choice and writing of a block of 32 positions, without synchronisation."""
     counter = counters(rows, "cuda")
     tables = inputs(rows, vocab, torch.bfloat16, max(4, ROTATED // (rows * vocab * 2)))
     tokens = torch.zeros((1, rows), dtype=torch.int64, device="cuda")

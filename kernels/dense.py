@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` of x (..., D) and weight (V, D) without a bias.
 
     In float32 on a CPU, without gradients, by oneDNN: the BLAS that torch is built on is half as
-    fast on processors that it does not know. Both round differently in the last place.
+    fast on processors that it does not know. Both round differently in the last bit.
     """
     if (
         HAS_ONEDNN

@@ -81,7 +81,7 @@ def chunked_cross_entropy(
     As `row_nll` of head(features), `chunk` rows at a time, differentiable once in the features,
     the weights and the head's parameters. A head that is a matrix (see `linear_map`) is
     multiplied here; any other module is called on each chunk. A graph that is kept for a
-    second backward has its gradients computed anew then (a head that draws noise draws again).
+    second backward has its gradients computed again then (a head that draws noise draws again).
     `by_triton` takes the losses and the logits' gradients in Triton, but of float64 logits.
 
     Raises RuntimeError where the head's logits depend on tensors that are not its parameters,

@@ -143,15 +143,15 @@ class MatrixHead:
         """Add up the gradients of the features and of the matrix."""
         raw_CV = self.raw_CV[: len(gradient_CV)]
         features, weight, bias = (self.sums.get(name) for name in ("features", "weight", "bias"))
-        pulled_CD = None if features is None else features[part]
-        pushed_VD = None if weight is None else weight[: self.columns]
+        features_CD = None if features is None else features[part]
+        matrix_VD = None if weight is None else weight[: self.columns]
         if raw_CV.dtype != wide_of(raw_CV.dtype):
             if scale_C1 is not None:
                 raw_CV.copy_(gradient_CV.mul_(scale_C1))
-            if pulled_CD is not None:
-                pulled_CD.copy_(raw_CV @ self.weight_VD)
-            if pushed_VD is not None:
-                pushed_VD += raw_CV.T @ self.x_ND[part]
+            if features_CD is not None:
+                features_CD.copy_(raw_CV @ self.weight_VD)
+            if matrix_VD is not None:
+                matrix_VD += raw_CV.T @ self.x_ND[part]
             if bias is not None:
                 bias += gradient_CV.sum(0, dtype=bias.dtype)
             return
@@ -160,16 +160,16 @@ class MatrixHead:
         for tile in self.tiles:
             # Both products would copy it otherwise.
             gradient = gradient_CV[:, tile].contiguous()
-            if pulled_CD is not None:
-                pulled_CD += onednn_linear(gradient, self.weight_VD[tile].T)
-            if pushed_VD is not None:
-                pushed_VD[tile] += onednn_linear(gradient.T, scaled_CD.T)
-        if not self.tiles and pulled_CD is not None:
-            torch.mm(gradient_CV, self.weight_VD, out=pulled_CD)
-        if not self.tiles and pushed_VD is not None:
-            pushed_VD.addmm_(gradient_CV.T, scaled_CD)
-        if pulled_CD is not None and scale_C1 is not None:
-            pulled_CD *= scale_C1
+            if features_CD is not None:
+                features_CD += onednn_linear(gradient, self.weight_VD[tile].T)
+            if matrix_VD is not None:
+                matrix_VD[tile] += onednn_linear(gradient.T, scaled_CD.T)
+        if not self.tiles and features_CD is not None:
+            torch.mm(gradient_CV, self.weight_VD, out=features_CD)
+        if not self.tiles and matrix_VD is not None:
+            matrix_VD.addmm_(gradient_CV.T, scaled_CD)
+        if features_CD is not None and scale_C1 is not None:
+            features_CD *= scale_C1
         if bias is not None and scale_C1 is not None:
             bias.addmv_(gradient_CV.T, scale_C1[:, 0])
         elif bias is not None:
@@ -226,12 +226,12 @@ class ModuleHead:
     def _check(self) -> None:
         """Refuse a head whose logits depend on a tensor of which nobody would see the gradient."""
         known = {id(self.x_CD), *(id(parameter) for parameter in self.own.values())}
-        waiting, seen = [self.raw_CV.grad_fn], set()
+        waiting, visited = [self.raw_CV.grad_fn], set()
         while waiting:
             node = waiting.pop()
-            if node is None or node in seen:
+            if node is None or node in visited:
                 continue
-            seen.add(node)
+            visited.add(node)
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) not in known:
                 raise RuntimeError(

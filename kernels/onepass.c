@@ -4,13 +4,14 @@
    header of Python or torch. The law is that of reference.py: the tile reservoir with the
    Philox-4x32-10 stream of philox.py. A row is read tile by tile: a tile's largest logit and
    its sum of exp(logit - reference) in the same loop, where `reference` is a logit near the
-   largest so far and the sums are rescaled when the largest leaves it behind. Two tiles are
-   looked at once more at the end: the one that holds the maximum and the winner. top_k keeps
-   a heap in that pass; min_p, and top_p without top_k, look a second time at what their floor
-   lets through. What the filters keep is a list, ascending by id, and the same reservoir.
+   largest so far and the sums are rescaled when the largest exceeds it by far. Two tiles are
+   read once more at the end: the one that holds the maximum and the winner. top_k keeps
+   a heap in that pass; min_p, and top_p without top_k, read a second time the tiles that reach
+   their floor. What the filters keep is a list, ascending by id, and the same reservoir.
 
-   Names end in nothing: all arrays here are one row or one tile. Built with -fopenmp-simd for
-   the loops marked `simd`, and never with -ffast-math: NaN and infinities have a meaning. */
+   Names have no suffix of shape: all arrays here are one row or one tile. Built with
+   -fopenmp-simd for the loops marked `simd`, and never with -ffast-math: NaN and infinities have
+   a meaning. */
 
 #include <math.h>
 #include <pthread.h>
@@ -41,9 +42,9 @@ enum format { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 #define LOWEST (-87.0f)
 /* Nats below which an entropy is 0: what rounding and ids at -inf leave of none. */
 #define DUST 1e-30
-/* Logits for which a second thread is worth its start of some 30 microseconds. */
+/* Logits from which a second thread saves more than its start of some 30 microseconds. */
 #define WORK_PER_THREAD (1 << 20)
-/* Logits that a thread takes at a time, so that one that waits holds little back. */
+/* Logits that a thread takes at a time: few, so that all threads finish about together. */
 #define WORK_PER_TURN (1 << 16)
 #define MOST_THREADS 256
 /* How far, in nats, a logit may lie above the reference before the sums are rescaled. */
@@ -84,7 +85,7 @@ struct entry {
 };
 
 struct row {
-    const struct request *asked;
+    const struct request *request;
     int64_t number, first, stop; /* columns that the row may draw, `never` ids among them */
     double *sums;                /* one a block of a tile */
     float *copy, *weights;       /* one tile each */
@@ -137,7 +138,7 @@ INLINE float exponential(float z)
     return float_of(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-/* What one look at a tile gives. */
+/* What one read of a tile gives. */
 struct sums {
     float largest; /* NaN left out */
     double mass, moment;
@@ -221,9 +222,9 @@ static struct sums sums_anywhere(const void *logits, int64_t n, float reference,
 static sums_function *sums_of = sums_anywhere;
 
 #ifdef __x86_64__
-/* The same by hand for AVX-512, half as fast again: what the compiler does not do is to ask for
-   memory ahead of the loop, which is too long for the processor to look past. */
-/* Bytes that the loop asks for ahead of itself: two pages. */
+/* The same by hand for AVX-512, half as fast again: the compiler does not prefetch, and the loop
+   is too long for the processor to. */
+/* Bytes that the loop prefetches: two pages. */
 #define AHEAD 8192
 #define AVX512 __attribute__((target("avx512f"), always_inline)) static inline
 
@@ -343,12 +344,12 @@ INLINE void converted(const void *numbers, int64_t offset, int64_t n, int format
 }
 
 /* The first of the forbidden columns that is not below `column`, by its number. */
-INLINE int64_t forbidden_from(const struct request *asked, int64_t column)
+INLINE int64_t forbidden_from(const struct request *request, int64_t column)
 {
-    int64_t low = 0, high = asked->forbidden_count;
+    int64_t low = 0, high = request->forbidden_count;
     while (low < high) {
         int64_t middle = (low + high) / 2;
-        if (asked->forbidden[middle] < column)
+        if (request->forbidden[middle] < column)
             low = middle + 1;
         else
             high = middle;
@@ -356,7 +357,7 @@ INLINE int64_t forbidden_from(const struct request *asked, int64_t column)
     return low;
 }
 
-/* Columns of a tile and its logits: where they lie, or a copy with the branches mixed and
+/* Columns of a tile and its logits: the caller's own, or a copy with the branches mixed and
    forbidden ids at -inf. */
 struct tile {
     int64_t start, count;
@@ -366,31 +367,31 @@ struct tile {
 
 INLINE struct tile tile_of(const struct row *row, int64_t number, int as_floats)
 {
-    const struct request *asked = row->asked;
-    int64_t first = number * asked->tile, stop = first + asked->tile;
+    const struct request *request = row->request;
+    int64_t first = number * request->tile, stop = first + request->tile;
     first = first < row->first ? row->first : first;
     stop = stop > row->stop ? row->stop : stop;
     struct tile tile = {.start = first, .count = stop - first};
-    int64_t low = forbidden_from(asked, first);
-    int forbids = low < asked->forbidden_count && asked->forbidden[low] < stop;
-    int guided = asked->unconditional && row->scale != 1;
-    int64_t offset = row->number * asked->row_stride + first;
-    if (!forbids && !guided && asked->format == FLOAT32) {
-        tile.logits = (const float *)asked->logits + offset;
+    int64_t low = forbidden_from(request, first);
+    int forbids = low < request->forbidden_count && request->forbidden[low] < stop;
+    int guided = request->unconditional && row->scale != 1;
+    int64_t offset = row->number * request->row_stride + first;
+    if (!forbids && !guided && request->format == FLOAT32) {
+        tile.logits = (const float *)request->logits + offset;
         return tile;
     }
-    if (!forbids && !guided && !as_floats && asked->format == BFLOAT16) {
-        tile.logits = (const uint16_t *)asked->logits + offset;
+    if (!forbids && !guided && !as_floats && request->format == BFLOAT16) {
+        tile.logits = (const uint16_t *)request->logits + offset;
         tile.format = BFLOAT16;
         return tile;
     }
     float *copy = row->copy, *other = row->weights;
     tile.logits = copy;
-    converted(asked->logits, offset, tile.count, asked->format, copy);
+    converted(request->logits, offset, tile.count, request->format, copy);
     if (guided) {
         const float scale = row->scale;
-        offset = row->number * asked->other_stride + first;
-        converted(asked->unconditional, offset, tile.count, asked->format, other);
+        offset = row->number * request->other_stride + first;
+        converted(request->unconditional, offset, tile.count, request->format, other);
 #pragma omp simd
         for (int64_t j = 0; j < tile.count; j++) {
             float mixed = other[j] + scale * (copy[j] - other[j]);
@@ -398,8 +399,8 @@ INLINE struct tile tile_of(const struct row *row, int64_t number, int as_floats)
             copy[j] = excluded ? -INFINITY : mixed;
         }
     }
-    for (; low < asked->forbidden_count && asked->forbidden[low] < stop; low++)
-        copy[asked->forbidden[low] - first] = -INFINITY;
+    for (; low < request->forbidden_count && request->forbidden[low] < stop; low++)
+        copy[request->forbidden[low] - first] = -INFINITY;
     return tile;
 }
 
@@ -412,13 +413,13 @@ INLINE double uniform_of(uint32_t word)
 /* The first two words of the counter (position, sample, step, tile); a draw's purpose is 0. */
 INLINE void philox(const struct row *row, int64_t tile, uint32_t *accept, uint32_t *pick)
 {
-    const struct request *asked = row->asked;
+    const struct request *request = row->request;
     int64_t n = row->number;
-    uint64_t seed = (uint64_t)asked->seed[n * asked->seed_stride];
+    uint64_t seed = (uint64_t)request->seed[n * request->seed_stride];
     uint32_t low = (uint32_t)seed, high = (uint32_t)(seed >> 32);
-    uint32_t a = (uint32_t)asked->position[n * asked->position_stride];
-    uint32_t b = (uint32_t)asked->sample[n * asked->sample_stride];
-    uint32_t c = (uint32_t)asked->step[n * asked->step_stride], d = (uint32_t)tile;
+    uint32_t a = (uint32_t)request->position[n * request->position_stride];
+    uint32_t b = (uint32_t)request->sample[n * request->sample_stride];
+    uint32_t c = (uint32_t)request->step[n * request->step_stride], d = (uint32_t)tile;
     for (int i = 0; i < 10; i++) {
         uint64_t left = (uint64_t)0xD2511F53u * a, right = (uint64_t)0xCD9E8D57u * c;
         a = (uint32_t)(right >> 32) ^ b ^ low;
@@ -432,7 +433,8 @@ INLINE void philox(const struct row *row, int64_t tile, uint32_t *accept, uint32
     *pick = b;
 }
 
-/* Makes a tile the winner with probability s / (S + s), S the mass before it. */
+/* Makes a tile the winner with probability s / (S + s), S the mass before it; `with_it` is
+   S + s. */
 INLINE void offer(struct row *row, int64_t tile, double mass, double with_it)
 {
     uint32_t accept, pick;
@@ -445,13 +447,13 @@ INLINE void offer(struct row *row, int64_t tile, double mass, double with_it)
     }
 }
 
-/* Whether a is kept rather than b: the larger logit, of equals the lower id. */
+/* Whether a precedes b in the order of the filters: larger logit first, of equals the lower id. */
 INLINE int ahead(struct entry a, struct entry b)
 {
     return a.logit > b.logit || (a.logit == b.logit && a.column < b.column);
 }
 
-/* Puts an entry where the heap's last one stands, its first one being the hindmost. */
+/* Replaces the root of a heap, which is its last entry in that order, and sifts down. */
 INLINE void sink(struct entry *heap, int64_t count, struct entry entry)
 {
     int64_t at = 0;
@@ -466,6 +468,7 @@ INLINE void sink(struct entry *heap, int64_t count, struct entry entry)
     heap[at] = entry;
 }
 
+/* Adds an entry to a heap of `at` entries. */
 INLINE void rise(struct entry *heap, int64_t at, struct entry entry)
 {
     while (at > 0 && ahead(heap[(at - 1) / 2], entry)) {
@@ -485,10 +488,10 @@ INLINE float largest_of_block(const float *x, int64_t n)
     return largest;
 }
 
-/* Takes what of a tile belongs to the top_k so far, a heap in `kept`. */
+/* Updates the top_k so far, a heap in `kept`, with the logits of a tile. */
 INLINE void take_top(struct row *row, int64_t tile, float largest)
 {
-    const int64_t most = row->asked->top_k;
+    const int64_t most = row->request->top_k;
     if (row->count == most && largest <= row->kept[0].logit)
         return;
     const struct tile part = tile_of(row, tile, 1);
@@ -507,11 +510,11 @@ INLINE void take_top(struct row *row, int64_t tile, float largest)
     }
 }
 
-/* Reads the row once: both laws (which may be one), the top_k and, where asked, the reservoir.
-   Returns 0 for a row without a law: NaN, +inf, or nothing finite. */
+/* Reads the row once: both laws (which may be the same), the top_k and, with `reservoir`, the
+   winner. Returns 0 for a row without a law: NaN, +inf, or nothing finite. */
 INLINE int read_row(struct row *row, struct law *measured, struct law *drawn, int reservoir)
 {
-    const int64_t width = row->asked->tile;
+    const int64_t width = row->request->tile;
     const float steepest = drawn->inverse > measured->inverse ? drawn->inverse : measured->inverse;
     for (int64_t number = row->first / width; number * width < row->stop; number++) {
         const struct tile tile = tile_of(row, number, 0);
@@ -519,7 +522,7 @@ INLINE int read_row(struct row *row, struct law *measured, struct law *drawn, in
         if (row->peak > -INFINITY)
             sums = sums_of(tile.logits, tile.count, row->reference, measured->inverse, tile.format);
         if (!((sums.largest - row->reference) * steepest <= HEADROOM)) {
-            /* The first tile, or one far above all before it: known first, then weighed. */
+            /* The first tile, or one far above all before it: its largest logit, then its sums. */
             float largest = sums.largest;
             if (row->peak == -INFINITY)
                 largest = sums_of(tile.logits, tile.count, 0, 0, tile.format).largest;
@@ -551,7 +554,7 @@ INLINE int read_row(struct row *row, struct law *measured, struct law *drawn, in
             drawn->mass += sums.mass;
             drawn->moment += sums.moment;
         }
-        if (row->asked->top_k)
+        if (row->request->top_k)
             take_top(row, number, sums.largest);
         if (reservoir)
             offer(row, number, sums.mass, drawn->mass);
@@ -559,10 +562,10 @@ INLINE int read_row(struct row *row, struct law *measured, struct law *drawn, in
     return row->peak > -INFINITY;
 }
 
-/* Fills `kept` with the ids at or above `floor`; only tiles that hold one are looked at again. */
+/* Fills `kept` with the ids at or above `floor`; only tiles that hold one are read again. */
 INLINE void collect(struct row *row, float floor)
 {
-    const int64_t width = row->asked->tile;
+    const int64_t width = row->request->tile;
     row->count = 0;
     for (int64_t number = row->first / width; number * width < row->stop; number++) {
         if (row->largest[number] < floor)
@@ -584,7 +587,7 @@ INLINE void collect(struct row *row, float floor)
 /* exp((logit - peak) / temperature), 0 where float32 has no such number. */
 INLINE float weight_of(const struct row *row, float logit)
 {
-    float z = (logit - row->peak) * row->asked->inverse;
+    float z = (logit - row->peak) * row->request->inverse;
     return z < LOWEST ? 0.0f : exponential(z);
 }
 
@@ -594,8 +597,8 @@ static int by_column(const void *a, const void *b)
     return (left > right) - (left < right);
 }
 
-/* The hindmost of the fewest kept entries whose weights reach `target`, taken from the foremost
-   on: a selection by weight (Hoare's), in a copy that it puts out of order. */
+/* The last of the fewest kept entries, taken in order, whose weights reach `target`: Hoare's
+   selection by weight, in a copy that it reorders. */
 INLINE struct entry edge_of(const struct row *row, double target)
 {
     struct entry *a = row->work;
@@ -607,7 +610,7 @@ INLINE struct entry edge_of(const struct row *row, double target)
         pivot = ahead(x, y) ? (ahead(y, z) ? y : ahead(x, z) ? z : x)
                             : (ahead(x, z) ? x : ahead(y, z) ? z : y);
         /* No two are equal: first what is ahead of the pivot, then the pivot, then the others. */
-        int64_t middle = low, place;
+        int64_t middle = low, at;
         double mass = 0;
         for (int64_t i = low; i < high; i++) {
             struct entry entry = a[i];
@@ -624,9 +627,9 @@ INLINE struct entry edge_of(const struct row *row, double target)
         before += mass + weight_of(row, pivot.logit);
         if (before >= target)
             return pivot;
-        for (place = middle; a[place].column != pivot.column; place++)
+        for (at = middle; a[at].column != pivot.column; at++)
             continue;
-        a[place] = a[middle];
+        a[at] = a[middle];
         a[middle] = pivot;
         low = middle + 1;
     }
@@ -637,28 +640,29 @@ INLINE struct entry edge_of(const struct row *row, double target)
    is the mass that top_p renormalises where there is no top_k, relative to the peak. */
 INLINE void filter(struct row *row, double whole)
 {
-    const struct request *asked = row->asked;
-    const int nucleus = asked->top_p < 1;
-    if (asked->top_k) {
+    const struct request *request = row->request;
+    const int nucleus = request->top_p < 1;
+    if (request->top_k) {
         qsort(row->kept, row->count, sizeof *row->kept, by_column);
         whole = 0;
         for (int64_t i = 0; i < row->count; i++)
             whole += weight_of(row, row->kept[i].logit);
     } else {
         /* An id of less than (1 - p) / V is never needed: all such miss 1 - p together. */
-        double floor = nucleus ? log((1 - asked->top_p) * whole / (row->stop - row->first)) - 0.01
-                               : asked->floor - 1e-5;
+        double floor = nucleus ? log((1 - request->top_p) * whole / (row->stop - row->first)) - 0.01
+                               : request->floor - 1e-5;
         floor = floor < LOWEST ? LOWEST : floor;
-        collect(row, nextafterf((float)(row->peak + floor / asked->inverse), -INFINITY));
+        collect(row, nextafterf((float)(row->peak + floor / request->inverse), -INFINITY));
     }
     struct entry edge = {-INFINITY, INT32_MAX};
     if (nucleus)
-        edge = edge_of(row, asked->top_p * whole);
+        edge = edge_of(row, request->top_p * whole);
     int64_t count = 0;
     for (int64_t i = 0; i < row->count; i++) {
         struct entry entry = row->kept[i];
         row->kept[count] = entry;
-        count += !ahead(edge, entry) && (entry.logit - row->peak) * asked->inverse >= asked->floor;
+        count += !ahead(edge, entry)
+                 && (entry.logit - row->peak) * request->inverse >= request->floor;
     }
     row->count = count;
 }
@@ -666,7 +670,7 @@ INLINE void filter(struct row *row, double whole)
 /* The law of the kept ids, relative to the peak, and the reservoir over their tiles. */
 INLINE void weigh_kept(struct row *row, struct law *drawn, int reservoir)
 {
-    const int64_t width = row->asked->tile;
+    const int64_t width = row->request->tile;
     for (int64_t i = 0; i < row->count;) {
         const int64_t tile = row->kept[i].column / width;
         double mass = 0;
@@ -684,7 +688,7 @@ INLINE void weigh_kept(struct row *row, struct law *drawn, int reservoir)
 /* The kept id inside the winner by inverse CDF, and its logit. */
 INLINE int64_t inside_kept(const struct row *row, float *logit)
 {
-    const int64_t width = row->asked->tile;
+    const int64_t width = row->request->tile;
     int64_t first = 0, stop, found;
     double total = 0, before = 0;
     while (row->kept[first].column / width != row->winner)
@@ -736,7 +740,7 @@ INLINE int64_t inside(const struct row *row, float *logit)
 {
     const struct tile tile = tile_of(row, row->winner, 1);
     const float *x = tile.logits;
-    const float inverse = row->asked->inverse;
+    const float inverse = row->request->inverse;
     const int64_t n = tile.count;
     /* The tile's own peak serves, so that no winner underflows. */
     const float peak = sums_of(x, n, 0, 0, FLOAT32).largest;
@@ -783,8 +787,8 @@ INLINE int64_t at_peak(const struct row *row, float *second)
 INLINE int64_t lowest_permitted(const struct row *row)
 {
     int64_t lowest = row->first;
-    for (int64_t i = 0; i < row->asked->forbidden_count; i++)
-        lowest += row->asked->forbidden[i] == lowest;
+    for (int64_t i = 0; i < row->request->forbidden_count; i++)
+        lowest += row->request->forbidden[i] == lowest;
     return lowest;
 }
 
@@ -792,68 +796,68 @@ INLINE int64_t lowest_permitted(const struct row *row)
 INLINE void write_figures(const struct row *row, const struct law *law, float origin, float logit,
                           float second)
 {
-    const struct request *asked = row->asked;
+    const struct request *request = row->request;
     const double log_mass = log(law->mass), inverse = law->inverse;
-    const double foremost = exp(((double)row->peak - origin) * inverse);
+    const double largest = exp(((double)row->peak - origin) * inverse);
     const double gap = ((double)second - row->peak) * inverse;
-    asked->log_prob[row->number] = (float)(((double)logit - origin) * inverse - log_mass);
+    request->log_prob[row->number] = (float)(((double)logit - origin) * inverse - log_mass);
     const double entropy = log_mass - law->moment / law->mass;
-    asked->entropy[row->number] = entropy > DUST ? (float)entropy : 0;
-    asked->margin[row->number] = (float)(foremost * -expm1(gap) / law->mass);
+    request->entropy[row->number] = entropy > DUST ? (float)entropy : 0;
+    request->margin[row->number] = (float)(largest * -expm1(gap) / law->mass);
 }
 
 CLONES
-void onepass_draw_row(const struct request *asked, int64_t number, void *scratch)
+void onepass_draw_row(const struct request *request, int64_t number, void *scratch)
 {
-    const int64_t tiles = (asked->columns + asked->tile - 1) / asked->tile;
-    const int filtered = asked->top_k || asked->top_p < 1 || asked->floor > -INFINITY;
-    const int reservoir = !asked->greedy;
-    struct row row = {.asked = asked, .number = number, .stop = asked->columns};
+    const int64_t tiles = (request->columns + request->tile - 1) / request->tile;
+    const int filtered = request->top_k || request->top_p < 1 || request->floor > -INFINITY;
+    const int reservoir = !request->greedy;
+    struct row row = {.request = request, .number = number, .stop = request->columns};
     row.sums = scratch;
-    row.copy = (float *)(row.sums + (asked->tile + BLOCK - 1) / BLOCK);
-    row.weights = row.copy + asked->tile;
-    row.largest = row.weights + asked->tile;
+    row.copy = (float *)(row.sums + (request->tile + BLOCK - 1) / BLOCK);
+    row.weights = row.copy + request->tile;
+    row.largest = row.weights + request->tile;
     row.kept = (struct entry *)(row.largest + tiles);
-    row.work = row.kept + asked->columns;
+    row.work = row.kept + request->columns;
     row.peak = row.rest = -INFINITY;
-    row.scale = asked->unconditional ? (float)asked->scale[number * asked->scale_stride] : 1;
-    if (asked->span) {
-        const int64_t *span = asked->span + number * asked->span_stride;
+    row.scale = request->unconditional ? (float)request->scale[number * request->scale_stride] : 1;
+    if (request->span) {
+        const int64_t *span = request->span + number * request->span_stride;
         row.first = span[0] > 0 ? span[0] : 0;
-        row.stop = span[1] < asked->columns ? span[1] : asked->columns;
+        row.stop = span[1] < request->columns ? span[1] : request->columns;
     }
-    struct law model = {.inverse = 1}, drawn = {.inverse = asked->inverse};
-    struct law *measured = asked->measure_drawn || asked->inverse == 1 ? &drawn : &model;
-    /* A filter needs the whole law at the draw's temperature where top_p stands alone. */
-    struct law *read = filtered && (asked->top_k || asked->top_p == 1) ? measured : &drawn;
+    struct law model = {.inverse = 1}, drawn = {.inverse = request->inverse};
+    struct law *measured = request->measure_drawn || request->inverse == 1 ? &drawn : &model;
+    /* top_p without top_k needs the mass of the whole row at the draw's temperature. */
+    struct law *read = filtered && (request->top_k || request->top_p == 1) ? measured : &drawn;
     if (row.first >= row.stop || !read_row(&row, measured, read, reservoir && !filtered)) {
-        asked->tokens[number] = lowest_permitted(&row);
-        asked->log_prob[number] = asked->entropy[number] = asked->margin[number] = NAN;
+        request->tokens[number] = lowest_permitted(&row);
+        request->log_prob[number] = request->entropy[number] = request->margin[number] = NAN;
         return;
     }
     float second, logit = row.peak, origin = row.reference;
     int64_t token = at_peak(&row, &second);
     if (filtered) {
-        struct law left = {.inverse = asked->inverse};
+        struct law left = {.inverse = request->inverse};
         filter(&row, read->mass * exp(((double)row.reference - row.peak) * read->inverse));
         weigh_kept(&row, &left, reservoir);
         if (reservoir)
             token = inside_kept(&row, &logit);
-        if (asked->measure_drawn) {
+        if (request->measure_drawn) {
             second = second_kept(&row);
             write_figures(&row, &left, row.peak, logit, second);
         }
     } else if (reservoir) {
         token = inside(&row, &logit);
     }
-    asked->tokens[number] = token;
-    if (!filtered || !asked->measure_drawn)
+    request->tokens[number] = token;
+    if (!filtered || !request->measure_drawn)
         write_figures(&row, measured, origin, logit, second);
 }
 
-/* The rows are taken in turns, so that a thread that waits for a core holds little back. */
+/* Threads take rows in turns, a few at a time, so that all finish about together. */
 struct work {
-    const struct request *asked;
+    const struct request *request;
     int64_t *next, turn;
     char *scratch;
 };
@@ -861,14 +865,14 @@ struct work {
 static void *take_rows(void *argument)
 {
     const struct work *work = argument;
-    const int64_t rows = work->asked->rows;
+    const int64_t rows = work->request->rows;
     for (;;) {
         int64_t first = __atomic_fetch_add(work->next, work->turn, __ATOMIC_RELAXED);
         if (first >= rows)
             return NULL;
         int64_t stop = first + work->turn < rows ? first + work->turn : rows;
         for (int64_t row = first; row < stop; row++)
-            onepass_draw_row(work->asked, row, work->scratch);
+            onepass_draw_row(work->request, row, work->scratch);
     }
 }
 
@@ -877,20 +881,20 @@ EXPORT int32_t onepass_abi(void)
     return ABI;
 }
 
-/* Draws every row of a request; 0, or -1 where memory for the tiles is not to be had. */
-EXPORT int32_t onepass_draw(const struct request *asked)
+/* Draws every row of a request; 0, or -1 where there is no memory for the tiles. */
+EXPORT int32_t onepass_draw(const struct request *request)
 {
-    int64_t tiles = (asked->columns + asked->tile - 1) / asked->tile;
-    int64_t each = (asked->tile + BLOCK - 1) / BLOCK * sizeof(double);
-    each += (2 * asked->tile + tiles) * sizeof(float);
-    if (asked->top_k || asked->top_p < 1 || asked->floor > -INFINITY)
-        each += 2 * asked->columns * sizeof(struct entry);
+    int64_t tiles = (request->columns + request->tile - 1) / request->tile;
+    int64_t each = (request->tile + BLOCK - 1) / BLOCK * sizeof(double);
+    each += (2 * request->tile + tiles) * sizeof(float);
+    if (request->top_k || request->top_p < 1 || request->floor > -INFINITY)
+        each += 2 * request->columns * sizeof(struct entry);
     each = (each + 63) / 64 * 64;
-    int64_t next = 0, turn = WORK_PER_TURN / asked->columns;
-    int64_t threads = asked->rows * asked->columns / WORK_PER_THREAD;
+    int64_t next = 0, turn = WORK_PER_TURN / request->columns;
+    int64_t threads = request->rows * request->columns / WORK_PER_THREAD;
     turn = turn < 1 ? 1 : turn;
-    threads = threads > asked->threads ? asked->threads : threads;
-    threads = threads > asked->rows ? asked->rows : threads;
+    threads = threads > request->threads ? request->threads : threads;
+    threads = threads > request->rows ? request->rows : threads;
     threads = threads > MOST_THREADS ? MOST_THREADS : threads;
     threads = threads < 1 ? 1 : threads;
     char *scratch = malloc(threads * each);
@@ -900,8 +904,8 @@ EXPORT int32_t onepass_draw(const struct request *asked)
     pthread_t others[MOST_THREADS];
     int64_t started = 0;
     for (int64_t i = 0; i < threads; i++)
-        work[i] = (struct work){asked, &next, turn, scratch + i * each};
-    /* Where no more threads are to be had, those that run take all rows. */
+        work[i] = (struct work){request, &next, turn, scratch + i * each};
+    /* Where no more threads can be started, those that run take all rows. */
     while (started + 1 < threads
            && pthread_create(&others[started], NULL, take_rows, &work[started + 1]) == 0)
         started++;

@@ -14,23 +14,23 @@ from mdiff.kernels.draw_triton import why_not
 from mdiff.kernels.reference import Draw
 from mdiff.kernels.reveal_torch import Revealed
 
-# Places of one warp, and the most warps of a program.
-PLACES_PER_WARP, MOST_WARPS = 128, 8
+# Positions of one warp, and the most warps of a program.
+POSITIONS_PER_WARP, MOST_WARPS = 128, 8
 
 
 def reveal_triton(
     tokens_BL: Tensor,
-    asked_BL: Tensor,
+    requested_BL: Tensor,
     drawn: Draw,
     score_N: Tensor,
     *,
     count_B: Tensor,
     threshold: float | None = None,
 ) -> Revealed:
-    """Write the surest of the tokens drawn at `asked_BL` (B, L) bool into `tokens_BL` int64.
+    """Write the surest of the tokens drawn at `requested_BL` (B, L) bool into `tokens_BL` int64.
 
     Arguments and result as `reveal_torch.reveal_torch`, in one kernel and without a wait; scores
-    are float16, bfloat16, float32 or float64, and a row of the canvas has at most 2^20 places.
+    are float16, bfloat16, float32 or float64, and a row of the canvas has at most 2^20 positions.
     Raises RuntimeError where `why_not` has a reason.
     """
     reason = why_not(tokens_BL.device.type)
@@ -39,7 +39,7 @@ def reveal_triton(
     from mdiff.kernels.gpu.reveal import reveal_kernel
 
     samples, length = tokens_BL.shape
-    places = 1 << max(length - 1, 0).bit_length()
+    positions = 1 << max(length - 1, 0).bit_length()
     if score_N.dtype != torch.float64:
         score_N = score_N.float()
     bits = struct.unpack("q", struct.pack("d", threshold or 0.0))[0]
@@ -51,10 +51,10 @@ def reveal_triton(
     if samples and length:
         with torch.cuda.device_of(tokens_BL):  # type: ignore[no-untyped-call]
             reveal_kernel[(samples,)](
-                tokens_BL.contiguous(), asked_BL.contiguous(), drawn.tokens.contiguous(),
+                tokens_BL.contiguous(), requested_BL.contiguous(), drawn.tokens.contiguous(),
                 drawn.log_prob.contiguous(), drawn.entropy.contiguous(), score_N.contiguous(),
                 count_B.contiguous(), tokens, at, log_prob, entropy, length, bits,
-                PLACES=places, BY_THRESHOLD=threshold is not None,
-                num_warps=min(max(places // PLACES_PER_WARP, 1), MOST_WARPS),
+                POSITIONS=positions, BY_THRESHOLD=threshold is not None,
+                num_warps=min(max(positions // POSITIONS_PER_WARP, 1), MOST_WARPS),
             )  # fmt: skip
     return Revealed(tokens, at, log_prob, entropy)

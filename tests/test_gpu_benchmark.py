@@ -35,9 +35,9 @@ def test_a_baseline_draws_from_softmax_by_chi_square(bench, name, rows, monkeypa
         logits = torch.cat([logits, torch.full((rows, 1), 5.0)], 1)
     found = getattr(bench, name)(logits)
     tokens = found[0] if name == "llada" else found
-    seen = torch.bincount(tokens, minlength=7).double()
+    counts = torch.bincount(tokens, minlength=7).double()
     target = rows * LOGITS.double().softmax(1)[0]
-    assert stats.chi2.sf(float(((seen - target) ** 2 / target).sum()), 6) > FALSE_ALARM
+    assert stats.chi2.sf(float(((counts - target) ** 2 / target).sum()), 6) > FALSE_ALARM
     if name == "llada":
         p = LOGITS.softmax(1)[0, tokens]
         assert torch.allclose(found[1], p, atol=1e-6)

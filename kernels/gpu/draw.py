@@ -144,6 +144,31 @@ def finish_row(source, next_id, row, range_, figures, plane,
     return sound, token, log_prob, log_total - moment * LN2 / total, (1.0 - other) / total
 
 
+@triton.jit
+def source_of(logits, stride, unconditional, other_stride, scale, scale_stride, far):
+    """What `logits_at` reads of row `far`, int64: both branches and the scale of the row."""
+    source = (logits, stride, unconditional, other_stride, scale)
+    if scale is not None:
+        # One element instead of a scalar, whose comparison the interpreter does not widen.
+        s = tl.load(scale + far * scale_stride + tl.arange(0, 1)).to(tl.float32)
+        source = (logits, stride, unconditional, other_stride, s)
+    return source
+
+
+@triton.jit
+def write_row(tokens, figures, row, rows, next_id, first, found):
+    """Write what `finish_row` found; the lowest permitted id and NaN for a row without a law."""
+    sound, token, log_prob, entropy, margin = found
+    lowest = first
+    if next_id is not None:
+        lowest = tl.load(next_id + first)
+    far, nan = row.to(tl.int64), float("nan")
+    tl.store(tokens + row, tl.where(sound, token, lowest).to(tl.int64))
+    tl.store(figures + far, tl.where(sound, log_prob, nan).to(tl.float32))
+    tl.store(figures + rows + far, tl.where(sound, entropy, nan).to(tl.float32))
+    tl.store(figures + 2 * rows + far, tl.where(sound, margin, nan).to(tl.float32))
+
+
 @triton.jit(
     do_not_specialize=["rows", "vocab", "tiles", "run", "top_k", "span_stride", "scale_stride"]
 )
@@ -168,11 +193,7 @@ def draw_kernel(
     """
     row = tl.program_id(0)
     far = row.to(tl.int64)
-    source = (logits, stride, unconditional, other_stride, scale)
-    if scale is not None:
-        # One element instead of a scalar, whose comparison the interpreter does not widen.
-        s = tl.load(scale + far * scale_stride + tl.arange(0, 1)).to(tl.float32)
-        source = (logits, stride, unconditional, other_stride, s)
+    source = source_of(logits, stride, unconditional, other_stride, scale, scale_stride, far)
     first, stop = bounds(span, span_stride, row, vocab)
     begin, end = first // TILE, (stop + TILE - 1) // TILE
     scratch += far * tiles
@@ -206,17 +227,10 @@ def draw_kernel(
             tl.load(seed + far * seed_stride), tl.load(position + far * position_stride),
             tl.load(sample + far * sample_stride), tl.load(step + far * step_stride),
         )  # fmt: skip
-        sound, token, log_prob, entropy, margin = finish_row(
+        found = finish_row(
             source, next_id, row, (begin, end, first, stop), scratch, plane,
             (maxima, listed, value, column), levels, stream, slope,
             (top_k, top_p, tail, floor, heat),
             GREEDY, DRAWN, TWO_LAWS, TOP_K, TOP_P, MIN_P, TILES, PIECES, TILE, QUEUE,
         )  # fmt: skip
-        lowest = first
-        if next_id is not None:
-            lowest = tl.load(next_id + first)
-        tl.store(tokens + row, tl.where(sound, token, lowest).to(tl.int64))
-        nan = float("nan")
-        tl.store(figures + far, tl.where(sound, log_prob, nan).to(tl.float32))
-        tl.store(figures + rows + far, tl.where(sound, entropy, nan).to(tl.float32))
-        tl.store(figures + 2 * rows + far, tl.where(sound, margin, nan).to(tl.float32))
+        write_row(tokens, figures, row, rows, next_id, first, found)

@@ -29,7 +29,7 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def key_of(x):
-    """The place of a float32 among all of them in rising order, int64."""
+    """The rank of a float32 among all of them in rising order, int64."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
@@ -86,7 +86,7 @@ def ends(found, edge, last):
 def edge_of(found, law, edge, last, above, target, COUNT: tl.constexpr):
     """The largest kept value from which on `above` and the list reach the target, or the smallest.
 
-    The interval of values is cut at WAYS places a look, and shrinks to values that are in the
+    The interval of values is cut at WAYS points a look, and shrinks to values that are in the
     list, so that it is done as soon as they are all equal; inf for an empty list.
     """
     peak, slope = law
@@ -131,13 +131,13 @@ def kept_sum(found, law, edge, last, COUNT: tl.constexpr):
 def tied_id(found, edge, number):
     """The id of the `number`-th of those on the edge, from 1; NO_ID where there are fewer."""
     result = number * 0 + NO_ID
-    seen = number * 0
+    before = number * 0
     for start in range(0, found[2], LANES):
         x, column, kept = entries(found, start, edge, NO_ID)
         tie = (kept & (x == edge)).to(tl.int32)
-        there = (tie > 0) & (seen + tl.cumsum(tie, 0) == number)
+        there = (tie > 0) & (before + tl.cumsum(tie, 0) == number)
         result = tl.minimum(result, tl.min(tl.where(there, column, NO_ID), 0))
-        seen += tl.sum(tie, 0)
+        before += tl.sum(tie, 0)
     return result
 
 
@@ -179,9 +179,9 @@ def list_ids(source, next_id, row, reach, law, low, high, memory,
     lane, size, number = tl.arange(0, QUEUE * PIECE), row * 0, row * 0
     moment = (peak * 0.0).to(tl.float64)
     for start in range(0, length, QUEUE):
-        place = start + lane // PIECE
-        column = tl.load(listed + place, mask=place < length, other=0) * PIECE + lane % PIECE
-        ok = (place < length) & (column >= first) & (column < stop)
+        index = start + lane // PIECE
+        column = tl.load(listed + index, mask=index < length, other=0) * PIECE + lane % PIECE
+        ok = (index < length) & (column >= first) & (column < stop)
         x = permitted_at(logits_at(source, row, column, ok), next_id, column, ok)
         inside = ((x >= low) & (x < high)).to(tl.int32)
         at = size + tl.cumsum(inside, 0) - 1

@@ -42,7 +42,7 @@ def with_block(sums, logits, next_id, range_, origin, start,
     peak, total, number, away = sums
     x, _, ok = block_at(logits, next_id, range_, start, WHOLE, BLOCK)
     higher = tl.maximum(peak, tl.max(x, 0))
-    # Until a finite logit is seen nothing is summed up, and -inf - -inf has no value.
+    # Before the first finite logit nothing is summed up, and -inf - -inf has no value.
     shift = tl.where(higher == -float("inf"), 0.0, higher)
     total = total * tl.exp(peak - shift) + tl.exp(x - shift)
     if SMOOTHED:

@@ -1,4 +1,4 @@
-"""The kernel of `reveal_triton`: the places of the highest scores, and their writing."""
+"""The kernel of `reveal_triton`: the positions of the highest scores, and their writing."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # Arguments of a Triton kernel have no Python types: Triton reads annotations as its own.
@@ -6,18 +6,20 @@
 import triton
 import triton.language as tl
 
-# Places that are counted at a time.
+# Positions that are counted at a time.
 AT_ONCE = tl.constexpr(8192)
 
 
 @triton.jit
-def rows_before(asked, sample, length):
-    """How many places were asked of the samples before this one: its first row of the draw."""
+def rows_before(requested, sample, length):
+    """How many positions the samples before this one request: its first row of the draw."""
     stop = sample.to(tl.int64) * length
     count = sample * 0
     for start in range(0, stop, AT_ONCE):
-        place = start + tl.arange(0, AT_ONCE)
-        count += tl.sum(tl.load(asked + place, mask=place < stop, other=0).to(tl.int32), 0)
+        position = start + tl.arange(0, AT_ONCE)
+        count += tl.sum(
+            tl.load(requested + position, mask=position < stop, other=0).to(tl.int32), 0
+        )
     return count
 
 
@@ -39,37 +41,37 @@ def order_keys(score):
 
 
 @triton.jit
-def highest(key, asked, count, BITS: tl.constexpr):
-    """The places of the `count` highest keys among the asked ones, ties to the first place."""
+def highest(key, requested, count, BITS: tl.constexpr):
+    """The positions of the `count` highest keys among those requested, ties to the first one."""
     # The largest threshold that `count` keys reach, from its first bit to its last.
-    edge = (tl.sum(asked, 0) * 0).to(key.dtype)
+    edge = (tl.sum(requested, 0) * 0).to(key.dtype)
     bit = (edge * 0 + 1) << (BITS - 1)
     for _ in range(0, BITS):
-        reached = tl.sum((asked > 0) & (key >= (edge | bit)), 0)
+        reached = tl.sum((requested > 0) & (key >= (edge | bit)), 0)
         edge = tl.where(reached >= count, edge | bit, edge)
         bit = bit >> 1
-    above = (asked > 0) & (key > edge)
-    tie = (asked > 0) & (key == edge)
+    above = (requested > 0) & (key > edge)
+    tie = (requested > 0) & (key == edge)
     wanted = count - tl.sum(above.to(tl.int32), 0)
     return above | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= wanted))
 
 
 @triton.jit(do_not_specialize=["length", "threshold_bits"])
 def reveal_kernel(
-    tokens, asked, drawn, drawn_log_prob, drawn_entropy, score, count, out_tokens, out_at,
+    tokens, requested, drawn, drawn_log_prob, drawn_entropy, score, count, out_tokens, out_at,
     out_log_prob, out_entropy, length, threshold_bits,
-    PLACES: tl.constexpr, BY_THRESHOLD: tl.constexpr,
+    POSITIONS: tl.constexpr, BY_THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """Reveal one sample, program_id(0); `threshold_bits` are those of a float64."""
     sample = tl.program_id(0)
-    place = tl.arange(0, PLACES)
-    there = place < length
-    at = sample.to(tl.int64) * length + place
-    asks = tl.load(asked + at, mask=there, other=0).to(tl.int32)
-    row = rows_before(asked, sample, length) + tl.cumsum(asks, 0) - 1
-    drew = asks > 0
+    position = tl.arange(0, POSITIONS)
+    there = position < length
+    at = sample.to(tl.int64) * length + position
+    requests = tl.load(requested + at, mask=there, other=0).to(tl.int32)
+    row = rows_before(requested, sample, length) + tl.cumsum(requests, 0) - 1
+    drew = requests > 0
     known, key = order_keys(tl.load(score + row, mask=drew, other=0.0))
-    chosen = highest(key, asks, tl.load(count + sample), key.dtype.primitive_bitwidth)
+    chosen = highest(key, requests, tl.load(count + sample), key.dtype.primitive_bitwidth)
     if BY_THRESHOLD:
         least = threshold_bits.to(tl.int64).to(tl.float64, bitcast=True).to(known.dtype)
         chosen = chosen | (drew & (known >= least))

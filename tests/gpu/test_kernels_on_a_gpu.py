@@ -107,10 +107,10 @@ def test_the_law_is_softmax_by_chi_square(options):
     scaled = logits.double().cpu()
     kept = kept_columns(scaled, *(options.get(name) for name in ("top_k", "top_p", "min_p")))
     target = rows * scaled.masked_fill(~kept, -torch.inf).softmax(1)[0]
-    seen = torch.bincount(tokens.cpu(), minlength=vocab).double()
-    assert (seen[target == 0] == 0).all()
+    counts = torch.bincount(tokens.cpu(), minlength=vocab).double()
+    assert (counts[target == 0] == 0).all()
     keep = target > 5
-    statistic = float(((seen - target)[keep] ** 2 / target[keep]).sum())
+    statistic = float(((counts - target)[keep] ** 2 / target[keep]).sum())
     assert stats.chi2.sf(statistic, int(keep.sum()) - 1) > FALSE_ALARM
 
 

@@ -118,10 +118,10 @@ def test_the_law_is_softmax_by_chi_square(backend, tile, options):
     scaled[~kept_columns(scaled, options.get("top_k"), None, options.get("min_p"))] = -torch.inf
     scaled[:, list(options.get("forbidden", ()))] = -torch.inf
     expected = n * scaled.softmax(1)[0]
-    seen = torch.bincount(tokens, minlength=37).double()
-    assert (seen[expected == 0] == 0).all()
+    counts = torch.bincount(tokens, minlength=37).double()
+    assert (counts[expected == 0] == 0).all()
     keep = expected > 5
-    pooled = torch.cat([seen[keep], seen[~keep].sum()[None]])
+    pooled = torch.cat([counts[keep], counts[~keep].sum()[None]])
     target = torch.cat([expected[keep], expected[~keep].sum()[None]])
     pooled, target = pooled[target > 0], target[target > 0]
     statistic = float(((pooled - target) ** 2 / target).sum())

@@ -146,7 +146,7 @@ def test_what_is_not_permitted_costs_what_the_plain_path_says(smoothing):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
-def test_a_row_of_nan_is_seen_in_the_value_and_spoils_no_other_row():
+def test_a_row_of_nan_shows_in_the_value_and_spoils_no_other_row():
     head, data = head_of("bias"), rows_of()
     with torch.no_grad():
         data[0][2, 0, 0] = torch.nan
@@ -225,13 +225,13 @@ def test_without_a_gradient_no_work_is_done_for_one(monkeypatch):
 def test_rows_that_are_not_hidden_are_not_computed():
     """NaN in their features reaches nothing."""
     head, (features, targets, _, rows) = head_of("module"), rows_of()
-    seen = []
-    head.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    sizes = []
+    head.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
     poisoned = features.detach().masked_fill(~rows[..., None], torch.nan).requires_grad_()
     found = masked_cross_entropy(poisoned, head, targets, rows=rows, chunk=4)
     found.value.backward()
-    assert sum(seen) == int(rows.sum())
-    assert max(seen) == 4
+    assert sum(sizes) == int(rows.sum())
+    assert max(sizes) == 4
     assert bool(poisoned.grad.isfinite().all())
     assert not poisoned.grad[~rows].any()
 

@@ -23,7 +23,7 @@ TYPES = {
     "figures": "*fp32", "scratch": "*fp32", "maxima": "*fp32", "listed": "*i32",
     "value": "*fp32", "column": "*i32", "levels": "*fp32", "slope": "fp32", "heat": "fp32",
     "top_p": "fp32", "left_out": "fp32", "tail": "fp32", "floor": "fp32",
-    "asked": "*i1", "drawn": "*i64", "drawn_log_prob": "*fp32", "drawn_entropy": "*fp32",
+    "requested": "*i1", "drawn": "*i64", "drawn_log_prob": "*fp32", "drawn_entropy": "*fp32",
     "score": "*fp32", "count": "*i64", "out_tokens": "*i64", "out_at": "*i1",
     "out_log_prob": "*fp32", "out_entropy": "*fp32", "threshold_bits": "i64",
     "target": "*i64", "weight": "*fp32", "found": "*fp32", "smoothing": "fp32",
@@ -66,7 +66,7 @@ def main():
         "every option fp32": ptx(draw_kernel, "fp32", {**PLAIN, **FILTERS, "levels": None}, 8),
         "loss bf16": ptx(loss_kernel, "bf16", {**LOSS, "span": None, "next_id": None}, 8),
         "loss, every option fp32": ptx(loss_kernel, "fp32", {**LOSS, "SMOOTHED": True}, 8),
-        "reveal": ptx(reveal_kernel, "fp32", {"PLACES": 1024, "BY_THRESHOLD": True}, 8),
+        "reveal": ptx(reveal_kernel, "fp32", {"POSITIONS": 1024, "BY_THRESHOLD": True}, 8),
     }
     print(json.dumps(found))
 
