@@ -63,11 +63,11 @@ def load_weights(
                 cast = dtype is not None and tensor.is_floating_point() and name in learned
                 kind = dtype if cast else tensor.dtype
                 _put(module, name, tensor.to(device=_device_of(name, device), dtype=kind))
+    tensors = module.state_dict(keep_vars=True)
     for name, source in tied.items():
-        own, other = _tensor_of(module, name), _tensor_of(module, source)
-        if own.is_meta or torch.equal(own, other):
+        if tensors[name].is_meta or torch.equal(tensors[name], tensors[source]):
             owner, _, last = name.rpartition(".")
-            setattr(module.get_submodule(owner), last, other)
+            setattr(module.get_submodule(owner), last, tensors[source])
     return {name for header in headers.values() for name in header}
 
 
@@ -126,12 +126,6 @@ def _fill(tensor: Tensor, file: FileIO, path: Path) -> None:
         if not got:
             raise CheckpointError(f"{path} is truncated or altered")
         done += got
-
-
-def _tensor_of(module: nn.Module, name: str) -> Tensor:
-    owner, _, last = name.rpartition(".")
-    tensor: Tensor = getattr(module.get_submodule(owner), last)
-    return tensor
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
