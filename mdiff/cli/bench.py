@@ -1,4 +1,4 @@
-"""`mdiff bench`: how fast this machine draws, learns and generates, against what others run."""
+"""`mdiff bench`: times of draws, losses and generation on this machine, beside other code."""
 
 from __future__ import annotations
 

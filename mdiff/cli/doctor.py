@@ -1,4 +1,4 @@
-"""`mdiff doctor`: what is installed, what runs where and why, and whether it is right."""
+"""`mdiff doctor`: versions, devices and backends, and checks of their results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -30,7 +31,7 @@ def doctor(
     start = time.perf_counter()
     report = environment()
     try:
-        checks = [vars(check) for check in check_samplers()]
+        checks: list[dict[str, object]] = [vars(check) for check in check_samplers()]
     except BackendError as error:
         checks = [{"name": f"samplers: {error}", "p_value": None, "passed": False}]
     checks += backend_checks() + picture_checks()
@@ -45,7 +46,7 @@ def doctor(
         raise typer.Exit(QUALITY_GATE)
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, object]:
     """Versions, machine, device, threads and backends."""
     import torch
 
@@ -98,7 +99,7 @@ def backends() -> dict[str, str]:
     return found
 
 
-def backend_checks() -> list[dict[str, Any]]:
+def backend_checks() -> list[dict[str, object]]:
     """Each backend against the reference on one odd-shaped draw, ids and log-probabilities."""
     import torch
 
@@ -106,7 +107,7 @@ def backend_checks() -> list[dict[str, Any]]:
 
     logits = torch.randn(17, 2_050, generator=torch.Generator().manual_seed(0))
     truth = draw(logits, seed=1, backend="reference")
-    checks = []
+    checks: list[dict[str, object]] = []
     for name in BACKENDS:
         if name != "reference":
             drawn = draw(logits, seed=1, backend=name)
@@ -125,8 +126,8 @@ def builtins() -> list[str]:
     return sorted(BUILTIN + name for name in builtin_models())
 
 
-def picture_checks() -> list[dict[str, Any]]:
-    """A lossless codec on every pixel value, an edit on what it must keep, an order on a grid."""
+def picture_checks() -> list[dict[str, object]]:
+    """A lossless codec on every pixel value, an edit outside its mask, an order on a grid."""
     import torch
 
     from mdiff.modalities.image import box_mask, pasted
@@ -137,13 +138,13 @@ def picture_checks() -> list[dict[str, Any]]:
     codec = levels(channels=1)
     mask = box_mask("3:9,2:15", (16, 16))
     made = pasted(every[0], 255 - every, mask)
-    places = halton_order((7, 9)).sort().values
+    positions = halton_order((7, 9)).sort().values
     found = {
         "codec levels gives every value back": torch.equal(
             codec.decode(codec.encode(every)), every
         ),
         "an edit keeps what is outside its mask": torch.equal(made == every, ~mask[None, None]),
-        "halton covers a grid once": torch.equal(places, torch.arange(7 * 9)),
+        "halton covers a grid once": torch.equal(positions, torch.arange(7 * 9)),
     }
     return [{"name": name, "p_value": None, "passed": good} for name, good in found.items()]
 
@@ -156,10 +157,10 @@ def _version(name: str) -> str | None:
 
 
 def _why_no_cuda(built: str | None) -> str:
-    return "this torch is built without CUDA" if built is None else "torch sees no CUDA device"
+    return "this torch is built without CUDA" if built is None else "torch finds no CUDA device"
 
 
-def _table(report: dict[str, Any]) -> None:
+def _table(report: Mapping[str, Any]) -> None:
     result(f"mdiff {report['mdiff']}, Python {report['python']}, {report['platform']}")
     shown = (f"{name} {found or 'missing'}" for name, found in report["packages"].items())
     result(", ".join(shown))

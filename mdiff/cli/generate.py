@@ -2,107 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 import mdiff.cli.options as ask
-from mdiff.cli.images.generate import Wanted, generate_pictures, shows_pictures
+from mdiff.cli.images.generate import Wanted, generate_pictures, is_film, shows_pictures
 from mdiff.cli.images.requests import combined, requests_of
 from mdiff.cli.offline import device_of, generate_at_volume
 from mdiff.cli.text import generate_text, requests_of_file, text_requests
 from mdiff.errors import ConfigError
 
-if TYPE_CHECKING:
-    from mdiff.pipeline import Pipeline
-
-# The flags of worker processes.
+# The flags of worker processes, those of models of text, and sets of which one can be given.
 POOL = ("workers", "timeout")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flags:
-    """The flags of `mdiff generate` but for the options of sampling."""
-
-    model: str
-    prompt: list[str] | None
-    infill: list[str] | None
-    chat: list[str] | None
-    label: list[str] | None
-    image: list[Path] | None
-    resize: bool
-    input_file: Path | None
-    num_samples: int
-    length: int | None
-    max_new_tokens: int | None
-    out: Path | None
-    scale_up: int | None
-    device: str | None
-    dtype: str | None
-    mask_id: int | None
-    tokenizer: str | None
-    stream: bool
-    trace: Path | None
-    as_json: bool
-    workers: int | None
-    timeout: float | None
-
-    @property
-    def volume(self) -> bool:
-        """Whether the folder of results may hold a part of them already: see `cli/offline`."""
-        return self.out is not None and self.input_file is not None
-
-    def check(self) -> None:
-        """Raise ConfigError for flags that exclude each other."""
-        if self.volume and self.tokenizer is not None:
-            raise ConfigError(
-                "--tokenizer: with --input and --out, put its files beside the weights"
-            )
-        texts = {"--prompt": self.prompt, "--infill": self.infill, "--chat": self.chat}
-        sizes = {"--length": self.length, "--max-new-tokens": self.max_new_tokens}
-        pictures = {"--label": self.label or self.image, "--infill": self.infill}
-        source = {"--input": self.input_file}
-        for exclusive in (texts | source, {"--infill": self.infill} | sizes, pictures | source):
-            ask.refuse_both(exclusive)
-        if not self.volume:
-            self._refuse("needs --input FILE and --out FOLDER, of a model of text", *POOL)
-
-    def load(self) -> tuple[str, Pipeline]:
-        """The model and its name: at volume the folder, since a run may get newer checkpoints."""
-        from mdiff.files import locate
-        from mdiff.pipeline import load
-
-        name, device = self.model, self.device
-        if self.volume:
-            plans_only = (self.workers or 1) > 1 or self.timeout is not None
-            name, device = str(locate(name).folder), device_of(device, plans_only=plans_only)
-        pipeline = load(
-            name, device=device, dtype=self.dtype, mask_id=self.mask_id, tokenizer=self.tokenizer
-        )
-        return name, pipeline
-
-    def refuse_text(self, name: str) -> None:
-        """Raise ConfigError for flags that a model of pictures does not take."""
-        of_text = ("infill", "chat", "length", "max_new_tokens", "stream", *POOL)
-        self._refuse(f"is for models of text; {name} is one of pictures", *of_text)
-
-    def refuse_pictures(self, name: str, medium: str) -> None:
-        """Raise ConfigError for flags that a model of text, or of ids, does not take."""
-        of_pictures = ("label", "image", "resize", "scale_up")
-        self._refuse(f"is for models of pictures; {name} is one of {medium}", *of_pictures)
-        if self.volume:
-            self._refuse("does not go with --input and --out", "stream", "trace")
-        else:
-            self._refuse(f"is for models of pictures; one of {medium} takes it with --input", "out")
-
-    def _refuse(self, why: str, *names: str) -> None:
-        """Raise ConfigError for the first of these flags that was given."""
-        given = vars(self)
-        for name in names:
-            if given[name] is not None and given[name] is not False:
-                raise ConfigError(f"--{name.replace('_', '-')} {why}")
+OF_TEXT = ("infill", "chat", "length", "max_new_tokens", "stream", *POOL)
+EXCLUSIVE = (
+    ("prompt", "infill", "chat", "input_file"), ("infill", "length", "max_new_tokens"),
+    ("label", "infill", "input_file"), ("image", "infill", "input_file"),
+)  # fmt: skip
 
 
 def generate(
@@ -172,6 +92,10 @@ def generate(
     timeout: ask.Timeout = None,
 ) -> None:
     """Generate samples: text to stdout, pictures to files; figures go to stderr."""
+    flags: dict[str, object] = dict(locals())
+    # With a file of requests the folder may hold a part of the results: see cli/offline.
+    volume = out is not None and input_file is not None
+    check_flags(flags, volume=volume)
     options = ask.sampling_options(
         option, steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         threshold=threshold, block_length=block_length, order=order,
@@ -181,27 +105,26 @@ def generate(
     options["end"] = end
     if negative_prompt is not None:
         options["negative_prompt"] = negative_prompt if chat is None else {"chat": negative_prompt}
-    flags = Flags(
-        model=model, prompt=prompt, infill=infill, chat=chat, label=label, image=image,
-        resize=resize, input_file=input_file, num_samples=num_samples, length=length,
-        max_new_tokens=max_new_tokens, out=out, scale_up=scale_up, device=device, dtype=dtype,
-        mask_id=mask_id, tokenizer=tokenizer, stream=stream, trace=trace, as_json=as_json,
-        workers=workers, timeout=timeout,
-    )  # fmt: skip
-    wanted = Wanted(
-        None if flags.volume else out, scale_up, trace, as_json, ask.title_of(model, sampler)
-    )
-    flags.check()
-    name, pipeline = flags.load()
+    wanted = Wanted(None if volume else out, scale_up, trace, as_json, ask.title_of(model, sampler))
+
+    from mdiff.files import locate
+    from mdiff.pipeline import load
+
+    on, name = device, model
+    if volume:
+        on = device_of(device, plans_only=(workers or 1) > 1 or timeout is not None)
+        # A run that is being trained may get a newer checkpoint.
+        name = str(locate(model).folder)
+    pipeline = load(name, device=on, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer)
     if shows_pictures(pipeline):
-        flags.refuse_text(name)
+        refuse(flags, f"is for models of text; {name} is one of pictures", *OF_TEXT)
         asked = combined(label, prompt, image) if input_file is None else requests_of(input_file)
         generate_pictures(
             pipeline, asked, model=name, num_samples=num_samples, wanted=replace(wanted, out=out),
             resize=resize, options=options,
         )  # fmt: skip
         return
-    flags.refuse_pictures(name, pipeline.modality.name)
+    refuse_for_text(flags, name, pipeline.modality.name, volume=volume)
     if input_file is not None and out is not None:
         generate_at_volume(
             pipeline, input_file, out, model=name, num_samples=num_samples, length=length,
@@ -210,11 +133,40 @@ def generate(
             workers=1 if workers is None else workers,
         )  # fmt: skip
         return
-    if wanted.is_film:
-        raise ConfigError(f"--trace {trace}: a GIF shows pictures; name a page such as trace.html")
     requests = text_requests(prompt, infill, chat)
     generate_text(
         pipeline, requests if input_file is None else requests_of_file(input_file),
         num_samples=num_samples, length=length, max_new_tokens=max_new_tokens, live=stream,
         trace=trace, title=wanted.title, as_json=as_json, options=options,
     )  # fmt: skip
+
+
+def check_flags(flags: Mapping[str, object], *, volume: bool) -> None:
+    """Raise ConfigError for flags that exclude each other."""
+    if volume:
+        refuse(flags, "with --input and --out: put its files beside the weights", "tokenizer")
+    else:
+        refuse(flags, "needs --input FILE and --out FOLDER, of a model of text", *POOL)
+    for names in EXCLUSIVE:
+        given = {f"--{name.partition('_file')[0].replace('_', '-')}": flags[name] for name in names}
+        ask.refuse_both(given)
+
+
+def refuse(flags: Mapping[str, object], why: str, *names: str) -> None:
+    """Raise ConfigError for the first of these flags that was given."""
+    for name in names:
+        if flags[name] is not None and flags[name] is not False:
+            raise ConfigError(f"--{name.replace('_', '-')} {why}")
+
+
+def refuse_for_text(flags: Mapping[str, object], name: str, medium: str, *, volume: bool) -> None:
+    """Raise ConfigError for flags that a model of text, or of ids, does not take."""
+    why = "is for models of pictures"
+    refuse(flags, f"{why}; {name} is one of {medium}", "label", "image", "resize", "scale_up")
+    if volume:
+        refuse(flags, "does not go with --input and --out", "stream", "trace")
+        return
+    refuse(flags, f"{why}; one of {medium} takes it with --input", "out")
+    trace = flags["trace"]
+    if isinstance(trace, Path) and is_film(trace):
+        raise ConfigError(f"--trace {trace}: a GIF shows pictures; name a page such as trace.html")

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdiff.cli.options import Model
+from mdiff.cli.tokenizer import inspect as inspect_codec
 from mdiff.cli.views.console import result, result_json
-from mdiff.errors import MdiffError
+from mdiff.errors import ConfigError, MdiffError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mdiff.files import ModelFiles
+    from mdiff.modalities import Modality
     from mdiff.modalities.image import ImageModality
+    from mdiff.pipeline import TensorReport
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="builtin:NAME, a directory or a Hub id.")],
+    model: Model,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show a model's kind, sizes, types, mask id and tensors; or a codec, by its folder."""
     if is_codec(model):
-        codec_inspected(model, as_json=as_json)
+        inspect_codec(model, data=None, size=None, resize=False, as_json=as_json)
         return
     from mdiff.files import locate
     from mdiff.pipeline import is_foreign, loose, report
@@ -50,7 +58,7 @@ LINES = (
 )  # fmt: skip
 
 
-def shown(report: dict[str, Any]) -> None:
+def shown(report: Mapping[str, Any]) -> None:
     """Print a report, one line an entry and one a tensor."""
     for key in LINES:
         if report.get(key) not in (None, []):
@@ -68,61 +76,33 @@ def shown(report: dict[str, Any]) -> None:
     for tensor in report["tensors"]:
         shape = " x ".join(map(str, tensor["shape"])) or "scalar"
         result(f"  {tensor['dtype']:<5} {shape:>16}  {tensor['name']}  ({tensor['used']})")
-    result(f"{len(report['tensors'])} tensors, {report['bytes']:,} bytes; not used: "
-           f"{report['not_used'] or 'none'}")  # fmt: skip
+    unused = report["not_used"] or "none"
+    result(f"{len(report['tensors'])} tensors, {report['bytes']:,} bytes; not used: {unused}")
 
 
-def _line(value: Any) -> str:
+def _line(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {child}" for key, child in value.items())
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def inspected(name: str, files: ModelFiles) -> dict[str, Any]:
-    """What the files hold and what of it the model uses.
+def inspected(name: str, files: ModelFiles) -> dict[str, object]:
+    """The report on a model that mdiff loads, with every tensor of its files."""
+    from torch import nn
 
-    A tensor is "loaded" where the model has one of its name and shape, "renamed" where the
-    loader maps its name, and "not used" else; a model with a weight missing does not load.
-    """
-    from dataclasses import asdict
+    from mdiff.backbones.masked_lm import MaskedLM
+    from mdiff.modalities.image import ImageModality
+    from mdiff.pipeline import load, summed
 
-    from mdiff.files import check_tensors
-    from mdiff.modalities import HasFolders, ShowsImages
-    from mdiff.modalities.image import PUBLISHED_TENSORS, TENSORS, ImageModality
-    from mdiff.pipeline import CODEC_FOLDER, described_tensor, load, summed
-
-    folder = files.folder
-    pipeline = load(str(folder), device="cpu")
-    module: Any = getattr(pipeline.denoiser, "model", pipeline.denoiser)
-    # The modules of a directory of several parts, by folder.
-    modality = pipeline.modality
-    split = modality if isinstance(modality, HasFolders) else None
-    modules = {"." if split is None else split.denoiser_folder: module}
-    modules |= {} if split is None else split.folders
-    own = {
-        (part, key): list(value.shape)
-        for part, each in modules.items()
-        for key, value in each.state_dict().items()
-    }
-    unused = set(getattr(pipeline.denoiser, "unused_tensors", ()))
-    tensors = []
-    for path, header in files.headers.items():
-        part = path.parent.relative_to(folder).as_posix()
-        for key, entry in sorted(header.items()):
-            loaded = own.get((part, key)) == entry["shape"]
-            used = "not used" if key in unused else "loaded" if loaded else "renamed"
-            whole = key if part == "." else f"{part}/{key}"
-            tensors.append(described_tensor(whole, entry, used))
-    beside = (folder, folder / CODEC_FOLDER) if isinstance(modality, ShowsImages) else ()
-    for path in (at / name for at in beside for name in (TENSORS, PUBLISHED_TENSORS)):
-        if path.exists() and path != folder / PUBLISHED_TENSORS:
-            # A codec takes all of its tensors or does not load.
-            found = sorted(check_tensors(path).items())
-            tensors += [described_tensor(f"codec.{key}", entry, "loaded") for key, entry in found]
+    pipeline = load(files, device="cpu")
+    denoiser, modality = pipeline.denoiser, pipeline.modality
+    module = denoiser.model if isinstance(denoiser, MaskedLM) else denoiser
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{name}: a {type(module).__name__} has no tensors to inspect")
     settings = modality.config()
     return {
         "model": name,
-        "path": str(folder),
+        "path": str(files.folder),
         "architecture": type(module).__name__,
         "parameters": sum(math.prod(parameter.shape) for parameter in module.parameters()),
         "window": pipeline.window,
@@ -130,29 +110,62 @@ def inspected(name: str, files: ModelFiles) -> dict[str, Any]:
         "modality": {key: value for key, value in settings.items() if key != "alphabet"},
         **({"pictures": of_pictures(modality)} if isinstance(modality, ImageModality) else {}),
         "space": asdict(pipeline.space),
-        **summed(tensors),
+        **summed(tensors_of(files, module, modality)),
     }
 
 
-def of_pictures(modality: ImageModality) -> dict[str, Any]:
-    """What a modality of pictures is: its codec, and what a canvas holds, part by part."""
-    codec = modality.codec
-    margin = codec.receptive_field_margin
+def tensors_of(files: ModelFiles, module: nn.Module, modality: Modality) -> list[TensorReport]:
+    """Every tensor of a model's files and of the codec beside it.
+
+    A tensor is "loaded" where the model has one of its name and shape, else "renamed": the
+    loader maps its name, since a model with a weight missing does not load.
+    """
+    from mdiff.files import check_tensors
+    from mdiff.modalities import HasFolders, ShowsImages
+    from mdiff.modalities.image import PUBLISHED_TENSORS, TENSORS
+    from mdiff.pipeline import CODEC_FOLDER, described_tensor
+
+    folder, modules = files.folder, {".": module}
+    if isinstance(modality, HasFolders):
+        modules = {modality.denoiser_folder: module, **modality.folders}
+    own = {
+        (part, key): list(value.shape)
+        for part, each in modules.items()
+        for key, value in each.state_dict().items()
+    }
+    tensors = []
+    for path, header in files.headers.items():
+        part = path.parent.relative_to(folder).as_posix()
+        for key, entry in sorted(header.items()):
+            used = "loaded" if own.get((part, key)) == entry["shape"] else "renamed"
+            tensors.append(described_tensor(key if part == "." else f"{part}/{key}", entry, used))
+    beside = (folder, folder / CODEC_FOLDER) if isinstance(modality, ShowsImages) else ()
+    for path in (at / name for at in beside for name in (TENSORS, PUBLISHED_TENSORS)):
+        if path.exists() and path != folder / PUBLISHED_TENSORS:
+            # A codec takes all of its tensors or does not load.
+            found = sorted(check_tensors(path).items())
+            tensors += [described_tensor(f"codec.{key}", entry, "loaded") for key, entry in found]
+    return tensors
+
+
+def of_pictures(modality: ImageModality) -> dict[str, str]:
+    """The codec of a modality of pictures, and the parts of its canvas."""
+    codec, margin = modality.codec, modality.codec.receptive_field_margin
     reads = "the whole picture" if margin is None else f"{margin} pixels beyond"
-    found: dict[str, Any] = {
-        "codec": f"{codec.name}, {codec.codebook_size} ids, {codec.codes_per_position} a place of "
-        f"{codec.stride} x {codec.stride} pixels, reads {reads}, "
+    found = {
+        "codec": f"{codec.name}, {codec.codebook_size} ids, {codec.codes_per_position} a position "
+        f"of {codec.stride} x {codec.stride} pixels, reads {reads}, "
         f"{'lossless' if codec.lossless else 'lossy'}",
         "size": f"{modality.size[0]} x {modality.size[1]} pixels, {codec.channels} channels",
-        "grid": f"{modality.latent_grid[0]} x {modality.latent_grid[1]} places",
+        "grid": f"{modality.latent_grid[0]} x {modality.latent_grid[1]} positions",
     }
     if modality.label != "none":
-        told = "the model is told" if modality.label == "condition" else "a part"
-        found["labels"] = f"{told}: {', '.join(modality.labels or [])}"
+        kind = "a condition" if modality.label == "condition" else "a part"
+        found["labels"] = f"{kind}: {', '.join(modality.labels or [])}"
     for name in modality.part_names:
         span, ids = modality.span(name), modality.parts.ids(name)
-        places = span.stop - span.start
-        found[f"part {name}"] = f"{places} tokens, ids {ids.start} to {ids.stop - 1}"
+        count = span.stop - span.start
+        found[f"part {name}"] = f"{count} tokens, ids {ids.start} to {ids.stop - 1}"
     return found
 
 
@@ -165,10 +178,3 @@ def is_codec(name: str) -> bool:
     if (path / SETTINGS).exists():
         return not (path / CONFIG).exists()
     return not (path / PIPELINE).exists() and holds_codec(path)
-
-
-def codec_inspected(name: str, *, as_json: bool) -> None:
-    """Show a codec, as `mdiff tokenizer inspect` does."""
-    from mdiff.cli.tokenizer import inspect as of_codec
-
-    of_codec(name, data=None, size=None, resize=False, as_json=as_json)

@@ -48,7 +48,7 @@ def generate_at_volume(
     failed = outcome.failures
     if as_json:
         counts = {"samples": outcome.samples, "failed": len(failed)}
-        result_json({"file": str(outcome.results)} | counts)
+        result_json({"file": str(outcome.results), **counts})
     else:
         result(str(outcome.results))
     message(f"{time.monotonic() - start:.1f} s in this run")

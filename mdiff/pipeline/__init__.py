@@ -6,6 +6,7 @@ from mdiff.pipeline.conversion import convert as convert
 from mdiff.pipeline.features import features as features
 from mdiff.pipeline.generation import Generated as Generated
 from mdiff.pipeline.generation import Generation as Generation
+from mdiff.pipeline.inspection import TensorReport as TensorReport
 from mdiff.pipeline.inspection import described_tensor as described_tensor
 from mdiff.pipeline.inspection import is_foreign as is_foreign
 from mdiff.pipeline.inspection import loose as loose

@@ -19,14 +19,9 @@ BATCH = 64
 
 
 def features(
-    model: Model,
-    rows: Tensor | Sequence[Sequence[int]],
-    *,
-    mask_ratio: float = 0.0,
-    layer: int | None = None,
-    seed: int = 0,
-    batch_size: int = BATCH,
-) -> Tensor:
+    model: Model, rows: Tensor | Sequence[Sequence[int]], *, mask_ratio: float = 0.0,
+    layer: int | None = None, seed: int = 0, batch_size: int = BATCH,
+) -> Tensor:  # fmt: skip
     """Features (N, D) float32 of rows of tokens: the mean over the given positions of each row.
 
     `rows` (N, L) int64, or lists of any lengths. A share `mask_ratio` of each row's given

@@ -184,11 +184,9 @@ class Generation:
 
 
 def generations(
-    model: Model,
-    canvases: Sequence[Sequence[int]],
-    conditions: Sequence[Mapping[str, int | Tensor]] | None,
-    options: CallOptions,
-) -> Iterator[Generation]:
+    model: Model, canvases: Sequence[Sequence[int]],
+    conditions: Sequence[Mapping[str, int | Tensor]] | None, options: CallOptions,
+) -> Iterator[Generation]:  # fmt: skip
     """The batches of canvases; see `Pipeline.runs`. All checks are made before the first one."""
     batch_size = options.pop("batch_size", BATCH)
     if batch_size < 1:

@@ -52,16 +52,9 @@ def windows(
 
 
 def bound_of_rows(
-    model: Model,
-    rows: Rows,
-    *,
-    given: str = "",
-    estimator: str | None = None,
-    draws: int = 64,
-    seed: int = 0,
-    batch_size: int = BATCH,
-    progress: Progress | None = None,
-) -> Bound:
+    model: Model, rows: Rows, *, given: str = "", estimator: str | None = None, draws: int = 64,
+    seed: int = 0, batch_size: int = BATCH, progress: Progress | None = None,
+) -> Bound:  # fmt: skip
     """The bound on -log p of each row, in nats, with its standard error, (N,), on the CPU.
 
     `given` names the parts that are given and not scored, such as "a" or "a+b". `estimator` is

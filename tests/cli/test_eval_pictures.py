@@ -80,11 +80,11 @@ def test_each_conditional_of_a_uniform_model_costs_the_log_of_its_ids():
         ("image+label", ""), ("label", "image"), ("image", "label"),
     ]  # fmt: skip
     cost = {"image": 64 * math.log2(4), "label": math.log2(3)}
-    places = {"image": 64, "label": 1}
+    counts = {"image": 64, "label": 1}
     for bound in found:
         of = bound["of"].split("+")
         assert bound["bits_per_picture"] == pytest.approx(sum(cost[name] for name in of))
-        assert bound["tokens"] == 30 * sum(places[name] for name in of)
+        assert bound["tokens"] == 30 * sum(counts[name] for name in of)
         assert bound["bits_per_token"] == pytest.approx(
             30 * sum(map(cost.get, of)) / bound["tokens"]
         )
@@ -105,18 +105,18 @@ def test_bits_per_dim_are_of_pixel_values_alone():
     assert "bits_per_dim" not in found
 
 
-def test_the_condition_is_named_and_seen():
+def test_the_condition_is_named_and_used():
     made = modality()
     model = pipeline(made, condition_width=8)
     # adaLN starts as the identity: only then does the label matter.
     torch.nn.init.normal_(model.denoiser.modulation.weight, std=1.0)
     data = pictures()
     rows = made.examples(data, split="all")
-    (told,) = conditional_bounds(model, rows, draws=2)
-    assert (told["of"], told["given"]) == ("image", "label")
+    (bound,) = conditional_bounds(model, rows, draws=2)
+    assert (bound["of"], bound["given"]) == ("image", "label")
     rows.cond["label"] = (rows.cond["label"] + 1) % 3
     (other,) = conditional_bounds(model, rows, draws=2)
-    assert told["bits_per_picture"] != pytest.approx(other["bits_per_picture"], rel=1e-6)
+    assert bound["bits_per_picture"] != pytest.approx(other["bits_per_picture"], rel=1e-6)
 
 
 def test_bounds_of_pictures_do_not_depend_on_the_batch():
@@ -233,8 +233,8 @@ def test_features_of_pictures_are_those_of_their_canvases():
     shown = [{"image": pixels[0].numpy()} for pixels in data.pixels]
     found = model.features(shown, layer=1)
     assert torch.allclose(found, model.features(picture_canvases(model, data.pixels), layer=1))
-    told = [one | {"label": "ant"} for one in shown]
-    assert not torch.allclose(model.features(told, layer=1), found)
+    labelled = [one | {"label": "ant"} for one in shown]
+    assert not torch.allclose(model.features(labelled, layer=1), found)
 
 
 # the classifier

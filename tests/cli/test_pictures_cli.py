@@ -56,7 +56,7 @@ def saved(modality: Any, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def grey(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Grey pictures of 8 x 8 that are told a label."""
+    """Grey pictures of 8 x 8 with a label as their condition."""
     codec = {"name": "levels", "levels": 4, "step": 60}
     made = image(codec=codec, size=[SIDE, SIDE], label="condition", labels=LABELS)
     return saved(made, tmp_path_factory.mktemp("models") / "grey")
@@ -86,9 +86,12 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mdiff.pipeline.load", kept)
 
 
-@functools.cache
-def kept(name: str, **options: Any) -> Pipeline:
-    return load(name, **options)
+def kept(model: Any, **options: Any) -> Pipeline:
+    """The model; of those by a name one for all commands."""
+    return by_name(model, **options) if isinstance(model, str) else load(model, **options)
+
+
+by_name = functools.cache(load)
 
 
 @pytest.fixture
@@ -237,7 +240,7 @@ def test_not_one_pixel_outside_the_mask_changes(
     assert any(not np.array_equal(variant[free], array(face)[free]) for variant in made)
 
 
-def test_what_is_kept_stays_and_all_around_it_is_made_anew(joint: str, face: Path) -> None:
+def test_what_is_kept_stays_and_all_around_it_is_regenerated(joint: str, face: Path) -> None:
     words = ["edit", joint, str(face), "--keep", "2:6,2:6", "--n", "2", "--out", "out", *QUICK]
     assert run([*words, "--prompt", "a cat", "--label", "sneaker"]) == 0
     for path in Path("out").iterdir():
@@ -246,7 +249,9 @@ def test_what_is_kept_stays_and_all_around_it_is_made_anew(joint: str, face: Pat
         assert not np.array_equal(made[:2], array(face)[:2])
 
 
-def test_strength_is_the_share_of_tokens_made_anew(grey: str, face: Path, capsys: Captured) -> None:
+def test_strength_is_the_share_of_regenerated_tokens(
+    grey: str, face: Path, capsys: Captured
+) -> None:
     Image.fromarray(np.full((SIDE, SIDE), 120, np.uint8)).save(face)
     for strength, calls in (("0", 0), ("0.25", SIDE * SIDE // 4)):
         words = ["edit", grey, str(face), "--strength", strength, "--out", f"{strength}.png"]
@@ -304,7 +309,7 @@ def test_a_film_starts_hidden_ends_finished_and_holds_its_last_frame(grey: str, 
         assert 10 < film.n_frames <= FRAMES
         assert film.info["loop"] == 0
         first = np.array(film.convert("L"))
-        # The places of four pictures, and white around them.
+        # The positions of four pictures, and white around them.
         assert set(first.flat) == {GREY, 255}
         assert (first == GREY).sum() == 4 * (2 * SIDE) ** 2
         film.seek(film.n_frames - 1)
@@ -400,10 +405,11 @@ def test_words_about_a_picture_never_become_markup() -> None:
 # demo, inspect, doctor
 
 
-def test_the_demo_draws_pictures_and_makes_a_part_of_one_anew(
+def test_the_demo_draws_pictures_and_regenerates_a_part_of_one(
     joint: str, here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "DRAWN", {"sampler": "halton", "steps": 3})
+    monkeypatch.setattr(demo, "SAMPLER", "halton")
+    monkeypatch.setattr(demo, "OPTIONS", {"steps": 3})
     monkeypatch.setattr(demo, "SHOWN", "a cat")
     made = demo.drawn(kept(joint), joint, 0, here / "demo.png")
     assert [record.kind for record in made] == ["grid"] * (demo.COUNT + demo.VARIANTS)
@@ -433,7 +439,7 @@ def test_the_demo_says_which_model_is_missing(
 def test_inspect_shows_the_codec_and_the_parts(joint: str, here: Path, capsys: Captured) -> None:
     assert run(["inspect", joint]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"codec +vq, 16 ids, 2 a place of 2 x 2 pixels", shown)
+    assert re.search(r"codec +vq, 16 ids, 2 a position of 2 x 2 pixels", shown)
     assert re.search(r"part image +32 tokens, ids 0 to 15\n", shown)
     assert re.search(r"labels +a part: t-shirt, sneaker, ankle boot", shown)
     assert "codec.codebook" in shown
@@ -617,7 +623,7 @@ def test_any_box_is_its_slice_or_an_error(box: str) -> None:
 
 
 @given(*[st.integers(0, 7)] * 4)
-def test_a_box_inside_is_made_anew_and_what_is_kept_is_the_rest(
+def test_a_box_inside_is_regenerated_and_what_is_kept_is_the_rest(
     top: int, bottom: int, left: int, right: int
 ) -> None:
     box = f"{top}:{bottom},{left}:{right}"

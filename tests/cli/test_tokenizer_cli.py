@@ -235,27 +235,27 @@ def test_bad_input_is_one_line_with_its_exit_code(
     faces: Path, codec: str, tmp_path: Path, words: list[str], code: int, said: str,
     capsys: Captured,
 ) -> None:  # fmt: skip
-    places = {"FACES": str(faces), "CODEC": codec, "NEW": str(tmp_path / "new")}
+    paths = {"FACES": str(faces), "CODEC": codec, "NEW": str(tmp_path / "new")}
     for name in ("TOKENS", "OTHER", "BROKEN"):
-        places[name] = str(tmp_path / name.lower())
+        paths[name] = str(tmp_path / name.lower())
     if "TOKENS" in words:
-        assert run(["tokenizer", "encode", codec, str(faces), "--out", places["TOKENS"]]) == 0
+        assert run(["tokenizer", "encode", codec, str(faces), "--out", paths["TOKENS"]]) == 0
     if "OTHER" in words:
-        train = ["tokenizer", "train", str(faces), "--out", places["OTHER"], "--kind", "levels"]
+        train = ["tokenizer", "train", str(faces), "--out", paths["OTHER"], "--kind", "levels"]
         assert run([*train, "--channels", "3"]) == 0
     if "BROKEN" in words:
-        broken = Path(places["BROKEN"])
+        broken = Path(paths["BROKEN"])
         broken.mkdir()
         for path in Path(codec).glob("codec.*"):
             (broken / path.name).write_bytes(
                 path.read_bytes()[: 90 if "safe" in path.name else 999]
             )
     capsys.readouterr()
-    assert run(["tokenizer", *(places.get(word, word) for word in words)]) == code
+    assert run(["tokenizer", *(paths.get(word, word) for word in words)]) == code
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert said in error
-    assert not Path(places["NEW"]).exists() or code != 2 or "--rows" in words
+    assert not Path(paths["NEW"]).exists() or code != 2 or "--rows" in words
 
 
 def test_an_altered_codec_is_refused_by_its_manifest(codec: str, capsys: Captured) -> None:

@@ -75,9 +75,7 @@ def test_a_chat_is_put_by_the_tokenizers_template(pipeline: Pipeline) -> None:
     ({"chat": [{"role": "tool", "content": "w1"}]}, "no tools"),
     ({"chat": "w1 <mask>"}, "mask"),
 ])  # fmt: skip
-def test_a_chat_that_cannot_be_meant_is_refused(
-    pipeline: Pipeline, said: dict[str, Any], message: str
-) -> None:
+def test_an_invalid_chat_is_refused(pipeline: Pipeline, said: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         pipeline.canvases(said, length=8)
 
@@ -118,13 +116,13 @@ EOT, END = 123, 124
 
 
 def ending(folder: Path, *, end: str, prefer: int = END, **options: Any) -> Any:
-    """A sample of a model that is surest of `prefer` at every second place."""
+    """A sample of a model that is surest of `prefer` at every third position."""
     pipeline = load(folder)
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
-        """Each place says its own word; every third place, the end."""
-        place = torch.arange(tokens.shape[1]) % 100
-        wanted = torch.where(place % 3 == 2, prefer, place)
+        """Each position prefers its own word; every third one, the end."""
+        position = torch.arange(tokens.shape[1]) % 100
+        wanted = torch.where(position % 3 == 2, prefer, position)
         peaks = 20.0 * torch.nn.functional.one_hot(wanted, 128)
         return peaks.expand(len(tokens), -1, -1)
 
@@ -167,7 +165,7 @@ def test_of_a_chat_the_answer_is_shown_and_ends_of_turns_before_it_end_nothing(
     assert str(echoed) == "w7 w8 w6 w7"
 
 
-def test_an_end_that_cannot_be_meant_is_refused(folder: Path) -> None:
+def test_an_invalid_end_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'keep'"):
         load(folder).generate("w1", length=4, end="keeps")
     with pytest.raises(ConfigError, match="no id that ends"):
@@ -179,7 +177,7 @@ def test_an_end_that_cannot_be_meant_is_refused(folder: Path) -> None:
 
 
 def mixed_by_hand(model: Any, canvas: list[int], negative: list[int], scale: float) -> torch.Tensor:
-    """U + s (c - u) from the first hidden place on, of two calls on rows without padding."""
+    """U + s (c - u) from the first hidden position on, of two calls on rows without padding."""
     first = canvas.index(126)
     other = [*negative, *canvas[first:]]
     with torch.no_grad():
@@ -233,9 +231,7 @@ def test_a_negative_prompt_has_its_effect_and_costs_two_calls(
     assert (plain[0].calls, same[0].calls, away[0].calls) == (12, 12, 24)
 
 
-def test_a_negative_prompt_that_cannot_be_meant_is_refused(
-    pipeline: Pipeline, folder: Path
-) -> None:
+def test_an_invalid_negative_prompt_is_refused(pipeline: Pipeline, folder: Path) -> None:
     with pytest.raises(ConfigError, match="need a guidance_scale"):
         pipeline.generate("w1", length=4, negative="w2")
     with pytest.raises(ConfigError, match="expected the beginning of a text"):

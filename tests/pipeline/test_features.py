@@ -32,16 +32,16 @@ class Counter:
 
     def __init__(self, *, uses_time=False):
         self.uses_time = uses_time
-        self.seen = []
+        self.calls = []
 
     def features(self, tokens, *, at=None, valid=None, t=None, cond=None, layer=None):
-        self.seen.append(tokens)
+        self.calls.append(tokens)
         hidden = (tokens == SPACE.mask_id).double()
         time = torch.zeros_like(hidden) if t is None else t.double()[:, None].expand_as(hidden)
         return torch.stack([hidden, 1 - hidden, time], 2)
 
 
-def test_features_are_the_mean_over_the_places():
+def test_features_are_the_mean_over_the_positions():
     pipeline, rows = tiny(), torch.randint(0, 6, (5, 8), generator=random())
     with torch.no_grad():
         for layer in (None, 1, 2, 3):
@@ -74,33 +74,33 @@ def test_the_layers_are_the_streams_between_the_blocks():
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.9, 1.0])
-def test_exactly_the_asked_share_of_the_given_places_is_hidden(ratio):
+def test_exactly_the_given_share_of_the_given_positions_is_hidden(ratio):
     rows = torch.randint(0, 6, (40, 20), generator=random())
     rows[:, ::3] = SPACE.mask_id
     given = int((rows[0] != SPACE.mask_id).sum())
     pipeline = Pipeline(Counter(), SPACE, modality=None)
     found = features(pipeline, rows, mask_ratio=ratio)
     share = torch.full((40,), round(ratio * given) / given)
-    # Places that the row itself leaves hidden are in no mean.
+    # Positions that the row itself leaves hidden are in no mean.
     assert torch.allclose(found[:, 0], share)
     assert torch.allclose(found[:, 1], 1 - share)
 
 
-def test_hidden_places_depend_on_the_seed_and_the_row_and_not_on_the_batch():
+def test_hidden_positions_depend_on_the_seed_and_the_row_and_not_on_the_batch():
     rows, denoiser = torch.randint(0, 6, (9, 8), generator=random()), Counter()
     pipeline = Pipeline(denoiser, SPACE, modality=None)
     for size in (9, 4, 1):
         features(pipeline, rows, mask_ratio=0.5, batch_size=size, seed=3)
-    whole, parts, ones = (torch.cat(denoiser.seen[a:b]) for a, b in ((0, 1), (1, 4), (4, 13)))
+    whole, parts, ones = (torch.cat(denoiser.calls[a:b]) for a, b in ((0, 1), (1, 4), (4, 13)))
     assert torch.equal(whole, parts)
     assert torch.equal(whole, ones)
     features(pipeline, rows, mask_ratio=0.5, seed=4)
-    assert not torch.equal(denoiser.seen[-1], whole)
+    assert not torch.equal(denoiser.calls[-1], whole)
     hidden = whole == SPACE.mask_id
     assert len(hidden.unique(dim=0)) > 1
 
 
-def test_a_denoiser_that_uses_the_time_is_told_the_one_of_the_share():
+def test_a_denoiser_that_uses_the_time_gets_the_one_of_the_share():
     rows = torch.randint(0, 6, (3, 8), generator=random())
     pipeline = Pipeline(Counter(uses_time=True), SPACE, modality=None, schedule=Cosine())
     found = features(pipeline, rows, mask_ratio=0.5)
@@ -130,7 +130,7 @@ def test_a_pipeline_shows_features_of_items_and_of_tokens():
         pipeline.features(["abcd"], at=at)
 
 
-def test_features_refuse_what_cannot_be_meant():
+def test_features_refuse_invalid_arguments():
     pipeline, rows = tiny(), torch.zeros(2, 8, dtype=torch.int64)
     for options in ({"mask_ratio": 1.1}, {"mask_ratio": -0.1}, {"layer": 4}, {"batch_size": 0}):
         with pytest.raises(ConfigError):

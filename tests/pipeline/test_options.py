@@ -111,20 +111,20 @@ def test_a_long_window_is_not_filled_unless_asked(window: int, size: int) -> Non
 
 
 def test_a_prompt_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
+    encoded: list[str] = []
     modality = text()
     encode = modality.encode
 
     def watched(words: str) -> list[int]:
-        seen.append(words)
+        encoded.append(words)
         return encode(words)
 
     monkeypatch.setattr(modality, "encode", watched)
     for window, options in ((32, {}), (4096, {}), (32, {"max_new_tokens": 3})):
-        seen.clear()
+        encoded.clear()
         model = windowed(window, modality)
         model.generate(["ab", "c"], num_samples=2, sampler="ancestral", steps=1, **options)
-        assert seen == ["ab", "c"]
+        assert encoded == ["ab", "c"]
 
 
 def test_a_generator_yields_the_seed(tiny: Pipeline) -> None:

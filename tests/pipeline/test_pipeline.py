@@ -203,9 +203,9 @@ def test_guidance_masks_the_prompt_and_doubles_the_calls() -> None:
     pipeline = tiny()
     plain = pipeline.generate("abcdef", length=10, seed=1)[0]
     same = pipeline.generate("abcdef", length=10, seed=1, guidance_scale=1.0)[0]
-    pushed = pipeline.generate("abcdef", length=10, seed=1, guidance_scale=4.0)[0]
+    guided = pipeline.generate("abcdef", length=10, seed=1, guidance_scale=4.0)[0]
     assert same.tokens == plain.tokens
-    assert (plain.calls, pushed.calls) == (4, 8)
+    assert (plain.calls, guided.calls) == (4, 8)
 
 
 @pytest.mark.parametrize("options", [{"n": 0}, {"length": 0}, {"batch_size": 0}, {"length": -3}])
@@ -341,7 +341,7 @@ def remade(folder: Path, change: Any) -> None:
         (lambda d: d.pop("space"), CheckpointError, "space"),
     ],
 )
-def test_a_description_that_cannot_be_meant_is_refused(
+def test_an_invalid_description_is_refused(
     copied: Path, change: Any, kind: type[Exception], message: str
 ) -> None:
     remade(copied, change)

@@ -62,10 +62,10 @@ class Wanted:
         message(f"no --out: the grid goes to {out}")
         return replace(self, out=picture_target(out))
 
-    @property
-    def is_film(self) -> bool:
-        """Whether the trace is an animated GIF rather than a page."""
-        return self.trace is not None and self.trace.suffix.lower() == ".gif"
+
+def is_film(trace: Path) -> bool:
+    """Whether a trace is an animated GIF rather than a page."""
+    return trace.suffix.lower() == ".gif"
 
 
 def shows_pictures(pipeline: Pipeline) -> bool:
@@ -118,7 +118,7 @@ def fill_in(
     """Every run to its end, each picture finished by the function beside it; the trace written."""
     if wanted.trace is None:
         return followed(modality, runs, recording=False)[0]
-    if wanted.is_film:
+    if is_film(wanted.trace):
         film = Film(modality)
         samples, _ = followed(modality, runs, film=film, recording=False)
         write_gif(film.frames(columns=wanted.columns), wanted.trace, scale=wanted.scale)
@@ -163,7 +163,7 @@ def followed(
         samples += done
         if recording:
             lines = [figures(sample) for sample in done]
-            records += recorder.records(modality, lines, pictures=pictures_of(done))
+            records += recorder.picture_records(modality, lines, pictures_of(done))
     return samples, records
 
 

@@ -1,4 +1,4 @@
-"""What every command writes with: results to stdout, progress and messages to stderr."""
+"""Output of every command: results to stdout, progress and messages to stderr."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import os
 import sys
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from mdiff.errors import ConfigError
 
@@ -18,14 +19,14 @@ def result(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with U+FFFD for what a terminal might obey: all control characters but \\n, \\t."""
+    """The text with U+FFFD for control characters that a terminal executes: all but \\n, \\t."""
     return "".join(
         character if character in "\n\t" or unicodedata.category(character) != "Cc" else "\ufffd"
         for character in text
     )
 
 
-def result_json(value: dict[str, Any]) -> None:
+def result_json(value: Mapping[str, object]) -> None:
     """One JSON object on one line, to stdout; NaN and infinities are null, as JSON has none."""
     print(json.dumps(_finite(value), ensure_ascii=False), flush=True)
 
@@ -41,7 +42,7 @@ def is_coloured(stream: TextIO) -> bool:
 
 
 def writable(path: Path | None) -> Path | None:
-    """The path, after it was seen that a file can be written there; ConfigError where not."""
+    """The path; ConfigError where no file can be written there."""
     if path is None:
         return None
     if path.is_dir():
@@ -53,8 +54,8 @@ def writable(path: Path | None) -> Path | None:
     return path
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
         return {key: _finite(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(child) for child in value]

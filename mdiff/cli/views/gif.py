@@ -1,9 +1,9 @@
-"""Pictures as they fill in: the frames of a run and the animated GIF made of them."""
+"""An animated GIF of pictures as they are filled in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mdiff.cli.views.grid import enlarged, fitting_scale, grid_of
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from mdiff.modalities import ShowsImages
+
 # From a row's number and its picture to the picture that is shown.
 Finish = Callable[[int, "Image"], "Image"]
 
@@ -21,10 +23,10 @@ FRAME_MS = 120
 LAST_MS = 2500
 # A film is enlarged less than a grid: its file grows with each frame.
 SIDE = 400
-# The colours of a GIF but for the one that stands for "as before", and how many pictures of the
-# film they are chosen from.
+# The colours of a GIF but for the one that stands for "as before", and the number of frames that
+# they are chosen from.
 COLOURS = 255
-SEEN = 4
+SAMPLED = 4
 
 
 class Reel:
@@ -34,14 +36,14 @@ class Reel:
         self.finish = finish
         self.kept = [canvas]
         self.last = canvas
-        self.seen = 0
+        self.count = 0
         self.stride = 1
 
     def add(self, tokens: Tensor) -> None:
         """One more state."""
         self.last = tokens
-        self.seen += 1
-        if self.seen % self.stride == 0:
+        self.count += 1
+        if self.count % self.stride == 0:
             self.kept.append(tokens)
         if len(self.kept) >= 2 * FRAMES:
             self.kept = self.kept[::2]
@@ -57,7 +59,7 @@ class Reel:
 class Film:
     """The reels of all batches, shown side by side."""
 
-    def __init__(self, modality: Any) -> None:
+    def __init__(self, modality: ShowsImages) -> None:
         self.modality = modality
         self.reels: list[Reel] = []
 
@@ -67,7 +69,7 @@ class Film:
         return self.reels[-1]
 
     def frames(self, *, columns: int | None = None) -> list[Image]:
-        """The grids from the first state to the last, hidden places grey."""
+        """The grids from the first state to the last, hidden positions grey."""
         count = min(FRAMES, max(len(reel.kept) for reel in self.reels) + 1)
         shares = [number / max(1, count - 1) for number in range(count)]
         return [grid_of(self._pictures(share), columns=columns) for share in shares]
@@ -109,19 +111,19 @@ def _in_colours(frame: Image, table: Image) -> Image:
 
 
 def _table(frames: Sequence[Image]) -> Image:
-    """A picture with the colours of some frames, and exactly those of paper and of what hides."""
+    """A picture with the colours of some frames, and exactly white and the grey of the mask."""
     from PIL import Image
 
     from mdiff.modalities.image import GREY
 
     width, height = frames[0].size
-    seen = Image.new("RGB", (width, height * SEEN))
-    for place in range(SEEN):
-        frame = frames[place * (len(frames) - 1) // (SEEN - 1)]
-        seen.paste(frame.convert("RGB"), (0, place * height))
+    sampled = Image.new("RGB", (width, height * SAMPLED))
+    for number in range(SAMPLED):
+        frame = frames[number * (len(frames) - 1) // (SAMPLED - 1)]
+        sampled.paste(frame.convert("RGB"), (0, number * height))
     exact = [255] * 3 + [GREY] * 3
     rest = COLOURS - len(exact) // 3
-    table = seen.quantize(rest, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    table = sampled.quantize(rest, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     found = (table.getpalette() or [])[: 3 * rest]
     table.putpalette(exact + found + [0] * (3 * COLOURS - len(exact) - len(found)))
     return table

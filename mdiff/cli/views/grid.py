@@ -22,7 +22,7 @@ MOST_SCALE = 8
 
 
 def picture_target(out: Path) -> Path:
-    """The path, after it was seen that pictures can go there; ConfigError where not.
+    """The path; ConfigError where pictures cannot be written there.
 
     A name that ends in .png is a file; another is a folder that is empty or not there yet.
     """

@@ -1,14 +1,15 @@
-"""The canvas filling in, drawn on stderr while the sampler runs."""
+"""The canvas on stderr, drawn as the sampler fills it in."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mdiff.cli.views.console import is_coloured, message, printable
 
 if TYPE_CHECKING:
+    from mdiff.modalities import Modality
     from mdiff.pipeline import Generation
     from mdiff.sampling import State
 
@@ -18,7 +19,7 @@ FRAMES_A_SECOND = 12
 SNAPSHOTS = 10
 
 
-def watched(run: Generation, modality: Any) -> Iterator[State]:
+def watched(run: Generation, modality: Modality) -> Iterator[State]:
     """The states of a run, its first sample drawn as it fills in."""
     if sys.stderr.isatty():
         yield from _redrawn(run, modality)
@@ -26,13 +27,13 @@ def watched(run: Generation, modality: Any) -> Iterator[State]:
         yield from _printed(run, modality)
 
 
-def _redrawn(run: Generation, modality: Any) -> Iterator[State]:
+def _redrawn(run: Generation, modality: Modality) -> Iterator[State]:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
     console = Console(stderr=True, no_color=not is_coloured(sys.stderr), highlight=False)
-    places = run.valid[0].nonzero()[:, 0] if run.valid is not None else slice(None)
+    unpadded = run.valid[0].nonzero()[:, 0] if run.valid is not None else slice(None)
 
     def frame(fresh: list[bool]) -> Text:
         shown = Text()
@@ -44,11 +45,11 @@ def _redrawn(run: Generation, modality: Any) -> Iterator[State]:
     first = frame([False] * len(run.tokens(0)))
     with Live(first, console=console, refresh_per_second=FRAMES_A_SECOND, transient=True) as live:
         for state in run:
-            live.update(frame(state.revealed[0][places].tolist()))
+            live.update(frame(state.revealed[0][unpadded].tolist()))
             yield state
 
 
-def _printed(run: Generation, modality: Any) -> Iterator[State]:
+def _printed(run: Generation, modality: Modality) -> Iterator[State]:
     total = max(1, sum(piece is None for piece in modality.pieces(run.tokens(0))))
     printed = 0
     for state in run:

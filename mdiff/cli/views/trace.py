@@ -1,4 +1,4 @@
-"""A page on which one can scrub through the order in which the tokens appeared."""
+"""A page that replays the order in which the tokens were revealed."""
 
 from __future__ import annotations
 
@@ -10,26 +10,31 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
-from mdiff.sampling import State
 from mdiff.tokens import TokenSpace
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mdiff.modalities import Modality
+    from mdiff.modalities.image import ImageModality
+    from mdiff.sampling import State
+
 TEMPLATE = "trace.html"
-# What may be said of a picture, in the order in which it is shown.
+# The words of a picture, in the order in which they are shown.
 WORDS = ("label", "caption")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A finished picture, `source` a PNG as a data: URL, in `rows` x `columns` places.
+    """A finished picture, `source` a PNG as a data: URL, in `rows` x `columns` positions.
 
-    `step` is when the last code of each place was written, row by row, and `log_prob` the nats
-    of all its codes.
+    `step` is the step of the last code written at each position, row by row, and `log_prob` the
+    nats of all its codes.
     """
 
     source: str
@@ -43,11 +48,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class Record:
-    """How one sample came about, place by place of its canvas.
+    """The history of one sample, by the positions of its canvas.
 
-    `kind` names the drawing of the page that shows it ("flow": pieces of text in a row; "grid":
-    the places of a picture, in `grid`, and the pieces of its words beside it). `pieces` is what
-    each place holds in the end, `step` when it was last written (0 is given) and `log_prob` the
+    `kind` names the drawing of the page ("flow": pieces of text in a row; "grid": the positions
+    of a picture, in `grid`, and the pieces of its words beside it). `pieces` is the final text of
+    each position, `step` the step at which it was last written (0 is given) and `log_prob` the
     nats of that draw. `figures` is a line about the sample.
     """
 
@@ -61,7 +66,7 @@ class Record:
 
 
 class Recorder:
-    """Remembers, for each place of a batch, the step at which it was last written."""
+    """Records the step at which each position of a batch was last written."""
 
     def __init__(self, canvas: Tensor, valid: Tensor | None, *, space: TokenSpace) -> None:
         self.valid = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
@@ -72,85 +77,80 @@ class Recorder:
         self.log_prob = torch.zeros(canvas.shape, dtype=torch.float64, device=canvas.device)
 
     def add(self, state: State) -> None:
-        """One more state; each sample counts the steps in which something of it changed."""
+        """One more state; each sample counts the steps in which a token of it changed."""
         changed = (state.tokens != self.tokens) | state.revealed
         self.own_steps = self.own_steps + changed.any(1)
         self.step = torch.where(changed, self.own_steps[:, None], self.step)
         self.log_prob = torch.where(changed, state.log_prob.double(), self.log_prob)
         self.tokens = state.tokens
 
-    def records(
-        self, modality: Any, figures: Sequence[str], *, pictures: Sequence[Image] = ()
+    def records(self, modality: Modality, figures: Sequence[str]) -> list[Record]:
+        """One record of text a sample, with a line of figures for each."""
+        return [
+            Record("flow", *self._flow(modality, row), int(self.own_steps[row]), line)
+            for row, line in enumerate(figures)
+        ]
+
+    def picture_records(
+        self, modality: ImageModality, figures: Sequence[str], pictures: Sequence[Image]
     ) -> list[Record]:
-        """One record a sample, with a line of figures for each, and its picture if it is one."""
+        """One record of a picture a sample, with a line of figures for each."""
         found = []
-        for row, line in enumerate(figures):
-            seen = self.valid[row]
-            flow = _Flow(
-                [piece or "" for piece in modality.pieces(self.tokens[row][seen].tolist())],
-                self.step[row][seen].tolist(),
-                [round(x, 3) for x in self.log_prob[row][seen].tolist()],
-            )
-            grid = None
-            if pictures:
-                grid = _grid(modality, flow, pictures[row])
-                flow = _words(modality, flow, pictures[row])
-            found.append(
-                Record(
-                    kind="flow" if grid is None else "grid",
-                    pieces=flow.pieces,
-                    step=flow.step,
-                    log_prob=flow.log_prob,
-                    steps=int(self.own_steps[row]),
-                    figures=line,
-                    grid=grid,
-                )
-            )
+        for row, (line, picture) in enumerate(zip(figures, pictures)):
+            flow = self._flow(modality, row)
+            words, grid = _words(modality, flow, picture), _grid(modality, flow, picture)
+            found.append(Record("grid", *words, int(self.own_steps[row]), line, grid))
         return found
 
+    def _flow(self, modality: Modality, row: int) -> Flow:
+        valid = self.valid[row]
+        return (
+            [piece or "" for piece in modality.pieces(self.tokens[row][valid].tolist())],
+            self.step[row][valid].tolist(),
+            [round(x, 3) for x in self.log_prob[row][valid].tolist()],
+        )
 
-class _Flow(NamedTuple):
-    """The places of a canvas, or of a part of it, in order."""
 
-    pieces: list[str]
-    step: list[int]
-    log_prob: list[float]
+# The pieces, steps and nats of the positions of a canvas, or of a part of it, in order.
+Flow = tuple[list[str], list[int], list[float]]
 
 
-def _grid(modality: Any, flow: _Flow, picture: Image) -> Grid:
+def _grid(modality: ImageModality, flow: Flow, picture: Image) -> Grid:
     rows, columns = modality.latent_grid
     each = modality.codec.codes_per_position
     first = modality.span("image").start
     starts = range(first, first + rows * columns * each, each)
+    _, step, log_prob = flow
     return Grid(
         source=data_url(picture),
         width=picture.width,
         height=picture.height,
         rows=rows,
         columns=columns,
-        step=[max(flow.step[start : start + each]) for start in starts],
-        log_prob=[round(sum(flow.log_prob[start : start + each]), 3) for start in starts],
+        step=[max(step[start : start + each]) for start in starts],
+        log_prob=[round(sum(log_prob[start : start + each]), 3) for start in starts],
     )
 
 
-def _words(modality: Any, flow: _Flow, picture: Image) -> _Flow:
-    """What is said of a picture: parts of the canvas, and what the model was told beside it."""
-    columns: tuple[list[Any], ...] = ([], [], [])
+def _words(modality: ImageModality, flow: Flow, picture: Image) -> Flow:
+    """The words of a picture: parts of its canvas, and a label that is a condition."""
+    pieces: list[str] = []
+    step: list[int] = []
+    log_prob: list[float] = []
     for name in WORDS:
-        said = picture.info.get(name)
-        if said is None:
+        words = picture.info.get(name)
+        if words is None:
             continue
-        places: list[list[Any]] = [[said], [0], [0.0]]
-        if name in modality.part_names:
-            places = [column[modality.span(name)] for column in flow]
-            if name == "label":
-                places[0] = [said]
-        if columns[0]:
-            # A line break, there from the start.
-            places = [[between, *rest] for between, rest in zip(("\n", 0, 0.0), places)]
-        for column, more in zip(columns, places):
-            column.extend(more)
-    return _Flow(*columns)
+        if pieces:
+            # A line break, given.
+            pieces, step, log_prob = [*pieces, "\n"], [*step, 0], [*log_prob, 0.0]
+        if name not in modality.part_names:
+            pieces, step, log_prob = [*pieces, str(words)], [*step, 0], [*log_prob, 0.0]
+            continue
+        span = modality.span(name)
+        pieces += [str(words)] if name == "label" else flow[0][span]
+        step, log_prob = step + flow[1][span], log_prob + flow[2][span]
+    return pieces, step, log_prob
 
 
 def data_url(picture: Image) -> str:
@@ -172,4 +172,4 @@ def page(records: Sequence[Record], *, title: str) -> str:
     plain = "\n\n".join("".join(record.pieces) for record in records)
     template = (files("mdiff.cli.views") / TEMPLATE).read_text(encoding="utf-8")
     parts = {"TITLE": html.escape(title), "PLAIN": html.escape(plain), "DATA": data}
-    return re.sub("%%([A-Z]+)%%", lambda place: parts[place[1]], template)
+    return re.sub("%%([A-Z]+)%%", lambda match: parts[match[1]], template)

@@ -78,13 +78,9 @@ class Plan:
 
 
 def planned(
-    pipeline: Pipeline,
-    content: bytes,
-    setting: Setting,
-    *,
-    model: str,
+    pipeline: Pipeline, content: bytes, setting: Setting, *, model: str,
     fixed: Mapping[str, object],
-) -> Plan:
+) -> Plan:  # fmt: skip
     """The plan of a JSONL file's `content`, the same whoever makes it.
 
     `model` is the digest of the weights; `fixed` what else has to be the same in a later run, such

@@ -371,9 +371,9 @@ def test_an_interrupted_command_ends_with_130_and_its_workers_with_it(model, tmp
     while not list((tmp_path / "out" / "shards").glob("shard-*")):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, told
-    assert "shards are complete; the same command goes on" in told
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, err
+    assert "shards are complete; the same command goes on" in err
     end = time.monotonic() + 30
     while alive(process.pid) and time.monotonic() < end:
         time.sleep(0.1)
