@@ -80,6 +80,10 @@ class TokenSpace:
         rows = [(first, stop) for places, first, stop in self.parts for _ in range(places)]
         return torch.tensor(rows, dtype=torch.int64, device=device)
 
+    def checked(self) -> TokenSpace:
+        """The same space for canvases that `check` has seen: its own `check` does nothing."""
+        return _CheckedSpace(self.vocab_size, self.mask_id, self.never, self.parts)
+
     def check(self, tokens: Tensor, valid: Tensor | None = None, *, masks: bool = True) -> None:
         """Raise DataError where `tokens` (B, L) is not a canvas of this space.
 
@@ -118,6 +122,13 @@ class TokenSpace:
                     f"token {int(tokens[row, place])} at place {place}: "
                     f"this part holds ids from {first} to {stop - 1}"
                 )
+
+
+class _CheckedSpace(TokenSpace):
+    """The space of canvases that were checked where they came in."""
+
+    def check(self, tokens: Tensor, valid: Tensor | None = None, *, masks: bool = True) -> None:
+        """Nothing more."""
 
 
 def ranks(tokens: Tensor, valid: Tensor | None) -> Tensor:

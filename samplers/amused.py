@@ -67,7 +67,7 @@ def amused(
         (hidden & counted).sum(1), steps=steps, schedule=schedule, of=counted.sum(1)
     )
     yield from confidence(
-        denoiser, canvas, space=space, schedule=schedule, seed=seed, valid=valid, cond=cond,
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, counts=counts,
+        denoiser, canvas, space=space.checked(), schedule=schedule, seed=seed, valid=valid,
+        cond=cond, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, counts=counts,
         noise=torch.linspace(*noise, steps),
     )  # fmt: skip

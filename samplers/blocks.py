@@ -87,8 +87,8 @@ def blocks(
             before = partial(kept.before, run.canvas, start)
             alone = CachedBlock(window, before, min(block_length, canvas.shape[1] - start))
         states = inner(
-            alone or window, run.canvas.gather(1, columns), space=space, schedule=schedule,
-            seed=seed if number == 0 else philox.derive(seeds, samples, number),
+            alone or window, run.canvas.gather(1, columns), space=space.checked(),
+            schedule=schedule, seed=philox.derive(seeds, samples, number) if number else seed,
             valid=(run.block == number).gather(1, columns), cond=cond, temperature=temperature,
             top_k=top_k, top_p=top_p, min_p=min_p, **options,
         )  # fmt: skip

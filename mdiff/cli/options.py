@@ -133,14 +133,14 @@ def call_options(sampler: str | None, seed: int, batch_size: int) -> CallOptions
 
 def check_sampler(options: CallOptions) -> None:
     """Raise ConfigError for an unknown sampler or for an option that it does not take."""
-    from mdiff.sampling import resolve
+    from mdiff.sampling import bind
 
     own = {
         name: value
         for name, value in options.items()
         if name != "sampler" and not name.startswith("guidance_")
     }
-    resolve(options.get("sampler") or "first_hitting", own)
+    bind(options.get("sampler") or "first_hitting", own)
 
 
 def guidance_options(

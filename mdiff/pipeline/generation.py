@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import block_length_of
 from mdiff.errors import ConfigError, nearest
 from mdiff.modalities import Describes, Description, EndsText, HasGrid, Modality
 from mdiff.pipeline.guidance import GuidanceOptions, null_condition
-from mdiff.pipeline.options import CallOptions, Model, call_seed, row_seeds
-from mdiff.sampling import Sampler, State, Tally, in_blocks, option_types, resolve
+from mdiff.pipeline.options import CallOptions, Model, call_seed
+from mdiff.sampling import BoundSampler, State, Tally, bind, row_seeds
 from mdiff.tokens import TokenSpace, stack, stack_conditions
 
 if TYPE_CHECKING:
@@ -198,9 +197,7 @@ def generations(
     space = ending.space(model.space)
     guidance, seed = GuidanceOptions.of(options), call_seed(options)
     stop = text.eos_id if text is not None and ending.policy == "cut" else None
-    function, settings = _bound(
-        model, options, longest=max(map(len, canvases), default=0), stop=stop
-    )
+    bound = _bound(model, options, longest=max(map(len, canvases), default=0), stop=stop)
     null = null_condition(model.modality, guidance.negative)
     asked = list(conditions or [{}] * len(canvases))
     if len(asked) != len(canvases):
@@ -218,9 +215,9 @@ def generations(
             valid = None if valid is None else valid.to(device)
             denoiser, own = guide(canvas, valid)
             cond = stack_conditions(asked[part], null) | own
-            states = function(
-                denoiser, canvas, space=space, seed=seeds[part].to(device), valid=valid,
-                cond={name: value.to(device) for name, value in cond.items()} or None, **settings,
+            states = bound(
+                denoiser, canvas, space=space.checked(), seed=seeds[part].to(device), valid=valid,
+                cond={name: value.to(device) for name, value in cond.items()} or None,
             )  # fmt: skip
             yield Generation(
                 part.start, canvas, valid, seeds[part], model.modality, states, space.mask_id,
@@ -230,36 +227,30 @@ def generations(
     return batches()
 
 
-def _bound(
-    model: Model, options: CallOptions, *, longest: int, stop: int | None
-) -> tuple[Sampler, dict[str, object]]:
+def _bound(model: Model, options: CallOptions, *, longest: int, stop: int | None) -> BoundSampler:
     """The sampler and its options with those that the model sets by default.
 
     These are the id that ends a text, its window, its blocks and grid and, where it uses the
     time, its schedule. Raises ConfigError for a canvas that is longer than the window, where
     the sampler cannot move the window along.
     """
-    own, sampler = block_length_of(model.denoiser), options.pop("sampler", None)
-    sampler, asked = in_blocks(model.sampler if sampler is None else sampler, options, own=own)
-    function, _ = resolve(sampler, {})
-    known = option_types(function)
-    found = dict(asked)
-    if "block_length" in known and own is not None:
-        found.setdefault("block_length", own)
-    if "stop" in known and stop is not None:
-        found.setdefault("stop", stop)
-    if "grid" in known and isinstance(model.modality, HasGrid):
-        found.setdefault("grid", model.modality.grid)
+    sampler = options.pop("sampler", None)
     if model.denoiser.uses_time:
         # The denoiser's times keep the meaning that they had in training.
-        found.setdefault("schedule", model.schedule)
+        options.setdefault("schedule", model.schedule)
+    bound = bind(model.sampler if sampler is None else sampler, options, model.denoiser)
+    if stop is not None:
+        bound = bound.with_default("stop", stop)
+    if isinstance(model.modality, HasGrid):
+        bound = bound.with_default("grid", model.modality.grid)
     if model.window is not None and longest > model.window:
-        if "context" not in known:
+        if not bound.takes("context"):
             raise ConfigError(
                 f"a canvas of {longest} tokens is longer than the model's window of "
                 f"{model.window}: use sampler 'blocks', which moves the window along"
             )
-        found.setdefault("context", model.window)
-        default = inspect.signature(function).parameters["block_length"].default
-        found.setdefault("block_length", min(default, found["context"]))
-    return resolve(sampler, found)
+        context = options.get("context") or model.window
+        bound = bound.with_default("context", context)
+        default = inspect.signature(bound.function).parameters["block_length"].default
+        bound = bound.with_default("block_length", min(default, context))
+    return bound

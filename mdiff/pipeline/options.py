@@ -10,9 +10,8 @@ from torch import Tensor
 
 from mdiff.denoiser import Denoiser
 from mdiff.errors import ConfigError
-from mdiff.kernels import philox
 from mdiff.modalities import HasParts, Modality
-from mdiff.sampling import Sampler, plain_seed
+from mdiff.sampling import Sampler
 from mdiff.schedule import Schedule
 from mdiff.tokens import TokenSpace, continued
 
@@ -181,16 +180,3 @@ def call_seed(options: CallOptions) -> Seed | Sequence[torch.Generator]:
     if generator is not None:
         return generator
     return 0 if seed is None else seed
-
-
-def row_seeds(seed: Seed | Sequence[torch.Generator], rows: int) -> Tensor:
-    """One seed a row, (rows,) int64: the seed itself, then seeds derived from it."""
-    plain = plain_seed(seed, rows)
-    if isinstance(plain, Tensor):
-        if plain.shape != (rows,) or plain.dtype != torch.int64:
-            raise ConfigError(f"seed {tuple(plain.shape)} {plain.dtype}: expected ({rows},) int64")
-        return plain
-    signed = (plain + 2**63) % 2**64 - 2**63
-    number = torch.arange(rows, device="cpu")
-    first = torch.full((rows,), signed, dtype=torch.int64, device="cpu")
-    return torch.where(number == 0, first, philox.derive(signed, number))

@@ -27,11 +27,10 @@ from mdiff.pipeline.options import (
     canvas_of,
     listed,
     repeated,
-    row_seeds,
 )
 from mdiff.pipeline.saving import save_model
 from mdiff.pipeline.scoring import score
-from mdiff.sampling import Sampler, State
+from mdiff.sampling import Sampler, State, row_seeds
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 

@@ -21,6 +21,7 @@ from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.kernels.reveal_torch import written
 from mdiff.ops import Draw, Revealed, bind_draw, reveal
+from mdiff.sampling.seeds import streams
 from mdiff.schedule import Schedule
 from mdiff.tokens import TokenSpace, ranks
 
@@ -240,21 +241,6 @@ class Unmasking:
             self.tokens, t, self.states, self.calls, revealed.at, revealed.log_prob,
             revealed.entropy,
         )  # fmt: skip
-
-
-def streams(seed: int | Tensor, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The (seed, sample) of each row, both (B,) int64.
-
-    An int makes row b sample b of it; seeds (B,) int64 make each row sample 0 of its own.
-    """
-    if isinstance(seed, Tensor):
-        if seed.shape != (rows,) or seed.dtype != torch.int64:
-            raise ConfigError(f"seed {tuple(seed.shape)} {seed.dtype}: expected ({rows},) int64")
-        seed = seed.to(device)
-        return seed, torch.zeros_like(seed)
-    signed = (int(seed) + 2**63) % 2**64 - 2**63
-    sample = torch.arange(rows, device=device)
-    return torch.full_like(sample, signed), sample
 
 
 def reveal_in_turn(

@@ -20,10 +20,9 @@ from mdiff.evaluation.evaluate import evaluate, sample_figures
 from mdiff.files.locate import snapshot
 from mdiff.modalities.text.modality import text
 from mdiff.pipeline.loading import load
-from mdiff.pipeline.options import row_seeds
 from mdiff.pipeline.pipeline import Pipeline
 from mdiff.pipeline.scoring import bound_of_rows
-from mdiff.sampling.run import plain_seed
+from mdiff.sampling import plain_seed, row_seeds
 from mdiff.schedule import Cosine, Polynomial
 from mdiff.tokens import TokenSpace, Windows, hidden_canvas
 

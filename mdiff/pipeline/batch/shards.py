@@ -33,8 +33,8 @@ from mdiff.pipeline.batch.requests import Failure, Request
 from mdiff.pipeline.batch.workers import ATTEMPTS
 from mdiff.pipeline.generation import Generated
 from mdiff.pipeline.loading import load
-from mdiff.pipeline.options import row_seeds
 from mdiff.pipeline.pipeline import Pipeline
+from mdiff.sampling import row_seeds
 
 RESULTS, FAILURES = "results.jsonl", "failures.jsonl"
 # The work item after all batches: no request is the cause of a crash there.
