@@ -156,7 +156,7 @@ def main() -> None:
         "steps": steps,
         "seconds": seconds,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens_seen_at_best": best_step * recipe.train.batch_size * recipe.data.length,
+        "tokens_at_best": best_step * recipe.train.batch_size * recipe.data.length,
         "recipe": str(options.recipe),
         "overrides": [o for o in options.overrides if not o.startswith("data.source")],
         "curve": curve,

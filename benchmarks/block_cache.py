@@ -3,8 +3,8 @@
     python benchmarks/block_cache.py [--length 512] [--block 32] [--layers 12] [--repeats 5]
 
 The model has the layout of LLaDA2 with random weights; by default its layers are dense, with
---experts they are mixtures. A step is one call for the hidden places of a block. Beside it, whole
-generations by `blocks` of four steps a block, the passes that keep finished blocks included. On
+--experts they are mixtures. A step is one call for the hidden positions of a block. Beside it,
+generations by `blocks` of four steps a block, including the passes that cache finished blocks. On
 one thread; the two sides take turns.
 """
 
@@ -56,18 +56,18 @@ class Whole:
     def __init__(self, model: Backbone) -> None:
         self.model, self.block_length = model, model.block_length
 
-    def features(self, tokens: Tensor, **told: Any) -> Tensor:
+    def features(self, tokens: Tensor, **rest: Any) -> Tensor:
         """What the head reads."""
-        return self.model.features(tokens, **told)
+        return self.model.features(tokens, **rest)
 
     @property
     def head(self) -> torch.nn.Module:
         """The model's own head."""
         return self.model.head
 
-    def __call__(self, tokens: Tensor, **told: Any) -> Tensor:
+    def __call__(self, tokens: Tensor, **rest: Any) -> Tensor:
         """The model's logits."""
-        logits: Tensor = self.model(tokens, **told)
+        logits: Tensor = self.model(tokens, **rest)
         return logits
 
 

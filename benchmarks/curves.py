@@ -70,10 +70,10 @@ def write_curves(curves: list[Curve], path: Path, *, x: str, y: str, floor: floa
     parts.append(_text(LEFT + 6, at - 4, "real pictures", "start"))
     for number, curve in enumerate(curves):
         colour = COLOURS[number % len(COLOURS)]
-        places = [(across.at(a), up.at(b)) for a, b in curve.points]
-        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        points = [(across.at(a), up.at(b)) for a, b in curve.points]
+        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in places]
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in points]
         height = TOP + 16 + 16 * number
         parts.append(_line(WIDTH - 250, height - 4, WIDTH - 226, height - 4, colour, width=2))
         parts.append(_text(WIDTH - 220, height, curve.name, "start"))

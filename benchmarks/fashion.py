@@ -64,11 +64,11 @@ class Setting:
         name += f", temperature {self.temperature:g}" if self.temperature != 1 else ""
         return name + (f", noise {self.noise:g}" if self.noise else "")
 
-    def options(self, places: int) -> dict[str, Any]:
-        """The options of Pipeline.generate for a canvas of so many places."""
+    def options(self, positions: int) -> dict[str, Any]:
+        """The options of Pipeline.generate for a canvas of so many positions."""
         found: dict[str, Any] = {"sampler": self.sampler, "temperature": self.temperature}
         if self.sampler == "first_hitting":
-            found["per_call"] = -(-places // self.steps)
+            found["per_call"] = -(-positions // self.steps)
         else:
             found["steps"] = self.steps
         if self.sampler == "confidence":

@@ -3,7 +3,7 @@
     python benchmarks/inpainting.py [--masks 10000] [--batch 250] [--seed 0]
 
 Each sampler fills `--masks` canvases, half at its defaults and half at few calls, in batches
-that mix masks: scattered places, a rectangle, all but a rectangle, runs of rows, everything and
+that mix masks: scattered positions, a rectangle, all but a rectangle, runs of rows, everything and
 nothing, at any share; every second batch has rows of different lengths. The denoiser gives new
 random logits at every call, so that a token that is drawn again would change. Counted are given
 tokens that changed, masks left, ids drawn that may not be, and fully given rows that cost a call.
@@ -56,8 +56,8 @@ def holes(rows: int, grid: tuple[int, int], generator: torch.Generator) -> Tenso
     """Masks (rows, h * w) bool, True where a token is to be generated, of six kinds in turn."""
     h, w = grid
     ends = torch.rand(rows, 2, 2, generator=generator).sort(-1).values
-    place = torch.stack([torch.arange(h * w) // w / h, torch.arange(h * w) % w / w])
-    inside = (place >= ends[..., :1]) & (place < ends[..., 1:])
+    position = torch.stack([torch.arange(h * w) // w / h, torch.arange(h * w) % w / w])
+    inside = (position >= ends[..., :1]) & (position < ends[..., 1:])
     scattered = torch.rand(rows, h * w, generator=generator) < ends[:, 0, :1]
     kinds = torch.stack([
         scattered, inside.all(1), ~inside.all(1), inside[:, 0],
@@ -90,14 +90,14 @@ def faults(name: str, masks: int, size: int, seed: int) -> dict[str, int]:
             denoiser, canvas.clone(), space=SPACE, sampler=name, seed=seed + number, valid=valid,
             **(FEW_CALLS.get(name, {}) if few else {}),
         )  # fmt: skip
-        seen = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
-        hidden = (canvas == SPACE.mask_id) & seen
+        counted = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
+        hidden = (canvas == SPACE.mask_id) & counted
         new = out.tokens[hidden]
         found["given tokens changed"] += int((out.tokens[~hidden] != canvas[~hidden]).sum())
         found["masks left"] += int((new == SPACE.mask_id).sum())
         found["forbidden ids"] += int(torch.isin(new, torch.tensor(SPACE.forbidden)).sum())
         found["calls without need"] += int(out.calls[~hidden.any(1)].sum())
-        found["given"] += int((seen & ~hidden).sum())
+        found["given"] += int((counted & ~hidden).sum())
         found["drawn"] += len(new)
         found["calls"] += int(out.calls.sum())
     return found

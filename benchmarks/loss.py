@@ -6,7 +6,7 @@ Half of the rows are hidden, features and matrix are random, one thread. Our own
 two public sequences, over all rows as those are: `cross_entropy` (the head, .float(),
 cross_entropy with ignore_index, as transformers' models do) and `log_softmax` (the head, minus
 logsumexp, gather, times the mask, as MDLM does). `gathered` is cross_entropy on the hidden rows
-alone, so that what comes of fewer rows and what comes of chunks are seen apart.
+alone, so that the effects of fewer rows and of chunks are separate.
 
 Times are processor time of the calling thread, interleaved in one process. Memory is that of a
 process of its own each: the high-water mark of resident memory (VmHWM, reset before the call)

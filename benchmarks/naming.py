@@ -3,7 +3,7 @@
     python benchmarks/naming.py MODEL DATA [--pictures N] [--draws N]
 
 Each of N held-out pictures, drawn by a seed, is shown with the names of 20 held-out pictures, its
-own among them and all different; every name is scored with the same hidden places
+own among them and all different; every name is scored with the same hidden positions
 (`mdiff.evaluation.ranking.rank`). Chance puts the right one among five in 25 percent. Captions
 are taken
 from the files' code points, and a tenth of the bases is held out, as in the recipe.
@@ -49,7 +49,7 @@ def main() -> None:
     shown = choose.sample(
         [i for i, fit in enumerate(fits) if fit], min(options.pictures, sum(fits))
     )
-    places, begun = [], time.perf_counter()
+    ranks, begun = [], time.perf_counter()
     for index in shown:
         own = captions[index]
         names = [own, *choose.sample([n for n in different if n != own], CANDIDATES - 1)]
@@ -60,12 +60,12 @@ def main() -> None:
                 against_prior=not options.plain,
             )  # fmt: skip
         # Ties count against the right name.
-        places.append(int((score[1:] >= score[0]).sum()))
-        if len(places) % 25 == 0:
-            share = sum(place < BEST for place in places) / len(places)
-            print(f"{len(places)} pictures: {share:.3f} in the best {BEST}", flush=True)
-    count = len(places)
-    top5, top1 = (sum(place < best for place in places) / count for best in (BEST, 1))
+        ranks.append(int((score[1:] >= score[0]).sum()))
+        if len(ranks) % 25 == 0:
+            share = sum(rank < BEST for rank in ranks) / len(ranks)
+            print(f"{len(ranks)} pictures: {share:.3f} in the best {BEST}", flush=True)
+    count = len(ranks)
+    top5, top1 = (sum(rank < best for rank in ranks) / count for best in (BEST, 1))
     print(f"{count} held-out pictures: top 5 of {CANDIDATES} {top5:.3f}, top 1 {top1:.3f}")
     record("naming", {
         "model": options.model,

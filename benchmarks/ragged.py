@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=2 python benchmarks/ragged.py
 
 A model of LLaDA's layout with random weights, 12 layers of width 512, writes 64 tokens behind each
-of eight prompts of 9 to 100 tokens, by the surest place first, two a call. Both ways give the same
-tokens; only generated tokens are counted. Interleaved in one process, the minimum of three.
+of eight prompts of 9 to 100 tokens, the most confident positions first, two a call. Both ways give
+the same tokens; only generated tokens are counted. Interleaved in one process, the minimum of
+three.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def main() -> None:
     def together() -> list[list[int]]:
         tokens, valid = stack(canvases, space=space)
         done = sample(model, tokens, valid=valid, **options).tokens
-        seen = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-        return [row[keep].tolist() for row, keep in zip(done, seen)]
+        counted = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+        return [row[keep].tolist() for row, keep in zip(done, counted)]
 
     def alone() -> list[list[int]]:
         return [

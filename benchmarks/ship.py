@@ -3,8 +3,8 @@
     python benchmarks/ship.py RUN NAME --recipe RECIPE.yaml --made "in 1 hour on two cores of ..."
 
 RUN is a training run or one of its checkpoints. For a model of text one temperature is fitted on
-the recipe's validation slice (Guo et al. 2017) and folded into the head: a model that has seen a
-small text many times is surer than it should be. The card takes its figures from
+the recipe's validation slice (Guo et al. 2017) and folded into the head: a model that was
+trained on a small text for many epochs is overconfident. The card takes its figures from
 benchmarks/results if they are of these very weights, so ship, run the benchmarks, and ship again:
 the same run gives the same weights. What it says of the data is in CARDS below.
 """
@@ -56,7 +56,7 @@ CARDS = {
         "bases, with all their variants, is held out, from the codec too.",
         "licence": "The weights are Apache-2.0 like the package; so are the pictures (Google).",
         "use": "Demonstrations, tests and experiments with several parts of one canvas. It draws "
-        "what looks like an emoji, often a variant of one that it has seen.",
+        "what looks like an emoji, often a variant of one in its data.",
     },
 }
 # The results that a card shows, and their keys with what they are called there.
@@ -83,7 +83,7 @@ def baseline_lines() -> list[str]:
 def temperature_of(pipeline: Any, rows: Any, *, draws: int = 48) -> float:
     """The temperature of the logits at which the any-order bound of the rows is lowest.
 
-    A grid of hundredths; every temperature sees the same hidden places.
+    A grid of hundredths; every temperature is scored at the same hidden positions.
     """
     grid = [1 + step / 100 for step in range(-10, 41)]
     total = torch.zeros(len(grid), dtype=torch.float64)
@@ -182,7 +182,7 @@ def figures_of_pictures(name: str, weights: str) -> list[str]:
 
 
 def main() -> None:
-    """Write mdiff/builtin/NAME anew."""
+    """Write mdiff/builtin/NAME again."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("name", choices=sorted(CARDS))

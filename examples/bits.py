@@ -1,6 +1,6 @@
 """Digits from bits, without a table of embeddings and without a codec.
 
-A row of eight pixels, black or white, is a place of eight bits, its halves two groups of four.
+A row of eight pixels, black or white, is a position of eight bits, its halves two groups of four.
 The model reads the bits and scores each half on its own; `confidence` writes the surest first.
 """
 

@@ -261,5 +261,5 @@ def test_no_unsafe_loading_in_the_package():
      "yaml.load(x, Loader=yaml.Loader)", "f(trust_remote_code=True)", "f(trust_remote_code=x)",
      "torch.load(x)", "np.load(x, allow_pickle=True)"],
 )  # fmt: skip
-def test_each_forbidden_line_is_seen(line):
+def test_each_forbidden_line_is_found(line):
     assert list(forbidden(ast.parse(line)))

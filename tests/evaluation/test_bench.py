@@ -47,7 +47,7 @@ def test_expected_calls_are_the_mean_number_of_steps_that_are_hit() -> None:
     assert expected_calls(steps, length) == pytest.approx(sum(hit) / len(hit), abs=1e-12)
 
 
-def test_our_calls_of_all_stretches_are_one_a_place() -> None:
+def test_our_calls_of_all_stretches_are_one_a_position() -> None:
     run = Generation(TINY)
     assert sum(run.our_calls(number) for number in range(TINY.timed)) == TINY.length
 

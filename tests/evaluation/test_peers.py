@@ -53,9 +53,9 @@ def test_both_sides_get_the_same_logits_and_half_of_the_rows_is_hidden() -> None
     assert (case.tokens[~case.hidden] < case.mask_id).all()
 
 
-def test_amused_hides_the_least_sure_of_the_places_again() -> None:
+def test_amused_hides_the_least_confident_positions_again() -> None:
     case = make_case(40, 30, dtype=torch.float32)
-    # At ratio 0.8 the cosine keeps floor(40 cos(0.4 pi)) = 12 places hidden.
+    # At ratio 0.8 the cosine keeps floor(40 cos(0.4 pi)) = 12 positions hidden.
     step = partial(amused_step, mask_id=case.mask_id, ratio=0.8, temperature=0.0)
     torch.manual_seed(0)
     after, drawn = step(case.logits, case.tokens)

@@ -22,10 +22,10 @@ def pipeline():
     def logits(tokens):
         found = torch.zeros(*tokens.shape, 8)
         found[:, 1, 4] = 2.0
-        seen = tokens[:, 0] < 4
-        found[seen, 1] = 0.0
-        found[seen, 1, 4] = 2.0
-        found[seen, 1, 4 + tokens[seen, 0]] += 1.0
+        known = tokens[:, 0] < 4
+        found[known, 1] = 0.0
+        found[known, 1, 4] = 2.0
+        found[known, 1, 4 + tokens[known, 0]] += 1.0
         return found
 
     return Pipeline(from_logits(logits), made.space, made, window=2)

@@ -234,7 +234,7 @@ def load_picture_folder(folder: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Make the manifest of a model anew: as a hostile author would have made it."""
+    """Write the manifest of a model again, as a hostile author would have."""
     if (folder / MANIFEST).is_file() and b"shards" not in (folder / MANIFEST).read_bytes():
         files = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
         digests = {p.relative_to(folder).as_posix(): file_digest(p) for p in files}
@@ -242,7 +242,7 @@ def seal(folder: Path) -> None:
 
 
 def sealed(load: Load) -> Load:
-    """Loading after the manifest was made anew."""
+    """Loading after the manifest was written again."""
 
     def seal_and_load(folder: Path) -> None:
         seal(folder)
@@ -252,7 +252,7 @@ def sealed(load: Load) -> Load:
 
 
 def sealed_runs(load: Load) -> Load:
-    """Loading after the manifests of checkpoints were made anew, in about half of the trials."""
+    """Loading after the manifests of checkpoints were written again, in half of the trials."""
 
     def seal_and_load(folder: Path) -> None:
         if sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()) % 2:

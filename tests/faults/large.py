@@ -40,7 +40,7 @@ STRING = b"a" * 10**8
 
 
 def stretched(path: Path) -> bytes:
-    """The file's content with the string in it, where its format has a place for one."""
+    """The file's content with the string in it, where its format can hold one."""
     data = path.read_bytes()
     if path.suffix == ".safetensors":
         length = int.from_bytes(data[:8], "little")
@@ -62,10 +62,10 @@ def stretched_files(kinds: list[str], seeds: Path, work: Path) -> Iterator[dict[
         for path in sorted(p for p in source.rglob("*") if p.is_file()):
             folder = work / kind
             shutil.copytree(source, folder, copy_function=os.link)
-            place = folder / path.relative_to(source)
+            target = folder / path.relative_to(source)
             content = stretched(path)
-            place.unlink()
-            place.write_bytes(content)
+            target.unlink()
+            target.write_bytes(content)
             del content
             found = measured(partial(corpus.CASES[kind][1], folder))
             shutil.rmtree(work)

@@ -13,8 +13,8 @@ from typing import Any
 from mdiff.errors import MdiffError
 
 HEADROOM = 2 * 2**30
-# A load that waits (for a pipe, say) is told so after so many ticks in which it did nothing, and
-# one that computes after so many CPU seconds: how busy the machine is decides neither.
+# A load that waits (for a pipe, say) is interrupted after so many ticks in which it did nothing,
+# and one that computes after so many CPU seconds: neither depends on other processes.
 TICK_SECONDS, IDLE_TICKS, IDLE_SHARE = 0.5, 8, 0.02
 MOST_CPU_SECONDS = 4.0
 

@@ -31,25 +31,25 @@ LINK_TARGETS = ("/etc/passwd", "/dev/zero", "..", ".", "/", "/dev/null", "itself
 
 def mutated_bytes(data: bytes, chance: random.Random) -> bytes:
     """The bytes with one thing wrong: flipped, cut, repeated, moved, or with a piece put in."""
-    place = chance.randrange(len(data) + 1)
-    end = min(len(data), place + 2 ** chance.randrange(10))
+    start = chance.randrange(len(data) + 1)
+    end = min(len(data), start + 2 ** chance.randrange(10))
     kind = chance.randrange(8)
     if kind == 0 and data:
         at = chance.randrange(len(data))
         return data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
     if kind == 1:
-        return data[:place]
+        return data[:start]
     if kind == 2:
-        return data[:place] + data[end:]
+        return data[:start] + data[end:]
     if kind == 3:
-        return data[:place] + data[place:end] * chance.choice((2, 3, 100)) + data[end:]
+        return data[:start] + data[start:end] * chance.choice((2, 3, 100)) + data[end:]
     if kind == 4:
-        return data[:place] + chance.randbytes(end - place) + data[end:]
+        return data[:start] + chance.randbytes(end - start) + data[end:]
     if kind == 5:
-        return data[:place] + bytes(end - place) + data[end:]
+        return data[:start] + bytes(end - start) + data[end:]
     if kind == 6:
-        return chance.choice((b"", data[place:], data[::-1], data * 2))
-    return data[:place] + chance.choice(PIECES) + data[place:]
+        return chance.choice((b"", data[start:], data[::-1], data * 2))
+    return data[:start] + chance.choice(PIECES) + data[start:]
 
 
 def mutated_json(data: bytes, chance: random.Random) -> bytes:
@@ -118,7 +118,7 @@ def mutated_lines(data: bytes, chance: random.Random) -> bytes:
     return b"\n".join(lines)
 
 
-def mutated_place(path: Path, chance: random.Random) -> None:
+def mutated_spot(path: Path, chance: random.Random) -> None:
     """What lies at `path` becomes a link, a directory, a pipe, or is gone."""
     kind = chance.randrange(6)
     data = path.read_bytes()
@@ -155,7 +155,7 @@ def mutate(path: Path, chance: random.Random, *, replaced: bool = True) -> None:
     `replaced`: whether it may also become something other than a file.
     """
     if replaced and chance.random() < 0.05:
-        mutated_place(path, chance)
+        mutated_spot(path, chance)
         return
     data = path.read_bytes()
     change = mutation_of(path)

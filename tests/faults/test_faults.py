@@ -17,8 +17,8 @@ from folders import SUPPORT
 from safetensors import SafetensorError
 from toy_training import QUIET, recipe, same, tensors
 
-import mdiff.files.atomic as checkpoint
-import mdiff.training.loop as training
+import mdiff.files.atomic as atomic
+import mdiff.training.checkpoint as checkpoint
 from mdiff.cli import explained, run
 from mdiff.errors import DataError
 from mdiff.files.atomic import latest, steps, verify
@@ -36,8 +36,8 @@ def goes_on(out, whole, last):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-@pytest.mark.parametrize("place", ["save_file", "write_json", "_fsync"])
-def test_a_disk_that_refuses_a_save_leaves_the_one_before(tmp_path, monkeypatch, code, place):
+@pytest.mark.parametrize("function", ["save_file", "write_json", "_fsync"])
+def test_a_disk_that_refuses_a_save_leaves_the_one_before(tmp_path, monkeypatch, code, function):
     whole = train(recipe(), tmp_path / "whole", **QUIET)
     out = tmp_path / "run"
     train(recipe(steps=3), out, **QUIET)
@@ -45,9 +45,9 @@ def test_a_disk_that_refuses_a_save_leaves_the_one_before(tmp_path, monkeypatch,
     def refuse(*given, **options):
         raise OSError(code, os.strerror(code), "x")
 
-    owner = training if place == "save_file" else checkpoint
+    owner = checkpoint if function == "save_file" else atomic
     with monkeypatch.context() as patch:
-        patch.setattr(owner, place, refuse)
+        patch.setattr(owner, function, refuse)
         with pytest.raises(OSError, match="x") as caught:
             train(recipe(), out, **QUIET)
     assert explained(caught.value)[0] == (2 if code == errno.EROFS else 6)
@@ -80,9 +80,9 @@ def test_files_that_may_not_grow_leave_the_checkpoint_before(tmp_path):
     goes_on(out, whole, 3)
 
 
-def test_a_full_disk_is_told_from_what_safetensors_makes_of_it(tmp_path):
+def test_a_full_disk_is_recognised_in_the_error_of_safetensors(tmp_path):
     words = "Error while serializing: I/O error: No space left on device (os error 28)"
-    with pytest.raises(OSError, match="No space left") as caught, checkpoint.staged(tmp_path / "x"):
+    with pytest.raises(OSError, match="No space left") as caught, atomic.staged(tmp_path / "x"):
         raise SafetensorError(words)
     assert explained(caught.value)[0] == 6
     assert list(tmp_path.iterdir()) == []
@@ -105,7 +105,7 @@ def test_a_dataset_that_has_vanished_is_named_and_nothing_is_written(tmp_path, c
 
 
 class DyingRows(toy_medium.ToyRows):
-    """Rows whose reader, where it is another process than the trainer, dies at row 13."""
+    """Rows whose reader, where it is another process than the trainer, is killed at row 13."""
 
     def __init__(self, *given, **options):
         super().__init__(*given, **options)
@@ -125,7 +125,7 @@ def dying_marks():
     return Dying()
 
 
-def test_a_worker_that_dies_is_said_and_the_run_goes_on_without(tmp_path):
+def test_a_killed_loader_is_named_and_the_run_resumes_without(tmp_path):
     whole = train(recipe(), tmp_path / "whole", **QUIET)
     out = tmp_path / "run"
     settings = {"save_every": 1, "modality__name": "test_faults:dying_marks"}
@@ -139,7 +139,7 @@ def test_a_worker_that_dies_is_said_and_the_run_goes_on_without(tmp_path):
 
 def test_a_second_process_on_a_run_is_refused_by_the_command_line(tmp_path, capsys):
     out = tmp_path / "run"
-    with checkpoint.locked(out):
+    with atomic.locked(out):
         child = subprocess.run(
             [sys.executable, "-c", LIMITED, str(SUPPORT), str(out)],
             capture_output=True, text=True, check=False,

@@ -92,7 +92,7 @@ def test_an_altered_shard_is_made_again_not_made_official(tmp_path):
     open_shards(tmp_path / "out")
 
 
-def test_somebody_elses_tensors_are_not_written_over_and_other_pictures_are_told_of(tmp_path):
+def test_somebody_elses_tensors_are_not_written_over_and_other_pictures_are_reported(tmp_path):
     codec = kmeans(codebook_size=8).fit(pictures().pixels)
     for name in ("shard-000000.safetensors", "shard-model.safetensors"):
         folder = tmp_path / name
@@ -133,7 +133,7 @@ def test_settings_do_not_fetch_code(tmp_path):
         load(bert(tmp_path, attn_implementation="kernels-community/flash-attn"), mask_id=3)
 
 
-def test_a_save_that_failed_is_told_of_whatever_ends_the_steps(tmp_path, monkeypatch):
+def test_a_failed_save_is_reported_whatever_ends_the_steps(tmp_path, monkeypatch):
     def refuse(*given):
         raise OSError(28, "No space left on device")
 
@@ -231,10 +231,10 @@ def test_a_lock_that_is_a_directory_is_an_obstacle_that_is_named(tmp_path):
         pass
 
 
-def test_a_link_or_a_file_in_the_place_of_a_shard_makes_way_for_it(tmp_path):
+def test_a_link_or_a_file_where_a_shard_belongs_is_replaced_by_it(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "kept").write_text("kept")
-    for put in (Path.touch, lambda place: place.symlink_to(tmp_path / "target")):
+    for put in (Path.touch, lambda path: path.symlink_to(tmp_path / "target")):
         put(tmp_path / "shard")
         RequestShard(0, (), tmp_path / "shard").clear()
         assert not os.path.lexists(tmp_path / "shard")

@@ -42,7 +42,7 @@ class Trainer:
             word, _, rest = line.strip().partition(" ")
             if word == "started":
                 pid = int(rest)
-            # One in five dies while it is being built, the others among their steps.
+            # One in five is killed while it is being built, the others among their steps.
             if word == ("started" if seconds < LONGEST / 5 else "first"):
                 timer = threading.Timer(seconds, os.kill, (pid, signal.SIGKILL))
                 timer.start()

@@ -13,7 +13,7 @@ from figures import check
 
 BATCH = Path(__file__).parent / "batch.py"
 # Without an answer for so long the child hangs where Python cannot interrupt it.
-PATIENCE_SECONDS = 580
+TIMEOUT_SECONDS = 580
 
 
 def trials(tmp_path, first, stop):
@@ -24,7 +24,7 @@ def trials(tmp_path, first, stop):
         child = subprocess.run(
             [sys.executable, str(BATCH), str(first), str(stop), str(progress), str(tmp_path / "w")],
             env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-            timeout=PATIENCE_SECONDS, check=False,
+            timeout=TIMEOUT_SECONDS, check=False,
         )  # fmt: skip
         rows = [json.loads(line) for line in progress.read_text().splitlines()]
         done += [row for row in rows if "kind" in row]

@@ -85,7 +85,7 @@ def killed_often(work: Work, tmp_path: Path, trials: int, *, seed: int) -> dict[
         if chance.random() < AT_THE_START:
             time.sleep(chance.uniform(0, BEGUN_AFTER))
         else:
-            # A fourth of what is left, so that a folder sees several kills.
+            # A fourth of what is left, so that there are several kills in a folder.
             left = len(all_shards) - len(before)
             wait_for_shards(work, out, len(before) + chance.randint(1, 1 + left // 4), process)
             time.sleep(chance.uniform(0, LATER))
@@ -128,7 +128,7 @@ def wait_for_shards(work: Work, out: Path, count: int, process: Any) -> None:
 
 
 def killed_worker(pids: Path) -> bool:
-    """Kill one of the workers that have been hired; whether there was one to kill."""
+    """Kill one of the workers that have been started; whether there was one to kill."""
     for pid in map(int, pids.read_text().split()):
         try:
             os.kill(pid, signal.SIGKILL)
