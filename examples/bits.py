@@ -1,7 +1,7 @@
-"""Digits from bits, without a table of embeddings and without a codec.
+"""Digits from bits, without an embedding table and without a codec.
 
 A row of eight pixels, black or white, is a position of eight bits, its halves two groups of four.
-The model reads the bits and scores each half on its own; `confidence` writes the surest first.
+The model reads the bits and predicts each half; `confidence` reveals the most confident first.
 """
 
 import torch

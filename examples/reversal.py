@@ -1,7 +1,7 @@
-"""Facts told one way round, asked the other way: a masked model beside an autoregressive one.
+"""The reversal curse: a masked model beside an autoregressive one (Berglund et al. 2024).
 
-Both read "NAME is DESCRIPTION" and nothing else. "DESCRIPTION is" the autoregressive one never
-saw (Berglund et al. 2024); the masked one fills in the sentence that it did see.
+Both are trained on "NAME is DESCRIPTION" alone. The autoregressive one has no data for
+"DESCRIPTION is"; the masked one fills in the name in the sentence that it was trained on.
 """
 
 import random
@@ -12,7 +12,7 @@ import mdiff
 from mdiff.backbones.transformer import transformer
 
 
-def tell(count: int, rng: random.Random) -> list[list[str]]:
+def facts_of(count: int, rng: random.Random) -> list[list[str]]:
     """Sentences of seven invented words; no two share a name or a description."""
     words = ["".join(map(rng.choice, ("bdfgklmnprstvz", "aeiou") * 3)) for _ in range(200)]
     names = {(rng.choice(words[:50]), rng.choice(words[50:100])) for _ in range(9 * count)}
@@ -31,8 +31,8 @@ def train(model, loss, steps: int) -> None:
 
 
 def main(count: int = 100, steps: int = 1500) -> dict[str, float]:
-    """Train both, ask both ways round; print and return the shares of right answers."""
-    sentences, right = tell(count, random.Random(0)), {}
+    """Train both, ask in both directions; print and return the shares of right answers."""
+    sentences, right = facts_of(count, random.Random(0)), {}
     ids = {word: i for i, word in enumerate(sorted({w for line in sentences for w in line}))}
     facts = torch.tensor([[ids[word] for word in line] for line in sentences])
     (name, link, deed), mask = facts.split([2, 1, 4], 1), len(ids)
@@ -41,10 +41,10 @@ def main(count: int = 100, steps: int = 1500) -> dict[str, float]:
     masked, causal = transformer(**shape), transformer(**shape, causal=True)
     known = {"space": mdiff.TokenSpace(mask, mask_id=mask), "schedule": mdiff.Linear()}
     train(masked, lambda s: mdiff.masked_diffusion_loss(masked, facts, seed=s, **known)[0], steps)
-    told = torch.nn.functional.pad(facts[:, :-1], (1, 0), value=mask)
-    train(causal, lambda s: torch.nn.functional.cross_entropy(causal(told).mT, facts), steps)
+    shifted = torch.nn.functional.pad(facts[:, :-1], (1, 0), value=mask)
+    train(causal, lambda s: torch.nn.functional.cross_entropy(causal(shifted).mT, facts), steps)
     for asked, answer, given in (("description", deed, name), ("name", name, deed)):
-        gap, said = torch.full_like(answer, mask), torch.cat([told[:, :1], given, link], 1)
+        gap, said = torch.full_like(answer, mask), torch.cat([shifted[:, :1], given, link], 1)
         canvas = torch.cat([gap, link, given] if asked == "name" else [given, link, gap], 1)
         filled = mdiff.sample(masked, canvas, temperature=0, **known).tokens[canvas == mask]
         for _ in range(gap.shape[1]):

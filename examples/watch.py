@@ -1,4 +1,4 @@
-"""Watch a canvas fill in: a sampler is a generator, and the loop around it is yours.
+"""Watch the steps of a sampler: it is a generator, and the loop around it is the caller's.
 
 python examples/watch.py ["a line with [MASK:9] gaps"]
 """
