@@ -56,11 +56,11 @@ class Head(Projection):
 class Transformer(Backbone):
     """The model of a config, with initial weights by torch's global generator.
 
-    `mdiff.pipeline.hugging_face` has it as a model of transformers.
+    `mdiff.backbones.layers.hugging_face` has it as a model of transformers.
     """
 
     model_type: ClassVar[str] = "mdiff-transformer"
-    # What config.json calls the class, which is that of `mdiff.pipeline.hugging_face`.
+    # What config.json calls the class, which is that of `mdiff.backbones.layers.hugging_face`.
     architecture: ClassVar[str] = "TransformerForMaskedLM"
     no_split = ("Block",)
 

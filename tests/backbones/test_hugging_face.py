@@ -11,16 +11,16 @@ from transformers import AutoConfig, AutoModelForMaskedLM, Trainer, TrainingArgu
 
 import mdiff
 from mdiff.backbones.bit_transformer import bit_transformer
-from mdiff.backbones.transformer import transformer
-from mdiff.denoiser import Denoiser, has_own_head
-from mdiff.errors import ConfigError
-from mdiff.find import find
-from mdiff.pipeline.hugging_face import (
+from mdiff.backbones.layers.hugging_face import (
     BitTransformerForMaskedLM,
     PretrainedTransformerConfig,
     TransformerForMaskedLM,
     as_pretrained,
 )
+from mdiff.backbones.transformer import transformer
+from mdiff.denoiser import Denoiser, has_own_head
+from mdiff.errors import ConfigError
+from mdiff.find import find
 from mdiff.schedule import Linear
 from mdiff.tokens import TokenSpace
 
