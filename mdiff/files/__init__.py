@@ -46,4 +46,5 @@ from mdiff.files.weights import TYPES as TYPES
 from mdiff.files.weights import DeviceMap as DeviceMap
 from mdiff.files.weights import load_weights as load_weights
 from mdiff.files.weights import problems as problems
+from mdiff.files.weights import without_memory as without_memory
 from mdiff.files.yaml import parse_yaml as parse_yaml

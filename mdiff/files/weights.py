@@ -7,12 +7,15 @@ and without a second copy, so that a model takes little more memory than its fil
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mdiff.errors import CheckpointError
 from mdiff.files.untrusted import Header
@@ -30,6 +33,30 @@ SHOWN = 4
 # Held while transformers loads: it sets the default type of the whole process for that time, and
 # its first import is not safe in several threads.
 TRANSFORMERS = threading.RLock()
+INITIALISERS = frozenset(x for x in vars(nn.init).values() if isinstance(x, FunctionType))
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves the functions of `torch.nn.init` out."""
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:  # fmt: skip
+        kwargs = kwargs or {}
+        if func in INITIALISERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules made within take no memory: they are on the meta device, for `load_weights`.
+
+    torch draws initial values there too, by code whose import takes longer than a small model.
+    """
+    with torch.device("meta"), _NoInitialValues():
+        yield
 
 
 def load_weights(

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from mdiff.errors import CheckpointError, ConfigError
-from mdiff.files import CONFIG, MODEL_INDEX, TYPES, Fields, ModelFiles, load_weights, read_json
+from mdiff.files import (
+    CONFIG,
+    MODEL_INDEX,
+    TYPES,
+    Fields,
+    ModelFiles,
+    load_weights,
+    read_json,
+    without_memory,
+)
 from mdiff.find import find
 from mdiff.modalities.image import ARCHITECTURE, load_text_encoder, text_to_image
 from mdiff.pipeline.pipeline import Pipeline
@@ -78,7 +87,7 @@ def load_directory(
 
 def load_codec(files: ModelFiles, device: torch.device) -> Any:
     """The VQModel in a folder of the layout of diffusers, in float32."""
-    with torch.device("meta"):
+    with without_memory():
         codec = find("codecs", "vq_diffusers")(described=files.config)
     load_weights(codec.published, files.headers, dtype=torch.float32, device=device)
     codec.stored = {name: TYPES[entry["dtype"]] for name, entry in files.entries.items()}

@@ -15,7 +15,7 @@ import torch
 from mdiff.backbones.layers import Backbone
 from mdiff.backbones.masked_lm import check_settings
 from mdiff.errors import BackendError, CheckpointError, ConfigError, nearest
-from mdiff.files import CONFIG, TYPES, DeviceMap, ModelFiles, load_weights
+from mdiff.files import CONFIG, TYPES, DeviceMap, ModelFiles, load_weights, without_memory
 from mdiff.find import find, module_of, names
 
 # What the model_type of our own architectures begins with.
@@ -166,7 +166,7 @@ def filled(
 
 def built(family: str, config: Mapping[str, object]) -> Backbone:
     """The module of a config, without memory for its weights (on the meta device)."""
-    with torch.device("meta"):
+    with without_memory():
         module: Backbone = find("backbones", family)(config)
     return module
 

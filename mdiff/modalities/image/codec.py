@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mdiff.errors import CheckpointError, ConfigError, DataError
-from mdiff.files import Header, check_tensors, load_weights, read_json, read_tensors
+from mdiff.files import (
+    Header,
+    check_tensors,
+    load_weights,
+    read_json,
+    read_tensors,
+    without_memory,
+)
 from mdiff.find import find, module_of, names
 
 SETTINGS = "codec.json"
@@ -132,7 +139,7 @@ def make_codec(
     try:
         if header is not None:
             _check_sizes(build, options, header, origin=str(path))
-        with torch.device("meta") if shell else nullcontext():
+        with without_memory() if shell else nullcontext():
             codec: Codec = build(**options)
     except TypeError as error:
         raise ConfigError(f"codec {name!r}: {error}") from None
@@ -147,7 +154,7 @@ def _check_sizes(
 ) -> None:
     """Raise CheckpointError, before memory is taken, where the options are not of these files."""
     try:
-        with torch.device("meta"):
+        with without_memory():
             shell = build(**options)
     except RuntimeError:
         # A codec that needs values when it is made, which a meta device lacks, checks its sizes.
@@ -226,7 +233,7 @@ def _published(folder: Path) -> Codec:
         )
     path = folder / PUBLISHED_TENSORS
     header = check_tensors(path)
-    with torch.device("meta"):
+    with without_memory():
         codec: _Published = find("codecs", name)(config=described)
         for buffer in sorted(set(codec.optional()) & set(header)):
             codec.keep(buffer)

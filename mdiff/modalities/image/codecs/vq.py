@@ -44,7 +44,9 @@ class VQ(nn.Module):
             channels=channels, width=width, stride=stride, blocks=blocks, inputs=inside
         )
         # Unit vectors, one table for each code of a position; what is learnt replaces them.
-        table = F.normalize(torch.randn(codes_per_position, codebook_size, code_width), dim=2)
+        table = torch.empty(codes_per_position, codebook_size, code_width)
+        if not table.is_meta:
+            table = F.normalize(torch.randn(table.shape), dim=2)
         self.register_buffer("codebook", table)
         self.codebook: Tensor
         self.eval().requires_grad_(False)
