@@ -23,6 +23,8 @@ from mdiff.training.recipe import Train
 MicroBatch = tuple[Tensor, Batch]
 
 
+# A step at the end of an epoch reads from two.
+@lru_cache(maxsize=2)
 def epoch_order(rows: int, *, epoch: int, seed: int) -> Tensor:
     """A permutation of the row numbers (rows,) int64, its own for each epoch.
 
@@ -31,12 +33,6 @@ def epoch_order(rows: int, *, epoch: int, seed: int) -> Tensor:
     >>> sorted(epoch_order(4, epoch=1, seed=0).tolist())
     [0, 1, 2, 3]
     """
-    return _epoch_order(rows, epoch, seed)
-
-
-# A step at the end of an epoch reads from two.
-@lru_cache(maxsize=2)
-def _epoch_order(rows: int, epoch: int, seed: int) -> Tensor:
     lane = philox.SHUFFLE << 24
     high, low, _, _ = philox.words(seed, torch.arange(rows), 0, epoch, lane)
     return ((high & 0x7FFFFFFF) << 32 | low).argsort(stable=True)

@@ -81,10 +81,8 @@ class Journal:
                 self._board.add_scalar(key, value, step)
         self._window, self._window_began = [], now
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Close the files."""
         self._file.close()
         if self._board is not None:
             self._board.close()

@@ -85,7 +85,7 @@ def _train(
                 out, start=start, steps=recipe.train.steps, every=recipe.log.every,
                 unit=run.examples.unit, tensorboard=recipe.log.tensorboard, report=report,
             )  # fmt: skip
-            stack.enter_context(journal)
+            stack.callback(journal.close)
         # Its exit comes before the lock's release: no other run writes while this one still does.
         writer = stack.enter_context(Writer())
         interrupted = stack.enter_context(_signals())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -44,12 +44,8 @@ class Muon(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every matrix with a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:
@@ -61,7 +57,6 @@ class Muon(torch.optim.Optimizer):
                 buffer.mul_(group["momentum"]).add_(weight.grad)
                 ahead = weight.grad.add(buffer, alpha=group["momentum"])
                 self.move(weight, ahead, group)
-        return loss
 
     def move(self, weight: Tensor, ahead: Tensor, group: dict[str, Any]) -> None:
         """Decay a weight and move it by s O of `ahead`, which is G + momentum B.
