@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mdiff.cli.views.console import message
-from mdiff.errors import ConfigError
+from mdiff.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from mdiff.pipeline import CallOptions
@@ -101,6 +101,24 @@ def refuse_both(options: Mapping[str, object]) -> None:
     given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)}: give one of them")
+
+
+def input_rows(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, dict[str, object]]]:
+    """The objects of a JSONL file of requests, each with its name for messages.
+
+    Raises DataError for an unknown key and for a file without an object.
+    """
+    from mdiff.modalities.text import json_lines, read_text
+
+    number, known = 0, sorted(keys)
+    for number, row in enumerate(json_lines(read_text(path), path), start=1):
+        where = f"{path}, object {number}"
+        for key in row:
+            if key not in known:
+                raise DataError(f"{where} has an unknown key {key!r}; {nearest(key, known)}")
+        yield where, row
+    if not number:
+        raise DataError(f"{path} holds no object")
 
 
 def parsed_options(pairs: list[str] | None) -> dict[str, object]:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mdiff.cli.options import input_rows
 from mdiff.cli.views.console import message, result, result_json
 from mdiff.cli.views.samples import entries, figures
-from mdiff.errors import DataError, nearest
+from mdiff.errors import DataError
 
 if TYPE_CHECKING:
     from mdiff.pipeline import CallOptions, Generated, Pipeline
 
 KINDS = ("prompt", "infill", "chat")
-INPUT_KEYS = (*KINDS, "length")
 
 
 class TextRequest(NamedTuple):
@@ -38,23 +38,18 @@ def text_requests(
 
 def requests_of_file(path: Path) -> list[TextRequest]:
     """The requests of a JSONL file; DataError for a line that is not one."""
-    from mdiff.modalities.text import json_lines, read_text
-
     found = []
-    for number, row in enumerate(json_lines(read_text(path), path), start=1):
-        where = f"{path}, object {number}"
-        for key in row:
-            if key not in INPUT_KEYS:
-                raise DataError(f"{where} has an unknown key {key!r}; {nearest(key, INPUT_KEYS)}")
+    for where, row in input_rows(path, (*KINDS, "length")):
         kinds = [kind for kind in KINDS if kind in row]
-        if len(kinds) != 1 or not isinstance(row[kinds[0]], str):
+        text, length = row.get(kinds[0]) if len(kinds) == 1 else None, row.get("length")
+        if not isinstance(text, str):
             raise DataError(f"{where}: expected one of 'prompt', 'infill' and 'chat', a string")
-        length = row.get("length")
-        if length is not None and (type(length) is not int or length < 1 or kinds[0] == "infill"):
+        if length is None:
+            found.append(TextRequest(kinds[0], text))
+        elif type(length) is int and length >= 1 and kinds[0] != "infill":
+            found.append(TextRequest(kinds[0], text, length))
+        else:
             raise DataError(f"{where}: length={length!r}: expected a whole number, for a prompt")
-        found.append(TextRequest(kinds[0], row[kinds[0]], length))
-    if not found:
-        raise DataError(f"{path} holds no object")
     return found
 
 

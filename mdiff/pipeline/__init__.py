@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mdiff.pipeline.conversion import convert as convert
+from typing import TYPE_CHECKING
+
 from mdiff.pipeline.features import features as features
 from mdiff.pipeline.generation import Generated as Generated
 from mdiff.pipeline.generation import Generation as Generation
@@ -22,3 +23,15 @@ from mdiff.pipeline.saving import write_pipeline as write_pipeline
 from mdiff.pipeline.scoring import Progress as Progress
 from mdiff.pipeline.scoring import bound_of_rows as bound_of_rows
 from mdiff.pipeline.scoring import windows as windows
+
+if TYPE_CHECKING:
+    from mdiff.pipeline.conversion import convert as convert
+
+
+def __getattr__(name: str) -> object:
+    # Conversion imports the codecs of images, and these PIL: of no use to a model of text.
+    if name == "convert":
+        from mdiff.pipeline.conversion import convert
+
+        return convert
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

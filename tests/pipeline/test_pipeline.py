@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from folders import ROOT
 from toys import make_toy
 from transformers import BertConfig, BertForMaskedLM
 
@@ -211,6 +214,18 @@ def test_guidance_masks_the_prompt_and_doubles_the_calls() -> None:
 def test_numbers_below_one_are_refused(options: dict) -> None:
     with pytest.raises(ConfigError, match="need at least 1"):
         tiny().generate("", **options)
+
+
+def test_generating_text_imports_nothing_of_images_training_or_transformers() -> None:
+    script = (
+        "import sys, mdiff; mdiff.load('builtin:shakespeare', device='cpu').generate(length=2);"
+        "print(*{'PIL', 'transformers', 'datasets', 'sklearn', 'pyarrow', 'accelerate',"
+        " 'torch._dynamo', 'rich', 'typer'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.split() == []
 
 
 def test_an_empty_list_of_prompts_is_refused() -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mdiff.cli.options import input_rows
 from mdiff.cli.views.console import message
-from mdiff.errors import ConfigError, DataError, nearest
+from mdiff.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,20 +51,13 @@ def combined(
 
 def requests_of(path: Path) -> list[dict[str, str]]:
     """The prompts of a JSONL file: a label, a prompt (the caption) and an image a line."""
-    from mdiff.modalities.text import json_lines, read_text
-
     keys = {option.removeprefix("--"): name for name, option in OPTIONS.items()}
     found = []
-    for number, row in enumerate(json_lines(read_text(path), path), start=1):
+    for where, row in input_rows(path, keys):
         for key, value in row.items():
-            if key not in keys:
-                near = nearest(key, keys)
-                raise DataError(f"{path}, object {number} has an unknown key {key!r}; {near}")
             if not isinstance(value, str):
-                raise DataError(f"{path}, object {number}: {key}={value!r}: expected a string")
-        found.append({keys[key]: value for key, value in row.items()})
-    if not found:
-        raise DataError(f"{path} holds no object")
+                raise DataError(f"{where}: {key}={value!r}: expected a string")
+        found.append({keys[key]: str(value) for key, value in row.items()})
     return found
 
 
