@@ -163,13 +163,22 @@ def canvas_of(
     return given if len(given) == size else continued(given, size, mask_id=model.space.mask_id)
 
 
-def call_number(options: CallOptions) -> int:
-    """The number of samples, taken out of the options of a call by its name or its old name."""
-    number, old = options.pop("num_samples", None), options.pop("n", None)
-    if number is not None and old is not None:
+def call_prompts(prompt: Prompt | Iterable[Prompt], options: SamplingOptions) -> list[Prompt]:
+    """The prompts of a call, by the argument's name or by its old one."""
+    if "prompts" not in options:
+        return listed(prompt)
+    if prompt != "":
+        raise ConfigError("prompt and prompts are the same: give one of them")
+    return listed(options.pop("prompts"))
+
+
+def call_number(num_samples: int, options: SamplingOptions) -> int:
+    """The number of samples of a call, by the argument's name or by its old one."""
+    if "n" not in options:
+        return num_samples
+    if num_samples != 1:
         raise ConfigError("num_samples and n are the same: give one of them")
-    found = old if number is None else number
-    return 1 if found is None else found
+    return options.pop("n")
 
 
 def call_seed(options: CallOptions) -> Seed | Sequence[torch.Generator]:

@@ -23,6 +23,7 @@ from mdiff.pipeline.options import (
     SamplingOptions,
     Seed,
     call_number,
+    call_prompts,
     call_seed,
     canvas_of,
     listed,
@@ -94,10 +95,7 @@ class Pipeline:
         Raises ConfigError for numbers below 1 and for options that the sampler does not take,
         DataError for a prompt that does not fit.
         """
-        prompts = listed(options.pop("prompts", prompt))
-        if "n" in options and num_samples != 1:
-            raise ConfigError("num_samples and n are the same: give one of them")
-        number = options.pop("n", num_samples)
+        prompts, number = call_prompts(prompt, options), call_number(num_samples, options)
         canvases = self.canvases(
             prompts, num_samples=number, length=length, max_new_tokens=max_new_tokens
         )
@@ -116,7 +114,8 @@ class Pipeline:
 
         The options are those of `generate`, the length excepted.
         """
-        canvases = self.templates(templates, num_samples=call_number(options))
+        number = call_number(options.pop("num_samples", 1), options)
+        canvases = self.templates(templates, num_samples=number)
         return [sample for run in self.runs(canvases, **options) for sample in run.finished()]
 
     def stream(
@@ -128,7 +127,8 @@ class Pipeline:
         **options: Unpack[CallOptions],
     ) -> Iterator[State]:
         """The states of all samples as one batch; arguments and order are those of `generate`."""
-        prompts, number = listed(options.pop("prompts", prompt)), call_number(options)
+        prompts = call_prompts(prompt, options)
+        number = call_number(options.pop("num_samples", 1), options)
         canvases = self.canvases(
             prompts, num_samples=number, length=length, max_new_tokens=max_new_tokens
         )
@@ -174,7 +174,7 @@ class Pipeline:
         """The edits of `edit` and its batches as in `runs`; `Edits.pasted` finishes each image."""
         if not isinstance(self.modality, Editable):
             raise ConfigError(f"edit: this is a model of {self.modality.name}, not of pictures")
-        number = call_number(options)
+        number = call_number(options.pop("num_samples", 1), options)
         options["seed"] = seeds = row_seeds(call_seed(options), number)
         edits = self.modality.edited(
             picture, mask, given=given or {}, strength=strength, seeds=seeds

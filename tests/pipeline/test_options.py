@@ -147,6 +147,7 @@ def test_a_generator_yields_the_seed(tiny: Pipeline) -> None:
         ({"max_new_tokens": 40}, "use sampler 'blocks'"),
         ({"seed": 0, "generator": torch.Generator()}, "seed and generator: give one"),
         ({"num_samples": 2, "n": 3}, "num_samples and n"),
+        ({"prompts": "cd"}, "prompt and prompts"),
         ({"num_samples": 0}, "num_samples=0: need at least 1"),
         ({"n": 0}, "num_samples=0: need at least 1"),
         ({"negative": "a", "negative_prompt": "b", "guidance_scale": 2.0}, "give one"),
