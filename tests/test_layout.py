@@ -40,12 +40,10 @@ def test_imports_point_downwards_only():
     assert wrong_arrows(SOURCES.arrows) == []
 
 
-@being_rebuilt
 def test_no_files_import_each_other_in_a_circle():
     assert circles(SOURCES.arrows) == []
 
 
-@being_rebuilt
 def test_no_folder_is_too_full():
     assert SOURCES.full_folders() == {}
 
@@ -87,14 +85,16 @@ def test_the_drawing_shows_every_room():
     assert all(f">{room}</text>" in shown for room in set().union(*FLOORS))
 
 
-@being_rebuilt
 def test_attributes_are_seldom_probed_by_name():
     assert sum(SOURCES.count(PROBES).values()) <= MOST_PROBES
 
 
-@being_rebuilt
 def test_types_are_seldom_left_open():
     assert sum(SOURCES.count(r"\bAny\b", imports=False).values()) <= MOST_ANYS
+
+
+@being_rebuilt
+def test_the_type_checker_is_seldom_overruled():
     assert sum(SOURCES.count(r"type: ignore").values()) <= MOST_IGNORES
 
 
@@ -110,13 +110,16 @@ def test_the_package_stays_small():
     assert SOURCES.lines() <= MOST_LINES_IN_ALL
 
 
-def test_a_sampler_does_not_import_another_but_blocks_its_default():
+def test_a_sampler_does_not_import_another_but_its_default_or_the_one_it_is_a_case_of():
+    allowed = {
+        ("samplers.blocks", "samplers.first_hitting"), ("samplers.amused", "samplers.confidence"),
+    }  # fmt: skip
     wrong = [
         pair
         for pair in SOURCES.arrows
         if pair[0].startswith("samplers.")
         and pair[1].startswith("samplers.")
-        and pair != ("samplers.blocks", "samplers.first_hitting")
+        and pair not in allowed
     ]
     assert not wrong
 

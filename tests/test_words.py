@@ -8,8 +8,10 @@ from folders import ROOT
 
 # What is still being rewritten: files and folders that are reported and not asserted.
 UNFINISHED = (
-    "CHANGELOG.md", "CONTRIBUTING.md", "README.md", "benchmarks/", "configs/", "docs/", "examples/",
-    "kernels/", "mdiff/", "samplers/", "tests/",
+    "CHANGELOG.md", "CONTRIBUTING.md", "docs/", "mdiff/backbones/", "mdiff/errors.py",
+    "mdiff/modalities/", "mdiff/sampling/", "mdiff/tokens.py", "samplers/", "tests/backbones/",
+    "tests/cli/", "tests/denoiser/", "tests/kernels/", "tests/modalities/", "tests/samplers/",
+    "tests/sampling/", "tests/support/",
 )  # fmt: skip
 
 

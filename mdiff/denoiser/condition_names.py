@@ -1,4 +1,4 @@
-"""Names of the conditions that a text-conditioned U-ViT takes, as diffusers calls them."""
+"""Names of the conditions of aMUSEd's U-ViT, as diffusers calls them."""
 
 from __future__ import annotations
 
