@@ -40,7 +40,7 @@ def _float64(formula: Callable[[Tensor], Tensor], value: Tensor | float) -> Tens
     """The formula in float64, in the floating type of `value` (float64 for a number)."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return formula(value.double()).to(value.dtype)
-    return formula(_as_float64(value))
+    return formula(as_float64(value))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Linear:
 
     def time_at(self, m: Tensor | float) -> Tensor:
         """T = m."""
-        return _as_float64(m)
+        return as_float64(m)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Cosine:
 
     def time_at(self, m: Tensor | float) -> Tensor:
         """T = (2 / pi) asin m."""
-        return torch.asin(_as_float64(m)) * (2 / math.pi)
+        return torch.asin(as_float64(m)) * (2 / math.pi)
 
 
 def _half_pi_cotangent(t: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Polynomial:
 
     def time_at(self, m: Tensor | float) -> Tensor:
         """T = m^(1/p)."""
-        return _as_float64(m) ** (1 / self.power)
+        return as_float64(m) ** (1 / self.power)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Arccos:
 
     def time_at(self, m: Tensor | float) -> Tensor:
         """T = 2 sin^2(pi m / 4)."""
-        return 2 * torch.sin(math.pi / 4 * _as_float64(m)) ** 2
+        return 2 * torch.sin(math.pi / 4 * as_float64(m)) ** 2
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Exponential:
 
     def time_at(self, m: Tensor | float) -> Tensor:
         """T = -log1p(m expm1(-a)) / a."""
-        return torch.log1p(_as_float64(m) * math.expm1(-self.rate)) / -self.rate
+        return torch.log1p(as_float64(m) * math.expm1(-self.rate)) / -self.rate
 
 
 @dataclass(frozen=True)
@@ -196,11 +196,11 @@ class Geometric:
 
     def time_at(self, m: Tensor | float) -> Tensor:
         """T = log1p(s / lo) / ln(hi / lo), s = -log1p(m expm1(lo - hi))."""
-        noise = -torch.log1p(_as_float64(m) * math.expm1(self.lo - self.hi))
+        noise = -torch.log1p(as_float64(m) * math.expm1(self.lo - self.hi))
         return torch.log1p(noise / self.lo) / math.log(self.hi / self.lo)
 
 
-def _as_float64(value: Tensor | float) -> Tensor:
+def as_float64(value: Tensor | float) -> Tensor:
     """The value in float64, a number on the CPU whatever the default device is."""
     if isinstance(value, Tensor):
         return value.double()

@@ -13,7 +13,7 @@ from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
 from mdiff.samplers.confidence import confidence
 from mdiff.sampling import State, schedule_counts
-from mdiff.schedule import Cosine, Schedule
+from mdiff.schedule import Cosine, Schedule, as_float64
 from mdiff.tokens import TokenSpace
 
 # The calls and the factors of the noise at the first and the last of them, as published.
@@ -26,7 +26,7 @@ class CosineInFloat32(Cosine):
 
     def mask_prob(self, t: Tensor | float) -> Tensor:
         """m(t) = cos(pi (1 - t) / 2), in float32."""
-        ratio = 1 - torch.as_tensor(t, dtype=torch.float64)
+        ratio = 1 - as_float64(t)
         return torch.cos(ratio.float() * math.pi / 2)
 
 
@@ -69,5 +69,5 @@ def amused(
     yield from confidence(
         denoiser, canvas, space=space.checked(), schedule=schedule, seed=seed, valid=valid,
         cond=cond, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, counts=counts,
-        noise=torch.linspace(*noise, steps),
+        noise=torch.linspace(*noise, steps, dtype=torch.float32, device="cpu"),
     )  # fmt: skip

@@ -130,7 +130,8 @@ def _as_object(key: str, value: object, hint: object, label: str) -> object:
     if isinstance(value, list):
         if Tensor in kinds:
             try:
-                value = torch.tensor(value)
+                kind = torch.float32 if any(type(x) is float for x in value) else None
+                value = torch.tensor(value, dtype=kind, device="cpu")
             except (TypeError, ValueError):
                 raise ConfigError(f"{label}: {key}={value!r}: expected whole numbers") from None
         elif any(typing.get_origin(kind) is tuple for kind in kinds):

@@ -21,6 +21,8 @@ OPTIONS = [
     {"sampler": "confidence", "steps": 8, "noise": 2.0},
     {"sampler": "confidence", "threshold": 0.3},
     {"sampler": "halton", "steps": 5},
+    {"sampler": "amused", "steps": 7},
+    {"sampler": "confidence", "steps": 3, "noise": [1.7, 0.3, 0.1]},
     {"sampler": "blocks", "block_length": 8},
     {"guidance_scale": 1.5, "guidance_schedule": "linear"},
     {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "temperature": 0.7},
