@@ -1,4 +1,4 @@
-"""Guidance by a negative prompt: the unconditional branch begins with other tokens."""
+"""Guidance by a negative prefix: the unconditional branch begins with other tokens."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mdiff.tokens import TokenSpace
 
 def negative_prompt(
     denoiser: Denoiser,
-    prompt: Tensor,
+    prefix: Tensor,
     *,
     space: TokenSpace,
     guidance_scale: float,
     guidance_schedule: str | Ramp = "constant",
     interval: tuple[float, float] | None = None,
 ) -> Callable[[Tensor, Tensor | None], NegativePrompt]:
-    """`guided` with another branch that begins with `prompt` (N,) int64.
+    """`guided` with another branch that begins with `prefix` (N,) int64.
 
-    There the prompt stands instead of all that is given before a row's first hidden position.
+    There the prefix stands instead of all that is given before a row's first hidden position.
     Returns what binds it to a batch: from the canvas (B, L) int64 and its valid positions (B, L)
     bool or None to the guided Denoiser of these rows, which is called on all of them, or by its
     `for_rows` on some. The other options are those of `guided`.
@@ -36,7 +36,7 @@ def negative_prompt(
         if valid is not None:
             hidden &= valid
         replaced = hidden.cumsum(1) == 0
-        return NegativePrompt(denoiser, strength, prompt.to(canvas.device), replaced)
+        return NegativePrompt(denoiser, strength, prefix.to(canvas.device), replaced)
 
     return bound
 
@@ -44,7 +44,7 @@ def negative_prompt(
 class NegativePrompt(Guided):
     """A Denoiser of the rows of one canvas; see `negative_prompt`.
 
-    `replaced` (B, L) bool are the positions instead of which the other branch has `prompt` (N,).
+    `replaced` (B, L) bool are the positions instead of which the other branch has `prefix` (N,).
     No position that is asked for may be one of them.
     """
 
@@ -52,14 +52,14 @@ class NegativePrompt(Guided):
     block_length = None
 
     def __init__(
-        self, denoiser: Denoiser, strength: Strength, prompt: Tensor, replaced: Tensor
+        self, denoiser: Denoiser, strength: Strength, prefix: Tensor, replaced: Tensor
     ) -> None:
         super().__init__(denoiser, strength)
-        self.prompt, self.replaced = prompt, replaced
+        self.prefix, self.replaced = prefix, replaced
 
     def for_rows(self, index: Tensor) -> NegativePrompt:
         """The same for the rows `index` (N,) int64 alone."""
-        return NegativePrompt(self.denoiser, self.strength, self.prompt, self.replaced[index])
+        return NegativePrompt(self.denoiser, self.strength, self.prefix, self.replaced[index])
 
     def __call__(
         self,
@@ -72,9 +72,9 @@ class NegativePrompt(Guided):
         cond: Condition | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Logits (N, V) of the positions `at`; else (B, L, V), 0 at padding and in the prompt."""
+        """Logits (N, V) of the positions `at`; else (B, L, V), 0 at padding and in the prefix."""
         if documents is not None or cache is not None:
-            raise ConfigError("a negative prompt takes one document a row and no cache")
+            raise ConfigError("a negative prefix takes one document a row and no cache")
         if at is not None:
             return super().__call__(tokens, at=at, valid=valid, t=t, cond=cond)
         inside = ~self.replaced if valid is None else ~self.replaced & valid
@@ -87,7 +87,7 @@ class NegativePrompt(Guided):
         self, tokens: Tensor, rows: Tensor, *, at: Tensor | None, valid: Tensor | None,
         cond: Condition | None,
     ) -> Call:  # fmt: skip
-        """The call of the model on all rows and then on `rows` (R,) with the prompt in front.
+        """The call of the model on all rows and then on `rows` (R,) with the prefix in front.
 
         What is kept of each row stands side by side, padding behind it: (B + R, W).
         """
@@ -100,12 +100,12 @@ class NegativePrompt(Guided):
         # What is kept, in its order, then padding.
         order = (~kept).long().argsort(dim=1, stable=True)
         size = kept.sum(1)
-        before = len(self.prompt) * other.long()
+        before = len(self.prefix) * other.long()
         position = torch.arange(int((before + size).max()), device=device)[None]
         behind = position - before[:, None]
         source = order.gather(1, behind.clamp(0, tokens.shape[1] - 1))
         is_kept = (behind >= 0) & (behind < size[:, None])
-        prompt = self.prompt[position.clamp(max=len(self.prompt) - 1)]
-        whole = torch.where(behind < 0, prompt, call.tokens.gather(1, source))
+        prefix = self.prefix[position.clamp(max=len(self.prefix) - 1)]
+        whole = torch.where(behind < 0, prefix, call.tokens.gather(1, source))
         requested = None if call.at is None else is_kept & call.at.gather(1, source)
         return Call(whole, requested, is_kept | (behind < 0), call.cond)

@@ -108,7 +108,7 @@ class StepRows(Dataset[list[MicroBatch]]):
         try:
             yield from loader
         except RuntimeError as error:
-            # An exception of a worker keeps its type; of a killed one torch has only this text.
+            # An exception of a worker keeps its type; of a killed one torch has only this message.
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise DataError(
