@@ -40,6 +40,10 @@ def test_imports_point_downwards_only():
     assert wrong_arrows(SOURCES.arrows) == []
 
 
+def test_a_room_is_imported_by_its_face():
+    assert SOURCES.around_faces() == []
+
+
 def test_no_files_import_each_other_in_a_circle():
     assert circles(SOURCES.arrows) == []
 
@@ -48,7 +52,7 @@ def test_no_folder_is_too_full():
     assert SOURCES.full_folders() == {}
 
 
-def test_the_rules_see_what_breaks_them(tmp_path):
+def test_the_rules_find_what_breaks_them(tmp_path):
     assert wrong_arrows([("tokens", "files"), ("denoiser.a", "sampling"), ("cli.a", "cli.b")]) == [
         "tokens imports files", "denoiser.a imports sampling",
     ]  # fmt: skip
@@ -57,6 +61,10 @@ def test_the_rules_see_what_breaks_them(tmp_path):
     for number in range(MOST_IN_A_FOLDER + 1):
         (tmp_path / "mdiff" / "sub" / f"f{number}.py").touch()
     assert Package(tmp_path).full_folders() == {"sub": MOST_IN_A_FOLDER + 1}
+    # `f1` of the face is a function, `f2` the file.
+    (tmp_path / "mdiff" / "sub" / "__init__.py").write_text("from mdiff.sub.f1 import f1 as f1\n")
+    (tmp_path / "mdiff" / "a.py").write_text("from mdiff.sub import f1\nfrom mdiff.sub import f2\n")
+    assert Package(tmp_path).around_faces() == ["a imports sub.f2"]
 
 
 def test_the_counts_count_what_they_name(tmp_path):

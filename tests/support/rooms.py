@@ -100,7 +100,10 @@ class Package:
     @cached_property
     def arrows(self) -> list[Arrow]:
         """(importing file, imported file or folder) of every import inside the package."""
+        faces = {s.name: exported(s.tree) for s in self.sources if s.path.name == "__init__.py"}
         known = {source.name for source in self.sources}
+        # A name that a face exports may be that of a file beside it.
+        known -= {f"{folder}.{name}" for folder, names in faces.items() for name in names}
         return sorted(
             {
                 (source.name, imported)
@@ -109,6 +112,19 @@ class Package:
                 if imported and not imported.startswith("__")
             }
         )
+
+    def around_faces(self) -> list[str]:
+        """The imports of a file of another room that is no part: not by the room's face."""
+        folders = {folder.replace("/", ".") for folder in self.entries()}
+        parts = {folder.replace("/", ".") for folder in OF_PARTS}
+        return [
+            f"{name} imports {imported}"
+            for name, imported in self.arrows
+            if name.partition(".")[0] != imported.partition(".")[0]
+            and "." in imported
+            and imported not in folders
+            and imported.rpartition(".")[0] not in parts
+        ]
 
     def count(self, pattern: str, *, imports: bool = True) -> dict[str, int]:
         """How often a pattern occurs in each file where it does; `imports`: in import lines too."""
@@ -179,6 +195,16 @@ class Package:
 def dotted(path: Path) -> str:
     """The name of a file or a folder below the package, such as files.atomic."""
     return ".".join(part for part in path.with_suffix("").parts if part != "__init__")
+
+
+def exported(tree: ast.Module) -> set[str]:
+    """The names that the import statements of a face bind."""
+    return {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
 
 
 def imports(tree: ast.Module, known: set[str]) -> Iterator[str]:
