@@ -16,7 +16,7 @@ from torch import Tensor
 
 import mdiff.kernels
 from mdiff.kernels.draw_torch import COLDEST, HOTTEST, draw_torch
-from mdiff.kernels.reference import TILE, Draw
+from mdiff.kernels.reference import TILE, Draw, unit_stride
 
 # The same number as in onepass.c: a library that was built from another file is refused.
 ABI = 3
@@ -87,10 +87,8 @@ def draw_c(
     if LIBRARY is None or logits_NV.device.type != "cpu":
         raise RuntimeError(WHY_NOT or f"draw_c takes CPU tensors, not {logits_NV.device}")
     rows, vocab = logits_NV.shape
-    logits_NV = _rows_whole(logits_NV)
-    unconditional = None if unconditional is None else _rows_whole(unconditional)
-    if span is not None and span.stride(1) != 1:
-        span = span.contiguous()
+    logits_NV, unconditional = unit_stride(logits_NV), unit_stride(unconditional)
+    span = unit_stride(span)
     columns = _columns(forbidden) if forbidden else None
     # C writes here: int64 and float32 on the CPU, whatever the process's defaults are.
     tokens = torch.empty(rows, dtype=torch.int64, device="cpu")
@@ -114,13 +112,6 @@ def draw_c(
     if LIBRARY.onepass_draw(request) != 0:
         raise MemoryError("no memory for a tile of logits a thread")
     return Draw(tokens, log_prob, entropy, margin)
-
-
-def _rows_whole(logits_NV: Tensor) -> Tensor:
-    """The logits with the columns of a row side by side."""
-    return (
-        logits_NV if logits_NV.shape[1] == 1 or logits_NV.stride(1) == 1 else logits_NV.contiguous()
-    )
 
 
 @lru_cache(maxsize=16)

@@ -10,13 +10,12 @@ import os
 import sys
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import overload
 
 import torch
 from torch import Tensor
 
 from mdiff.kernels.draw_torch import COLDEST, HOTTEST, draw_torch
-from mdiff.kernels.reference import TILE, Draw
+from mdiff.kernels.reference import TILE, Draw, unit_stride
 
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 # The most ids that top_k keeps here.
@@ -115,16 +114,16 @@ def draw_triton(
         raise RuntimeError(reason)
     if tile < 1 or tile & (tile - 1):
         raise ValueError(f"tile={tile}: need a power of two")
-    of_rows = [seed, position, sample, step, _unit_stride(span), _unit_stride(unconditional), scale]
+    of_rows = [seed, position, sample, step, unit_stride(span), unit_stride(unconditional), scale]
     device, drawn = logits_NV.device, []
     for part in _turns(logits_NV, any(each is not None for each in (top_k, top_p, min_p))):
         logits = logits_NV[part]
         tokens = torch.empty(len(logits), dtype=torch.int64, device=device)
         figures = torch.empty((3, len(logits)), dtype=torch.float32, device=device)
         if len(logits):
-            with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+            with torch.cuda.device(logits.get_device()):
                 _launch(
-                    _unit_stride(logits), tokens, figures, tile,
+                    unit_stride(logits), tokens, figures, tile,
                     [None if each is None else each[part] for each in of_rows],
                     (temperature, top_k, top_p, min_p), forbidden, measure == "drawn",
                 )  # fmt: skip
@@ -259,17 +258,6 @@ def forbidden_map(
         next_id[column] = next_id[column + 1]
         holds[column // tile] = 1
     return next_id, holds
-
-
-@overload
-def _unit_stride(table: Tensor) -> Tensor: ...
-@overload
-def _unit_stride(table: None) -> None: ...
-def _unit_stride(table: Tensor | None) -> Tensor | None:
-    """The table with its columns side by side, rows anywhere."""
-    if table is None or table.shape[1] == 1 or table.stride(1) == 1:
-        return table
-    return table.contiguous()
 
 
 def _power_of_two(number: int) -> int:

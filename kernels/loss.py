@@ -11,13 +11,14 @@ float64 for float64 logits, whatever the type of the head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mdiff.kernels.loss_heads import Head, LinearMap, MatrixHead, ModuleHead, linear_map, wide_of
+from mdiff.kernels.loss_heads import LinearMap, MatrixHead, ModuleHead, linear_map, wide_of
 from mdiff.kernels.loss_rows import Rows, outside_of
 
 # The most that the logits of a chunk take, in bytes. Each chunk reads the head's matrix three
@@ -109,7 +110,7 @@ def chunked_cross_entropy(
     # The types are chosen here; what autocast does is done to the head alone.
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):
-            return CrossEntropy(*_Fused.apply(chunks, *inputs))  # type: ignore[no-untyped-call]
+            return CrossEntropy(*_fused(chunks, *inputs))
         with torch.no_grad():
             nll_N, smooth_N, _ = chunks.run(*inputs, wanted=[False] * len(inputs))
             return CrossEntropy((weight_N * smooth_N).sum(), nll_N)
@@ -154,9 +155,12 @@ class _Fused(torch.autograd.Function):
         return (None, *found)
 
 
+_fused: Callable[..., tuple[Tensor, Tensor]] = _Fused.apply
+
+
 @dataclass(frozen=True)
 class _Chunks:
-    """A head and the rows it is asked for; `names` are the parameters that `run` is given."""
+    """A head and the rows of the loss; `names` are the parameters that `run` is given."""
 
     head: nn.Module
     linear: LinearMap | None
@@ -181,7 +185,7 @@ class _Chunks:
             if needed and name
         }
         chunk = self.chunk or self._even_chunk(features_ND)
-        head: Head
+        head: MatrixHead | ModuleHead
         if self.linear is None:
             head = ModuleHead(features_ND, self.head, autocast=self.autocast, sums=sums)
         else:

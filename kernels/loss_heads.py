@@ -6,7 +6,7 @@ N rows, V columns of logits, D features, C rows of a chunk, R rows of a matrix, 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,13 @@ class LinearMap(NamedTuple):
     columns: int
 
 
+@runtime_checkable
+class HasLinearMap(Protocol):
+    """A head that says which matrix its `forward` multiplies by."""
+
+    def linear_map(self) -> LinearMap: ...
+
+
 def linear_map(head: nn.Module) -> LinearMap | None:
     """The matrix that `head` is, or None where it is, or may be, anything more.
 
@@ -48,8 +55,8 @@ def linear_map(head: nn.Module) -> LinearMap | None:
     owner = next(kind for kind in type(head).__mro__ if "forward" in vars(kind))
     if owner is nn.Linear and isinstance(head, nn.Linear):
         found = LinearMap(head.weight, head.bias, len(head.weight))
-    elif "linear_map" in vars(owner):
-        found = head.linear_map()  # type: ignore[operator]
+    elif "linear_map" in vars(owner) and isinstance(head, HasLinearMap):
+        found = head.linear_map()
     else:
         return None
     return found if type(found.weight) in (Tensor, nn.Parameter) else None
@@ -71,24 +78,14 @@ def wide_of(kind: torch.dtype) -> torch.dtype:
     return torch.float64 if kind == torch.float64 else torch.float32
 
 
-class Head(Protocol):
-    """The logits of the rows of a chunk, and the sums of gradients over chunks.
-
-    `logits(part)` are (C, V), of the head's type and the caller's to overwrite, `widened` they
-    are wide; `take(gradient, scale, part)` adds what scale (C, 1), or 1 for None, times gradient
-    (C, V) gives, by the rows of the same part, to the sums by name that the head was made with.
-    A gradient may be of the head's type, without a scale, or wide.
-    """
-
-    def logits(self, part: slice) -> Tensor: ...
-
-    def widened(self, logits_CV: Tensor) -> Tensor: ...
-
-    def take(self, gradient_CV: Tensor, scale_C1: Tensor | None, part: slice) -> None: ...
-
-
 class MatrixHead:
-    """A `Head` that is a matrix, with the memory of one chunk for all of them."""
+    """A head that is a matrix, with the memory of one chunk for all of them.
+
+    `logits(part)` are (C, V), of the head's type, for the caller to overwrite; `widened` makes
+    them wide. `take(gradient, scale, part)` adds the gradients that follow from scale (C, 1), or 1
+    for None, times gradient (C, V), of the head's type (without a scale) or wide, to `sums`: those
+    of "features" (N, D), and of the parameters by their names.
+    """
 
     def __init__(
         self, features_ND: Tensor, linear: LinearMap, *, chunk: int, autocast: torch.dtype | None,
@@ -176,8 +173,15 @@ class MatrixHead:
             bias += gradient_CV.sum(0)
 
 
+@runtime_checkable
+class _Leaf(Protocol):
+    """A node of a graph that adds up the gradient of a tensor."""
+
+    variable: Tensor
+
+
 class ModuleHead:
-    """A `Head` that is any other module: called on each chunk, and differentiated there."""
+    """Any other head, with the methods of `MatrixHead`: called and differentiated on each chunk."""
 
     def __init__(
         self, features_ND: Tensor, head: nn.Module, *, autocast: torch.dtype | None,
@@ -224,7 +228,7 @@ class ModuleHead:
                 total += gradient
 
     def _check(self) -> None:
-        """Refuse a head whose logits depend on a tensor of which nobody would see the gradient."""
+        """Raise where the logits depend on a tensor whose gradient would be lost."""
         known = {id(self.x_CD), *(id(parameter) for parameter in self.own.values())}
         waiting, visited = [self.raw_CV.grad_fn], set()
         while waiting:
@@ -232,10 +236,9 @@ class ModuleHead:
             if node is None or node in visited:
                 continue
             visited.add(node)
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in known:
+            if isinstance(node, _Leaf) and id(node.variable) not in known:
                 raise RuntimeError(
                     f"{type(self.head).__name__}: its logits depend on a tensor of shape "
-                    f"{tuple(leaf.shape)} that needs a gradient and is not its parameter"
+                    f"{tuple(node.variable.shape)} that needs a gradient and is not its parameter"
                 )
             waiting += [before for before, _ in node.next_functions]

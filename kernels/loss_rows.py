@@ -43,7 +43,7 @@ class Rows:
         block = min(BLOCK, 1 << max(columns - 1, 0).bit_length())
         next_id, _ = forbidden_map(self.forbidden, columns, block, logits_CV.device)
         if rows:
-            with torch.cuda.device_of(logits_CV):  # type: ignore[no-untyped-call]
+            with torch.cuda.device(logits_CV.get_device()):
                 loss_kernel[(rows,)](
                     logits_CV, logits_CV.stride(0), self.targets[part].contiguous(),
                     weight_C.float().contiguous(), next_id, span, found, rows, columns,

@@ -8,7 +8,7 @@ none an element, and the law is exactly softmax.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -132,6 +132,17 @@ def guided_logits(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> 
     mixed = unconditional + s * (conditional - unconditional)
     excluded = (conditional == -torch.inf) & (unconditional == -torch.inf)
     return torch.where(s == 1, conditional, mixed.masked_fill(excluded, -torch.inf))
+
+
+@overload
+def unit_stride(table: Tensor) -> Tensor: ...
+@overload
+def unit_stride(table: None) -> None: ...
+def unit_stride(table: Tensor | None) -> Tensor | None:
+    """The table (N, V) with the columns of a row side by side, rows anywhere."""
+    if table is None or table.shape[1] == 1 or table.stride(1) == 1:
+        return table
+    return table.contiguous()
 
 
 def permitted_columns(logits_NV: Tensor, forbidden: tuple[int, ...], span: Tensor | None) -> Tensor:

@@ -49,7 +49,7 @@ def reveal_triton(
     log_prob = torch.empty((samples, length), dtype=kind, device=device)
     entropy = torch.empty((samples, length), dtype=kind, device=device)
     if samples and length:
-        with torch.cuda.device_of(tokens_BL):  # type: ignore[no-untyped-call]
+        with torch.cuda.device(tokens_BL.get_device()):
             reveal_kernel[(samples,)](
                 tokens_BL.contiguous(), requested_BL.contiguous(), drawn.tokens.contiguous(),
                 drawn.log_prob.contiguous(), drawn.entropy.contiguous(), score_N.contiguous(),

@@ -107,9 +107,10 @@ def _bound_of(
             raise ConfigError(f"draws={draws}: need at least 2 for a standard error")
         if estimator == "any_order" and denoiser.uses_time:
             raise ConfigError("this denoiser uses the time: take estimator='time'")
-        estimate = _any_order_draw if estimator == "any_order" else _time_draw
         values = torch.stack([
-            estimate(score, maskable, schedule=schedule, seed=seed, sample=sample, step=step)
+            _draw_of(
+                estimator, score, maskable, schedule=schedule, seed=seed, sample=sample, step=step
+            )
             for step in range(draws)
         ])  # fmt: skip
         return Bound(values.mean(0), values.std(0) / math.sqrt(draws))
@@ -163,31 +164,22 @@ class _Scorer:
         return nats
 
 
-def _any_order_draw(
-    score: _Scorer, maskable: Tensor, *, schedule: Schedule, seed: int, sample: Tensor, step: int
-) -> Tensor:
-    number = maskable.sum(1)
+def _draw_of(
+    estimator: str, score: _Scorer, maskable: Tensor, *, schedule: Schedule, seed: int,
+    sample: Tensor, step: int,
+) -> Tensor:  # fmt: skip
+    """Draw number `step` of "any_order" or "time", (B,) nats."""
     u = philox.uniform(seed, 0, sample, step, purpose=philox.TIME)
-    count = (u * number).floor().long() + 1
+    t, count, factor, divisor = schedule.time_at(u**2), None, torch.full_like(u, 2), u
+    if estimator == "any_order":
+        factor = maskable.sum(1)
+        count = divisor = (u * factor).floor().long() + 1
     noisy = corrupt(
-        score.tokens, torch.ones_like(u), space=score.space, schedule=schedule,
-        may_hide=maskable, count=count, seed=philox.derive(seed, step), sample=sample,
-    )  # fmt: skip
-    nats = score((noisy == score.space.mask_id) & maskable).sum(1)
-    return nats * number / count
-
-
-def _time_draw(
-    score: _Scorer, maskable: Tensor, *, schedule: Schedule, seed: int, sample: Tensor, step: int
-) -> Tensor:
-    u = philox.uniform(seed, 0, sample, step, purpose=philox.TIME)
-    t = schedule.time_at(u**2)
-    noisy = corrupt(
-        score.tokens, t, space=score.space, schedule=schedule, may_hide=maskable,
+        score.tokens, t, space=score.space, schedule=schedule, may_hide=maskable, count=count,
         seed=philox.derive(seed, step), sample=sample,
     )  # fmt: skip
     hidden = (noisy == score.space.mask_id) & maskable
-    return score(hidden, t.float()).sum(1) * 2 / u
+    return score(hidden, t.float()).sum(1) * factor / divisor
 
 
 def _all_orders(maskable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
