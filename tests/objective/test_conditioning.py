@@ -110,9 +110,7 @@ def loss_of(**objective):
         "data": {"source": "x"}, "modality": {"name": "m"}, "model": {"name": "b"},
         "objective": objective, "train": {"steps": 1, "batch_size": 256},
     })  # fmt: skip
-    return LossOf(
-        torch.nn.Identity(), recipe, space=SPACE, schedule=Linear(), without={}, given=None
-    )
+    return LossOf(torch.nn.Identity(), recipe, space=SPACE, schedule=Linear())
 
 
 def test_training_draws_the_share_of_hidden_tokens_from_the_truncated_normal():
