@@ -26,7 +26,7 @@ faults: $(READY)
 zero:
 	$(MAKE) VENV=.venv-zero .venv-zero/.ready
 	DS_BUILD_OPS=0 .venv-zero/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed]'
-	.venv-zero/bin/python -m pytest tests/test_zero.py
+	.venv-zero/bin/python -m pytest tests/training/test_zero.py
 
 check: $(READY)
 	$(BIN)/ruff check .
