@@ -26,7 +26,7 @@ class MdiffError(Exception):
 
 
 class ConfigError(MdiffError, ValueError):
-    """An option, a recipe or an argument that cannot be meant."""
+    """An option, a recipe or an argument that is invalid."""
 
     exit_code = 2
 

@@ -1,4 +1,4 @@
-"""What a model's ids mean, the canvas that samplers fill in, and rows of tokens in batches."""
+"""Token ids and their space, canvases of them, and batches of rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TokenSpace:
     `vocab_size` is the number of logit columns. `mask_id` may lie inside the vocabulary
     (LLaDA) or be `vocab_size`; it is never generated. `never` ids are not generated
     either but may be given. `parts`, for canvases of several kinds of token, is
-    ((places, first_id, stop_id), ...): consecutive runs of positions in canvas order whose
+    ((positions, first_id, stop_id), ...): consecutive runs of positions in canvas order whose
     counts sum to L, with the only ids that they may hold.
 
     Raises ConfigError for ids outside the vocabulary or parts that permit nothing.
@@ -34,9 +34,9 @@ class TokenSpace:
     parts: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "mask_id"):
-            if type(getattr(self, name)) is not int:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a whole number")
+        for name, value in (("vocab_size", self.vocab_size), ("mask_id", self.mask_id)):
+            if type(value) is not int:
+                raise ConfigError(f"{name}={value!r}: expected a whole number")
         if self.vocab_size < 1:
             raise ConfigError(f"vocab_size={self.vocab_size}: need at least 1")
         if not 0 <= self.mask_id <= self.vocab_size:
@@ -45,14 +45,14 @@ class TokenSpace:
         object.__setattr__(self, "parts", tuple(tuple(map(int, part)) for part in self.parts))
         if self.never and not 0 <= self.never[0] <= self.never[-1] < self.vocab_size:
             raise ConfigError(f"never={self.never}: expected ids below {self.vocab_size}")
-        for places, first, stop in self.parts:
-            if places < 1 or not 0 <= first < stop <= self.vocab_size:
+        for positions, first, stop in self.parts:
+            if positions < 1 or not 0 <= first < stop <= self.vocab_size:
                 raise ConfigError(
-                    f"part ({places}, {first}, {stop}): expected places >= 1 and "
+                    f"part ({positions}, {first}, {stop}): expected positions >= 1 and "
                     f"0 <= first < stop <= {self.vocab_size}"
                 )
             if all(i in self.forbidden for i in range(first, stop)):
-                raise ConfigError(f"part ({places}, {first}, {stop}) permits no id")
+                raise ConfigError(f"part ({positions}, {first}, {stop}) permits no id")
         if self.permitted < 1:
             raise ConfigError("no id is left to generate: every one is the mask or in `never`")
 
@@ -74,14 +74,14 @@ class TokenSpace:
         """
         if not self.parts:
             return None
-        total = sum(places for places, _, _ in self.parts)
+        total = sum(positions for positions, _, _ in self.parts)
         if total != length:
-            raise DataError(f"canvas of {length} places: the parts of this model sum to {total}")
-        rows = [(first, stop) for places, first, stop in self.parts for _ in range(places)]
+            raise DataError(f"canvas of {length} positions: the parts of this model sum to {total}")
+        rows = [(first, stop) for positions, first, stop in self.parts for _ in range(positions)]
         return torch.tensor(rows, dtype=torch.int64, device=device)
 
     def checked(self) -> TokenSpace:
-        """The same space for canvases that `check` has seen: its own `check` does nothing."""
+        """The same space for canvases that were checked: its own `check` does nothing."""
         return _CheckedSpace(self.vocab_size, self.mask_id, self.never, self.parts)
 
     def check(self, tokens: Tensor, valid: Tensor | None = None, *, masks: bool = True) -> None:
@@ -116,26 +116,19 @@ class TokenSpace:
         if spans is not None:
             bad = read & ~hidden & ((tokens < spans[:, 0]) | (tokens >= spans[:, 1]))
             if bool(bad.any()):
-                row, place = (int(i) for i in bad.nonzero()[0])
-                first, stop = spans[place].tolist()
+                row, position = (int(i) for i in bad.nonzero()[0])
+                first, stop = spans[position].tolist()
                 raise DataError(
-                    f"token {int(tokens[row, place])} at place {place}: "
+                    f"token {int(tokens[row, position])} at position {position}: "
                     f"this part holds ids from {first} to {stop - 1}"
                 )
 
 
 class _CheckedSpace(TokenSpace):
-    """The space of canvases that were checked where they came in."""
+    """A space whose canvases were checked where they came in."""
 
     def check(self, tokens: Tensor, valid: Tensor | None = None, *, masks: bool = True) -> None:
         """Nothing more."""
-
-
-def ranks(tokens: Tensor, valid: Tensor | None) -> Tensor:
-    """Each token's place among the valid ones of its row, (B, L) int64; padding repeats."""
-    if valid is None:
-        return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return (valid.cumsum(1) - 1).clamp(min=0)
 
 
 def hidden_canvas(batch: int, length: int, *, space: TokenSpace) -> Tensor:
@@ -145,48 +138,14 @@ def hidden_canvas(batch: int, length: int, *, space: TokenSpace) -> Tensor:
     [[2, 2, 2]]
     """
     if batch < 1 or length < 1:
-        raise ConfigError(f"a canvas of {batch} rows and {length} places: need at least 1 of each")
+        raise ConfigError(
+            f"a canvas of {batch} rows and {length} positions: need at least 1 of each"
+        )
     return torch.full((batch, length), space.mask_id, dtype=torch.int64)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows for one step, in the order asked for.
-
-    `tokens` (B, L) int64 without masks; `valid` (B, L) bool, None where nothing is padding;
-    `documents` (B, L) int64, None where a row is one document; `may_hide` (B, L) bool, None
-    where everything may be hidden; `cond` tensors whose first axis is B.
-    """
-
-    tokens: Tensor
-    valid: Tensor | None = None
-    documents: Tensor | None = None
-    may_hide: Tensor | None = None
-    cond: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Examples(Protocol):
-    """A tokenised data set of rows of one length, readable in any order.
-
-    `fingerprint` is a hex digest of the tokens and of how they are cut into rows: a resumed
-    run is refused where it differs. `units` is how many units of the medium, named `unit`, an
-    average token stands for, for progress in bits a unit.
-    """
-
-    fingerprint: str
-    length: int
-    unit: str
-    units: float
-
-    def __len__(self) -> int:
-        """How many rows an epoch has."""
-
-    def batch(self, rows: Tensor, epoch: Tensor) -> Batch:
-        """Rows number `rows` (B,) int64 of epochs `epoch` (B,); a function of the two alone."""
-
-
 def continued(given: Sequence[int], length: int | None, *, mask_id: int) -> list[int]:
-    """The given tokens followed by masks, `length` places in all (None: no masks).
+    """The given tokens followed by masks, `length` positions in all (None: no masks).
 
     Raises ConfigError for a length below 1 and DataError where the tokens hold the mask or do
     not fit the canvas.
@@ -217,7 +176,7 @@ def stack(rows: Sequence[Sequence[int]], *, space: TokenSpace) -> tuple[Tensor, 
     [[True, False], [True, True]]
     """
     if not rows or not all(len(row) for row in rows):
-        raise ConfigError("an empty canvas: need at least 1 row and 1 place in each")
+        raise ConfigError("an empty canvas: need at least 1 row and 1 position in each")
     sizes = torch.tensor([len(row) for row in rows], device="cpu")
     valid = torch.arange(int(sizes.max()), device="cpu") < sizes[:, None]
     tokens = torch.zeros(valid.shape, dtype=torch.int64, device="cpu")
@@ -229,27 +188,74 @@ def stack(rows: Sequence[Sequence[int]], *, space: TokenSpace) -> tuple[Tensor, 
 
 
 def stack_conditions(
-    told: Sequence[Mapping[str, int | Tensor]], without: Mapping[str, Tensor]
+    conditions: Sequence[Mapping[str, int | Tensor]], null: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The conditions of a batch as tensors (B, ...); where a row has none, what says nothing.
+    """The conditions of the rows of a batch, as tensors (B, ...); empty where no row has one.
 
-    `without` are (1, ...), what `told` gives of a row (...), or a whole number.
+    An entry of `conditions` holds whole numbers or tensors (...); what it lacks is taken from the
+    null condition, (1, ...).
     """
-    if not any(told):
+    if not any(conditions):
         return {}
     return {
         name: torch.stack(
-            [torch.as_tensor(row.get(name, nothing[0]), device="cpu") for row in told]
+            [torch.as_tensor(one.get(name, value[0]), device="cpu") for one in conditions]
         )
-        for name, nothing in without.items()
+        for name, value in null.items()
     }
+
+
+def ranks(tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """The rank of each token among the valid ones of its row, (B, L) int64.
+
+    Padding has that of the valid token before it, or 0.
+    """
+    if valid is None:
+        return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return (valid.cumsum(1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one step, in the order asked for.
+
+    `tokens` (B, L) int64 without masks; `valid` (B, L) bool, None where nothing is padding;
+    `documents` (B, L) int64, None where a row is one document; `may_hide` (B, L) bool, None
+    where everything may be hidden; `cond` tensors whose first axis is B.
+    """
+
+    tokens: Tensor
+    valid: Tensor | None = None
+    documents: Tensor | None = None
+    may_hide: Tensor | None = None
+    cond: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Examples(Protocol):
+    """A tokenised data set of rows of one length, readable in any order.
+
+    `fingerprint` is a hex digest of the tokens and of how they are cut into rows: a resumed
+    run is refused where it differs. `units` is the mean number of units of the medium, named
+    `unit`, that a token stands for, for progress in bits a unit.
+    """
+
+    fingerprint: str
+    length: int
+    unit: str
+    units: float
+
+    def __len__(self) -> int:
+        """How many rows an epoch has."""
+
+    def batch(self, rows: Tensor, epoch: Tensor) -> Batch:
+        """Rows number `rows` (B,) int64 of epochs `epoch` (B,); a function of the two alone."""
 
 
 @dataclass(frozen=True)
 class Windows:
     """Rows of any lengths, read by number in batches, as `Examples` are.
 
-    `owner` says of which item each row is a window; `cond` tensors have a row's entry each.
+    `owner` is the number of the item of which each row is a window; `cond` holds one entry a row.
     """
 
     rows: list[list[int]]

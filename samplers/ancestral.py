@@ -33,9 +33,9 @@ def ancestral(
 ) -> Iterator[State]:
     """States of `steps` even steps of time from 1 to 0 on `canvas` (B, L).
 
-    From t to s a hidden place is revealed with probability (m(t) - m(s)) / m(t), and only
-    then is its token drawn, from the denoiser at time t. Those coins are one uniform a place:
-    the place is hidden while m(t) > u. So where nothing is revealed there is no call, also
+    From t to s a hidden position is revealed with probability (m(t) - m(s)) / m(t), and only
+    then is its token drawn, from the denoiser at time t. These events come from one uniform u a
+    position, which is hidden while m(t) > u. So where nothing is revealed there is no call, also
     for models that use the time, and a sample's calls are at most min(steps, hidden).
     `idle_calls=True` calls the model at every step all the same, for comparison. Exact as
     steps grow; at few steps, tokens of one step are drawn independently.

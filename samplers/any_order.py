@@ -1,4 +1,4 @@
-"""Any order: reveal the places in a given order, whatever the logits say."""
+"""Any order: reveal the positions in a given order, which does not depend on the logits."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def any_order(
     """States of an oblivious order on `canvas` (B, L): exact at one reveal a call.
 
     `order` is "left_to_right", "right_to_left", "random" (uniform, each sample its own), or a
-    permutation of the L places, (L,) or (B, L) int64, first place first; given places are
-    passed over. `steps=None` is one place a call; otherwise `counts` over that many steps
-    (see `filling.reveal_counts`).
+    permutation of the L positions, (L,) or (B, L) int64, the first to reveal in front; given
+    positions are skipped. `steps=None` is one position a call; otherwise `counts` over that many
+    steps (see `sampling.reveal_counts`).
 
     Raises ConfigError for an order that is not a permutation, or counts that do not fit.
     """
@@ -53,7 +53,7 @@ def any_order(
 
 
 def _priority(order: str | Tensor, fill: Unmasking) -> Tensor:
-    """When each place comes, (B, L), lowest first."""
+    """A number of each position, (B, L): the lowest is revealed first."""
     if isinstance(order, Tensor):
         return _inverse(order, fill.hidden)
     if order == "left_to_right":
@@ -66,12 +66,12 @@ def _priority(order: str | Tensor, fill: Unmasking) -> Tensor:
 
 
 def _inverse(order: Tensor, hidden: Tensor) -> Tensor:
-    """The turn of each place from the place of each turn."""
+    """The turn of each position (B, L), from the positions in their order."""
     length = hidden.shape[1]
-    places = torch.arange(length, device=hidden.device)
+    positions = torch.arange(length, device=hidden.device)
     order = order.to(hidden.device)
     fits = order.dtype == torch.int64 and order.shape in ((length,), hidden.shape)
-    if not fits or bool((order.sort(-1).values != places).any()):
+    if not fits or bool((order.sort(-1).values != positions).any()):
         raise ConfigError(
             f"order {tuple(order.shape)} {order.dtype}: expected a permutation of 0 to "
             f"{length - 1}, of shape ({length},) or {tuple(hidden.shape)}, int64"

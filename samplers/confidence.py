@@ -1,4 +1,4 @@
-"""Confidence: draw every hidden place, keep the surest (MaskGIT, LLaDA)."""
+"""Confidence: draw a token at every hidden position, keep the most confident (MaskGIT, LLaDA)."""
 
 from __future__ import annotations
 
@@ -42,65 +42,58 @@ def confidence(
     measure: str = "model",
     threshold: float | None = None,
 ) -> Iterator[State]:
-    """States of `steps` calls on `canvas` (B, L), the places with the highest score first.
+    """States of `steps` calls on `canvas` (B, L), the positions with the highest score first.
 
-    Each call draws a token at every hidden place and keeps as many as `counts` says (see
-    `filling.reveal_counts`; `steps=None` is one a call). `score` is "confidence" (the
+    Each call draws a token at every hidden position and keeps as many as `counts` says (see
+    `sampling.reveal_counts`; `steps=None` is one a call). `score` is "confidence" (the
     log-probability of the drawn token), "entropy" (its negative) or "margin" (p1 - p2), of
     the guided logits before temperature and filters; measure="drawn" takes them after. Ties
-    go to the first place. `noise` > 0 adds noise * (1 - i / steps) * Gumbel to the score at
+    go to the first position. `noise` > 0 adds noise * (1 - i / steps) * Gumbel to the score at
     step i: MaskGIT's annealed choice (Chang et al. 2022, section 3.2), 4.5 in its code; a
-    tensor (steps,) is the factor of each step itself. aMUSEd (Patil et al. 2024) is
-    noise=linspace(2, 0, steps) with counts=schedule_counts(hidden, ..., of=all places).
-    With temperature=0, counts="even" and no noise it is LLaDA's low-confidence remasking
-    (Nie et al. 2025, algorithm 5).
+    tensor (steps,) is the factor of each step itself. With temperature=0, counts="even" and no
+    noise it is LLaDA's low-confidence remasking (Nie et al. 2025, algorithm 5).
 
-    With a `threshold` a call also writes every place that is at least that sure, so that there
-    are fewer calls where the model is: the drawn token's probability or the margin at least
-    that, or the entropy at most that many nats. Fast-dLLM's parallel decoding (Wu et al. 2025)
-    is threshold=0.9 at temperature 0 with one place a call at least, `steps=None`. Then the
-    places of a step depend on the logits, and so does their number.
+    With a `threshold` a call also writes every position whose drawn token has at least that
+    probability, whose margin is at least that, or whose entropy is at most that many nats; then
+    the number of reveals depends on the logits. Fast-dLLM's parallel decoding (Wu et al. 2025) is
+    threshold=0.9 at temperature 0 with at least one position a call, `steps=None`.
 
     At one reveal a call, score="entropy" or "margin" without noise gives the exact law of an
-    ideal denoiser; "confidence" does not, since the place depends on the drawn token.
+    ideal denoiser; "confidence" does not, since the position depends on the drawn token.
 
     Raises ConfigError for an unknown score, a noise that is negative or not one number a step,
     a threshold out of range or beside noise, or counts that do not fit.
     """
-    if score not in SCORES:
-        raise ConfigError(f"unknown score {score!r}; {nearest(score, SCORES)}")
     fill = Unmasking(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, measure=measure,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
     table = reveal_counts(counts, fill.start, steps=steps, schedule=schedule)
-    factors = _noise_factors(noise, fill.start, None if table is None else table.shape[1])
     per_step = None if table is None else table.tolist()
-    noisy = isinstance(noise, Tensor) or noise > 0
-    least = _least(threshold, score, noisy)
+    least = _least(threshold, score, noisy=isinstance(noise, Tensor) or noise > 0)
+    factors = _noise_factors(noise, fill.start, None if table is None else table.shape[1])
     step = 0
     while any(fill.left):
         number = positions_of_step(fill.left, per_step, step)
         if any(number):
             count = (fill.start > step).long() if table is None else table[:, step]
-            asked = fill.hidden & (count > 0)[:, None]
-            t = fill.time_left(schedule)
-            drawn = fill.ask(
-                asked, step, t, number=[left * (n > 0) for left, n in zip(fill.left, number)]
-            )
+            at, t = fill.hidden & (count > 0)[:, None], fill.time_left(schedule)
+            every = [left * (n > 0) for left, n in zip(fill.left, number)]
+            drawn = fill.ask(at, step, t, number=every)
             value = SCORES[score](drawn)
-            if noisy:
+            if factors is not None:
                 value = value.double() + _gumbel(fill, factors[:, step], step)
             yield fill.reveal_surest(
-                asked, drawn, value, t, count=count, number=number, threshold=least
+                at, drawn, value, t, count=count, number=number, threshold=least
             )
         step += 1
 
 
-def _noise_factors(noise: float | Tensor, start: Tensor, steps: int | None) -> Tensor:
-    """What multiplies the Gumbel noise of each sample at each step, (B, steps) float64.
+def _noise_factors(noise: float | Tensor, start: Tensor, steps: int | None) -> Tensor | None:
+    """The factor of the Gumbel noise of each sample at each step, (B, steps) float64.
 
-    `start` (B,) are the places to reveal, a sample's own steps where `steps` is None.
+    None is no noise. `start` (B,) are the positions to reveal, a sample's own steps where `steps`
+    is None.
     """
     device = start.device
     if isinstance(noise, Tensor):
@@ -113,19 +106,23 @@ def _noise_factors(noise: float | Tensor, start: Tensor, steps: int | None) -> T
         return factors.expand(len(start), -1)
     if not 0 <= noise < math.inf:
         raise ConfigError(f"noise={noise}: expected a finite number >= 0")
+    if noise == 0:
+        return None
     step = torch.arange(1, (int(start.max()) if steps is None else steps) + 1, device=device)
     total = start.double() if steps is None else torch.full_like(start, steps).double()
     return noise * (1 - step / total[:, None]).clamp(min=0)
 
 
 def _gumbel(fill: Unmasking, factor: Tensor, step: int) -> Tensor:
-    """`factor` (B,) times Gumbel noise at each place of the last call, (N,) float64."""
+    """`factor` (B,) times Gumbel noise at each position of the last call, (N,) float64."""
     noise = -torch.log(-torch.log(fill.uniform(philox.NOISE, step)))
-    return (factor[:, None] * noise).flatten().index_select(0, fill.place)
+    return (factor[:, None] * noise).flatten().index_select(0, fill.positions)
 
 
-def _least(threshold: float | None, score: str, noisy: bool) -> float | None:
-    """The score from which on a place is written at once; None without a threshold."""
+def _least(threshold: float | None, score: str, *, noisy: bool) -> float | None:
+    """The least score that is written at once; None without a threshold."""
+    if score not in SCORES:
+        raise ConfigError(f"unknown score {score!r}; {nearest(score, SCORES)}")
     if threshold is None:
         return None
     if noisy:

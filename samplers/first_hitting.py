@@ -32,10 +32,10 @@ def first_hitting(
 ) -> Iterator[State]:
     """States of the exact sampler: one call for each hidden token of a sample, and not more.
 
-    With n places of `canvas` (B, L) hidden at time t, the next reveal is at the time with
-    m(next) = u^(1/n) m(t), the largest of n uniforms; the place is uniform among the hidden
+    With n positions of `canvas` (B, L) hidden at time t, the next reveal is at the time with
+    m(next) = u^(1/n) m(t), the largest of n uniforms; the position is uniform among the hidden
     ones and the token is drawn from the denoiser at that time. Each sample has its own times.
-    `per_call=k` reveals k places at the k-th such time from one call: k times fewer calls,
+    `per_call=k` reveals k positions at the k-th such time from one call: k times fewer calls,
     and then no longer the exact law (the k tokens are drawn independently).
 
     Raises ConfigError for per_call < 1 and for sampling options out of range.
@@ -52,25 +52,25 @@ def first_hitting(
     turn = _turns(fill.hidden, fill.row_uniforms(philox.ORDER, steps=steps, lanes=per_call))
     m = _hitting_shares(fill.start, fill.row_uniforms(philox.TIME, steps=steps, lanes=per_call))
     counts = [[max(0, min(per_call, n - s * per_call)) for n in fill.left] for s in range(steps)]
-    # Every step's places, ascending: the order is known before the first call.
+    # The flat indices of each step, ascending: the order is known before the first call.
     group = torch.where(turn < 0, steps, turn.div(per_call, rounding_mode="floor")).flatten()
     inside = group.argsort(stable=True)[: sum(fill.left)]
-    places = torch.split(inside, [sum(n) for n in counts])
+    positions = torch.split(inside, [sum(n) for n in counts])
     for step, t in enumerate(schedule.time_at(m).unbind(1)):
         at = turn.div(per_call, rounding_mode="floor") == step if per_call > 1 else turn == step
-        drawn = fill.ask(at, step, t, number=counts[step], place=places[step])
+        drawn = fill.ask(at, step, t, number=counts[step], positions=positions[step])
         yield fill.reveal(at, drawn, t, number=counts[step])
 
 
 def _turns(hidden: Tensor, uniforms: Tensor) -> Tensor:
-    """When each place is revealed, (B, L) int64 from 0, -1 where it is not hidden.
+    """When each position is revealed, (B, L) int64 from 0, -1 where it is not hidden.
 
-    Each is uniform among the places of `hidden` (B, L) that are left; `uniforms` (B, steps,
-    per_call), one a reveal. No logit decides, so that the order is drawn before the first call.
+    Each is uniform among the positions of `hidden` (B, L) that are left. `uniforms` (B, steps,
+    per_call), one a reveal.
     """
     turn = torch.full(hidden.shape, -1, dtype=torch.int64, device="cpu")
     for row, (hides, draws) in enumerate(zip(hidden.tolist(), uniforms.flatten(1).tolist())):
-        left = [place for place, is_hidden in enumerate(hides) if is_hidden]
+        left = [position for position, is_hidden in enumerate(hides) if is_hidden]
         order = [left.pop(int(u * len(left))) for u in draws[: len(left)]]
         turn[row, order] = torch.arange(len(order), device="cpu")
     return turn.to(hidden.device)
@@ -79,8 +79,8 @@ def _turns(hidden: Tensor, uniforms: Tensor) -> Tensor:
 def _hitting_shares(count: Tensor, uniforms: Tensor) -> Tensor:
     """The m at the last reveal of each step, (B, steps) float64.
 
-    A product of u^(1/n) over the reveals so far, n the places left before each. `count` (B,)
-    places are hidden at first; `uniforms` (B, steps, per_call), one a reveal.
+    A product of u^(1/n) over the reveals so far, n the positions left before each. `count` (B,)
+    positions are hidden at first; `uniforms` (B, steps, per_call), one a reveal.
     """
     reveal = torch.arange(uniforms[0].numel(), device=count.device).view(uniforms.shape[1:])
     left = (count[:, None, None] - reveal).double()

@@ -1,4 +1,4 @@
-"""Halton: reveal the cells of a grid in a low-discrepancy order (Besnier et al. 2025)."""
+"""Halton: reveal the positions of a grid in a low-discrepancy order (Besnier et al. 2025)."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def halton(
 ) -> Iterator[State]:
     """States of an oblivious order that spreads over a grid: exact at one reveal a call.
 
-    `grid` (h, w) says that the first h * w places of `canvas` (B, L) are a grid, row by row;
-    None is the most square h * w of each row's valid places. Its cells come in the order in
-    which the Halton sequence (base 2 down, base 3 across) first meets them, given ones passed
-    over; places beyond the grid follow in canvas order. `roll=True` starts each sample at a
+    `grid` (h, w) says that the first h * w positions of `canvas` (B, L) are a grid, row by row;
+    None is the most square h * w of each row's valid positions. They are revealed in the order in
+    which the Halton sequence (base 2 down, base 3 across) first meets them, given ones skipped;
+    positions beyond the grid follow in canvas order. `roll=True` starts each sample at a
     random point of the sequence, which then wraps around.
 
-    `steps=None` is one place a call; otherwise `counts` over that many steps: a tensor, one of
-    `filling.reveal_counts`, or "root" or "square", the two curves of `curve_counts` that no
+    `steps=None` is one position a call; otherwise `counts` over that many steps: a tensor, one of
+    `sampling.reveal_counts`, or "root" or "square", the two curves of `curve_counts` that no
     schedule has, at the progress i / steps of step i = 1, 2, ...
 
     Raises ConfigError for a grid that does not fit, or counts that do not.
@@ -85,9 +85,9 @@ def halton_order(grid: tuple[int, int]) -> Tensor:
 
 
 def curve_counts(hidden: Tensor, *, steps: int, curve: str, begin: float = 0.0) -> Tensor:
-    """How many places each sample reveals at each step, (B, steps) int64, by a named curve.
+    """How many positions each sample reveals at each step, (B, steps) int64, by a named curve.
 
-    `hidden` (B,) are the places that each sample has to reveal. `curve` is "root", "linear",
+    `hidden` (B,) are the positions that each sample has to reveal. `curve` is "root", "linear",
     "square", "cosine" or "arccos"; see `revealed_by`. By the end of step i at least i are
     revealed, as in the sampling loops of Halton-MaskGIT, and never more than there are.
 
@@ -105,7 +105,7 @@ def curve_counts(hidden: Tensor, *, steps: int, curve: str, begin: float = 0.0) 
 
 
 def revealed_by(hidden: Tensor, *, steps: int, curve: str, begin: float = 0.0) -> Tensor:
-    """The places that a curve wants revealed by each step, (B, steps) int64: floor(n f(r)).
+    """The positions that a curve wants revealed by each step, (B, steps) int64: floor(n f(r)).
 
     The progress r runs evenly from `begin` to 1: begin=0 is the confidence sampler of
     Halton-MaskGIT, begin=1 / steps its Halton sampler. In float32, as published: there a
@@ -122,18 +122,18 @@ def revealed_by(hidden: Tensor, *, steps: int, curve: str, begin: float = 0.0) -
 
 
 def _priority(fill: Unmasking, grid: tuple[int, int] | None, roll: bool) -> Tensor:
-    """When each place comes, (B, L), lowest first: by its rank among the row's valid places."""
+    """A number of each position, (B, L): the lowest is revealed first."""
     device = fill.hidden.device
-    seen = torch.ones_like(fill.hidden) if fill.valid is None else fill.valid
-    places = seen.sum(1)
+    valid = torch.ones_like(fill.hidden) if fill.valid is None else fill.valid
+    positions = valid.sum(1)
     shape = None if grid is None else _checked(grid)
     start = fill.row_uniforms(philox.ORDER, steps=1, lanes=1)[:, 0, 0] if roll else None
     when = fill.rank.clone()
-    for size in sorted(set(places[fill.start > 0].tolist())):
+    for size in sorted(set(positions[fill.start > 0].tolist())):
         h, w = shape or _most_square(size)
         if h * w > size:
-            raise ConfigError(f"grid={(h, w)}: {h * w} cells, but the canvas has {size} places")
-        rows = places == size
+            raise ConfigError(f"grid={(h, w)}: {h * w} cells, but the canvas has {size} positions")
+        rows = positions == size
         turn = torch.arange(size, device=device)
         turn[: h * w] = _order(h, w).to(device).argsort()
         own = turn[fill.rank[rows]]
@@ -152,10 +152,10 @@ def _checked(grid: tuple[int, int]) -> tuple[int, int]:
     return grid[0], grid[1]
 
 
-def _most_square(places: int) -> tuple[int, int]:
-    """The (h, w) with h * w = places and h <= w the nearest to each other."""
-    h = next(h for h in range(math.isqrt(places), 0, -1) if places % h == 0)
-    return h, places // h
+def _most_square(positions: int) -> tuple[int, int]:
+    """The (h, w) with h * w = positions and h <= w the nearest to each other."""
+    h = next(h for h in range(math.isqrt(positions), 0, -1) if positions % h == 0)
+    return h, positions // h
 
 
 @lru_cache(maxsize=64)

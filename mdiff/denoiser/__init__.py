@@ -6,6 +6,12 @@ from mdiff.denoiser.block_cache import FinishedBlocks as FinishedBlocks
 from mdiff.denoiser.block_cache import finished_blocks as finished_blocks
 from mdiff.denoiser.block_window import BlockWindow as BlockWindow
 from mdiff.denoiser.block_window import CachedBlock as CachedBlock
+from mdiff.denoiser.calls import block_length_of as block_length_of
+from mdiff.denoiser.calls import evaluations as evaluations
+from mdiff.denoiser.calls import fixed_evaluations as fixed_evaluations
+from mdiff.denoiser.calls import flat_positions as flat_positions
+from mdiff.denoiser.calls import has_own_head as has_own_head
+from mdiff.denoiser.calls import row_request as row_request
 from mdiff.denoiser.condition_names import MICRO as MICRO
 from mdiff.denoiser.condition_names import POOLED as POOLED
 from mdiff.denoiser.condition_names import STATES as STATES
@@ -27,10 +33,4 @@ from mdiff.denoiser.protocol import HasWindow as HasWindow
 from mdiff.denoiser.protocol import RowBound as RowBound
 from mdiff.denoiser.protocol import Rows as Rows
 from mdiff.denoiser.protocol import Saveable as Saveable
-from mdiff.denoiser.protocol import block_length_of as block_length_of
-from mdiff.denoiser.protocol import evaluations as evaluations
-from mdiff.denoiser.protocol import fixed_evaluations as fixed_evaluations
-from mdiff.denoiser.protocol import flat_positions as flat_positions
 from mdiff.denoiser.protocol import from_logits as from_logits
-from mdiff.denoiser.protocol import has_own_head as has_own_head
-from mdiff.denoiser.protocol import row_request as row_request

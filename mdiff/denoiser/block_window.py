@@ -8,16 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mdiff.denoiser.protocol import (
-    Cache,
-    Condition,
-    Denoiser,
-    RowBound,
-    Rows,
-    check_rows,
-    evaluations,
-    row_request,
-)
+from mdiff.denoiser.calls import check_rows, evaluations, row_request
+from mdiff.denoiser.protocol import Cache, Condition, Denoiser, RowBound, Rows
 from mdiff.schedule import Schedule
 
 

@@ -9,17 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mdiff.denoiser.protocol import (
-    Cache,
-    Condition,
-    Denoiser,
-    RowBound,
-    Rows,
-    block_length_of,
-    evaluations,
-    fixed_evaluations,
-    row_request,
-)
+from mdiff.denoiser.calls import block_length_of, evaluations, fixed_evaluations, row_request
+from mdiff.denoiser.protocol import Cache, Condition, Denoiser, RowBound, Rows
 from mdiff.errors import ConfigError, nearest
 from mdiff.kernels.reference import guided_logits
 from mdiff.tokens import TokenSpace

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mdiff.denoiser.calls import check_rows
 from mdiff.denoiser.guidance import Call, Guided, Ramp, Strength, strength_of
-from mdiff.denoiser.protocol import Cache, Condition, Denoiser, check_rows
+from mdiff.denoiser.protocol import Cache, Condition, Denoiser
 from mdiff.errors import ConfigError
 from mdiff.tokens import TokenSpace
 

@@ -19,7 +19,7 @@ VOCAB, LENGTH, BLOCK = 3, 5, 2
 
 
 class BlockToy:
-    """The table of a toy, asked at each place with the blocks after its own hidden."""
+    """The table of a toy, asked at each position with the blocks after its own hidden."""
 
     uses_time = False
     block_length = BLOCK
@@ -31,11 +31,11 @@ class BlockToy:
         self, tokens, *, at=None, valid=None, documents=None, t=None, cond=None, cache=None
     ):
         self.calls += 1
-        place = torch.arange(LENGTH)
+        position = torch.arange(LENGTH)
         logits = torch.empty(*tokens.shape, VOCAB, dtype=torch.float64)
         for stop in (BLOCK, 2 * BLOCK, LENGTH):
-            cut = torch.where(place < stop, tokens, VOCAB)
-            own = (place < stop) & (place // BLOCK == (stop - 1) // BLOCK)
+            cut = torch.where(position < stop, tokens, VOCAB)
+            own = (position < stop) & (position // BLOCK == (stop - 1) // BLOCK)
             logits[:, own] = self.table[self.toy.number(cut)][:, own]
         return logits if at is None else logits[at]
 
@@ -61,16 +61,16 @@ def enumerated(tokens, chosen):
     """The chain rule inside each block, averaged over its orders, block after block."""
     total = torch.zeros(len(tokens), dtype=torch.float64)
     for start in range(0, LENGTH, BLOCK):
-        places = [p for p in range(start, min(start + BLOCK, LENGTH)) if p in chosen]
-        for order in permutations(places):
+        positions = [p for p in range(start, min(start + BLOCK, LENGTH)) if p in chosen]
+        for order in permutations(positions):
             canvas = torch.where(torch.arange(LENGTH) < start + BLOCK, tokens, VOCAB)
-            canvas[:, places] = VOCAB
-            for place in order:
-                logits = WRONG.table[TOY.number(canvas)][:, place]
-                total -= logits.gather(1, tokens[:, place, None])[:, 0] / math.factorial(
-                    len(places)
+            canvas[:, positions] = VOCAB
+            for position in order:
+                logits = WRONG.table[TOY.number(canvas)][:, position]
+                total -= logits.gather(1, tokens[:, position, None])[:, 0] / math.factorial(
+                    len(positions)
                 )
-                canvas[:, place] = tokens[:, place]
+                canvas[:, position] = tokens[:, position]
     return total
 
 

@@ -29,9 +29,9 @@ class Plain:
     def __init__(self, model):
         self.model, self.block_length, self.sizes = model, model.block_length, []
 
-    def __call__(self, tokens, **told):
+    def __call__(self, tokens, **rest):
         self.sizes.append(tokens.shape[1])
-        return self.model(tokens, **told)
+        return self.model(tokens, **rest)
 
 
 def golden_model():
@@ -60,7 +60,7 @@ MODELS = {"golden": golden_model, "random": random_model}
 def canvas(length=18, rows=3):
     """Rows that are given 1, 6, 11, ... tokens, and one token in the middle of the rest.
 
-    In a block that sees nothing but masks all places are alike: greedy, rounding would choose.
+    In a block of masks alone all positions are alike: rounding would choose a greedy token.
     """
     tokens = torch.randint(0, 60, (rows, length), generator=torch.Generator().manual_seed(1))
     for row in range(rows):
@@ -129,7 +129,7 @@ def test_a_step_runs_on_its_block_alone_and_a_finished_block_once():
     tokens = canvas(16, rows=1)
     tokens[0, :9] = 3
     result = finished(model, tokens, inner=confidence, temperature=0.0)
-    # Places 9 to 11, 12 and 14 to 15 are hidden: two blocks before are given.
+    # Positions 9 to 11, 12 and 14 to 15 are hidden: two blocks before are given.
     assert sizes == [(1, 8)] + [(1, 4)] * 3 + [(1, 4)] + [(1, 4)] * 3
     assert result.calls.tolist() == [6]
 
@@ -154,17 +154,15 @@ def test_rows_with_padding_go_the_plain_way_and_sample_as_alone():
 def test_guidance_keeps_nothing_and_fills_the_models_own_blocks():
     model = golden_model()
     tokens = canvas(16, rows=2)
-    pushed = guided(model, guidance_scale=1.5, hide="given", space=SPACE)
+    pair = guided(model, guidance_scale=1.5, hide="given", space=SPACE)
     cond = {"given": tokens != SPACE.mask_id}
-    states = list(
-        blocks(pushed, tokens, space=SPACE, block_length=BLOCK, cond=cond, temperature=0.0)
-    )
+    states = list(blocks(pair, tokens, space=SPACE, block_length=BLOCK, cond=cond, temperature=0.0))
     assert not (states[-1].tokens == SPACE.mask_id).any()
     for state in states:
-        assert len({place // BLOCK for _, place in state.revealed.nonzero().tolist()}) == 1
+        assert len({position // BLOCK for _, position in state.revealed.nonzero().tolist()}) == 1
 
 
-def test_blocks_of_another_length_are_counted_from_the_first_hidden_place():
+def test_blocks_of_another_length_are_counted_from_the_first_hidden_position():
     model = golden_model()
     tokens = canvas(16, rows=1)
     tokens[0, :3] = 5
@@ -180,7 +178,7 @@ def test_blocks_of_another_length_are_counted_from_the_first_hidden_place():
     assert last[0].revealed.nonzero()[:, 1].tolist() == [3, 4]
 
 
-def test_a_pipeline_fills_the_models_own_blocks_unless_told_otherwise():
+def test_a_pipeline_fills_the_models_own_blocks_unless_asked_otherwise():
     pipeline = mdiff.load(str(GOLDEN), mask_id=62, block_length=BLOCK, device="cpu")
     sizes = []
     pipeline.denoiser.model.register_forward_pre_hook(
@@ -194,7 +192,7 @@ def test_a_pipeline_fills_the_models_own_blocks_unless_told_otherwise():
 
 @pytest.mark.parametrize("sampler", ["first_hitting", "confidence", "any_order"])
 def test_a_block_model_is_filled_block_by_block_unasked(sampler):
-    """A place drawn before its block's turn would be drawn from a law that is not the model's."""
+    """A position drawn before its block's turn would have a law that is not the model's."""
     pipeline = mdiff.load(str(GOLDEN), mask_id=62, block_length=BLOCK, device="cpu")
     states = list(pipeline.stream("1 2", length=3 * BLOCK, sampler=sampler, seed=3))
     turns = [int(state.revealed[0].nonzero()[0, 0]) // BLOCK for state in states]

@@ -36,11 +36,11 @@ def test_guidance_runs_both_branches_in_one_call_and_one_branch_at_scale_1():
         model = HashDenoiser(SPACE)
         pair = guided(model, guidance_scale=scale, without={"label": torch.tensor(0)})
         pair(CANVAS, cond=LABELS)
-        assert (model.calls, model.rows_seen, pair.evaluations) == (1, rows, evaluations)
+        assert (model.calls, model.rows_asked, pair.evaluations) == (1, rows, evaluations)
         assert isinstance(pair, Denoiser)
 
 
-def test_guidance_by_masking_hides_the_given_places_in_one_branch():
+def test_guidance_by_masking_hides_the_given_positions_in_one_branch():
     model = HashDenoiser(SPACE)
     hide = torch.tensor([[True, False, False], [False, False, True]])
     pair = guided(model, guidance_scale=3.0, hide="given", space=SPACE)
@@ -83,10 +83,10 @@ def test_a_space_that_cannot_be_meant_is_refused(arguments):
         TokenSpace(*arguments)
 
 
-def test_a_canvas_is_checked_against_its_parts_and_the_message_names_the_place():
+def test_a_canvas_is_checked_against_its_parts_and_the_message_names_the_position():
     space = TokenSpace(7, 7, parts=((2, 0, 3), (1, 3, 7)))
     space.check(torch.tensor([[0, 7, 4]]))
-    with pytest.raises(DataError, match="token 5 at place 1"):
+    with pytest.raises(DataError, match="token 5 at position 1"):
         space.check(torch.tensor([[0, 5, 4]]))
     with pytest.raises(DataError, match="sum to 3"):
         space.check(torch.tensor([[0, 1]]))
@@ -246,7 +246,7 @@ def test_a_guidance_schedule_that_cannot_be_meant_is_refused(options):
 
 
 def test_guidance_by_masking_takes_a_schedule_too():
-    """The share is of the canvas as it is, not of the branch whose given places are masked."""
+    """The share is of the canvas as it is, not of the branch whose given positions are masked."""
     model = HashDenoiser(SPACE)
     hide = torch.tensor([[True, False, False], [False, False, True]])
     pair = guided(model, guidance_scale=3.0, hide="given", space=SPACE, guidance_schedule="linear")

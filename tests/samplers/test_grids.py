@@ -17,7 +17,7 @@ from mdiff.find import find, names
 from mdiff.ops import draw
 from mdiff.samplers.confidence import confidence
 from mdiff.samplers.halton import CURVES, curve_counts, halton, halton_order, revealed_by
-from mdiff.sampling.unmasking import reveal_counts, schedule_counts
+from mdiff.sampling import reveal_counts, schedule_counts
 from mdiff.schedule import Arccos, Cosine, Exponential, Linear
 from mdiff.tokens import TokenSpace
 
@@ -66,7 +66,7 @@ def test_early_cells_are_spread_and_no_quarter_waits():
 
 
 def order_of_reveal(states):
-    """The place revealed at each step, (steps, B)."""
+    """The position revealed at each step, (steps, B)."""
     return torch.stack([state.revealed.long().argmax(1) for state in states])
 
 
@@ -74,7 +74,7 @@ def run(canvas, **options):
     return list(halton(HashDenoiser(SPACE), canvas, space=SPACE, **options))
 
 
-def test_halton_reveals_in_its_order_and_passes_over_given_places():
+def test_halton_reveals_in_its_order_and_passes_over_given_positions():
     order = halton_order((3, 4)).tolist()
     canvas = hidden(1, 12)
     assert order_of_reveal(run(canvas, grid=(3, 4)))[:, 0].tolist() == order
@@ -83,9 +83,9 @@ def test_halton_reveals_in_its_order_and_passes_over_given_places():
     assert order_of_reveal(run(canvas))[:, 0].tolist() == order[1::2]
 
 
-def test_places_beyond_the_grid_follow_in_canvas_order():
-    seen = order_of_reveal(run(hidden(1, 9), grid=(2, 3)))[:, 0].tolist()
-    assert seen == [*halton_order((2, 3)).tolist(), 6, 7, 8]
+def test_positions_beyond_the_grid_follow_in_canvas_order():
+    found = order_of_reveal(run(hidden(1, 9), grid=(2, 3)))[:, 0].tolist()
+    assert found == [*halton_order((2, 3)).tolist(), 6, 7, 8]
 
 
 def test_a_rolled_order_is_the_same_cycle_from_each_samples_own_start():
@@ -106,10 +106,10 @@ def test_a_grid_that_does_not_fit_is_refused_before_any_call(grid):
     assert denoiser.calls == 0
 
 
-def test_a_row_with_fewer_valid_places_than_the_grid_is_refused_as_it_is_alone():
+def test_a_row_with_fewer_valid_positions_than_the_grid_is_refused_as_it_is_alone():
     valid = torch.ones(2, 12, dtype=torch.bool)
     valid[1, 7:] = False
-    with pytest.raises(ConfigError, match="7 places"):
+    with pytest.raises(ConfigError, match="7 positions"):
         run(hidden(2, 12), grid=(3, 4), valid=valid)
 
 
@@ -132,10 +132,10 @@ def test_root_and_square_counts_go_by_their_name(curve):
     canvas = hidden(3, 16)
     canvas[1, :9] = 1
     canvas[2, 1:] = 1
-    seen = torch.stack([s.revealed.sum(1) for s in run(canvas, steps=4, counts=curve)], 1)
+    found = torch.stack([s.revealed.sum(1) for s in run(canvas, steps=4, counts=curve)], 1)
     expected = {"square": [[1, 3, 5, 7], [1, 1, 1, 4], [1, 0, 0, 0]],
                 "root": [[8, 3, 2, 3], [3, 1, 2, 1], [1, 0, 0, 0]]}  # fmt: skip
-    assert seen.tolist() == expected[curve]
+    assert found.tolist() == expected[curve]
 
 
 @pytest.mark.parametrize("curve", CURVES)
@@ -163,8 +163,8 @@ def test_a_curve_that_is_not_there_is_refused():
 
 @pytest.mark.parametrize("case", GRIDS["halton_confidence_sequence"]["cases"], ids=str)
 def test_the_published_sequences_of_revealed_counts_are_ours(case):
-    places = torch.tensor([case["side"] ** 2])
-    got = revealed_by(places, steps=case["steps"], curve=case["mode"])[0]
+    positions = torch.tensor([case["side"] ** 2])
+    got = revealed_by(positions, steps=case["steps"], curve=case["mode"])[0]
     assert got.tolist() == case["counts"]
 
 

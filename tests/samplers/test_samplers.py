@@ -11,7 +11,7 @@ from toys import HashDenoiser
 from mdiff.errors import ConfigError, DataError
 from mdiff.find import find, names
 from mdiff.samplers.confidence import confidence
-from mdiff.sampling.unmasking import reveal_counts
+from mdiff.sampling import reveal_counts
 from mdiff.schedule import Cosine, Linear
 from mdiff.tokens import TokenSpace
 
@@ -28,7 +28,7 @@ def finish(name, canvas, *, denoiser=None, space=SPACE, **options):
 
 
 def mixed_canvas(rows=6, length=12):
-    """Rows with given tokens, `never` ids among them, and every share of hidden places."""
+    """Rows with given tokens, `never` ids among them, and every share of hidden positions."""
     generator = torch.Generator().manual_seed(4)
     canvas = torch.randint(0, 11, (rows, length), generator=generator)
     canvas[canvas == SPACE.mask_id] = 0
@@ -51,15 +51,15 @@ def test_given_tokens_are_never_changed_and_all_others_are_permitted(name):
 @every_sampler
 def test_a_revealed_token_stays_and_is_revealed_once(name):
     canvas = mixed_canvas()
-    seen = torch.zeros_like(canvas, dtype=torch.bool)
+    found = torch.zeros_like(canvas, dtype=torch.bool)
     before = canvas
     for state in finish(name, canvas, seed=2):
-        assert not (seen & state.revealed).any()
-        assert (state.tokens[seen] == before[seen]).all()
+        assert not (found & state.revealed).any()
+        assert (state.tokens[found] == before[found]).all()
         assert (state.log_prob[~state.revealed] == 0).all()
         assert (state.entropy[~state.revealed] == 0).all()
-        seen, before = seen | state.revealed, state.tokens
-    assert (seen == (canvas == SPACE.mask_id)).all()
+        found, before = found | state.revealed, state.tokens
+    assert (found == (canvas == SPACE.mask_id)).all()
 
 
 @every_sampler
@@ -89,8 +89,8 @@ def test_a_sample_does_not_depend_on_its_batch_or_its_padding(name, side):
         alone.append(
             finish(name, own, seed=seeds[row : row + 1], cond={"label": labels[row : row + 1]})[-1]
         )
-        place = slice(0, length) if side == "right" else slice(12 - length, 12)
-        canvas[row, place], valid[row, place] = own[0], True
+        position = slice(0, length) if side == "right" else slice(12 - length, 12)
+        canvas[row, position], valid[row, position] = own[0], True
     together = finish(name, canvas, seed=seeds, valid=valid, cond={"label": labels})[-1]
     for row, state in enumerate(alone):
         assert together.tokens[row][valid[row]].tolist() == state.tokens[0].tolist()
@@ -136,7 +136,7 @@ def test_oblivious_orders_ask_for_the_revealed_rows_alone(name):
     denoiser = HashDenoiser(SPACE)
     canvas = mixed_canvas()
     finish(name, canvas, denoiser=denoiser, seed=1)
-    assert denoiser.rows_seen == int((canvas == SPACE.mask_id).sum())
+    assert denoiser.rows_asked == int((canvas == SPACE.mask_id).sum())
 
 
 @every_sampler
@@ -218,8 +218,8 @@ def test_given_counts_are_obeyed_at_each_step():
     canvas = torch.full((2, 6), SPACE.mask_id)
     table = torch.tensor([[1, 5], [4, 2]])
     for name in ("confidence", "any_order"):
-        seen = [s.revealed.sum(1) for s in finish(name, canvas, counts=table)]
-        assert torch.stack(seen, 1).tolist() == table.tolist()
+        found = [s.revealed.sum(1) for s in finish(name, canvas, counts=table)]
+        assert torch.stack(found, 1).tolist() == table.tolist()
 
 
 def test_a_users_permutation_is_the_order_of_reveal():
@@ -244,7 +244,7 @@ def test_anything_but_a_permutation_is_refused(order):
         finish("any_order", torch.full((2, 4), SPACE.mask_id), order=order)
 
 
-def test_confidence_keeps_the_places_that_score_highest():
+def test_confidence_keeps_the_positions_that_score_highest():
     canvas = torch.full((3, 6), SPACE.mask_id)
     for score in ("confidence", "entropy", "margin"):
         first = finish("confidence", canvas, score=score, steps=3, counts="even")[0]
@@ -272,7 +272,7 @@ def test_blocks_fill_in_turn_and_stop_at_the_end_of_the_text():
     assert (last.calls[~ended] == 10).all()
 
 
-def test_blocks_with_a_context_show_the_model_only_that_many_places():
+def test_blocks_with_a_context_show_the_model_only_that_many_positions():
     widths = []
 
     class Watched(HashDenoiser):
@@ -362,22 +362,22 @@ def test_a_given_stop_id_does_not_end_a_sample():
     assert (last.tokens[0, 4:] != 7).all()
 
 
-def test_blocks_tell_a_model_that_uses_time_the_share_it_sees_hidden():
-    seen = []
+def test_blocks_give_a_model_that_uses_time_the_hidden_share_of_its_window():
+    found = []
 
     class Timed(HashDenoiser):
         uses_time = True
 
         def __call__(self, tokens, *, t=None, valid=None, **rest):
             hidden = (tokens == SPACE.mask_id) & valid
-            seen.append((float(t), int(hidden.sum()), int(valid.sum())))
+            found.append((float(t), int(hidden.sum()), int(valid.sum())))
             return super().__call__(tokens, valid=valid, **rest)
 
     finish("blocks", torch.full((1, 8), 5), denoiser=Timed(SPACE), block_length=4)
-    assert [share for share, _, _ in seen] == [hidden / 8 for _, hidden, _ in seen]
-    seen.clear()
+    assert [share for share, _, _ in found] == [hidden / 8 for _, hidden, _ in found]
+    found.clear()
     finish("blocks", torch.full((1, 8), 5), denoiser=Timed(SPACE), block_length=4, context=4)
-    assert all(places == 4 and share == hidden / 4 for share, hidden, places in seen)
+    assert all(positions == 4 and share == hidden / 4 for share, hidden, positions in found)
 
 
 def test_blocks_of_blocks_and_counts_of_another_shape_are_refused():
@@ -391,7 +391,7 @@ def test_blocks_of_blocks_and_counts_of_another_shape_are_refused():
             finish("confidence", canvas, counts=counts)
 
 
-def test_more_reveals_a_call_than_places_is_all_at_once():
+def test_more_reveals_a_call_than_positions_is_all_at_once():
     assert finish("first_hitting", torch.full((2, 4), 5), per_call=10**9)[-1].calls.tolist() == [
         1,
         1,

@@ -15,7 +15,7 @@ from mdiff.kernels import philox
 from mdiff.samplers.any_order import any_order
 from mdiff.samplers.confidence import confidence
 from mdiff.samplers.first_hitting import first_hitting
-from mdiff.sampling.unmasking import reveal_counts
+from mdiff.sampling import reveal_counts
 from mdiff.schedule import Cosine, Linear, Polynomial
 
 SAMPLES = 200_000
@@ -34,16 +34,16 @@ def run(name, *, samples=SAMPLES, seed=1, **options):
 def chi_square(tokens, law):
     """The p-value of samples (N, L) under `law` (V^L,); cells expected below 5 are pooled."""
     base = TOY.vocab ** torch.arange(TOY.length - 1, -1, -1)
-    seen = torch.bincount((tokens * base).sum(1), minlength=len(law)).double()
+    found = torch.bincount((tokens * base).sum(1), minlength=len(law)).double()
     expected = law * len(tokens)
     rare = expected < 5
     if rare.any():
-        seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
+        found = torch.cat([found[~rare], found[rare].sum()[None]])
         expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
     keep = expected > 0
-    if seen[~keep].sum() > 0:
+    if found[~keep].sum() > 0:
         return 0.0
-    statistic = ((seen - expected)[keep] ** 2 / expected[keep]).sum()
+    statistic = ((found - expected)[keep] ** 2 / expected[keep]).sum()
     return float(stats.chi2.sf(float(statistic), int(keep.sum()) - 1))
 
 
@@ -66,18 +66,18 @@ def start():
     return distribution
 
 
-def places():
-    """Per canvas and place: probabilities of each token, and whether the place is hidden."""
+def positions():
+    """Per canvas and position: probabilities of each token, and whether the position is hidden."""
     canvases = TOY.canvas(torch.arange(len(TOY.table)))
     return canvases, TOY.table.exp(), canvases == TOY.vocab
 
 
 def step_matrix(reveal):
-    """Transitions (states, states) where hidden places are revealed independently.
+    """Transitions (states, states) where hidden positions are revealed independently.
 
-    `reveal` (states, L) is the probability that a hidden place is revealed.
+    `reveal` (states, L) is the probability that a hidden position is revealed.
     """
-    canvases, p, hidden = places()
+    canvases, p, hidden = positions()
     digit = torch.nn.functional.one_hot(canvases, TOY.vocab + 1).double()
     opened = torch.cat([reveal[..., None] * p, 1 - reveal[..., None]], 2)
     each = torch.where(hidden[..., None], opened, digit)
@@ -95,9 +95,9 @@ def ancestral_law(steps, schedule):
 
 
 def subset_law(choose, counts):
-    """The law where `choose(step, canvas, drawn, count)` gives [(probability, places)].
+    """The law where `choose(step, canvas, drawn, count)` gives [(probability, positions)].
 
-    Every hidden place draws a token; the chosen places keep theirs.
+    Every hidden position draws a token; the chosen positions keep theirs.
     """
     distribution = start()
     for step, count in enumerate(counts):
@@ -108,12 +108,12 @@ def subset_law(choose, counts):
             p = TOY.table[number].exp()
             for drawn in itertools.product(range(TOY.vocab), repeat=len(hidden)):
                 chance = float(distribution[number])
-                for place, token in zip(hidden, drawn):
-                    chance *= float(p[place, token])
+                for position, token in zip(hidden, drawn):
+                    chance *= float(p[position, token])
                 for share, kept in choose(step, number, dict(zip(hidden, drawn)), count):
                     after = list(canvas)
-                    for place in kept:
-                        after[place] = drawn[hidden.index(place)]
+                    for position in kept:
+                        after[position] = drawn[hidden.index(position)]
                     following[int(TOY.number(torch.tensor([after]))[0])] += chance * share
         distribution = following
     return final_law(distribution)
@@ -125,7 +125,7 @@ def uniform_subsets(step, number, drawn, count):
 
 
 def maskgit_rule(noise):
-    """Top places by log p + noise[step] * Gumbel: Plackett-Luce with weights p^(1 / noise)."""
+    """Top positions by log p + noise[step] * Gumbel: Plackett-Luce with weights p^(1 / noise)."""
 
     def choose(step, number, drawn, count):
         score = {i: float(TOY.table[number, i, token]) for i, token in drawn.items()}
@@ -135,9 +135,9 @@ def maskgit_rule(noise):
         shares = []
         for ordered in itertools.permutations(weight, count):
             share, left = 1.0, sum(weight.values())
-            for place in ordered:
-                share *= weight[place] / left
-                left -= weight[place]
+            for position in ordered:
+                share *= weight[position] / left
+                left -= weight[position]
             shares.append((share, ordered))
         return shares
 
@@ -191,7 +191,7 @@ def test_maskgits_rule_has_its_own_enumerated_law(noise):
 
 
 def reveal_times_and_order(sampler):
-    """M at each of the four hits (N, 4), and the place of each hit (N, 4)."""
+    """M at each of the four hits (N, 4), and the position of each hit (N, 4)."""
     canvas = torch.full((SAMPLES // 4, TOY.length), TOY.vocab)
     states = list(sampler(TOY.denoiser(), canvas, space=TOY.space, seed=3))
     return (
@@ -215,9 +215,9 @@ def test_hitting_times_are_those_of_the_largest_of_n_uniforms():
 def test_the_order_of_reveal_is_uniform_over_all_permutations():
     _, order = reveal_times_and_order(first_hitting)
     code = (order * 4 ** torch.arange(3, -1, -1)).sum(1)
-    seen = torch.tensor([int((code == c).sum()) for c in code.unique()])
-    assert len(seen) == 24
-    assert stats.chisquare(seen.numpy()).pvalue > FALSE_ALARM
+    found = torch.tensor([int((code == c).sum()) for c in code.unique()])
+    assert len(found) == 24
+    assert stats.chisquare(found.numpy()).pvalue > FALSE_ALARM
 
 
 # Mutants: each is a plausible mistake, and the tests above must reject it.
@@ -245,7 +245,7 @@ def test_a_mutant_that_redraws_a_committed_token_is_rejected():
 
 
 def test_a_mutant_that_scores_confidence_after_temperature_is_rejected():
-    """At temperature 0.3 the place is the surest draw of the model, not of the sharpened law."""
+    """At temperature 0.3 the position is the surest draw of the model, not of the sharpened law."""
 
     def law_of(measure):
         return run(
@@ -262,9 +262,9 @@ def test_a_mutant_that_scores_confidence_after_temperature_is_rejected():
 
 
 def subset_law_of_entropy(temperature):
-    """Two steps of two places: lowest entropy at temperature 1, tokens drawn after it."""
+    """Two steps of two positions: lowest entropy at temperature 1, tokens drawn after it."""
     distribution = start()
-    canvases, p, _ = places()
+    canvases, p, _ = positions()
     entropy = -(p * TOY.table.where(p > 0, 0.0)).sum(2)
     sharp = (TOY.table / temperature).softmax(2)
     for _ in range(2):
@@ -275,9 +275,9 @@ def subset_law_of_entropy(temperature):
             kept = sorted(hidden, key=lambda i: (float(entropy[number, i]), i))[:2]
             for drawn in itertools.product(range(TOY.vocab), repeat=len(kept)):
                 after, chance = list(canvas), float(distribution[number])
-                for place, token in zip(kept, drawn):
-                    after[place] = token
-                    chance *= float(sharp[number, place, token])
+                for position, token in zip(kept, drawn):
+                    after[position] = token
+                    chance *= float(sharp[number, position, token])
                 following[int(TOY.number(torch.tensor([after]))[0])] += chance
         distribution = following
     return final_law(distribution)

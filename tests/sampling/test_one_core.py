@@ -22,10 +22,10 @@ RECIPES = {
 
 def test_text_and_pictures_are_trained_by_the_very_same_function(tmp_path, monkeypatch):
     the_loss = objective.masked_diffusion_loss
-    seen = []
+    found = []
 
     def watched(denoiser, tokens, **options):
-        seen.append((name, options["space"].vocab_size))
+        found.append((name, options["space"].vocab_size))
         return the_loss(denoiser, tokens, **options)
 
     assert stepping.masked_diffusion_loss is the_loss
@@ -38,10 +38,10 @@ def test_text_and_pictures_are_trained_by_the_very_same_function(tmp_path, monke
         losses[name] = [line for line in said if line.startswith("step 20")]
         made = load(folder)
         assert made.generate(n=1, sampler="confidence", steps=2)[0].calls == 2
-    assert [n for n, _ in seen].count("text") == 20
-    assert [n for n, _ in seen].count("pictures") == 20
-    # 17 greys, and however many tokens the text has: the function is told nothing else.
-    assert {size for n, size in seen if n == "pictures"} == {17}
+    assert [n for n, _ in found].count("text") == 20
+    assert [n for n, _ in found].count("pictures") == 20
+    # 17 greys, and however many tokens the text has: the function knows nothing else.
+    assert {size for n, size in found if n == "pictures"} == {17}
     assert all(losses.values())
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from mdiff.denoiser import from_logits
 from mdiff.objective.loss import masked_diffusion_loss
 from mdiff.objective.nll import token_nll
-from mdiff.sampling.unmasking import reveal_counts
+from mdiff.sampling import reveal_counts
 from mdiff.schedule import Cosine, Exponential, Geometric, Linear, Polynomial
 from mdiff.tokens import TokenSpace
 
@@ -32,7 +32,7 @@ def test_mdlm_nelbo_per_token_and_mean():
 
 
 def test_the_loss_function_itself_gives_mdlms_value_on_the_same_corruption():
-    """Times so small and places so chosen that only MDLM's own hidden places are hidden."""
+    """Times so small and positions so chosen that only MDLM's own hidden positions are hidden."""
     golden = load_file(GOLDEN / "mdlm" / "golden.safetensors")
     hidden = golden["xt"] == MDLM.mask_id
     t = torch.ones(4)

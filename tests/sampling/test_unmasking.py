@@ -1,4 +1,4 @@
-"""A canvas being filled: what the head sees, what waits for the device, what a threshold writes."""
+"""The unmasking loop: rows of the head, waits for the device, what a threshold writes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def canvas_of(rows=3, length=10):
 def test_the_head_runs_on_the_requested_rows_alone():
     model, head = model_with_watched_head()
     sample(model, canvas_of(), space=SPACE, sampler="first_hitting", seed=1)
-    # One place of each sample a call; the first sample has six.
+    # One position of each sample a call; the first sample has six.
     assert head.rows == [3] * 6 + [2] * 4
     head.rows.clear()
     sample(model, canvas_of(), space=SPACE, sampler="confidence", seed=1, steps=2, counts="even")
@@ -77,7 +77,7 @@ def test_chunks_of_the_head_change_nothing_but_its_calls(sampler, scale, monkeyp
         denoiser = guided(model, guidance_scale=scale, without={"label": torch.tensor(3)})
     options = {"space": SPACE, "sampler": sampler, "seed": 1, "cond": cond}
     if sampler == "confidence":
-        # Places of a hidden canvas are nearly equal: noise says which comes first.
+        # Positions of a hidden canvas are nearly equal: noise says which comes first.
         options["noise"] = 1.0
     whole = sample(denoiser, canvas_of(), **options)
     most = max(head.rows)
@@ -98,7 +98,7 @@ def test_guidance_by_rows_is_guidance_by_logits(monkeypatch):
     )  # fmt: skip
     options = {"space": SPACE, "seed": 1, "cond": {"label": torch.tensor([0, 1, 2])}}
     inside = sample(pair, canvas_of(), **options)
-    monkeypatch.setattr("mdiff.denoiser.protocol.asks_rows", lambda denoiser: False)
+    monkeypatch.setattr("mdiff.denoiser.calls.asks_rows", lambda denoiser: False)
     outside = sample(pair, canvas_of(), **options)
     assert torch.equal(inside.tokens, outside.tokens)
     assert torch.equal(inside.calls, outside.calls)
@@ -164,14 +164,14 @@ def test_no_step_waits_for_the_device(name, model, monkeypatch):
         options |= {"steps": 4, "noise": 1.0}
     if name == "halton":
         options |= {"grid": (2, 5)}
-    build, told = MODELS[model]
+    build, given = MODELS[model]
     with torch.no_grad():
-        states = find("samplers", name)(build(), canvas_of(), **options | told)
+        states = find("samplers", name)(build(), canvas_of(), **options | given)
         next(states)
         with NothingWaits():
             for state in states:
                 last = state
-    valid = told.get("valid", torch.ones_like(last.tokens, dtype=torch.bool))
+    valid = given.get("valid", torch.ones_like(last.tokens, dtype=torch.bool))
     assert not (last.tokens == SPACE.mask_id)[valid].any()
 
 
@@ -187,7 +187,7 @@ def test_the_watch_for_waits_would_notice_one():
 
 
 @pytest.mark.parametrize("threshold", [None, 0.5, -1.0])
-def test_the_surest_are_written_and_ties_go_to_the_first_place(threshold):
+def test_the_surest_are_written_and_ties_go_to_the_first_position(threshold):
     tokens = torch.full((3, 5), 9)
     tokens[0, 1] = 4
     asked = tokens == 9
@@ -216,7 +216,7 @@ def test_the_surest_are_written_and_ties_go_to_the_first_place(threshold):
         ("entropy", 0.4, lambda p: -(p * p.log()).sum(1) <= 0.4),
     ],
 )
-def test_a_threshold_writes_every_place_that_is_sure_enough_and_at_least_one(
+def test_a_threshold_writes_every_position_that_is_sure_enough_and_at_least_one(
     score, threshold, sure
 ):
     generator = torch.Generator().manual_seed(2)

@@ -55,15 +55,15 @@ def make_toy(vocab: int = 4, length: int = 4, *, seed: int = 0, sharpness: float
     toy = Toy(joint, table, space)
     for number, canvas in enumerate(toy.canvas(torch.arange(len(table))).tolist()):
         given = joint
-        for place, token in enumerate(canvas):
+        for position, token in enumerate(canvas):
             if token != vocab:
                 keep = torch.zeros(vocab, dtype=torch.float64)
                 keep[token] = 1
-                given = given * keep.view([-1 if i == place else 1 for i in range(length)])
-        for place in range(length):
-            others = [i for i in range(length) if i != place]
+                given = given * keep.view([-1 if i == position else 1 for i in range(length)])
+        for position in range(length):
+            others = [i for i in range(length) if i != position]
             marginal = given.sum(others)
-            table[number, place] = (marginal / marginal.sum()).log()
+            table[number, position] = (marginal / marginal.sum()).log()
     return toy
 
 
@@ -71,7 +71,7 @@ class HashDenoiser:
     """Logits by exact integer arithmetic on a row's valid tokens: equal in every batch.
 
     A row's logits depend on all its valid tokens, on their order and on `cond["label"]`, and
-    not on padding, so that samples can be compared bit for bit. `rows_seen` counts rows asked.
+    not on padding, so that samples can be compared bit for bit. `rows_asked` counts rows asked.
     """
 
     uses_time = False
@@ -79,7 +79,7 @@ class HashDenoiser:
     def __init__(self, space: TokenSpace, *, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.table = torch.randn(997, space.vocab_size, generator=generator)
-        self.rows_seen = 0
+        self.rows_asked = 0
         self.calls = 0
 
     def __call__(
@@ -94,6 +94,6 @@ class HashDenoiser:
             + 7 * label
         )
         self.calls += 1
-        self.rows_seen += int(tokens.numel() if at is None else at.sum())
+        self.rows_asked += int(tokens.numel() if at is None else at.sum())
         logits = self.table[digest % 997]
         return logits if at is None else logits[at]

@@ -21,7 +21,7 @@ from mdiff.objective.bound import nll_bound
 from mdiff.objective.conditioning import drop_condition
 from mdiff.objective.loss import masked_diffusion_loss
 from mdiff.pipeline.pipeline import Pipeline
-from mdiff.sampling.unmasking import reveal_counts, schedule_counts
+from mdiff.sampling import reveal_counts, schedule_counts
 from mdiff.schedule import Arccos, Cosine, Linear
 from mdiff.tokens import TokenSpace
 

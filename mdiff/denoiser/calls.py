@@ -1,0 +1,119 @@
+"""How a denoiser is called: the rows it is asked for, the part that gives them, and the cost."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from mdiff.denoiser.protocol import (
+    AsksRows,
+    BlockModel,
+    Condition,
+    Denoiser,
+    HasCost,
+    HasHead,
+    HasRowCost,
+    Rows,
+)
+from mdiff.errors import ConfigError
+from mdiff.kernels.loss_heads import hooked
+
+
+def flat_positions(at: Tensor, number: int | None = None) -> Tensor:
+    """The flat indices (N,) int64 of the positions `at` (B, L) bool among all B * L, ascending.
+
+    `number` of them, where that is known on the host: then without a host-device
+    synchronisation.
+
+    >>> flat_positions(torch.tensor([[False, True]]), 1)
+    tensor([1])
+    """
+    if number is None:
+        return at.flatten().nonzero()[:, 0]
+    return torch.nonzero_static(at.flatten(), size=number)[:, 0]
+
+
+def row_request(denoiser: Denoiser) -> Callable[..., Rows]:
+    """How to ask a denoiser for `Rows`, looked up once for many calls.
+
+    The result is called as `AsksRows.requested_rows` is, with `cache=` too where the denoiser
+    takes one. It runs without the head where the denoiser has one of its own, so that logits
+    need not exist all at once.
+    """
+    if asks_rows(denoiser):
+        return denoiser.requested_rows
+    split = denoiser if has_own_head(denoiser) else None
+    head = None if split is None else split.head
+    call: Callable[..., Tensor] = denoiser if split is None else split.features
+    counts = _takes_number(call)
+
+    def ask(tokens: Tensor, *, number: int | None = None, **rest: object) -> Rows:
+        rest = {**rest, "number": number} if counts else rest
+        return Rows(call(tokens, **rest), head=head)
+
+    return ask
+
+
+def asks_rows(denoiser: object) -> TypeGuard[AsksRows]:
+    """Whether the denoiser's own class has `requested_rows`: a wrapper's inner one is bypassed."""
+    return issubclass(type(denoiser), AsksRows)
+
+
+def has_own_head(denoiser: object) -> TypeGuard[HasHead]:
+    """Whether a call of the denoiser is that of its `features` and then of its `head`.
+
+    Only what its own class says counts: a wrapper (an adapter's, a compiled or distributed
+    module, guidance) that passes `features` through changes what a call does, and so do hooks
+    and a class that replaces the call of one that has `features`.
+    """
+    if not isinstance(denoiser, HasHead) or denoiser.head is None:
+        return False
+    if any(isinstance(m, nn.Module) and hooked(m) for m in (denoiser.head, denoiser)):
+        return False
+    called = "forward" if isinstance(denoiser, nn.Module) else "__call__"
+    for kind in type(denoiser).__mro__:
+        if "features" in vars(kind):
+            return True
+        if called in vars(kind):
+            return False
+    return False
+
+
+def _takes_number(call: Callable[..., Tensor]) -> bool:
+    """Whether a denoiser, or its `features`, has a keyword `number` of its own."""
+    try:
+        signature = inspect.signature(call.forward if isinstance(call, nn.Module) else call)
+    except (TypeError, ValueError):
+        return False
+    return "number" in signature.parameters
+
+
+def evaluations(
+    denoiser: Denoiser, tokens: Tensor, *, valid: Tensor | None, cond: Condition | None
+) -> int | Tensor:
+    """The model evaluations that a call on these rows costs: one number, or (B,) int64."""
+    if isinstance(denoiser, HasRowCost):
+        return denoiser.row_evaluations(tokens, valid=valid, cond=cond)
+    return fixed_evaluations(denoiser)
+
+
+def fixed_evaluations(denoiser: Denoiser) -> int:
+    """The model evaluations that a call costs each row, where that is the same for all."""
+    return denoiser.evaluations if isinstance(denoiser, HasCost) else 1
+
+
+def block_length_of(denoiser: Denoiser) -> int | None:
+    """The length of a block model's blocks; None for another denoiser."""
+    return denoiser.block_length if isinstance(denoiser, BlockModel) else None
+
+
+def check_rows(tokens: Tensor, rows: int) -> None:
+    """ConfigError where a denoiser that is bound to so many rows is called on others."""
+    if len(tokens) != rows:
+        raise ConfigError(
+            f"{len(tokens)} rows: this denoiser is bound to {rows}, take its for_rows(index)"
+        )
