@@ -1,19 +1,14 @@
-"""Checkpoints are written atomically, and hostile files end in a CheckpointError."""
+"""Checkpoints are written atomically and compared with their manifest; one process writes."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import os
-import struct
 import subprocess
 import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mdiff.errors import CheckpointError
@@ -27,7 +22,6 @@ from mdiff.files.atomic import (
     sweep,
     verify,
 )
-from mdiff.files.untrusted import inside, parse_json, read_json, read_tensors
 
 
 @pytest.fixture
@@ -131,135 +125,6 @@ def test_the_latest_step_is_the_largest_number_with_all_its_files(tmp_path):
     (tmp_path / "step-1000000" / "a").write_text("")
     assert latest(tmp_path).name == "step-999999"
     assert latest(tmp_path / "nowhere") is None
-
-
-@pytest.mark.parametrize("name", ["", "/etc/passwd", "../x", "a/../../x", "a\\b", "a\0b"])
-def test_names_that_leave_the_directory_are_refused(tmp_path, name):
-    with pytest.raises(CheckpointError, match="plain name inside"):
-        inside(tmp_path, name)
-
-
-def test_a_link_may_lead_inside_the_root_but_not_out_of_it(tmp_path):
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "x").write_text("{}")
-    folder = tmp_path / "snapshot"
-    folder.mkdir()
-    (folder / "x").symlink_to("../blobs/x")
-    with pytest.raises(CheckpointError, match="leaves"):
-        inside(folder, "x")
-    assert inside(folder, "x", root=tmp_path) == folder / "x"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (b'{"a": 1, "a": 2}', "'a' occurs twice"),
-        (b'{"a": {"b": 1, "b": 1}}', "'b' occurs twice"),
-        (b"[1]", "holds a list"),
-        (b"\xff\xfe", "not JSON"),
-        (b'{"a": ' + b"9" * 10000 + b"}", "not JSON"),
-        (b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "nested deeper"),
-        (b'{"a": ' + b"[" * 10**6, "nested deeper"),
-        (b"", "not JSON"),
-    ],
-)
-def test_hostile_json_is_refused(tmp_path, text, message):
-    path = tmp_path / "x.json"
-    path.write_bytes(text)
-    with pytest.raises(CheckpointError, match=message):
-        read_json(path)
-
-
-def test_json_that_is_too_large_a_pipe_or_absent_is_refused_unread(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text('{"a": "' + "x" * 100 + '"}')
-    with pytest.raises(CheckpointError, match="at most 50"):
-        read_json(path, max_bytes=50)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="not a plain file"):
-        read_json(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="missing"):
-        read_json(tmp_path / "absent")
-
-
-def _tensor_file(header, data=b"", length=None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
-
-
-GOOD = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "truncated"),
-        (b"abc", "truncated"),
-        (_tensor_file(GOOD, b"\0" * 7), "truncated or altered"),
-        (_tensor_file(GOOD, b"\0" * 9), "truncated or altered"),
-        (_tensor_file(GOOD, b"\0" * 8, length=2**62), "truncated"),
-        (_tensor_file({"w": GOOD["w"] | {"shape": [2**40, 2**40]}}, b"\0" * 8), "needs"),
-        (_tensor_file({"w": GOOD["w"] | {"shape": [-2, -1]}}, b"\0" * 8), "not valid"),
-        (_tensor_file({"w": GOOD["w"] | {"shape": [True, 2]}}, b"\0" * 8), "not valid"),
-        (_tensor_file({"w": GOOD["w"] | {"dtype": "F3"}}, b"\0" * 8), "not valid"),
-        (_tensor_file({"w": GOOD["w"], "v": GOOD["w"]}, b"\0" * 8), "overlaps"),
-        (_tensor_file({"w": 3}, b""), "not valid"),
-        (_tensor_file(b'{"w": 1, "w": 2}'), "twice"),
-        (b"PK\x03\x04" + b"\0" * 64, "only safetensors"),
-        (b"\x80\x02}q\x00." + b"\0" * 64, "only safetensors"),
-    ],
-)
-def test_hostile_tensor_files_are_refused(tmp_path, content, message):
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
-        read_tensors(path)
-
-
-def test_a_pickle_is_named_by_its_ending_too(tmp_path):
-    path = tmp_path / "pytorch_model.bin"
-    path.write_bytes(_tensor_file(GOOD, b"\0" * 8))
-    with pytest.raises(CheckpointError, match="only safetensors"):
-        read_tensors(path)
-
-
-def test_tensors_come_back_as_they_were(tmp_path):
-    tensors = {
-        "a": torch.arange(6.0).view(2, 3),
-        "b": torch.tensor([True, False]),
-        "c": torch.zeros(0, 4, dtype=torch.bfloat16),
-        "d": torch.tensor(3, dtype=torch.int64),
-    }
-    save_file(tensors, tmp_path / "x.safetensors")
-    back = read_tensors(tmp_path / "x.safetensors")
-    assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in tensors.items())
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(
-    position=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.integers(0, 10**6) | st.none()
-)
-def test_mutated_tensor_files_load_completely_or_not_at_all(tmp_path_factory, position, value, cut):
-    path = tmp_path_factory.mktemp("mutated") / "x.safetensors"
-    save_file({"w": torch.arange(5.0), "v": torch.zeros(2, 2, dtype=torch.int64)}, path)
-    data = bytearray(path.read_bytes())
-    data[position % len(data)] = value
-    path.write_bytes(data[: cut % len(data)] if cut is not None else data)
-    try:
-        tensors = read_tensors(path)
-    except CheckpointError:
-        return
-    assert sum(t.numel() * t.element_size() for t in tensors.values()) == 5 * 4 + 4 * 8
-
-
-@settings(
-    max_examples=150, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)  # fmt: skip
-@given(st.binary(max_size=200) | st.text(alphabet='{}[]":,0aé\\ ', max_size=60).map(str.encode))
-def test_any_bytes_are_an_object_or_a_checkpoint_error(data):
-    with contextlib.suppress(CheckpointError):
-        assert isinstance(parse_json(data, origin="x"), dict)
 
 
 HOLD = (
