@@ -284,7 +284,7 @@ def test_columns_outside_the_span_and_never_ids_are_not_looked_at():
 
 
 @needs_the_library
-def test_logits_of_any_layout_are_read_in_place():
+def test_logits_of_any_layout_are_read_without_a_copy():
     wide = normal(40, 2100)
     for logits in (wide[::3], wide[:, 5:2005], wide.T[:40], wide[:1].expand(40, 2100)):
         one = draw(logits, seed=2, backend="c")

@@ -215,7 +215,7 @@ def test_the_stream_is_that_of_philox_for_any_64_bit_counter():
     agree(*both(normal(3, 90), tile=32, **same))
 
 
-def test_logits_of_any_layout_are_read_in_place():
+def test_logits_of_any_layout_are_read_without_a_copy():
     wide = normal(9)
     for logits in (wide[::4], wide[:2, 5:305], wide.T[:2], wide[:1].expand(2, VOCAB), wide[:0]):
         one = draw_triton(logits, tile=TILE, **counters(len(logits)))

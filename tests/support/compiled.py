@@ -1,8 +1,8 @@
 """Compile the Triton kernels for an H100 or H200, sm_90, without one: prints their PTX as JSON.
 
-    python tests/compiled.py
+    python tests/support/compiled.py
 
-Run by tests/test_draw_triton.py in a process of its own, where Triton does not interpret.
+Run by tests/kernels/test_draw_triton.py in a process of its own, where Triton does not interpret.
 """
 
 from __future__ import annotations

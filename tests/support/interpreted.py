@@ -1,7 +1,7 @@
 """Triton in its interpreter: conftest.py imports this before anything that imports Triton.
 
 The variable counts while Triton is imported and while a kernel runs, so that it is set there and
-nowhere else: other tests and the programs that they start do not see it.
+nowhere else: other tests and the programs that they start run without it.
 """
 
 from __future__ import annotations
