@@ -181,7 +181,7 @@ class _Leaf(Protocol):
 
 
 class ModuleHead:
-    """Any other head, with the methods of `MatrixHead`: called and differentiated on each chunk."""
+    """Another head, with the methods of `MatrixHead`: called and differentiated on each chunk."""
 
     def __init__(
         self, features_ND: Tensor, head: nn.Module, *, autocast: torch.dtype | None,
