@@ -19,7 +19,7 @@ from mdiff.sampling import reveal_counts
 from mdiff.schedule import Cosine, Linear, Polynomial
 
 SAMPLES = 200_000
-FALSE_ALARM = 1e-6 / 32  # family-wise 1e-6 over at most 32 statistical tests in this file
+FALSE_ALARM = 1e-6 / 48  # family-wise 1e-6 over at most 48 statistical tests in this file
 TOY = make_toy()
 FINAL = torch.arange(TOY.vocab**TOY.length)  # the canvases without a mask, in base V
 
@@ -144,6 +144,28 @@ def maskgit_rule(noise):
     return choose
 
 
+def threshold_rule(score, threshold):
+    """The `count` positions of the highest score, and all whose score reaches the threshold."""
+    p = TOY.table.exp()
+    two = p.topk(2, dim=2).values
+    scores = {
+        "margin": two[..., 0] - two[..., 1],
+        # At most so many nats.
+        "entropy": (p * TOY.table.where(p > 0, 0.0)).sum(2),
+    }
+    least = -threshold if score == "entropy" else threshold
+
+    def choose(step, number, drawn, count):
+        value = {
+            i: float(p[number, i, token] if score == "confidence" else scores[score][number, i])
+            for i, token in drawn.items()
+        }
+        ranked = sorted(value, key=lambda i: (-value[i], i))
+        return [(1.0, [i for rank, i in enumerate(ranked) if rank < count or value[i] >= least])]
+
+    return choose
+
+
 EXACT = {
     "first_hitting": ("first_hitting", {}),
     "first_hitting, cosine": ("first_hitting", {"schedule": Cosine()}),
@@ -188,6 +210,24 @@ def test_maskgits_rule_has_its_own_enumerated_law(noise):
     tokens = run("confidence", steps=2, counts="even", noise=noise)
     assert chi_square(tokens, law) > FALSE_ALARM
     assert chi_square(tokens, joint()) < FALSE_ALARM
+
+
+@pytest.mark.parametrize(
+    ("score", "threshold", "steps", "counts"),
+    [
+        ("confidence", 0.6, None, [1, 1, 1, 1]),
+        ("confidence", 0.4, 3, [2, 1, 1]),
+        ("margin", 0.3, None, [1, 1, 1, 1]),
+        ("entropy", 0.9, None, [1, 1, 1, 1]),
+    ],
+)
+def test_a_threshold_has_its_own_enumerated_law(score, threshold, steps, counts):
+    law = subset_law(threshold_rule(score, threshold), counts)
+    options = {"score": score, "steps": steps, "counts": "even"}
+    assert chi_square(run("confidence", threshold=threshold, **options), law) > FALSE_ALARM
+    # Without a threshold, and with a lower one, the law is another.
+    assert chi_square(run("confidence", **options), law) < FALSE_ALARM
+    assert chi_square(run("confidence", threshold=threshold * 0.7, **options), law) < FALSE_ALARM
 
 
 def reveal_times_and_order(sampler):
@@ -252,13 +292,9 @@ def test_a_mutant_that_scores_confidence_after_temperature_is_rejected():
             "confidence", steps=2, counts="even", temperature=0.3, score="entropy", measure=measure
         )
 
-    empirical = torch.bincount(
-        (law_of("model") * 4 ** torch.arange(3, -1, -1)).sum(1), minlength=256
-    ).double()
     sharpened = subset_law_of_entropy(0.3)
     assert chi_square(law_of("model"), sharpened) > FALSE_ALARM
     assert chi_square(law_of("drawn"), sharpened) < FALSE_ALARM
-    assert empirical.sum() == SAMPLES
 
 
 def subset_law_of_entropy(temperature):
@@ -283,20 +319,23 @@ def subset_law_of_entropy(temperature):
     return final_law(distribution)
 
 
-def test_a_mutant_that_counts_by_the_batch_is_rejected():
-    hidden = torch.tensor([4, 2, 3])
-    own = reveal_counts("even", hidden, steps=2, schedule=Linear())
-    by_batch = reveal_counts(
-        "even", hidden.float().mean().long().expand(3), steps=2, schedule=Linear()
-    )
-    assert own.sum(1).tolist() == hidden.tolist()
-    assert by_batch.sum(1).tolist() != hidden.tolist()
+def revealed_a_step():
+    """The reveals of each sample at each of two even steps, (2, B), of 4, 2 and 3 hidden ones."""
     canvas = torch.tensor([[4, 4, 4, 4], [1, 4, 4, 0], [4, 4, 4, 2]])
-    revealed = [
-        s.revealed.sum(1).tolist()
-        for s in confidence(TOY.denoiser(), canvas, space=TOY.space, steps=2, counts="even")
-    ]
-    assert revealed == own.T.tolist()
+    states = confidence(TOY.denoiser(), canvas, space=TOY.space, steps=2, counts="even")
+    return [state.revealed.sum(1).tolist() for state in states]
+
+
+def test_a_mutant_that_counts_by_the_batch_is_rejected(monkeypatch):
+    own = [[2, 1, 2], [2, 1, 1]]
+    assert revealed_a_step() == own
+
+    def by_batch(counts, hidden, **options):
+        """The table of the row that hides most, for all rows."""
+        return reveal_counts(counts, hidden.max().expand(len(hidden)), **options)
+
+    monkeypatch.setattr("mdiff.samplers.confidence.reveal_counts", by_batch)
+    assert revealed_a_step() != own
 
 
 def test_streams_of_different_purposes_and_samples_do_not_correlate():
