@@ -58,12 +58,8 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     # The first process prepares what is cached, the others then read it.
     with accelerator.main_process_first():
         examples = modality.examples(recipe.data.options, length=recipe.data.length, split="train")
-    rows = StepRows(
-        examples,
-        train=recipe.train,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    rows = StepRows(examples, train=recipe.train, rank=rank, world=world)
     for _, batch in rows[1]:
         modality.space.check(batch.tokens, batch.valid, masks=False)
     loss_of = _loss(recipe, modality, examples, schedule)
@@ -86,14 +82,10 @@ def _loss(recipe: Recipe, modality: Modality, examples: Examples, schedule: Sche
     space = modality.space
     torch.manual_seed(int(philox.derive(recipe.train.seed)))
     backbone: nn.Module = _part(
-        find("backbones", recipe.model.name),
-        recipe.model,
-        section="model",
-        vocab_size=space.vocab_size,
-        mask_id=space.mask_id,
-        max_length=examples.length,
+        find("backbones", recipe.model.name), recipe.model, section="model",
+        vocab_size=space.vocab_size, mask_id=space.mask_id, max_length=examples.length,
         **_of_modality(modality),
-    )
+    )  # fmt: skip
     if not isinstance(backbone, Denoiser) or not isinstance(backbone, Saveable):
         raise ConfigError(
             f"model {recipe.model.name!r}: expected a Denoiser with `uses_time` and "

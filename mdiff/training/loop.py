@@ -31,12 +31,9 @@ from mdiff.training.zero import ZeroAccelerator, zero_was_asked_for
 
 
 def train(
-    recipe: Recipe,
-    out: Path | str,
-    *,
-    resume: str = "auto",
+    recipe: Recipe, out: Path | str, *, resume: str = "auto",
     report: Callable[[str], None] = to_stderr,
-) -> Path:
+) -> Path:  # fmt: skip
     """Train as the recipe says; returns the last checkpoint, `out`/step-NNNNNN.
 
     `resume`: "auto" resumes from the newest complete checkpoint in `out`, if there is one;

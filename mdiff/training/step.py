@@ -88,22 +88,13 @@ class LossOf(nn.Module):
         )  # fmt: skip
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             loss = masked_diffusion_loss(
-                self.backbone,
-                batch.tokens,
-                space=self.space,
-                schedule=self.schedule,
-                may_hide=self.may_hide(batch, sample=sample, seed=seed),
-                valid=batch.valid,
-                documents=batch.documents,
-                cond=cond or None,
-                t=t,
+                self.backbone, batch.tokens, space=self.space, schedule=self.schedule,
+                may_hide=self.may_hide(batch, sample=sample, seed=seed), valid=batch.valid,
+                documents=batch.documents, cond=cond or None, t=t,
                 weight=self._clipped if objective.max_weight else objective.weight,
-                label_smoothing=objective.label_smoothing,
-                seed=seed,
-                sample=sample,
-                rows=train.batch_size,
-                total=total,
-            )
+                label_smoothing=objective.label_smoothing, seed=seed, sample=sample,
+                rows=train.batch_size, total=total,
+            )  # fmt: skip
         return loss.value, self.schedule.weight(t) * loss.nll.detach().double().sum(1)
 
     def _clipped(self, t: Tensor) -> Tensor:
@@ -119,12 +110,10 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
         return None if tensor is None else tensor.to(device, non_blocking=True)
 
     return Batch(
-        tokens=batch.tokens.to(device, non_blocking=True),
-        valid=move(batch.valid),
-        documents=move(batch.documents),
-        may_hide=move(batch.may_hide),
+        batch.tokens.to(device, non_blocking=True), valid=move(batch.valid),
+        documents=move(batch.documents), may_hide=move(batch.may_hide),
         cond={name: tensor.to(device) for name, tensor in batch.cond.items()},
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -199,16 +188,10 @@ class Stepper:
             optimizer.zero_grad()
         row, epoch = self.rows.rows(number)
         return Outcome(
-            step=number,
-            epoch=int(epoch[0]),
-            bad_rows=row[bad].tolist(),
-            loss=sums[0],
-            bits=sums[1] / tokens / math.log(2) / self.rows.examples.units,
-            tokens=tokens,
-            lr=optim.lr * rate,
-            grad_norm=norm,
-            stop=sums[2] > 0,
-        )
+            step=number, epoch=int(epoch[0]), bad_rows=row[bad].tolist(), loss=sums[0],
+            bits=sums[1] / tokens / math.log(2) / self.rows.examples.units, tokens=tokens,
+            lr=optim.lr * rate, grad_norm=norm, stop=sums[2] > 0,
+        )  # fmt: skip
 
     def _maskable_tokens(self, batch: Batch, *, sample: Tensor, seed: int) -> Tensor:
         whole = self.whole

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -51,11 +51,12 @@ def slice_of(parameter: Sliced, whole: Tensor) -> Tensor:
     return torch.nn.functional.pad(held, (0, size - held.numel()))
 
 
-class Flat:
+class Flat(NamedTuple):
     """One flat tensor of the engine, and the parameters whose slices lie in it in a row."""
 
-    def __init__(self, tensor: Tensor, parameters: Sequence[Sliced], group: int) -> None:
-        self.tensor, self.parameters, self.group = tensor, parameters, group
+    tensor: Tensor
+    parameters: Sequence[Sliced]
+    group: int
 
     def pieces(self, flat: Tensor) -> Iterator[tuple[Sliced, Tensor]]:
         """Every parameter with its slice of a tensor that is laid out as this one, as a view."""
