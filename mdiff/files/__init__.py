@@ -26,7 +26,6 @@ from mdiff.files.model_files import MODEL_INDEX as MODEL_INDEX
 from mdiff.files.model_files import PIPELINE as PIPELINE
 from mdiff.files.model_files import WEIGHTS as WEIGHTS
 from mdiff.files.model_files import ModelFiles as ModelFiles
-from mdiff.files.model_files import read_headers as read_headers
 from mdiff.files.model_files import read_model_files as read_model_files
 from mdiff.files.untrusted import MAX_JSON_BYTES as MAX_JSON_BYTES
 from mdiff.files.untrusted import MAX_JSON_VALUES as MAX_JSON_VALUES

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, nearest
 from mdiff.files.atomic import MANIFEST, STEP_NAME, digest, latest, read_manifest, verify
-from mdiff.files.model_files import CONFIG, MODEL_INDEX, PIPELINE, ModelFiles, read_model_files
+from mdiff.files.config_fields import CONFIG
+from mdiff.files.model_files import MODEL_INDEX, PIPELINE, ModelFiles, read_model_files
 
 BUILTIN = "builtin:"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")

@@ -5,8 +5,6 @@ Project huggingface/diffusers, `AmusedPipeline` and `AmusedScheduler`, 0.42 (202
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from mdiff.errors import CheckpointError, ConfigError
@@ -20,8 +18,8 @@ from mdiff.files import (
     read_json,
     without_memory,
 )
-from mdiff.find import find
 from mdiff.modalities.image import ARCHITECTURE, load_text_encoder, text_to_image
+from mdiff.modalities.image.codecs.vq_diffusers import VQDiffusers, vq_diffusers
 from mdiff.pipeline.pipeline import Pipeline
 from mdiff.pipeline.published import load_published
 from mdiff.tokens import TokenSpace
@@ -85,10 +83,10 @@ def load_directory(
     )
 
 
-def load_codec(files: ModelFiles, device: torch.device) -> Any:
+def load_codec(files: ModelFiles, device: torch.device) -> VQDiffusers:
     """The VQModel in a folder of the layout of diffusers, in float32."""
     with without_memory():
-        codec = find("codecs", "vq_diffusers")(described=files.config)
+        codec = vq_diffusers(described=files.config)
     load_weights(codec.published, files.headers, dtype=torch.float32, device=device)
     codec.stored = {name: TYPES[entry["dtype"]] for name, entry in files.entries.items()}
     return codec.requires_grad_(False).eval()
