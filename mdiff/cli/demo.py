@@ -43,13 +43,14 @@ def demo(
 ) -> None:
     """Generate text and pictures, and fill in one of each; write a page that replays it."""
     from mdiff.cli.views.trace import page
+    from mdiff.files import BUILTIN, builtin_models
     from mdiff.pipeline import load
 
     writable(out)
     beside = writable(out.with_suffix(".png"))
     titles = [model]
     records = written(load(model), model, seed)
-    if pictures == PICTURES and not is_here(PICTURES):
+    if pictures == PICTURES and PICTURES.removeprefix(BUILTIN) not in builtin_models():
         message(f"{PICTURES} is not in this installation: the demo shows no pictures")
         beside = None
     else:
@@ -91,13 +92,6 @@ def written(pipeline: Pipeline, model: str, seed: int) -> list[Record]:
     message(f"the same model fills in: {SENTENCE.strip()}")
     filled(pipeline.templates(SENTENCE)[0], seed)
     return records
-
-
-def is_here(model: str) -> bool:
-    """Whether this installation holds the model "builtin:NAME"."""
-    from mdiff.files import BUILTIN, builtin_models
-
-    return model.removeprefix(BUILTIN) in builtin_models()
 
 
 def drawn(pipeline: Pipeline, model: str, seed: int, beside: Path | None) -> list[Record]:

@@ -51,6 +51,7 @@ def environment() -> dict[str, object]:
     import torch
 
     import mdiff
+    from mdiff.files import BUILTIN, builtin_models
 
     cuda = torch.cuda.is_available()
     return {
@@ -63,7 +64,7 @@ def environment() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "backends": backends(),
-        "models": builtins(),
+        "models": sorted(BUILTIN + name for name in builtin_models()),
     }
 
 
@@ -117,13 +118,6 @@ def backend_checks() -> list[dict[str, object]]:
             )
             checks.append({"name": f"draw by {name}", "p_value": None, "passed": same and close})
     return checks
-
-
-def builtins() -> list[str]:
-    """The models that this installation holds."""
-    from mdiff.files import BUILTIN, builtin_models
-
-    return sorted(BUILTIN + name for name in builtin_models())
 
 
 def picture_checks() -> list[dict[str, object]]:

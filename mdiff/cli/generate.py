@@ -12,8 +12,13 @@ import typer
 import mdiff.cli.options as ask
 from mdiff.cli.images.generate import Wanted, generate_pictures, is_film, shows_pictures
 from mdiff.cli.images.requests import combined, requests_of
-from mdiff.cli.offline import device_of, generate_at_volume
-from mdiff.cli.text import generate_text, requests_of_file, text_requests
+from mdiff.cli.text import (
+    device_of,
+    generate_at_volume,
+    generate_text,
+    requests_of_file,
+    text_requests,
+)
 from mdiff.errors import ConfigError
 
 # The flags of worker processes, those of models of text, and sets of which one can be given.
@@ -93,7 +98,7 @@ def generate(
 ) -> None:
     """Generate samples: text to stdout, pictures to files; figures go to stderr."""
     flags: dict[str, object] = dict(locals())
-    # With a file of requests the folder may hold a part of the results: see cli/offline.
+    # With a file of requests the folder may hold a part of the results: see docs/volume.md.
     volume = out is not None and input_file is not None
     check_flags(flags, volume=volume)
     options = ask.sampling_options(

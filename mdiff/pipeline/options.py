@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypedDict, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Denoiser
+from mdiff.denoiser import Denoiser, HasDevice
 from mdiff.errors import ConfigError
 from mdiff.modalities import HasParts, Modality
 from mdiff.sampling import Sampler
-from mdiff.schedule import Schedule
+from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace, continued
 
 # Windows longer than this are not filled by default: then ANSWER tokens follow the prompt.
@@ -25,44 +26,38 @@ Prompt = str | Mapping[str, object]
 Seed = int | Tensor | torch.Generator
 
 
-class Model(Protocol):
-    """The parts of a model and where it runs; `Pipeline` is one."""
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """The network, or a wrapper around one."""
-
-    @property
-    def space(self) -> TokenSpace:
-        """Its token ids."""
-
-    @property
-    def modality(self) -> Modality:
-        """The medium that its ids stand for."""
-
-    @property
-    def schedule(self) -> Schedule:
-        """The masking schedule that it was trained with."""
-
-    @property
-    def window(self) -> int | None:
-        """The length in tokens that it was trained with, None if unknown."""
-
-    @property
-    def sampler(self) -> str | Sampler:
-        """The sampler that is used where none is named."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the denoiser's inputs."""
-
-
 @runtime_checkable
 class HasParameters(Protocol):
     """A denoiser with weights, such as a `torch.nn.Module`."""
 
     def parameters(self) -> Iterable[Tensor]:
         """Its weights."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The parts of a loaded model.
+
+    `window` is the length in tokens that it was trained with, None if unknown; `sampler` the
+    sampler that is used where none is named.
+    """
+
+    denoiser: Denoiser
+    space: TokenSpace
+    modality: Modality
+    schedule: Schedule = Linear()  # noqa: RUF009
+    window: int | None = None
+    sampler: str | Sampler = "first_hitting"
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the denoiser's inputs; the CPU for one without parameters."""
+        if isinstance(self.denoiser, HasDevice) and self.denoiser.main_device is not None:
+            return self.denoiser.main_device
+        if not isinstance(self.denoiser, HasParameters):
+            return torch.device("cpu")
+        first = next(iter(self.denoiser.parameters()), None)
+        return torch.device("cpu") if first is None else first.device
 
 
 class SamplingOptions(TypedDict, total=False):

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Denoiser, HasDevice
 from mdiff.errors import ConfigError
-from mdiff.modalities import Conditional, Editable, Modality
+from mdiff.modalities import Conditional, Editable
 from mdiff.objective import Bound
 from mdiff.pipeline.features import encoded, features, features_at
 from mdiff.pipeline.generation import Generated, Generation, generations
 from mdiff.pipeline.options import (
     CallOptions,
-    HasParameters,
+    Model,
     Prompt,
     SamplingOptions,
     Seed,
@@ -30,39 +29,15 @@ from mdiff.pipeline.options import (
     repeated,
 )
 from mdiff.pipeline.saving import save_model
-from mdiff.pipeline.scoring import score
+from mdiff.pipeline.scoring import bound_of_rows, of_items, windows
 from mdiff.sampling import Sampler, State, row_seeds
-from mdiff.schedule import Linear, Schedule
-from mdiff.tokens import TokenSpace
 
 if TYPE_CHECKING:
     from mdiff.modalities.image import Edits
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """A loaded model; see `load`.
-
-    `window` is the length in tokens that it was trained with, None if unknown; `sampler` the
-    sampler that is used where none is named.
-    """
-
-    denoiser: Denoiser
-    space: TokenSpace
-    modality: Modality
-    schedule: Schedule = Linear()  # noqa: RUF009
-    window: int | None = None
-    sampler: str | Sampler = "first_hitting"
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the denoiser's inputs; the CPU for one without parameters."""
-        if isinstance(self.denoiser, HasDevice) and self.denoiser.main_device is not None:
-            return self.denoiser.main_device
-        if not isinstance(self.denoiser, HasParameters):
-            return torch.device("cpu")
-        first = next(iter(self.denoiser.parameters()), None)
-        return torch.device("cpu") if first is None else first.device
+class Pipeline(Model):
+    """A loaded model and what can be done with it; see `load`."""
 
     def generate(
         self,
@@ -119,13 +94,9 @@ class Pipeline:
         return [sample for run in self.runs(canvases, **options) for sample in run.finished()]
 
     def stream(
-        self,
-        prompt: Prompt | Sequence[Prompt] = "",
-        *,
-        length: int | None = None,
-        max_new_tokens: int | None = None,
-        **options: Unpack[CallOptions],
-    ) -> Iterator[State]:
+        self, prompt: Prompt | Sequence[Prompt] = "", *, length: int | None = None,
+        max_new_tokens: int | None = None, **options: Unpack[CallOptions],
+    ) -> Iterator[State]:  # fmt: skip
         """The states of all samples as one batch; arguments and order are those of `generate`."""
         prompts = call_prompts(prompt, options)
         number = call_number(options.pop("num_samples", 1), options)
@@ -138,14 +109,9 @@ class Pipeline:
             yield from run
 
     def edit(
-        self,
-        picture: object,
-        mask: object = None,
-        *,
-        given: Mapping[str, object] | None = None,
-        strength: float = 1.0,
-        **options: Unpack[CallOptions],
-    ) -> list[Generated]:
+        self, picture: object, mask: object = None, *, given: Mapping[str, object] | None = None,
+        strength: float = 1.0, **options: Unpack[CallOptions],
+    ) -> list[Generated]:  # fmt: skip
         """`num_samples` versions of an image, regenerated where `mask` is true (None: everywhere).
 
         `mask` is (H, W) bool, or "ROWS,COLUMNS" half-open such as "8:24,8:24". Every token whose
@@ -163,14 +129,9 @@ class Pipeline:
         return [replace(sample, output=edits.pasted(image)) for sample, image in made if image]
 
     def edit_runs(
-        self,
-        picture: object,
-        mask: object = None,
-        *,
-        given: Mapping[str, object] | None = None,
-        strength: float = 1.0,
-        **options: Unpack[CallOptions],
-    ) -> tuple[Edits, Iterator[Generation]]:
+        self, picture: object, mask: object = None, *, given: Mapping[str, object] | None = None,
+        strength: float = 1.0, **options: Unpack[CallOptions],
+    ) -> tuple[Edits, Iterator[Generation]]:  # fmt: skip
         """The edits of `edit` and its batches as in `runs`; `Edits.pasted` finishes each image."""
         if not isinstance(self.modality, Editable):
             raise ConfigError(f"edit: this is a model of {self.modality.name}, not of pictures")
@@ -183,13 +144,9 @@ class Pipeline:
         return edits, self.runs(edits.canvases, conditions=conditions, **options)
 
     def canvases(
-        self,
-        prompts: Prompt | Iterable[Prompt] = "",
-        *,
-        num_samples: int = 1,
-        length: int | None = None,
-        max_new_tokens: int | None = None,
-    ) -> list[list[int]]:
+        self, prompts: Prompt | Iterable[Prompt] = "", *, num_samples: int = 1,
+        length: int | None = None, max_new_tokens: int | None = None,
+    ) -> list[list[int]]:  # fmt: skip
         """The canvas of each prompt, `num_samples` times in a row; see `generate`."""
         made = [
             canvas_of(self, prompt, length=length, max_new_tokens=max_new_tokens)
@@ -226,35 +183,26 @@ class Pipeline:
         return generations(self, canvases, conditions, options)
 
     def score(
-        self,
-        items: str | Mapping[str, object] | Sequence[object],
-        *,
-        estimator: str | None = None,
-        draws: int = 64,
-        seed: int = 0,
-        batch_size: int = 32,
-    ) -> Bound:
+        self, items: str | Mapping[str, object] | Sequence[object], *,
+        estimator: str | None = None, draws: int = 64, seed: int = 0, batch_size: int = 32,
+    ) -> Bound:  # fmt: skip
         """The bound on -log p of each item, in nats, with its standard error, both (N,).
 
         An item is what the modality encodes: a text, an image, or a mapping of all parts. One
         longer than the window is scored in windows side by side. `estimator` is as in
         `nll_bound`, by default "any_order", or "time" for a denoiser that uses the time.
         """
-        return score(
-            self, listed(items), estimator=estimator, draws=draws, seed=seed,
-            batch_size=batch_size,
-        )  # fmt: skip
+        asked = listed(items)
+        rows = windows(self, asked)
+        bound = bound_of_rows(
+            self, rows, estimator=estimator, draws=draws, seed=seed, batch_size=batch_size
+        )
+        return of_items(bound, rows.owner, len(asked))
 
     def features(
-        self,
-        items: object,
-        *,
-        at: Tensor | None = None,
-        mask_ratio: float = 0.0,
-        layer: int | None = None,
-        seed: int = 0,
-        batch_size: int = 32,
-    ) -> Tensor:
+        self, items: object, *, at: Tensor | None = None, mask_ratio: float = 0.0,
+        layer: int | None = None, seed: int = 0, batch_size: int = 32,
+    ) -> Tensor:  # fmt: skip
         """Features (N, D) float32 of items: the mean over their positions; see `features`.
 
         An item is what the modality encodes, such as a text or an image, or a mapping of the

@@ -87,20 +87,13 @@ def bound_of_rows(
     return Bound(nats, stderr)
 
 
-def score(
-    model: Model, items: Sequence[object], *, estimator: str | None, draws: int, seed: int,
-    batch_size: int,
-) -> Bound:  # fmt: skip
-    """The bound of each item, the sum of those of its windows; see `Pipeline.score`."""
-    rows = windows(model, items)
-    bound = bound_of_rows(
-        model, rows, estimator=estimator, draws=draws, seed=seed, batch_size=batch_size
-    )
-    nats = torch.zeros(len(items), dtype=torch.float64, device="cpu")
+def of_items(bound: Bound, owner: Sequence[int], count: int) -> Bound:
+    """The bound of each of `count` items: the sum over the rows that `owner` gives it."""
+    nats = torch.zeros(count, dtype=torch.float64, device="cpu")
     variance = torch.zeros_like(nats)
-    owner = torch.tensor(rows.owner, dtype=torch.int64, device="cpu")
-    nats.index_add_(0, owner, bound.nats)
-    variance.index_add_(0, owner, bound.stderr**2)
+    number = torch.tensor(owner, dtype=torch.int64, device="cpu")
+    nats.index_add_(0, number, bound.nats)
+    variance.index_add_(0, number, bound.stderr**2)
     return Bound(nats, variance.sqrt())
 
 

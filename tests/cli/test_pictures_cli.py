@@ -20,7 +20,7 @@ from PIL import Image
 
 from mdiff.backbones.transformer import transformer
 from mdiff.cli import demo, run
-from mdiff.cli.doctor import builtins, picture_checks
+from mdiff.cli.doctor import environment, picture_checks
 from mdiff.cli.images.edit import region_of
 from mdiff.cli.images.requests import combined
 from mdiff.cli.options import guidance_options
@@ -453,7 +453,7 @@ def test_inspect_shows_the_codec_and_the_parts(joint: str, here: Path, capsys: C
 
 def test_doctor_checks_pictures_and_names_the_models() -> None:
     assert all(check["passed"] for check in picture_checks())
-    assert "builtin:shakespeare" in builtins()
+    assert "builtin:shakespeare" in environment()["models"]
 
 
 # Bad input: one line, the exit code, no traceback.
