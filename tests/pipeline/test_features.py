@@ -137,7 +137,7 @@ def test_features_refuse_invalid_arguments():
             features(pipeline, rows, **options)
     with pytest.raises(DataError, match="row 1 gives no token"):
         features(pipeline, [[1, 2], [6, 6]])
-    with pytest.raises(DataError, match="nothing"):
+    with pytest.raises(DataError, match="no items"):
         features(pipeline, [])
     with pytest.raises(ConfigError, match="no features"):
         features(Pipeline(HashDenoiser(SPACE), SPACE, modality=None), rows)
