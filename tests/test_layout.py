@@ -101,7 +101,6 @@ def test_types_are_seldom_left_open():
     assert sum(SOURCES.count(r"\bAny\b", imports=False).values()) <= MOST_ANYS
 
 
-@being_rebuilt
 def test_the_type_checker_is_seldom_overruled():
     assert sum(SOURCES.count(r"type: ignore").values()) <= MOST_IGNORES
 

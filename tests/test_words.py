@@ -8,10 +8,8 @@ from folders import ROOT
 
 # What is still being rewritten: files and folders that are reported and not asserted.
 UNFINISHED = (
-    "CHANGELOG.md", "CONTRIBUTING.md", "docs/", "mdiff/backbones/", "mdiff/errors.py",
-    "mdiff/modalities/", "mdiff/sampling/", "mdiff/tokens.py", "samplers/", "tests/backbones/",
-    "tests/cli/", "tests/denoiser/", "tests/kernels/", "tests/modalities/", "tests/samplers/",
-    "tests/sampling/", "tests/support/",
+    "mdiff/backbones/", "mdiff/modalities/", "tests/backbones/", "tests/cli/test_pictures_cli.py",
+    "tests/modalities/",
 )  # fmt: skip
 
 
