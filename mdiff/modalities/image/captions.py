@@ -1,10 +1,9 @@
-"""Captions as a part of a canvas: byte pairs, a fixed number of places, an end that fills them."""
+"""Captions as a part of a canvas: byte pairs in a fixed number of positions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mdiff.errors import ConfigError, DataError, nearest
 from mdiff.modalities.text.tokenizers import BytePairs
@@ -23,17 +22,18 @@ class Captions:
         self.length, self.vocab_size, self._words = length, vocab_size, words
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], folder: str | Path | None) -> Captions:
+    def of(cls, options: Mapping[str, object], folder: str | Path | None) -> Captions:
         """From the modality's options, with what was learnt if it lies in `folder`.
 
-        Raises ConfigError for options that cannot be meant.
+        Raises ConfigError for invalid options.
         """
-        chosen = DEFAULTS | dict(options)
-        for key, value in chosen.items():
+        chosen = dict(DEFAULTS)
+        for key, value in options.items():
             if key not in DEFAULTS:
                 raise ConfigError(f"unknown key modality.caption.{key}; {nearest(key, DEFAULTS)}")
             if type(value) is not int or value < 1:
                 raise ConfigError(f"modality.caption.{key}={value!r}: expected a whole number")
+            chosen[key] = value
         stored = None if folder is None else Path(folder) / FOLDER
         words = BytePairs.read(stored) if stored is not None and stored.is_dir() else None
         return cls(**chosen, words=words)
@@ -70,7 +70,7 @@ class Captions:
         return ids[: self.length] + [self.words.size] * (self.length - len(ids))
 
     def decode(self, ids: Sequence[int | None]) -> str:
-        """The caption up to its end; hidden places, None, are left out."""
+        """The caption up to its end; masked positions, None, are left out."""
         end = self.words.size
         stop = list(ids).index(end) if end in ids else len(ids)
         return self.words.decode([token for token in ids[:stop] if token is not None])

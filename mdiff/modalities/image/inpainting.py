@@ -1,4 +1,4 @@
-"""Editing: which tokens a change of pixels touches, and the pixels that stay as they were."""
+"""Inpainting: the tokens that a change of pixels touches, and the pixels that stay unchanged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def box_mask(box: str, size: tuple[int, int]) -> Tensor:
 
 
 def pixel_mask(mask: object, size: tuple[int, int]) -> Tensor:
-    """The pixels (H, W) bool to make anew: all for None, a box by its text, or as given.
+    """The pixels (H, W) bool to regenerate: all for None, a box by its text, or as given.
 
     Raises DataError for a mask of another shape or type, or one that is empty.
     """
@@ -54,20 +54,20 @@ def pixel_mask(mask: object, size: tuple[int, int]) -> Tensor:
     if tuple(found.shape) != tuple(size) or found.dtype != torch.bool:
         raise DataError(f"mask {tuple(found.shape)} {found.dtype}: expected {tuple(size)} bool")
     if not bool(found.any()):
-        raise DataError("the mask is empty: there is nothing to make anew")
+        raise DataError("the mask is empty: there is nothing to regenerate")
     return found
 
 
 def hidden_share(may: Tensor, *, strength: float, seeds: Tensor) -> Tensor:
-    """Which of the places `may` (L,) bool to hide, (N, L): a share of exactly round(s n).
+    """Which of the n positions `may` (L,) bool to hide, (N, L): exactly round(strength n) of them.
 
-    The places are chosen uniformly by each sample's own seed (N,) int64; strength 1 is all of
-    them. Raises ConfigError for a strength outside [0, 1].
+    They are chosen uniformly by each sample's own seed (N,) int64. Raises ConfigError for a
+    strength outside [0, 1].
     """
     if isinstance(strength, bool) or not 0 <= strength <= 1:
         raise ConfigError(f"strength={strength}: expected 0 to 1")
-    place = torch.arange(len(may), device=may.device)
-    coin = philox.uniform(seeds[:, None], place, 0, 0, purpose=philox.CORRUPT)
+    position = torch.arange(len(may), device=may.device)
+    coin = philox.uniform(seeds[:, None], position, 0, 0, purpose=philox.CORRUPT)
     order = torch.where(may, coin, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
     return order < round(strength * int(may.sum()))
 
@@ -80,9 +80,9 @@ def as_picture(pixels: Tensor) -> Image.Image:
 
 @dataclass(frozen=True)
 class Edits:
-    """Versions of a picture (C, H, W) uint8 to be made: canvases, and where pixels may change.
+    """Versions of a picture (C, H, W) uint8 to be generated, a canvas each.
 
-    `mask` (H, W) bool is None where all of them may.
+    `mask` (H, W) bool is true where a pixel may change, None where all may.
     """
 
     canvases: list[list[int]]
@@ -120,10 +120,10 @@ def pasted(original: Tensor, made: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, made, original)
 
 
-def shown_pictures(codec: Codec, places: Tensor, *, mask_id: int) -> Tensor:
+def shown_pictures(codec: Codec, codes: Tensor, *, mask_id: int) -> Tensor:
     """The pictures (B, C, H, W) uint8 of codes (B, h, w, n), grey where one is hidden."""
-    hidden = places == mask_id
-    ids = torch.where(hidden, 0, places)
+    hidden = codes == mask_id
+    ids = torch.where(hidden, 0, codes)
     made = codec.decode(ids[..., 0] if codec.codes_per_position == 1 else ids)
     cover = hidden.any(3).repeat_interleave(codec.stride, 1).repeat_interleave(codec.stride, 2)
     return made.masked_fill(cover[:, None], GREY)

@@ -1,7 +1,8 @@
-"""A canvas of several parts: their names, where they lie, which ids they hold."""
+"""A canvas of several parts: their names, positions and ids."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -11,22 +12,21 @@ from mdiff.tokens import TokenSpace
 
 @dataclass(frozen=True)
 class Part:
-    """One run of a canvas: h rows of w places with `each` tokens a place, of `ids` ids."""
+    """A run of a canvas: `layout` (h, w, codes per position), each code one of `ids` ids."""
 
     name: str
     layout: tuple[int, int, int]
     ids: int
 
     @property
-    def places(self) -> int:
+    def length(self) -> int:
         """How many tokens it has."""
-        h, w, each = self.layout
-        return h * w * each
+        return math.prod(self.layout)
 
 
 @dataclass(frozen=True)
 class CanvasParts:
-    """Parts one after the other, in places and in ids; the mask is the id after the last.
+    """Parts one after the other, in positions and in ids; the mask is the id after the last.
 
     >>> CanvasParts((Part("a", (2, 2, 1), 5), Part("b", (1, 1, 1), 3))).space.parts
     ((4, 0, 5), (1, 5, 8))
@@ -41,25 +41,25 @@ class CanvasParts:
 
     @property
     def layout(self) -> list[tuple[int, int, int]]:
-        """The runs (h, w, tokens a place), for a backbone's positions."""
+        """The runs (h, w, codes per position), for a backbone's positions."""
         return [part.layout for part in self.parts]
 
     @property
     def length(self) -> int:
         """Tokens of a canvas."""
-        return sum(part.places for part in self.parts)
+        return sum(part.length for part in self.parts)
 
     @property
     def space(self) -> TokenSpace:
         """The ids of all parts; each part's own where there is more than one."""
         stops = list(accumulate(part.ids for part in self.parts))
-        runs = tuple((part.places, stop - part.ids, stop) for part, stop in zip(self.parts, stops))
+        runs = tuple((part.length, stop - part.ids, stop) for part, stop in zip(self.parts, stops))
         return TokenSpace(stops[-1], mask_id=stops[-1], parts=runs if len(runs) > 1 else ())
 
     def span(self, name: str) -> slice:
-        """The places of a part; ConfigError, with the nearest name, where there is none."""
-        start = sum(part.places for part in self.parts[: self._index(name)])
-        return slice(start, start + self.parts[self._index(name)].places)
+        """The positions of a part; ConfigError, with the nearest name, where there is none."""
+        start = sum(part.length for part in self.parts[: self._index(name)])
+        return slice(start, start + self.parts[self._index(name)].length)
 
     def ids(self, name: str) -> range:
         """The ids of a part."""

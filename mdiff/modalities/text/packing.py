@@ -73,18 +73,18 @@ class PackedRows:
 
     def batch(self, rows: Tensor, epoch: Tensor) -> Batch:
         """Rows `rows` (B,) int64 of epochs `epoch` (B,) int64, as (B, length)."""
-        places = (rows * self.length + self.offset(epoch))[:, None] + torch.arange(self.length)
-        valid = places < len(self.tokens)
-        places = places.clamp(max=len(self.tokens) - 1)
+        positions = (rows * self.length + self.offset(epoch))[:, None] + torch.arange(self.length)
+        valid = positions < len(self.tokens)
+        positions = positions.clamp(max=len(self.tokens) - 1)
         documents = None
         if len(self.starts) > 1:
-            documents = torch.searchsorted(self.starts, places, right=True) - 1
+            documents = torch.searchsorted(self.starts, positions, right=True) - 1
         # Whether padding is reported depends on the data set, not on which rows were asked for.
         padded = len(self.tokens) < self.length or (
             not self.shift and len(self.tokens) % self.length != 0
         )
         return Batch(
-            tokens=self.tokens[places].to(torch.int64),
+            tokens=self.tokens[positions].to(torch.int64),
             valid=valid if padded else None,
             documents=documents,
         )

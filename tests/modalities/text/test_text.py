@@ -237,7 +237,7 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sorce": "a"}, "did you mean 'source'"),
+        ({"sorce": "a"}, "did you mean 'data.source'"),
         ({}, "data.source is missing"),
         ({"source": 3}, "expected a path"),
         ({"source": []}, "expected a path"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -50,13 +50,13 @@ class KMeans:
         """The pictures (B, C, H, W) uint8 of ids: their centres side by side."""
         check_ids(ids, codebook_size=self.codebook_size, codes_per_position=1)
         # (B, h, w, C, stride, stride), each row of patches to rows of pixels.
-        placed = self._fitted().to(ids.device)[ids].permute(0, 3, 1, 4, 2, 5)
-        return placed.flatten(4, 5).flatten(2, 3).contiguous()
+        cut = self._fitted().to(ids.device)[ids].permute(0, 3, 1, 4, 2, 5)
+        return cut.flatten(4, 5).flatten(2, 3).contiguous()
 
     def fit(self, images: Tensor, *, seed: int = 0, report: Report | None = None) -> Self:
         """Learn the centres by mini-batch k-means (Sculley 2010) from k-means++ seeds.
 
-        Centres are whole pixel values; those that no patch is nearest to are set anew
+        Centres are whole pixel values; those that no patch is nearest to are replaced
         (`settle`). DataError where the patches drawn hold fewer different ones than
         `codebook_size`.
         """
@@ -81,11 +81,11 @@ class KMeans:
         centres = torch.from_numpy(made.cluster_centers_).round().clamp(0, 255).to(torch.uint8)
         centres, revived = settle(centres, unlike, times)
         if report is not None:
-            report(f"{self.codebook_size} centres, {revived} set anew")
+            report(f"{self.codebook_size} centres, {revived} replaced")
         self.codebook = centres.view(-1, self.channels, self.stride, self.stride)
         return self
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The options that `kmeans` takes back, with the name."""
         return {
             "name": self.name, "channels": self.channels, "stride": self.stride,
@@ -142,7 +142,7 @@ def nearest_centre(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def settle(centres: Tensor, points: Tensor, times: Tensor) -> tuple[Tensor, int]:
-    """The centres after rounds of Lloyd's algorithm, none dead, and how many were set anew.
+    """The centres after rounds of Lloyd's algorithm, none dead, and how many were replaced.
 
     `points` (N, D) uint8 are all different and occur `times` (N,) each. A round moves each
     centre to the rounded mean of its points, and each dead one, which no point is nearest to,

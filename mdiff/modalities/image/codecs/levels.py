@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class Levels:
             report(f"{self.codebook_size} values, {self._listed()}")
         return self
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """The options that `levels` takes back, with the name."""
         return {"name": self.name, "channels": self.channels, "levels": self.codebook_size}
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers import RMSNorm
 from mdiff.errors import ConfigError
+from mdiff.kernels.dense import rms_norm
 
 # Pictures coded at a time: the finest level's features are what takes memory.
 CODED_AT_ONCE = 256
@@ -52,16 +52,20 @@ def width_at(level: int, width: int) -> int:
     return width * min(1 << level, MOST_WIDENING)
 
 
-class ChannelNorm(RMSNorm):
-    """RMSNorm over the channels of (B, C, H, W), each place by itself."""
+class ChannelNorm(nn.Module):
+    """RMSNorm over the channels of (B, C, H, W), each position by itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised `x`."""
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return rms_norm(x.permute(0, 2, 3, 1), self.weight).permute(0, 3, 1, 2)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(silu(norm x)))), of one width; kernel 1 sees only its own place."""
+    """x + conv(silu(conv(silu(norm x)))), of one width; kernel 1 reads its own position alone."""
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()

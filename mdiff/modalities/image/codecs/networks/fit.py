@@ -25,7 +25,7 @@ class Training:
 
     `edges` weighs the error of the differences between neighbouring pixels, which keeps lines
     sharp; `commitment` and `decay` are the quantiser's; codes used less than `revive_below`
-    times a batch on the moving average are set anew. The rate `lr` falls to 0 along a cosine.
+    times a batch on the moving average are replaced. The rate `lr` falls to 0 along a cosine.
     """
 
     steps: int = 2000
@@ -37,23 +37,24 @@ class Training:
     revive_below: float = 1.0
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Training:
+    def of(cls, options: Mapping[str, object]) -> Training:
         """From options; ConfigError for one that is unknown or not a positive number."""
         known = [field.name for field in fields(cls)]
-        for name, value in options.items():
+        given: dict[str, Any] = dict(options)
+        for name, value in given.items():
             if name not in known:
                 raise ConfigError(f"unknown codec option {name!r}; {nearest(name, known)}")
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or value < 0 or (name in ("steps", "batch_size") and value < 1):
                 raise ConfigError(f"codec.{name}={value!r}: expected a positive number")
-        return cls(**options)
+        return cls(**given)
 
     def rate(self, step: int) -> float:
         """The share of `lr` at step 0, 1, ...: up over a twentieth of the steps, then a cosine."""
         rise = max(1.0, self.steps / 20)
         return min(1.0, (step + 1) / rise) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
-    def changed(self) -> dict[str, Any]:
+    def changed(self) -> dict[str, object]:
         """The numbers that are not the defaults."""
         return {name: value for name, value in asdict(self).items() if value != PLAIN[name]}
 
@@ -63,18 +64,18 @@ PLAIN = asdict(Training())
 
 def fit_networks(
     encoder: nn.Module,
-    quantizer: Callable[[], Any],
+    quantizer: Callable[[], nn.Module],
     decoder: nn.Module,
     images: Tensor,
     *,
     plan: Training,
     seed: int,
     report: Report | None,
-) -> Any:
+) -> nn.Module:
     """Train the three on pictures (N, C, H, W) uint8; the quantiser as it is in the end.
 
-    `quantizer()` gives a module (B, D, h, w) -> (quantised, ids, loss). The networks start
-    anew from the seed, and torch's own generator is left as it was. Their matrices are
+    `quantizer()` gives a module (B, D, h, w) -> (quantised, ids, loss). The networks are
+    initialised by the seed, and torch's own generator is left as it was. Their matrices are
     bfloat16, the quantiser's float32.
     """
     with torch.random.fork_rng(devices=[]):
@@ -117,7 +118,7 @@ def fit_networks(
 
 
 def _start(module: nn.Module) -> None:
-    """Set a layer anew; what closes a residual branch starts at zero."""
+    """Initialise a layer; the last one of a residual branch is zero."""
     if isinstance(module, nn.Conv2d):
         module.reset_parameters()
     if isinstance(module, ResidualBlock):
@@ -131,11 +132,12 @@ def edge_error(error: Tensor) -> Tensor:
     return down + across
 
 
-def take_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load a module's tensors; CheckpointError, naming one, where they do not fit."""
-    wanted = module.state_dict()
+def take_state(
+    module: nn.Module, wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> None:
+    """Load the `wanted` tensors of a module; CheckpointError, naming one, where they do not fit."""
     check_state(wanted, tensors)
-    module.load_state_dict({name: tensors[name] for name in wanted})
+    module.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
 
 
 def check_state(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
