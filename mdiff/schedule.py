@@ -60,7 +60,7 @@ class Linear:
         return _float64(lambda t: 1 / t, t)
 
     def time_at(self, m: Tensor | float) -> Tensor:
-        """T = m."""
+        """The inverse: t = m."""
         return as_float64(m)
 
 
@@ -80,7 +80,7 @@ class Cosine:
         return _float64(_half_pi_cotangent, t)
 
     def time_at(self, m: Tensor | float) -> Tensor:
-        """T = (2 / pi) asin m."""
+        """The inverse: t = (2 / pi) asin m."""
         return torch.asin(as_float64(m)) * (2 / math.pi)
 
 
@@ -109,7 +109,7 @@ class Polynomial:
         return _float64(lambda t: self.power / t, t)
 
     def time_at(self, m: Tensor | float) -> Tensor:
-        """T = m^(1/p)."""
+        """The inverse: t = m^(1/p)."""
         return as_float64(m) ** (1 / self.power)
 
 
@@ -131,7 +131,7 @@ class Arccos:
         )
 
     def time_at(self, m: Tensor | float) -> Tensor:
-        """T = 2 sin^2(pi m / 4)."""
+        """The inverse: t = 2 sin^2(pi m / 4)."""
         return 2 * torch.sin(math.pi / 4 * as_float64(m)) ** 2
 
 
@@ -155,7 +155,7 @@ class Exponential:
         return _float64(lambda t: self.rate / torch.expm1(self.rate * t), t)
 
     def time_at(self, m: Tensor | float) -> Tensor:
-        """T = -log1p(m expm1(-a)) / a."""
+        """The inverse: t = -log1p(m expm1(-a)) / a."""
         return torch.log1p(as_float64(m) * math.expm1(-self.rate)) / -self.rate
 
 
@@ -195,7 +195,7 @@ class Geometric:
         return _float64(formula, t)
 
     def time_at(self, m: Tensor | float) -> Tensor:
-        """T = log1p(s / lo) / ln(hi / lo), s = -log1p(m expm1(lo - hi))."""
+        """The inverse: t = log1p(s / lo) / ln(hi / lo), s = -log1p(m expm1(lo - hi))."""
         noise = -torch.log1p(as_float64(m) * math.expm1(self.lo - self.hi))
         return torch.log1p(noise / self.lo) / math.log(self.hi / self.lo)
 

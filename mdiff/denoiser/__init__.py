@@ -29,7 +29,6 @@ from mdiff.denoiser.protocol import HasDevice as HasDevice
 from mdiff.denoiser.protocol import HasFeatures as HasFeatures
 from mdiff.denoiser.protocol import HasHead as HasHead
 from mdiff.denoiser.protocol import HasRowCost as HasRowCost
-from mdiff.denoiser.protocol import HasWindow as HasWindow
 from mdiff.denoiser.protocol import RowBound as RowBound
 from mdiff.denoiser.protocol import Rows as Rows
 from mdiff.denoiser.protocol import Saveable as Saveable

@@ -139,14 +139,6 @@ class HasDevice(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
-class HasWindow(Protocol, metaclass=_Capability):
-    """A model that knows the length that it was trained on; None where it does not after all."""
-
-    @property
-    def window(self) -> int | None: ...
-
-
-@runtime_checkable
 class Saveable(Protocol, metaclass=_Capability):
     """A model that writes its own config and weights."""
 

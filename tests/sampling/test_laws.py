@@ -231,7 +231,7 @@ def test_a_threshold_has_its_own_enumerated_law(score, threshold, steps, counts)
 
 
 def reveal_times_and_order(sampler):
-    """M at each of the four hits (N, 4), and the position of each hit (N, 4)."""
+    """The m of each of the four hits (N, 4), and the position of each hit (N, 4)."""
     canvas = torch.full((SAMPLES // 4, TOY.length), TOY.vocab)
     states = list(sampler(TOY.denoiser(), canvas, space=TOY.space, seed=3))
     return (
