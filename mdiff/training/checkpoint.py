@@ -6,12 +6,11 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
-import accelerate
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -85,8 +84,9 @@ def _training(run: Run, number: int) -> dict[str, object]:
             "mdiff": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
+            # Not by an import: of transformers it takes seconds.
+            "transformers": version("transformers"),
+            "accelerate": version("accelerate"),
         },
     }
 
