@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import BertConfig, BertForMaskedLM
 
 import mdiff.files.untrusted as files
 import mdiff.modalities.image.data.pixels as picture_files
@@ -74,12 +75,19 @@ def test_pictures_have_a_limit_and_large_ones_are_read_in_parts(tmp_path, monkey
 
 
 def test_settings_of_far_more_weights_than_the_files_hold_are_refused_first(tmp_path):
-    model = transformer(vocab_size=8, width=8, depth=1, heads=2, max_length=4)
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 10**8}))
-    with pytest.raises(CheckpointError, match=r"describes [\d,]+ weights, the files hold"):
-        load(str(tmp_path), mask_id=8)
+    own, other = tmp_path / "own", tmp_path / "other"
+    transformer(vocab_size=8, width=8, depth=1, heads=2, max_length=4).save_pretrained(own)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "max_position_embeddings": 8}
+    bert = BertConfig(vocab_size=8, num_hidden_layers=1, num_attention_heads=2, **sizes)
+    BertForMaskedLM(bert).save_pretrained(other)
+    for folder, message in (
+        (own, r"tensors of another shape: embedding.weight \[9, 8\], expected \[100000000, 8\]"),
+        (other, r"describes [\d,]+ weights, the files hold"),
+    ):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10**8}))
+        with pytest.raises(CheckpointError, match=message):
+            load(str(folder), mask_id=7)
 
 
 def test_a_recipe_has_a_limit(tmp_path):
