@@ -15,19 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdiff.backbones.layers.attention import attention_layout, layout_axes, rotary_tables
 from mdiff.backbones.layers.backbone import Backbone
 from mdiff.backbones.layers.config import TIME_FEATURES, TransformerConfig, checked
-from mdiff.backbones.layers.transformer import (
-    Block,
-    Projection,
-    RMSNorm,
-    attention_layout,
-    layout_axes,
-    modulated,
-    of_rows,
-    rotary_tables,
-    time_features,
-)
+from mdiff.backbones.layers.modules import RMSNorm, modulated
+from mdiff.backbones.layers.transformer import Block, Projection, of_rows, time_features
 from mdiff.denoiser import Cache, Condition, flat_positions
 from mdiff.errors import ConfigError
 from mdiff.kernels.dense import linear
@@ -63,6 +55,7 @@ class Transformer(Backbone):
     # What config.json calls the class, which is that of `mdiff.backbones.layers.hugging_face`.
     architecture: ClassVar[str] = "TransformerForMaskedLM"
     no_split = ("Block",)
+    head: nn.Module
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(
@@ -80,14 +73,7 @@ class Transformer(Backbone):
         self.time_out = Projection(inner, inner, std) if config.uses_time else None
         self.label = nn.Embedding(config.classes + 1, inner) if config.classes else None
         self.modulation = Projection(inner, 2 * width, 0.0) if config.conditional else None
-        self.blocks = nn.ModuleList(
-            Block(
-                width, config.heads, mlp_width=config.mlp_width, depth=config.depth,
-                condition_width=inner * config.conditional, qk_norm=config.qk_norm,
-                causal=config.causal, dropout=config.dropout, init_std=std,
-            )
-            for _ in range(config.depth)
-        )  # fmt: skip
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = RMSNorm(width)
         columns = config.vocab_size
         self.head = head = Head(width, columns, config.rows if config.tie else columns, std)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.backbones.bit_transformer import bit_transformer
-from mdiff.backbones.layers.transformer import rotary_tables, rotate
+from mdiff.backbones.layers.attention import rotary_tables, rotate
 from mdiff.backbones.transformer import Transformer, transformer
 from mdiff.denoiser import Denoiser
 from mdiff.errors import ConfigError

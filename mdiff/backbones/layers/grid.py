@@ -1,4 +1,4 @@
-"""What generators of other projects over a fixed grid share: the class, and who sees whom."""
+"""What generators of other projects over a fixed grid share: class, positions, mask."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdiff.backbones.layers.backbone import KeyValues
-from mdiff.backbones.layers.transformer import attention_layout
+from mdiff.backbones.layers.attention import attention_layout
+from mdiff.backbones.layers.backbone import Call
 from mdiff.denoiser import Condition
 from mdiff.errors import ConfigError
 
@@ -27,7 +27,7 @@ class GridModel(Protocol):
 
 
 def class_of(cond: Condition | None, tokens: Tensor, *, classes: int) -> Tensor:
-    """The class of each row (B,) int64: cond["label"], or `classes`, which says none.
+    """The class of each row (B,) int64: cond["label"], or `classes`, the null label.
 
     Raises ConfigError for a condition of another name or shape.
     """
@@ -46,21 +46,21 @@ def class_of(cond: Condition | None, tokens: Tensor, *, classes: int) -> Tensor:
 
 
 def grid_layout(
-    tokens: Tensor, *, valid: Tensor | None, documents: Tensor | None, cache: KeyValues | None,
-    window: int, extra: int,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Each place's position (1 or B, L) and who sees whom (B, 1, L + extra, L + extra) or None.
+    tokens: Tensor, call: Call, *, window: int, extra: int
+) -> tuple[Tensor, Tensor | None]:
+    """The positions (1 or B, L) and the attention mask (B, 1, L + extra, L + extra) or None.
 
-    `extra` places that are no tokens follow the canvas and are seen by all. Raises ConfigError
-    for a canvas longer than `window`, and for packed documents, which these places would mix.
+    `extra` positions that are no tokens follow the canvas; all attend to them. Raises ConfigError
+    for a canvas longer than `window`, and for packed documents, which these would mix.
     """
-    if documents is not None or cache is not None:
+    if call.documents is not None or call.cache is not None:
         raise ConfigError("packed documents and caches: this model attends to a whole grid")
-    if valid is None and tokens.shape[1] > window:
-        raise ConfigError(f"a canvas of {tokens.shape[1]} places: this model's grid has {window}")
-    positions, sees = attention_layout(tokens, valid=valid, documents=None, causal=False)
-    if sees is None or valid is None:
+    valid, length = call.valid, tokens.shape[1]
+    if valid is None and length > window:
+        raise ConfigError(f"a canvas of {length} positions: this model's grid has {window}")
+    positions, mask = attention_layout(tokens, valid=valid, documents=None, causal=False)
+    if mask is None or valid is None:
         return positions, None
-    # What follows the canvas sees its valid places, as these see it.
+    # What follows the canvas attends to its valid positions, as these do to it.
     below = valid[:, None, None, :].expand(-1, 1, extra, -1)
-    return positions, F.pad(torch.cat([sees, below], 2), (0, extra), value=True)
+    return positions, F.pad(torch.cat([mask, below], 2), (0, extra), value=True)

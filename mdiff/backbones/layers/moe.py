@@ -1,25 +1,24 @@
-"""Layers of published mixtures of experts: norm, gated layer, routing by token, rotary heads."""
+"""Mixtures of experts of published models: what their configs may say, and routing by token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.backbone import KeyValues
-from mdiff.backbones.layers.transformer import rotate
+from mdiff.backbones.layers.attention import Tables, rotary_tables
+from mdiff.backbones.layers.decoder import Rotary
+from mdiff.backbones.layers.modules import GatedMLP
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_EXPERTS, Fields
-from mdiff.kernels.dense import linear
 
 # Twice what the largest published mixtures have, all layers together.
 MOST_EXPERTS_IN_ALL = 1 << 16
 
 
-def only(fields: Fields, name: str, *known: Any) -> None:
+def only(fields: Fields, name: str, *known: object) -> None:
     """Refuse an entry that is there and neither null nor one of `known`; CheckpointError."""
     value = fields.described.get(name)
     # 0 and false compare equal: the type is part of what an entry says.
@@ -41,43 +40,34 @@ def expert_counts(fields: Fields, layers: int) -> tuple[int, int]:
     return experts, fields.whole("num_experts_per_tok", most=experts)
 
 
-class Norm(nn.Module):
-    """x / sqrt(mean x^2 + eps) * weight over the last axis, in float32 but for the weight."""
+class PowerRotary(Rotary):
+    """`Rotary` whose frequencies are base^-p, not 1 / base^p: they differ in the last place."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def tables(self, positions: Tensor, size: int) -> Tables:
+        """See `Rotary`."""
+        return rotary_tables(positions, size, base=self.base)
+
+
+class Mixture(nn.Module):
+    """Each token's few experts of a `gate`, and a layer that all tokens share, where `shared` > 0.
+
+    The gate gives tokens (N, D) their experts (N, K) int64 and the weights of these (N, K).
+    """
+
+    def __init__(
+        self, gate: nn.Module, count: int, *, width: int, inner: int, shared: int = 0
+    ) -> None:
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.gate = gate
+        self.experts = nn.ModuleList(GatedMLP(width, inner) for _ in range(count))
+        self.shared_experts = GatedMLP(width, shared) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The normalised `x` (..., D), of its type."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return self.weight * (wide * scale).to(x.dtype)
-
-
-class Matrix(nn.Linear):
-    """A map without a bias, by the product that is fast on this processor."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The map of `x` (..., inputs)."""
-        return linear(x, self.weight)
-
-
-class GatedLayer(nn.Module):
-    """down(silu(gate x) * up x) (Shazeer 2020, eq. 6)."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = Matrix(width, inner), Matrix(width, inner)
-        self.down_proj = Matrix(inner, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, of the shape of `x` (..., D)."""
-        result: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return result
+        """The layer's output, of the shape of `x` (B, L, D)."""
+        flat = x.flatten(0, 1)
+        chosen, weights = self.gate(flat)
+        mixed = of_experts(flat, self.experts, chosen, weights).view_as(x)
+        return mixed if self.shared_experts is None else mixed + self.shared_experts(x)
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -100,35 +90,3 @@ def of_experts(
     made = torch.cat([expert(part) for expert, part in zip(experts, parts) if len(part)])
     spread = torch.empty_like(made).index_copy(0, order, made).view(*chosen.shape, -1)
     return (spread * weights[..., None]).sum(1).to(x.dtype)
-
-
-def mixed_heads(
-    query: Tensor, key: Tensor, value: Tensor, tables: tuple[Tensor, Tensor],
-    sees: Tensor | None, *, layer: int, cache: KeyValues | None,
-) -> Tensor:  # fmt: skip
-    """What each place sees, (B, L, H * D), of query (B, L, H, D), key and value (B, L, G, D).
-
-    The first entries of a head are turned by `tables` (1|B, L, R) from `rotary_tables`, the
-    other D - R are not (GPT-NeoX's partial rotation); each key serves H / G heads. What the
-    cache has of the layer comes before these places.
-    """
-    tables = tables[0][:, :, None].to(query.dtype), tables[1][:, :, None].to(query.dtype)
-    query, key = (_turned(x, *tables).transpose(1, 2) for x in (query, key))
-    value = value.transpose(1, 2)
-    if cache is not None:
-        key, value = cache.joined(layer, key, value)
-    shares = query.shape[1] // key.shape[1]
-    if shares > 1 and sees is not None:
-        # The fused kernels that take a mask do not take groups.
-        key, value = key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=sees, enable_gqa=key.shape[1] != query.shape[1]
-    )
-    return mixed.transpose(1, 2).flatten(2)
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    size = cos.shape[-1]
-    if size == x.shape[-1]:
-        return rotate(x, cos, sin)
-    return torch.cat([rotate(x[..., :size], cos, sin), x[..., size:]], -1)

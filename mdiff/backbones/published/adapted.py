@@ -2,21 +2,20 @@
 
 The weights are those of a Llama, Qwen2 or Qwen3 and so is the config, but for its architecture:
 dLLM's names say what the model is, and so does DiscreteDiffusionModel, the class of DiffuLLaMA
-(whose files have names of their own: put it where a config of them names Llama). A plain
+(whose files have names of their own: write it into a config of them that names Llama). A plain
 ...ForCausalLM is taken only where its config.json also says "bidirectional": true; as it stands
 it predicts the next token and would give nonsense. "shifted": true or false there says whether
-the output at a place predicts the next one; without it DiffuLLaMA's is shifted and the others
+the output at a position predicts the next one; without it DiffuLLaMA's is shifted and the others
 are not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
-from mdiff.backbones.layers.decoder import Decoder, Shape
+from mdiff.backbones.layers.decoder import LlamaDecoder, Shape
 from mdiff.errors import CheckpointError
 from mdiff.files import Fields
 
@@ -30,7 +29,7 @@ LAYOUTS = {
 ARCHITECTURES = tuple(LAYOUTS)
 
 
-class Adapted(Decoder):
+class Adapted(LlamaDecoder):
     """The model of the files; see `adapted`. With a `block_length` it is a block model."""
 
     def __init__(self, fields: Fields, shape: Shape, *, shifted: bool) -> None:
@@ -49,25 +48,26 @@ class DiffuLLaMA(Adapted):
 
     def __init__(self, fields: Fields, shape: Shape, *, shifted: bool) -> None:
         super().__init__(fields, shape, shifted=shifted)
-        whole = self.model
+        stack = self.model
         del self.model
-        self.embed_tokens = whole.pop("embed_tokens")
-        self.denoise_model = whole
+        self.embed_tokens = stack.pop("embed_tokens")
+        self.denoise_model = stack
 
-    @property
-    def trunk(self) -> Mapping[str, nn.Module]:
-        """The modules of the stream, by the names that `Decoder` has for them."""
-        return {**self.denoise_model, "embed_tokens": self.embed_tokens}
+    def trunk(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The embedding, the layers and the last norm."""
+        layers, norm = self.denoise_model.children()
+        return self.embed_tokens, layers, norm
 
 
-def adapted(described: Mapping[str, Any]) -> Adapted:
+def adapted(described: Mapping[str, object]) -> Adapted:
     """The model of an adapted config.json.
 
     Raises CheckpointError for a causal model that is not said to be adapted, for sizes out of
     range, a sliding window, or a model_type that is none of these layouts.
     """
     fields = Fields(described)
-    name = next(name for name in described["architectures"] if name in LAYOUTS)
+    named = described.get("architectures")
+    name = next(each for each in LAYOUTS if isinstance(named, list) and each in named)
     layout = LAYOUTS[name]
     if name.endswith("ForCausalLM") and not fields.flag("bidirectional", default=False):
         raise CheckpointError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +17,14 @@ ARCHITECTURES = ("BD3LM",)
 
 
 class BD3LM(MDLM):
-    """MDLM's transformer with a block mask: a place sees its own block and those before it.
+    """MDLM's transformer with a block mask.
 
-    With `time_conditioning` it is told sigma(t) = min(-ln(1 - t), ln 1000). The bounds of the
-    clipped schedule, which the files hold, are of training and are only kept.
+    With `time_conditioning` its noise level is sigma(t) = min(-ln(1 - t), ln 1000). The bounds of
+    the clipped schedule, which the files hold, are of training and are only kept.
     """
 
     def __init__(
-        self, described: Mapping[str, Any], sizes: Sizes, *, window: int, block_length: int,
+        self, described: Mapping[str, object], sizes: Sizes, *, window: int, block_length: int,
         clipped: bool, uses_time: bool,
     ) -> None:  # fmt: skip
         super().__init__(described, sizes, window=window, uses_time=uses_time)
@@ -39,7 +38,7 @@ class BD3LM(MDLM):
         return (-torch.log1p(-t)).clamp(max=-math.log(LEFT))
 
 
-def bd3lm(described: Mapping[str, Any]) -> BD3LM:
+def bd3lm(described: Mapping[str, object]) -> BD3LM:
     """The model of a config.json; its mask is the last id, its blocks are `block_size` long.
 
     `attn_backend` names one of two ways to compute the same. Source: kuleshov-group/bd3lms,

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mdiff.backbones.layers.decoder import Decoder, Shape
+from mdiff.backbones.layers.decoder import LlamaDecoder, Shape
 from mdiff.errors import ConfigError
 from mdiff.files import Fields
 
 ARCHITECTURES = ("DreamModel",)
 
 
-class Dream(Decoder):
+class Dream(LlamaDecoder):
     """The model of the files; see `dream`."""
 
 
-def dream(described: Mapping[str, Any]) -> Dream:
+def dream(described: Mapping[str, object]) -> Dream:
     """The model of a Dream config.json: Qwen2.5's layers, a full mask, the logits shifted.
 
     Raises CheckpointError for sizes out of range, and for a sliding window or tied embeddings,
@@ -35,12 +34,12 @@ def dream(described: Mapping[str, Any]) -> Dream:
 
 
 def dream_counts(hidden: Tensor, *, steps: int, epsilon: float = 1e-3) -> Tensor:
-    """How many places each sample reveals at each step of Dream's code, (B, steps) int64.
+    """How many positions each sample reveals at each step of Dream's code, (B, steps) int64.
 
     Of n places left int(n (1 - s / t)) are written, t falling evenly from 1 to `epsilon` in
     float32 and s the next; the last step writes all. A step may write none: its call is left
     out here. Dream takes n as the mean of the batch; here a sample's own `hidden` (B,) counts, so
-    that what stands beside it changes nothing.
+    that the rest of the batch changes nothing.
 
     Raises ConfigError for steps < 1.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.adaln import Sizes, Tables, Trunk
-from mdiff.backbones.layers.backbone import KeyValues, SequenceBackbone
+from mdiff.backbones.layers.adaln import Sizes, Trunk
+from mdiff.backbones.layers.attention import Tables
+from mdiff.backbones.layers.backbone import Layout, SequenceBackbone
 from mdiff.errors import ConfigError
 from mdiff.files import MOST_IDS, MOST_LAYERS, MOST_WIDTH, Fields
 
@@ -37,17 +37,18 @@ class StoredRotary(nn.Module):
 
 
 class GIDD(Trunk, SequenceBackbone):
-    """MDLM's transformer, told the time t itself, kept inside [t_eps, 1 - t_eps] as in training.
+    """MDLM's transformer, conditioned on t itself, inside [t_eps, 1 - t_eps] as in training.
 
-    With `p_uniform` above 0 the noise also writes random tokens, so that every place is to be
+    With `p_uniform` above 0 the noise also writes random tokens, so that every position is to be
     predicted: its logits are here, that noise is not.
     """
 
     no_split = ("AdaLNBlock",)
+    head_name = "output_layer.linear"
     uses_time = True
 
     def __init__(
-        self, described: Mapping[str, Any], sizes: Sizes, *, window: int, edge: float,
+        self, described: Mapping[str, object], sizes: Sizes, *, window: int, edge: float,
         p_uniform: float,
     ) -> None:  # fmt: skip
         SequenceBackbone.__init__(
@@ -59,25 +60,16 @@ class GIDD(Trunk, SequenceBackbone):
             self.refused = f"uniform noise (p_uniform={p_uniform:g}) does not exist here"
         self.build(sizes, StoredRotary(window, sizes.width // sizes.heads))
 
-    @property
-    def head(self) -> nn.Module:  # type: ignore[override]
-        """The map to logits, with a bias."""
-        return self.output_layer.linear
-
-    def stream(
-        self, tokens: Tensor, positions: Tensor, sees: Tensor | None, *, t: Tensor | None,
-        cache: KeyValues | None,
-    ) -> Tensor:  # fmt: skip
+    def stream(self, tokens: Tensor, layout: Layout) -> Tensor:
         """What `head` reads (B, L, D); ConfigError without `t` or for too long a canvas."""
-        if t is None:
+        if layout.t is None:
             raise ConfigError("this model uses the time: call it with t=")
         if tokens.shape[1] > self.longest:
             raise ConfigError(f"{tokens.shape[1]} tokens: this model has {self.longest} positions")
-        level = t.clamp(self.edge, 1 - self.edge)
-        return self.run(tokens, positions, sees, level=level, cache=cache)
+        return self.run(tokens, layout, level=layout.t.clamp(self.edge, 1 - self.edge))
 
 
-def gidd(described: Mapping[str, Any]) -> GIDD:
+def gidd(described: Mapping[str, object]) -> GIDD:
     """The model of a config.json; its mask is the last id.
 
     Source: dvruette/gidd, models/modeling_dit.py, and the defaults of configuration_dit.py.
@@ -89,7 +81,7 @@ def gidd(described: Mapping[str, Any]) -> GIDD:
         width=fields.whole("hidden_size", most=MOST_WIDTH, default=768),
         layers=fields.whole("num_hidden_layers", most=MOST_LAYERS, default=12),
         heads=fields.whole("num_attention_heads", default=12),
-        told=fields.whole("timestep_cond_dim", default=128),
+        condition_width=fields.whole("timestep_cond_dim", default=128),
     )
     return GIDD(
         described, sizes, window=window, edge=fields.number("t_eps", most=0.5, default=1e-4),

@@ -1,6 +1,6 @@
 """The transformer of Halton-MaskGIT (Besnier et al. 2025): `Network/transformer.py`.
 
-config.json holds the constructor's arguments: input_size (places a side), hidden_dim,
+config.json holds the constructor's arguments: input_size (positions a side), hidden_dim,
 codebook_size, depth, heads, mlp_dim, nclass, register. Every block is modulated by the class
 (DiT), queries and keys are normalised over the whole width without a weight, and register
 tokens follow the canvas. The head has a column for the mask id, which is never generated.
@@ -9,44 +9,28 @@ tokens follow the canvas. The head has a column for the mask id, which is never 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.backbone import Backbone, KeyValues
+from mdiff.backbones.layers.attention import Context, attention
+from mdiff.backbones.layers.backbone import Backbone, Call
 from mdiff.backbones.layers.grid import class_of, grid_layout
-from mdiff.backbones.layers.transformer import modulated
-from mdiff.denoiser import Condition
+from mdiff.backbones.layers.modules import (
+    GatedMLP,
+    RootNorm,
+    modulated,
+    root_normal,
+    unbiased,
+)
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
-from mdiff.kernels.dense import attend
 
 ARCHITECTURES = ("HaltonTransformer",)
 EPSILON = 1e-5
 # The gated inner width is rounded up to a multiple of this.
 MULTIPLE = 256
 MOST_SIDE, MOST_REGISTERS = 512, 1024
-
-
-class Norm(nn.Module):
-    """x / sqrt(mean x^2 + 1e-5) * weight (+ bias), in float32."""
-
-    def __init__(self, width: int, *, has_bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.empty(width)) if has_bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised `x` (..., D)."""
-        normal = self.weight * unit(x)
-        return normal if self.bias is None else normal + self.bias
-
-
-def unit(x: Tensor) -> Tensor:
-    """The rows (..., D) with a mean square of 1."""
-    return F.rms_norm(x.float(), x.shape[-1:], eps=EPSILON).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -57,31 +41,14 @@ class Attention(nn.Module):
         # Where the heads do not divide the width, the rest of it is left out.
         inside = width // heads * heads
         self.heads = heads
-        self.wq, self.wk, self.wv = (nn.Linear(width, inside, bias=False) for _ in range(3))
-        self.wo = nn.Linear(inside, width, bias=False)
+        self.wq, self.wk, self.wv = (unbiased(width, inside) for _ in range(3))
+        self.wo = unbiased(inside, width)
 
-    def forward(self, x: Tensor, sees: Tensor | None) -> Tensor:
-        """(B, L, D); `sees` (B, 1, L, L) bool or None."""
-        rows = unit(self.wq(x)), unit(self.wk(x)), self.wv(x)
-        query, key, value = (
-            each.view(*each.shape[:2], self.heads, -1).transpose(1, 2) for each in rows
-        )
-        mixed = attend(query, key, value, sees, causal=False)
-        result: Tensor = self.wo(mixed.transpose(1, 2).flatten(2))
-        return result
-
-
-class FeedForward(nn.Module):
-    """w2(silu(w1 x) * w3 x)."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.w1, self.w3 = (nn.Linear(width, inner, bias=False) for _ in range(2))
-        self.w2 = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D)."""
-        result: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """The attention output (B, L, D)."""
+        unit = (root_normal(matrix(x), EPSILON).to(x.dtype) for matrix in (self.wq, self.wk))
+        query, key, value = (each.unflatten(-1, (self.heads, -1)) for each in (*unit, self.wv(x)))
+        result: Tensor = self.wo(attention(query, key, value, context))
         return result
 
 
@@ -91,15 +58,15 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, inner: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.ln1, self.ln2 = Norm(width), Norm(width)
+        self.ln1, self.ln2 = RootNorm(width, EPSILON), RootNorm(width, EPSILON)
         self.attn = Attention(width, heads)
-        self.ff = FeedForward(width, inner)
+        self.ff = GatedMLP(width, inner, names=("w1", "w3", "w2"), matrix=unbiased)
 
-    def forward(self, x: Tensor, told: Tensor, sees: Tensor | None) -> Tensor:
-        """(B, L, D); `told` (B, 1, D)."""
-        shift, scale, gate, shift_, scale_, gate_ = self.mlp(told).chunk(6, dim=-1)
-        x = x + gate * self.attn(modulated(self.ln1(x), shift, scale), sees)
-        result: Tensor = x + gate_ * self.ff(modulated(self.ln2(x), shift_, scale_))
+    def forward(self, x: Tensor, condition: Tensor, context: Context) -> Tensor:
+        """(B, L, D); `condition` (B, 1, D)."""
+        six = self.mlp(condition).chunk(6, dim=-1)
+        x = x + six[2] * self.attn(modulated(self.ln1(x), *six[:2]), context)
+        result: Tensor = x + six[5] * self.ff(modulated(self.ln2(x), *six[3:5]))
         return result
 
 
@@ -110,10 +77,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(width, heads, inner) for _ in range(depth))
 
-    def forward(self, x: Tensor, told: Tensor, sees: Tensor | None) -> Tensor:
-        """(B, L, D); `told` (B, 1, D)."""
+    def forward(self, x: Tensor, condition: Tensor, context: Context) -> Tensor:
+        """(B, L, D); `condition` (B, 1, D)."""
         for block in self.layers:
-            x = block(x, told, sees)
+            x = block(x, condition, context)
         return x
 
 
@@ -122,24 +89,25 @@ class LastNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm_final = Norm(width, has_bias=True)
+        self.norm_final = RootNorm(width, EPSILON, bias=True)
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        """(B, L, D); `told` (B, 1, D)."""
-        shift, scale = self.mlp(told).chunk(2, dim=-1)
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, L, D); `condition` (B, 1, D)."""
+        shift, scale = self.mlp(condition).chunk(2, dim=-1)
         return modulated(self.norm_final(x), shift, scale)
 
 
 class HaltonTransformer(Backbone):
-    """The denoiser; see `halton_transformer`. cond {"label": (B,)}; `classes` says none."""
+    """The denoiser; see `halton_transformer`. cond {"label": (B,)}; `classes` is the null label."""
 
     tied: Mapping[str, str] = {"head.weight": "tok_emb.weight"}
-    no_split: ClassVar[tuple[str, ...]] = ("Block",)
+    no_split = ("Block",)
     codes_per_position = 1
+    head: nn.Module
 
     def __init__(
-        self, described: Mapping[str, Any], *, side: int, width: int, codebook_size: int,
+        self, described: Mapping[str, object], *, side: int, width: int, codebook_size: int,
         depth: int, heads: int, inner: int, classes: int, registers: int,
     ) -> None:  # fmt: skip
         super().__init__(
@@ -154,36 +122,32 @@ class HaltonTransformer(Backbone):
         self.head = nn.Linear(width, codebook_size + 1)
         self.reg_tokens = nn.Embedding(registers, width) if registers else None
 
-    def hidden(
-        self, tokens: Tensor, *, valid: Tensor | None, documents: Tensor | None,
-        t: Tensor | None, cond: Condition | None, cache: KeyValues | None,
-    ) -> Tensor:  # fmt: skip
+    def hidden(self, tokens: Tensor, call: Call) -> Tensor:
         """What `head` reads (B, L, D); ConfigError for what the model cannot be given."""
-        label = class_of(cond, tokens, classes=self.classes)
+        label = class_of(call.cond, tokens, classes=self.classes)
         registers = 0 if self.reg_tokens is None else self.reg_tokens.num_embeddings
-        positions, sees = grid_layout(
-            tokens, valid=valid, documents=documents, cache=cache,
-            window=self.pos_emb.num_embeddings, extra=registers,
-        )  # fmt: skip
-        told = self.cls_emb(label)[:, None]
+        positions, mask = grid_layout(
+            tokens, call, window=self.pos_emb.num_embeddings, extra=registers
+        )
+        condition = self.cls_emb(label)[:, None]
         length = tokens.shape[1]
         x = self.tok_emb(tokens) + self.pos_emb(positions)
         if self.reg_tokens is not None:
             x = torch.cat([x, self.reg_tokens.weight.expand(len(x), -1, -1)], 1)
-        x = self.transformer(x, told, sees)
-        result: Tensor = self.last_norm(x[:, :length], told)
+        x = self.transformer(x, condition, Context(mask=mask))
+        result: Tensor = self.last_norm(x[:, :length], condition)
         return result
 
 
-def recognises(described: Mapping[str, Any]) -> bool:
+def recognises(described: Mapping[str, object]) -> bool:
     """Whether these are the transformer's arguments."""
     return {"register", "input_size", "nclass", "mlp_dim"} <= set(described)
 
 
-def halton_transformer(described: Mapping[str, Any]) -> HaltonTransformer:
+def halton_transformer(described: Mapping[str, object]) -> HaltonTransformer:
     """The denoiser of the transformer's arguments; CheckpointError for what is not supported.
 
-    Its canvas is the grid of input_size x input_size places, row by row.
+    Its canvas is the grid of input_size x input_size positions, row by row.
     """
     fields = Fields(described)
     fields.choice("proj", (1,), default=1)

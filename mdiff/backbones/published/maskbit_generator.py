@@ -1,26 +1,24 @@
-"""MaskBit's generator (Weber et al. 2024): `LFQBert`, a BERT over the bits of a place.
+"""MaskBit's generator (Weber et al. 2024): `LFQBert`, a BERT over the bits of a position.
 
 config.json holds the constructor's arguments: img_size, input_stride, hidden_dim,
-codebook_size, codebook_splits, depth, heads, mlp_dim, nclass, use_prenorm. A place holds
+codebook_size, codebook_splits, depth, heads, mlp_dim, nclass, use_prenorm. A position holds
 `codebook_splits` tokens, side by side in the canvas, each of as many bits, read as -1 or +1,
-the lowest first, and as zeros where hidden. The class follows the last place.
+the lowest first, and as zeros where hidden. The class follows the last position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.backbone import Backbone, KeyValues
+from mdiff.backbones.layers.attention import Context, attention
+from mdiff.backbones.layers.backbone import Backbone, Call
 from mdiff.backbones.layers.grid import class_of, grid_layout
-from mdiff.denoiser import Condition
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import MOST_IDS, MOST_LAYERS, MOST_WIDTH, Fields
-from mdiff.kernels.dense import attend
 
 ARCHITECTURES = ("LFQBert",)
 EPSILON = 1e-12
@@ -46,15 +44,12 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=EPSILON)
         self.heads, self.before = heads, before
 
-    def forward(self, x: Tensor, sees: Tensor | None) -> Tensor:
-        """(B, L, D); `sees` (B, 1, L, L) bool or None."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """(B, L, D)."""
         rows = self.norm(x) if self.before else x
         rows = F.linear(rows, self.mha.in_proj_weight, self.mha.in_proj_bias)
-        query, key, value = (
-            each.view(*each.shape[:2], self.heads, -1).transpose(1, 2) for each in rows.chunk(3, -1)
-        )
-        mixed = attend(query, key, value, sees, causal=False).transpose(1, 2).flatten(2)
-        x = x + self.mha.out_proj(mixed)
+        query, key, value = rows.view(*rows.shape[:2], 3, self.heads, -1).unbind(2)
+        x = x + self.mha.out_proj(attention(query, key, value, context))
         result: Tensor = x if self.before else self.norm(x)
         return result
 
@@ -87,18 +82,18 @@ class Transformer(nn.Module):
             for _ in range(depth)
         )  # fmt: skip
 
-    def forward(self, x: Tensor, sees: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """(B, L, D)."""
         for layer in self.layers.children():
             attention, feed_forward = layer.children()
-            x = feed_forward(attention(x, sees))
+            x = feed_forward(attention(x, context))
         return x
 
 
 class GroupHead(nn.Module):
     """One matrix for the heads of all groups, stored one below another.
 
-    Rows (N, groups D + groups) hold a place's features in their group's columns among zeros,
+    Rows (N, groups D + groups) hold a position's features in their group's columns among zeros,
     and a 1 in the group's own column, which picks its bias.
     """
 
@@ -116,18 +111,18 @@ class GroupHead(nn.Module):
 
 
 class MaskBitGenerator(Backbone):
-    """The denoiser; see `maskbit_generator`. cond {"label": (B,)}; `classes` says none."""
+    """The denoiser; see `maskbit_generator`. cond {"label": (B,)}; `classes` is the null label."""
 
-    no_split: ClassVar[tuple[str, ...]] = ("Attention", "FeedForward")
+    no_split = ("Attention", "FeedForward")
 
     def __init__(
-        self, described: Mapping[str, Any], *, side: int, width: int, bits: int, groups: int,
+        self, described: Mapping[str, object], *, side: int, width: int, bits: int, groups: int,
         depth: int, heads: int, inner: int, classes: int, before: bool,
     ) -> None:  # fmt: skip
         ids = 1 << bits // groups
         super().__init__(described, vocab_size=ids, mask_id=ids, window=side**2 * groups)
         self.latent_grid, self.codes_per_position, self.classes = (side, side), groups, classes
-        self.bits_a_token, self.before = bits // groups, before
+        self.bits_per_token, self.before = bits // groups, before
         self.class_emb = nn.Embedding(classes + 1, width)
         self.input_proj = nn.Linear(bits, width)
         self.pos_emb = nn.Parameter(torch.empty(1, side**2 + 1, width))
@@ -143,57 +138,56 @@ class MaskBitGenerator(Backbone):
         self.register_buffer("bits_to_indices", torch.empty(bits // groups, dtype=torch.int32))
 
     @property
-    def head(self) -> nn.Module:  # type: ignore[override]
+    def head(self) -> nn.Module:
         """What makes logits of `hidden`."""
         return self.prediction_layer
 
-    def hidden(
-        self, tokens: Tensor, *, valid: Tensor | None, documents: Tensor | None,
-        t: Tensor | None, cond: Condition | None, cache: KeyValues | None,
-    ) -> Tensor:  # fmt: skip
+    def hidden(self, tokens: Tensor, call: Call) -> Tensor:
         """What `head` reads (B, L, groups D + groups); ConfigError for a canvas that the model
-        cannot be given. Padding is of whole places.
+        cannot be given. Padding is of whole positions.
         """
-        label = class_of(cond, tokens, classes=self.classes)
+        label = class_of(call.cond, tokens, classes=self.classes)
         if tokens.shape[1] % self.codes_per_position:
             raise ConfigError(
                 f"a canvas of {tokens.shape[1]} tokens: expected {self.codes_per_position} "
                 "for each position"
             )
         groups = tokens.view(len(tokens), -1, self.codes_per_position)
-        positions, sees = grid_layout(
-            groups[..., 0], valid=None if valid is None else valid.view(groups.shape).all(2),
-            documents=documents, cache=cache, window=self.pos_emb.shape[1] - 1, extra=1,
-        )  # fmt: skip
+        if call.valid is not None:
+            call = call._replace(valid=call.valid.view(groups.shape).all(2))
+        positions, mask = grid_layout(
+            groups[..., 0], call, window=self.pos_emb.shape[1] - 1, extra=1
+        )
         x = self.input_proj(self._signs(groups)) + self.pos_emb[0, positions]
-        told = self.class_emb(label)[:, None] + self.pos_emb[:, -1:]
-        x = self.transformer(self.first_layer(torch.cat([x, told], 1)), sees)
+        condition = self.class_emb(label)[:, None] + self.pos_emb[:, -1:]
+        x = self.first_layer(torch.cat([x, condition], 1))
+        x = self.transformer(x, Context(mask=mask))
         if self.before:
             x = self.norm_after_transformer(x)
         return self._grouped(self.last_layer(x[:, :-1]))
 
     def _signs(self, groups: Tensor) -> Tensor:
-        """The bits (B, P, groups bits) of places (B, P, groups): -1, +1, or 0 where hidden."""
-        power = torch.arange(self.bits_a_token, device=groups.device)
+        """The bits (B, P, groups bits) of positions (B, P, groups): -1, +1, or 0 where hidden."""
+        power = torch.arange(self.bits_per_token, device=groups.device)
         signs = 2 * (groups[..., None] >> power & 1) - 1
         hidden = groups == self.vocab_size
-        seen = signs.masked_fill(hidden[..., None], 0)
-        return seen.flatten(2).to(self.input_proj.weight.dtype)
+        known = signs.masked_fill(hidden[..., None], 0)
+        return known.flatten(2).to(self.input_proj.weight.dtype)
 
     def _grouped(self, x: Tensor) -> Tensor:
-        """Features of places (B, P, D) as the head's rows of tokens (B, P groups, ...)."""
+        """Features of positions (B, P, D) as the head's rows of tokens (B, P groups, ...)."""
         own = torch.eye(self.codes_per_position, dtype=x.dtype, device=x.device)
         columns = torch.einsum("bpd,gh->bpghd", x, own).flatten(3)
         rows = torch.cat([columns, own.expand(*x.shape[:2], -1, -1)], 3)
         return rows.flatten(1, 2)
 
 
-def recognises(described: Mapping[str, Any]) -> bool:
+def recognises(described: Mapping[str, object]) -> bool:
     """Whether these are the generator's arguments."""
     return {"codebook_splits", "input_stride", "hidden_dim"} <= set(described)
 
 
-def maskbit_generator(described: Mapping[str, Any]) -> MaskBitGenerator:
+def maskbit_generator(described: Mapping[str, object]) -> MaskBitGenerator:
     """The denoiser of LFQBert's arguments; CheckpointError for what is not supported."""
     fields = Fields(described)
     codes = fields.whole("codebook_size", least=2, most=1 << MOST_BITS)

@@ -7,35 +7,19 @@ Its files come without a config.json: one is the arguments of lit-gpt's Config, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.backbone import KeyValues, SequenceBackbone
-from mdiff.backbones.layers.transformer import rotate
+from mdiff.backbones.layers.attention import Context, Tables, attention, tables_of
+from mdiff.backbones.layers.backbone import Layout, SequenceBackbone
+from mdiff.backbones.layers.modules import GatedMLP, RootNorm, unbiased
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
-from mdiff.kernels.dense import attend
 
 NAMED = "Diff_LLaMA"
 KEYS = ("n_embd", "n_head", "n_layer")
 BASE = 10_000
-
-
-class RootNorm(nn.Module):
-    """RMSNorm with a weight (D,), in float32."""
-
-    def __init__(self, width: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.epsilon = epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised `x` (..., D), in its own type."""
-        kind = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(kind), x.shape[-1:], self.weight.to(kind), self.epsilon).to(x.dtype)
 
 
 class GroupAttention(nn.Module):
@@ -43,40 +27,16 @@ class GroupAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, groups: int) -> None:
         super().__init__()
-        self.heads, self.groups = heads, groups
-        self.attn = nn.Linear(width, (heads + 2 * groups) * (width // heads), bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
+        self.groups, self.size = groups, width // heads
+        self.attn = unbiased(width, (heads + 2 * groups) * self.size)
+        self.proj = unbiased(width, width)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], sees: Tensor | None) -> Tensor:
-        """Each place's mix (B, L, D) of what it sees."""
-        batch, length, width = x.shape
-        each, size = self.heads // self.groups, width // self.heads
-        qkv = self.attn(x).view(batch, length, self.groups, each + 2, size)
-        cos, sin = (table[:, :, None, None] for table in tables)
-        # The tables are in float32 and so are the products, as in the published kernel.
-        turned = rotate(qkv[..., : each + 1, :].to(cos.dtype), cos, sin).to(x.dtype)
-        query = turned[..., :each, :].flatten(2, 3).transpose(1, 2)
-        key, value = (
-            part.repeat_interleave(each, 2).transpose(1, 2)
-            for part in (turned[..., each, :], qkv[..., each + 1, :])
-        )
-        mixed = attend(query, key, value, sees, causal=False)
-        result: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
-        return result
-
-
-class Gated(nn.Module):
-    """w3(silu(w1 x) * w2 x)."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(width, inner, bias=False)
-        self.w2 = nn.Linear(width, inner, bias=False)
-        self.w3 = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, of the shape of `x`."""
-        result: Tensor = self.w3(F.silu(self.w1(x)) * self.w2(x))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """The attention output (B, L, D)."""
+        qkv = self.attn(x).unflatten(-1, (self.groups, -1, self.size))
+        query, key, value = qkv[..., :-2, :].flatten(2, 3), qkv[..., -2, :], qkv[..., -1, :]
+        # The products with the tables are in float32, as in the published kernel.
+        result: Tensor = self.proj(attention(query, key, value, context, wide=True))
         return result
 
 
@@ -85,14 +45,15 @@ class SMDMBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, groups: int, inner: int, epsilon: float) -> None:
         super().__init__()
-        self.norm_1 = RootNorm(width, epsilon)
+        self.norm_1 = RootNorm(width, epsilon, wide_weight=True)
         self.attn = GroupAttention(width, heads, groups)
-        self.norm_2 = RootNorm(width, epsilon)
-        self.mlp = nn.ModuleDict({"swiglu": Gated(width, inner)})
+        self.norm_2 = RootNorm(width, epsilon, wide_weight=True)
+        gated = GatedMLP(width, inner, names=("w1", "w2", "w3"), matrix=unbiased)
+        self.mlp = nn.ModuleDict({"swiglu": gated})
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], sees: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """The stream `x` (B, L, D) after this block."""
-        x = x + self.attn(self.norm_1(x), tables, sees)
+        x = x + self.attn(self.norm_1(x), context)
         result: Tensor = x + self.mlp["swiglu"](self.norm_2(x))
         return result
 
@@ -103,52 +64,44 @@ class SMDM(SequenceBackbone):
     no_split = ("SMDMBlock",)
 
     def __init__(
-        self, described: Mapping[str, Any], *, vocab_size: int, width: int, layers: int,
+        self, described: Mapping[str, object], *, vocab_size: int, width: int, layers: int,
         heads: int, groups: int, inner: int, epsilon: float, window: int, condensed: int,
     ) -> None:  # fmt: skip
         super().__init__(described, vocab_size=vocab_size, mask_id=vocab_size, window=window)
         self.size, self.condensed = width // heads, condensed
-        self.lm_head = nn.Linear(width, vocab_size, bias=False)
+        self.lm_head = unbiased(width, vocab_size)
         blocks = [SMDMBlock(width, heads, groups, inner, epsilon) for _ in range(layers)]
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(vocab_size + 1, width),
                 "h": nn.ModuleList(blocks),
-                "ln_f": RootNorm(width, epsilon),
+                "ln_f": RootNorm(width, epsilon, wide_weight=True),
             }
         )
 
-    @property
-    def head(self) -> nn.Module:  # type: ignore[override]
-        """The map to logits."""
-        return self.lm_head
-
-    def stream(
-        self, tokens: Tensor, positions: Tensor, sees: Tensor | None, *, t: Tensor | None,
-        cache: KeyValues | None,
-    ) -> Tensor:  # fmt: skip
+    def stream(self, tokens: Tensor, layout: Layout) -> Tensor:
         """What `head` reads (B, L, D)."""
         x = self.transformer["wte"](tokens)
-        tables = self._tables(positions)
-        for block in self.transformer["h"]:  # type: ignore[attr-defined]
-            x = block(x, tables, sees)
+        context = Context(self._tables(layout.positions), layout.mask)
+        for block in self.transformer["h"].children():
+            x = block(x, context)
         result: Tensor = self.transformer["ln_f"](x)
         return result
 
-    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The cos and signed sin (..., D) float32, rounded to bfloat16 as it was trained with."""
+    def _tables(self, positions: Tensor) -> Tables:
+        """The tables (..., D) float32, rounded to bfloat16 as it was trained with."""
         powers = torch.arange(0, self.size, 2, device=positions.device) / self.size
         angles = (positions / self.condensed)[..., None] * (1.0 / BASE**powers)
-        cos, sin = angles.cos().bfloat16().float(), angles.sin().bfloat16().float()
-        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        cos, sin = tables_of(angles)
+        return cos.bfloat16().float(), sin.bfloat16().float()
 
 
-def recognises(described: Mapping[str, Any]) -> bool:
+def recognises(described: Mapping[str, object]) -> bool:
     """Whether these are lit-gpt's arguments of an SMDM model."""
     return str(described.get("name")).startswith(NAMED) and all(k in described for k in KEYS)
 
 
-def smdm(described: Mapping[str, Any]) -> SMDM:
+def smdm(described: Mapping[str, object]) -> SMDM:
     """The model of lit-gpt's arguments; the mask id is the number of logit columns.
 
     Source: ML-GSAI/SMDM, lit_gpt/diffmodel.py, and the defaults of lit_gpt/config.py.

@@ -1,6 +1,6 @@
 """aMUSEd's denoiser, UVit2DModel of the diffusers layout (Patil et al. 2024).
 
-ConvNeXt blocks and attention on the grid around a transformer, all told what to make by a
+ConvNeXt blocks and attention on the grid around a transformer, all conditioned on the output of a
 text encoder. Project huggingface/diffusers, `models/unets/uvit_2d.py`, 0.42 (2026).
 """
 
@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.backbone import Backbone, KeyValues
+from mdiff.backbones.layers.backbone import Backbone, Call
+from mdiff.backbones.layers.modules import Matrix, RootNorm
 from mdiff.backbones.layers.uvit import (
     ConditionEmbedding,
     GridBlock,
-    Linear,
-    Norm,
-    PlaceMap,
+    NormOptions,
+    PointwiseConv,
     TransformerLayer,
     waves,
 )
@@ -35,12 +36,12 @@ class Embedding(nn.Module):
     """Each token's vector, normalised and mapped to the width of the grid."""
 
     def __init__(
-        self, ids: int, inner: int, width: int, *, bias: bool, epsilon: float, affine: bool
+        self, ids: int, inner: int, width: int, *, bias: bool, **norm: Unpack[NormOptions]
     ) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(ids, inner)
-        self.layer_norm = Norm(inner, epsilon, affine=affine)
-        self.conv = PlaceMap(inner, width, bias=bias)
+        self.layer_norm = RootNorm(inner, **norm)
+        self.conv = PointwiseConv(inner, width, bias=bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The vectors (..., width) of tokens (...)."""
@@ -49,15 +50,15 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """From a place's vector to its logits; every part of it is a map of the place alone."""
+    """From a position's vector to its logits; every part of it is a map of the position alone."""
 
     def __init__(
-        self, width: int, inner: int, ids: int, *, bias: bool, epsilon: float, affine: bool
+        self, width: int, inner: int, ids: int, *, bias: bool, **norm: Unpack[NormOptions]
     ) -> None:
         super().__init__()
-        self.conv1 = PlaceMap(width, inner, bias=bias)
-        self.layer_norm = Norm(inner, epsilon, affine=affine)
-        self.conv2 = PlaceMap(inner, ids, bias=bias)
+        self.conv1 = PointwiseConv(width, inner, bias=bias)
+        self.layer_norm = RootNorm(inner, **norm)
+        self.conv2 = PointwiseConv(inner, ids, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits (..., ids) of `x` (..., width)."""
@@ -76,7 +77,7 @@ class UVit(Backbone):
     no_split = ("TransformerLayer", "GridBlock")
     weights_name = "diffusion_pytorch_model"
 
-    def __init__(self, described: Mapping[str, Any]) -> None:
+    def __init__(self, described: Mapping[str, object]) -> None:
         fields = Fields(described)
         fields.choice("_class_name", (CLASS_NAME,))
         codes = fields.whole("codebook_size", most=MOST_IDS)
@@ -103,10 +104,10 @@ class UVit(Backbone):
         self.halved = fields.flag("downsample", default=False)
         if fields.flag("upsample", default=False) != self.halved:
             raise CheckpointError("config.json: downsample and upsample: expected both or neither")
-        self._make(fields, rows, told=micro + self.pooled_size)
+        self._make(fields, rows, inputs=micro + self.pooled_size)
 
-    def _make(self, fields: Fields, rows: int, *, told: int) -> None:
-        """The layers, in the order of the files; `told` numbers go into the condition."""
+    def _make(self, fields: Fields, rows: int, *, inputs: int) -> None:
+        """The layers, in the order of the files; `inputs` numbers go into the condition."""
         width, grid = fields.whole("hidden_size"), fields.whole("block_out_channels")
         inner = fields.whole("in_channels")
         heads, grid_heads = fields.whole("num_attention_heads"), fields.whole("block_num_heads")
@@ -114,63 +115,60 @@ class UVit(Backbone):
             if size % count:
                 raise CheckpointError(f"config.json: {count} heads do not divide {size} channels")
         bias = fields.flag("use_bias", default=False)
-        norm: dict[str, Any] = {
+        norm: NormOptions = {
             "epsilon": fields.number("layer_norm_eps", most=1, default=1e-6),
             "affine": fields.flag("ln_elementwise_affine", default=True),
         }
-        self.encoder_proj = Linear(self.states_size, width, bias=bias)
-        self.encoder_proj_layer_norm = Norm(width, **norm)
+        self.encoder_proj = Matrix(self.states_size, width, bias=bias)
+        self.encoder_proj_layer_norm = RootNorm(width, **norm)
         self.embed = Embedding(rows, inner, grid, bias=bias, **norm)
-        self.cond_embed = ConditionEmbedding(told, width, bias=bias)
-        blocks = {
-            "depth": fields.whole("num_res_blocks", most=MOST_LAYERS), "heads": grid_heads,
-            "told": width, "bias": bias, **norm,
-        }  # fmt: skip
-        self.down_block = GridBlock(grid, halves=self.halved, doubles=False, **blocks)
-        self.project_to_hidden_norm = Norm(grid, **norm)
-        self.project_to_hidden = Linear(grid, width, bias=bias)
+        self.cond_embed = ConditionEmbedding(inputs, width, bias=bias)
+        block = partial(
+            GridBlock, grid, depth=fields.whole("num_res_blocks", most=MOST_LAYERS),
+            heads=grid_heads, conditions=width, bias=bias, **norm,
+        )  # fmt: skip
+        self.down_block = block(halves=self.halved, doubles=False)
+        self.project_to_hidden_norm = RootNorm(grid, **norm)
+        self.project_to_hidden = Matrix(grid, width, bias=bias)
         gated = fields.whole("intermediate_size")
         self.transformer_layers = nn.ModuleList(
             TransformerLayer(width, heads, gated, bias=bias, **norm)
             for _ in range(fields.whole("num_hidden_layers", most=MOST_LAYERS))
         )
-        self.project_from_hidden_norm = Norm(width, **norm)
-        self.project_from_hidden = Linear(width, grid, bias=bias)
-        self.up_block = GridBlock(grid, halves=False, doubles=self.halved, **blocks)
+        self.project_from_hidden_norm = RootNorm(width, **norm)
+        self.project_from_hidden = Matrix(width, grid, bias=bias)
+        self.up_block = block(halves=False, doubles=self.halved)
         self.mlm_layer = Head(grid, inner, self.vocab_size, bias=bias, **norm)
 
     @property
-    def head(self) -> Head:  # type: ignore[override]
-        """From a place's vector to its logits."""
+    def head(self) -> Head:
+        """From a position's vector to its logits."""
         return self.mlm_layer
 
-    def hidden(
-        self, tokens: Tensor, *, valid: Tensor | None, documents: Tensor | None,
-        t: Tensor | None, cond: Condition | None, cache: KeyValues | None,
-    ) -> Tensor:  # fmt: skip
+    def hidden(self, tokens: Tensor, call: Call) -> Tensor:
         """What `head` reads (B, L, C).
 
         Raises ConfigError for padding, packed documents, a cache or a condition that is missing
         or of another shape, DataError for a canvas that is no square.
         """
-        if valid is not None or documents is not None or cache is not None:
+        if any(each is not None for each in (call.valid, call.documents, call.cache)):
             raise ConfigError("this model fills whole grids: no padding, documents or cache")
         side = math.isqrt(tokens.shape[1])
         if side * side != tokens.shape[1] or (self.halved and side % 2):
             kind = "a square of an even side" if self.halved else "a square"
-            raise DataError(f"a canvas of {tokens.shape[1]} places: expected {kind}")
-        states, told = self._told(cond, len(tokens))
+            raise DataError(f"a canvas of {tokens.shape[1]} positions: expected {kind}")
+        states, condition = self._conditions(call.cond, len(tokens))
         rows = torch.where(tokens == self.vocab_size, self.mask_row, tokens)
-        x = self.down_block(self.embed(rows).unflatten(1, (side, side)), states, told)
+        x = self.down_block(self.embed(rows).unflatten(1, (side, side)), states, condition)
         shape = x.shape[1:3]
         x = self.project_to_hidden(self.project_to_hidden_norm(x.flatten(1, 2)))
         for layer in self.transformer_layers:
-            x = layer(x, states, told)
+            x = layer(x, states, condition)
         x = self.project_from_hidden(self.project_from_hidden_norm(x))
-        done: Tensor = self.up_block(x.unflatten(1, shape), states, told)
+        done: Tensor = self.up_block(x.unflatten(1, shape), states, condition)
         return done.flatten(1, 2)
 
-    def _told(self, cond: Condition | None, batch: int) -> tuple[Tensor, Tensor]:
+    def _conditions(self, cond: Condition | None, batch: int) -> tuple[Tensor, Tensor]:
         """The sequence (B, S, D) that is attended to, and the vector (B, D) that scales."""
         given = cond or {}
         sizes = {
@@ -194,17 +192,17 @@ class UVit(Backbone):
         return states, self.cond_embed(torch.cat([given[POOLED].float(), micro], 1).to(kind))
 
 
-def recognises(described: Mapping[str, Any]) -> bool:
+def recognises(described: Mapping[str, object]) -> bool:
     """Whether a config without architectures is of this model."""
     return described.get("_class_name") == CLASS_NAME
 
 
-def uvit(described: Mapping[str, Any]) -> UVit:
+def uvit(described: Mapping[str, object]) -> UVit:
     """The denoiser of a config.json of the diffusers layout, `_class_name` UVit2DModel.
 
     Its condition is that of `text_encoder`: the states of each token of a text, the one vector of
-    it, and the numbers that say how the picture is to be.
+    it, and the numbers on size and crop of the picture.
 
-    Raises CheckpointError for a config that cannot be meant.
+    Raises CheckpointError for a config that is invalid.
     """
     return UVit(described)

@@ -16,7 +16,7 @@ from decoder_checkpoints import (
 )
 from safetensors.torch import load_file
 
-from mdiff.backbones.layers.backbone import KeyValues
+from mdiff.backbones.layers.attention import KeyValues
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.pipeline.loading import load
 

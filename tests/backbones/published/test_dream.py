@@ -16,7 +16,8 @@ from decoder_checkpoints import (
 )
 from safetensors.torch import load_file
 
-from mdiff.backbones.layers.backbone import place_before
+from mdiff.backbones.layers.attention import position_before
+from mdiff.backbones.layers.backbone import Call
 from mdiff.backbones.published.dream import dream_counts
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import read_model_files
@@ -52,12 +53,10 @@ def test_the_config_is_recognised_by_its_architecture():
     assert recognised(read_model_files(FOLDER)) == "dream"
 
 
-def test_logits_are_the_official_ones_shifted_by_a_place(model, golden):
+def test_logits_are_the_official_ones_shifted_by_a_position(model, golden):
     tokens = golden["input_ids"]
     assert torch.allclose(model(tokens), golden["logits_shifted"], atol=ATOL)
-    raw = model.head(model.hidden(
-        tokens, valid=None, documents=None, t=None, cond=None, cache=None
-    ))  # fmt: skip
+    raw = model.head(model.hidden(tokens, Call()))
     assert torch.allclose(raw, golden["logits_raw"], atol=ATOL)
     at = torch.zeros_like(tokens, dtype=torch.bool)
     at[:, ::3] = True
@@ -66,9 +65,7 @@ def test_logits_are_the_official_ones_shifted_by_a_place(model, golden):
 
 def test_padding_in_front_is_as_in_the_official_code(model, golden):
     valid = golden["padded.attention_mask"].bool()
-    raw = model.head(model.hidden(
-        golden["padded.input_ids"], valid=valid, documents=None, t=None, cond=None, cache=None
-    ))  # fmt: skip
+    raw = model.head(model.hidden(golden["padded.input_ids"], Call(valid=valid)))
     assert torch.allclose(raw[valid], golden["padded.logits_raw"][valid], atol=ATOL)
 
 
@@ -77,14 +74,14 @@ def test_rows_do_not_depend_on_padding_nor_does_the_shift(model, side):
     assert_rows_do_not_depend_on_padding(model, length=11, ids=126, side=side)
 
 
-def test_the_place_before_is_the_last_valid_one_of_the_same_document():
+def test_the_position_before_is_the_last_valid_one_of_the_same_document():
     tokens = torch.zeros(2, 6, dtype=torch.int64)
     valid = torch.tensor([[False, True, False, True, True, True]] * 2)
     documents = torch.tensor([[7, 7, 7, 7, 9, 9], [1, 2, 1, 1, 2, 1]])
-    assert place_before(tokens, valid=None, documents=None)[0].tolist() == [0, 0, 1, 2, 3, 4]
-    alone = place_before(tokens, valid=valid, documents=None)
+    assert position_before(tokens, valid=None, documents=None)[0].tolist() == [0, 0, 1, 2, 3, 4]
+    alone = position_before(tokens, valid=valid, documents=None)
     assert alone[0, valid[0]].tolist() == [1, 1, 3, 4]
-    packed = place_before(tokens, valid=valid, documents=documents)
+    packed = position_before(tokens, valid=valid, documents=documents)
     assert packed[0, valid[0]].tolist() == [1, 1, 4, 4]
     assert packed[1, valid[1]].tolist() == [1, 3, 1, 3]
 

@@ -13,7 +13,8 @@ from folders import GOLDEN as GOLDEN
 from safetensors.torch import load_file, save_file
 
 import mdiff
-from mdiff.backbones.layers.backbone import KeyValues
+from mdiff.backbones.layers.attention import KeyValues
+from mdiff.backbones.layers.backbone import Layout
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import read_model_files
 from mdiff.files.untrusted import read_json
@@ -102,13 +103,12 @@ def test_bd3lm_gives_the_official_logits_of_sampling_and_of_training():
     block = torch.arange(32) % 16 // 4
     clean = torch.arange(32) >= 16
     before, same = block[:, None] > block, block[:, None] == block
-    sees = same & (clean[:, None] == clean) | before & clean
-    assert torch.equal(sees, expected["train.block_mask"].bool())
+    mask = same & (clean[:, None] == clean) | before & clean
+    assert torch.equal(mask, expected["train.block_mask"].bool())
     both = torch.cat([expected["xt"], expected["x0"]], 1)
     with torch.no_grad():
-        read = denoiser.stream(
-            both, torch.arange(16).repeat(2)[None], sees[None, None], t=None, cache=None
-        )
+        layout = Layout(torch.arange(16).repeat(2)[None], mask[None, None])
+        read = denoiser.stream(both, layout)
         logits = denoiser.head(read)[:, :16]
     assert torch.allclose(logits, expected["train.logits"], **CLOSE)
     nll = token_nll(logits, expected["x0"], expected["xt"], space=TokenSpace(40, mask_id=39))
