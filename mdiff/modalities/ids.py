@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mdiff.errors import ConfigError, DataError
 from mdiff.modalities.text.documents import Source, cut_documents, digest, json_lines, read_text
@@ -72,8 +71,9 @@ class Ids:
         source = Source.of(data)
         if length is None:
             raise ConfigError("data.length is missing: how many tokens a row has")
-        paths = [source.source] if isinstance(source.source, str) else source.source
-        rows = [_ids_of(row, path) for path in paths for row in json_lines(read_text(path), path)]
+        rows = [
+            _ids_of(row, path) for path in source.paths for row in json_lines(read_text(path), path)
+        ]
         chosen = cut_documents(rows, split, holdout=source.holdout, validation=source.validation)
         return PackedRows(
             chosen,
@@ -96,7 +96,7 @@ class Ids:
         """Nothing to write."""
 
 
-def _ids_of(row: Mapping[str, Any], path: str) -> list[int]:
+def _ids_of(row: Mapping[str, object], path: str) -> list[int]:
     found = row.get(FIELD)
     if not isinstance(found, list) or not all(type(i) is int and i >= 0 for i in found):
         raise DataError(f"{path}: expected lines such as {{{FIELD!r}: [3, 1, 2]}}, got {row!r:.80}")

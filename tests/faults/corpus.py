@@ -37,7 +37,8 @@ from mdiff.modalities.image.data.token_shards import file_digest, open_shards
 from mdiff.modalities.image.modality import image
 from mdiff.modalities.text.documents import Source, read_bytes
 from mdiff.modalities.text.modality import text
-from mdiff.modalities.text.tokenizers import BytePairs, Pretrained
+from mdiff.modalities.text.pretrained import Pretrained
+from mdiff.modalities.text.tokenizers import BytePairs
 from mdiff.pipeline.batch.encoding import write_shards
 from mdiff.pipeline.batch.requests import read_requests
 from mdiff.pipeline.pipeline import Pipeline

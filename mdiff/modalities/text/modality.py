@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
 from mdiff.files import read_json
 from mdiff.modalities.text.documents import Source, cut_documents, digest
 from mdiff.modalities.text.packing import PackedRows
-from mdiff.modalities.text.tokenizers import BytePairs, Bytes, Characters, Pretrained, Tokenizer
+from mdiff.modalities.text.pretrained import Pretrained
+from mdiff.modalities.text.template import HOLE, template_canvas
+from mdiff.modalities.text.tokenizers import BytePairs, Bytes, Characters, Tokenizer
 from mdiff.tokens import TokenSpace, continued
 
 SETTINGS = "modality.json"
 OWN = ("byte", "char", "bpe")
 BPE_SIZE = 512
-HOLE = re.compile(r"\[MASK(?::(\d+))?\]")
-HOLE_LIMIT = 1_000_000
 
 
 class Text:
@@ -58,38 +56,30 @@ class Text:
     def space(self) -> TokenSpace:
         """Ids of text, then the end of text if there is one; the mask is `mask_id`."""
         inner = self.tokenizer
-        if isinstance(inner, Pretrained):
-            return TokenSpace(inner.size, mask_id=self.mask_id, never=inner.never)
-        return TokenSpace(inner.size + self.eos, mask_id=self.mask_id)
+        return TokenSpace(inner.size + self.eos, mask_id=self.mask_id, never=inner.never)
 
     @property
     def mask_id(self) -> int:
         """The id that hides a token: as given, else the tokenizer's, else the next free one."""
         if self._mask_id is not None:
             return self._mask_id
-        own = getattr(self.tokenizer, "mask_id", None)
-        return self.tokenizer.size + self.eos if own is None else int(own)
+        own = self.tokenizer.mask_id
+        return self.tokenizer.size + self.eos if own is None else own
 
     @property
     def eos_id(self) -> int | None:
         """The id that ends a document, or None."""
-        inner = self.tokenizer
-        if isinstance(inner, Pretrained):
-            return inner.eos_id
-        return inner.size if self.eos else None
+        return self.tokenizer.size if self.eos else self.tokenizer.eos_id
 
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The ids that end a document or, in a chat, a turn."""
-        inner = self.tokenizer
-        if isinstance(inner, Pretrained):
-            return inner.end_ids
-        return (inner.size,) if self.eos else ()
+        return (self.tokenizer.size,) if self.eos else self.tokenizer.end_ids
 
     @property
     def pad_id(self) -> int | None:
         """The tokenizer's own padding id, or None; canvases are padded by `valid` instead."""
-        return getattr(self.tokenizer, "pad_id", None)
+        return self.tokenizer.pad_id
 
     def encode(self, text: object) -> list[int]:
         """The ids of a text, with nothing added; DataError where it is not valid Unicode."""
@@ -108,7 +98,7 @@ class Text:
         return self.tokenizer.decode([token for token in shown if token not in left_out])
 
     def pieces(self, ids: Sequence[int]) -> list[str | None]:
-        """The text of each place, None where it is masked; after the end of text, ""."""
+        """The text of each position, None where it is masked; after the end of text, ""."""
         mask, stop = self.mask_id, self._end(ids)
         spoken = [i for i, token in enumerate(ids[:stop]) if token != mask]
         texts = dict(zip(spoken, self.tokenizer.pieces([ids[i] for i in spoken])))
@@ -120,7 +110,7 @@ class Text:
         return len(ids) if eos is None or eos not in ids else list(ids).index(eos)
 
     def canvas(self, prompt: object = "", length: int | None = None) -> list[int]:
-        """The prompt's tokens followed by masks, `length` places in all.
+        """The prompt's tokens followed by masks, `length` positions in all.
 
         A prompt {"chat": ...} is what a user says, or a list of {"role", "content"} messages,
         put as the tokenizer's chat template puts it. Raises DataError where the prompt holds a
@@ -138,39 +128,18 @@ class Text:
             )
         return continued(ids, length, mask_id=self.mask_id)
 
-    def _chat(self, prompt: Mapping[str, Any]) -> list[int]:
+    def _chat(self, prompt: Mapping[str, object]) -> list[int]:
         """The ids of {"chat": a text or messages}."""
-        if set(prompt) != {"chat"} or not isinstance(prompt["chat"], str | list):
+        said = prompt.get("chat")
+        if set(prompt) != {"chat"} or not isinstance(said, str | list):
             raise DataError(f'{dict(prompt)!r}: expected {{"chat": a text or a list of messages}}')
         if not isinstance(self.tokenizer, Pretrained):
             raise DataError(f"the {self.kind} tokenizer has no chat template: give a plain prompt")
-        return self.tokenizer.chat(prompt["chat"])
+        return self.tokenizer.chat(said)
 
     def template(self, text: str) -> list[int]:
-        """The canvas of a text with gaps: [MASK] is one token, [MASK:8] eight.
-
-        What stands around the gaps is kept to the letter, spaces included.
-
-        >>> text().template("a[MASK:2]b")
-        [97, 256, 256, 98]
-        """
-        canvas: list[int] = []
-        end, holes = 0, 0
-        for hole in HOLE.finditer(text):
-            count = int(hole[1] or 1)
-            if not 1 <= count <= HOLE_LIMIT:
-                raise ConfigError(f"{hole[0]}: expected 1 to {HOLE_LIMIT} tokens")
-            canvas += self._given(text[end : hole.start()]) + [self.mask_id] * count
-            end, holes = hole.end(), holes + 1
-        if not holes:
-            raise DataError("nothing to fill in: write [MASK:8] where 8 tokens are to appear")
-        return canvas + self._given(text[end:])
-
-    def _given(self, text: str) -> list[int]:
-        ids = self.encode(text)
-        if "[MASK" in text or self.mask_id in ids:
-            raise DataError(f"{text!r} holds a mask; write gaps as [MASK] or [MASK:8]")
-        return ids
+        """The canvas of a text with gaps; see `template_canvas`."""
+        return template_canvas(text, self.encode, mask_id=self.mask_id)
 
     def fit(self, documents: Sequence[str]) -> Text:
         """Train the tokenizer on these documents if it needs it and has not been."""

@@ -1,32 +1,36 @@
-"""Text to token ids and back: bytes, characters, byte-pair encoding, or anyone's tokenizer."""
+"""Text to token ids and back: bytes, characters or byte-pair encoding."""
 
 from __future__ import annotations
 
 import codecs
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
-from mdiff.files import TRANSFORMERS, read_json, refuse_special
+from mdiff.errors import CheckpointError, ConfigError, DataError
+from mdiff.files import refuse_special
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Inner
 
 BYTES = 256
 FILE = "tokenizer.json"
-SETTINGS = "tokenizer_config.json"
-# What ends a text or a turn of a chat, whichever of them a tokenizer calls its end.
-ENDS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "</s>")
-# Classes that come as code beside a model, and those of transformers that read the same files.
-SAME_AS = {"DreamTokenizer": "Qwen2Tokenizer"}
 
 
 class Tokenizer(Protocol):
-    """What the text modality needs of a tokenizer; ids are 0 to `size` - 1."""
+    """What the text modality needs of a tokenizer; ids are 0 to `size` - 1.
+
+    `mask_id`, `eos_id` and `pad_id` are its own special ids, None where it has none; `end_ids` all
+    that end a text or a turn of a chat; `never` are special ids that no text gives.
+    """
 
     size: int
     lossless: bool
+    mask_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    end_ids: tuple[int, ...]
+    never: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with nothing added at either end."""
@@ -41,7 +45,18 @@ class Tokenizer(Protocol):
         """Write what was learned into an existing folder."""
 
 
-class Bytes:
+class Plain:
+    """A tokenizer without special ids."""
+
+    lossless = True
+    mask_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    end_ids: tuple[int, ...] = ()
+    never: tuple[int, ...] = ()
+
+
+class Bytes(Plain):
     """UTF-8 bytes: 256 ids, nothing to learn, lossless.
 
     >>> Bytes().encode("é")
@@ -49,7 +64,6 @@ class Bytes:
     """
 
     size = BYTES
-    lossless = True
 
     def encode(self, text: str) -> list[int]:
         """The UTF-8 bytes."""
@@ -67,10 +81,8 @@ class Bytes:
         """Nothing to write."""
 
 
-class Characters:
+class Characters(Plain):
     """One id a character of a fixed alphabet; a character outside it is a DataError."""
-
-    lossless = True
 
     def __init__(self, alphabet: str) -> None:
         if not alphabet or len(set(alphabet)) != len(alphabet):
@@ -107,28 +119,24 @@ class Characters:
         """Nothing to write: the alphabet is in the settings."""
 
 
-class BytePairs:
+class BytePairs(Plain):
     """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019), lossless."""
 
-    lossless = True
-
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Inner) -> None:
         self.inner = inner
         self.size: int = inner.get_vocab_size()
         table = {character: byte for byte, character in enumerate(byte_alphabet())}
-        self._bytes = [
-            bytes(table[character] for character in inner.id_to_token(i)) for i in range(self.size)
-        ]
+        token = {i: text for text, i in inner.get_vocab().items()}
+        self._bytes = [bytes(table[character] for character in token[i]) for i in range(self.size)]
 
     @classmethod
     def learn(cls, documents: Iterable[str], *, size: int) -> BytePairs:
         """At most `size` ids: the 256 bytes and the merges that the documents give."""
         if size < BYTES:
             raise ConfigError(f"vocab_size={size}: a byte-level bpe needs at least {BYTES} ids")
-        from tokenizers import Tokenizer as Inner
-        from tokenizers import decoders, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-        inner = Inner(models.BPE())
+        inner = Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
@@ -142,12 +150,12 @@ class BytePairs:
     @classmethod
     def read(cls, folder: Path) -> BytePairs:
         """From `tokenizer.json` in the folder; CheckpointError where it is not one of ours."""
-        from tokenizers import Tokenizer as Inner
+        from tokenizers import Tokenizer
 
         path = folder / FILE
         refuse_special(folder)
         try:
-            return cls(Inner.from_file(str(path)))
+            return cls(Tokenizer.from_file(str(path)))
         except KeyError as error:
             raise CheckpointError(f"{path}: token {error} is not byte-level") from None
         except Exception as error:
@@ -169,119 +177,6 @@ class BytePairs:
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`."""
         self.inner.save(str(folder / FILE))
-
-
-class Pretrained:
-    """Any tokenizer of the Hugging Face libraries, by path or Hub id; its code is never run.
-
-    `mask_id`, `eos_id` and `pad_id` are its own, None where it has none; `end_ids` all that end
-    a text or a turn; `never` are special ids that no text gives.
-    """
-
-    lossless = False
-
-    def __init__(self, name: str) -> None:
-        path = Path(name)
-        if path.is_dir():
-            refuse_special(path)
-        try:
-            with TRANSFORMERS:
-                self.inner = self._loaded(path)
-            self._read_ids()
-        except Exception as error:
-            kind = CheckpointError if path.exists() else BackendError
-            first = str(error).strip().split("\n")[0]
-            raise kind(
-                f"tokenizer {name!r} cannot be loaded: {first}; "
-                "known: byte, char, bpe, a path, a Hub id"
-            ) from error
-
-    @staticmethod
-    def _loaded(path: Path) -> Any:
-        if path.is_file():
-            from transformers import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast(tokenizer_file=str(path))
-        with _quiet():
-            return _class_of(path).from_pretrained(str(path), trust_remote_code=False)
-
-    def _read_ids(self) -> None:
-        """The ids that the tokenizer names; of a damaged one, asking for them may fail."""
-        self.size = len(self.inner)
-        self.mask_id: int | None = self.inner.mask_token_id
-        end = self.inner.eos_token_id
-        self.eos_id: int | None = self.inner.sep_token_id if end is None else end
-        self.pad_id: int | None = self.inner.pad_token_id
-        named = self.inner.get_added_vocab()
-        ends = {named[token] for token in ENDS if token in named}
-        self.end_ids = tuple(sorted(ends | ({self.eos_id} if self.eos_id is not None else set())))
-        kept = {self.mask_id, self.eos_id, self.inner.unk_token_id}
-        self.never = tuple(sorted(set(self.inner.all_special_ids) - kept))
-
-    def encode(self, text: str) -> list[int]:
-        """The ids, with no special tokens added."""
-        ids: list[int] = self.inner.encode(text, add_special_tokens=False, verbose=False)
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text, special tokens left out."""
-        text: str = self.inner.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
-
-    def chat(self, said: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """The ids of what a user said, or of {"role", "content"} messages, up to the answer.
-
-        By the tokenizer's own template, which its library renders in a sandbox. Raises DataError
-        where it has none or refuses these messages.
-        """
-        if not self.inner.chat_template:
-            raise DataError("this tokenizer has no chat template: give a plain prompt instead")
-        from jinja2 import TemplateError
-
-        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
-        try:
-            ids: list[int] = self.inner.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True,
-                tokenize=True, return_dict=False,
-            )  # fmt: skip
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise DataError(f"the chat template refuses these messages: {error}") from error
-        return ids
-
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each id adds to the text before it."""
-        texts = [""] + [self.decode(ids[: i + 1]) for i in range(len(ids))]
-        return [after[len(before) :] for before, after in pairwise(texts)]
-
-    def save(self, folder: Path) -> None:
-        """Write its own files."""
-        self.inner.save_pretrained(str(folder))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's warnings on configs of models that it does not know."""
-    from transformers import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _class_of(folder: Path) -> Any:
-    """The class of transformers that reads the tokenizer in `folder`."""
-    import transformers
-
-    settings = folder / SETTINGS
-    named = read_json(settings).get("tokenizer_class") if settings.exists() else None
-    return getattr(transformers, SAME_AS.get(str(named), "AutoTokenizer"))
 
 
 def utf8_pieces(parts: Sequence[bytes]) -> list[str]:

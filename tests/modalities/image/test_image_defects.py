@@ -263,7 +263,7 @@ def test_the_noise_of_confidence_falls_linearly_and_does_not_compound(monkeypatc
 
     def spy(fill, factor, step):
         seen.append(float(factor[0]))
-        return torch.zeros(len(fill.place), dtype=torch.float64)
+        return torch.zeros(len(fill.positions), dtype=torch.float64)
 
     monkeypatch.setattr(importlib.import_module("mdiff.samplers.confidence"), "_gumbel", spy)
     sample(HashDenoiser(SPACE), torch.full((1, 24), 16), space=SPACE, sampler="confidence", steps=5,
