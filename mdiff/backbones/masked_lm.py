@@ -1,6 +1,6 @@
-"""Any Hugging Face masked language model as a Denoiser.
+"""Hugging Face masked language models as Denoisers.
 
-A place that a masked language model is asked for is a hidden token, so its logits are
+The positions that a masked language model predicts are hidden tokens, so its logits are
 already those of the clean token. What differs between the families is where positions
 start and what padding does to them; here each document gets a row of its own with its
 tokens at the front, so that every family counts as it was trained to.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mdiff.denoiser import Condition, flat_positions
+from mdiff.denoiser import Cache, Condition, flat_positions
 from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError
 from mdiff.files import CONFIG, TRANSFORMERS, ModelFiles
 
@@ -67,7 +67,7 @@ class MaskedLM(nn.Module):
         documents: Tensor | None = None,
         t: Tensor | None = None,
         cond: Condition | None = None,
-        cache: Any = None,
+        cache: Cache | None = None,
         number: int | None = None,
     ) -> Tensor:
         """Logits as the Denoiser protocol says; what stands at padding has no meaning.
@@ -81,26 +81,26 @@ class MaskedLM(nn.Module):
             raise ConfigError("a masked language model takes neither conditions nor a cache")
         if valid is None and documents is None:
             rows, mask = tokens, None
-            row, place = torch.meshgrid(
+            row, position = torch.meshgrid(
                 torch.arange(tokens.shape[0], device=tokens.device),
                 torch.arange(tokens.shape[1], device=tokens.device),
                 indexing="ij",
             )
         else:
-            row, place = _own_rows(tokens, valid, documents)
-            rows, mask = self._spread(tokens, valid, row, place)
+            row, position = _own_rows(tokens, valid, documents)
+            rows, mask = self._spread(tokens, valid, row, position)
         if self.max_length is not None and rows.shape[1] > self.max_length:
             raise DataError(f"{rows.shape[1]} tokens: this model takes at most {self.max_length}")
-        options: dict[str, Any] = {}
+        options: dict[str, Tensor] = {}
         if self.takes_positions:
             positions = torch.arange(rows.shape[1], device=tokens.device) + self.first_position
             options["position_ids"] = positions.expand(rows.shape)
         if at is None:
             whole: Tensor = self.model(input_ids=rows, attention_mask=mask, **options).logits
-            return whole if mask is None else whole[row, place]
+            return whole if mask is None else whole[row, position]
         # The model's own forward goes on from its trunk to its head, with these rows alone.
         flat = flat_positions(at, number)
-        chosen = (row.take(flat), place.take(flat))
+        chosen = (row.take(flat), position.take(flat))
         handle = self.model.base_model.register_forward_hook(
             lambda _module, _given, output: _only(output, chosen)
         )
@@ -131,16 +131,16 @@ class MaskedLM(nn.Module):
         self.model.save_pretrained(directory, **options)
 
     def _spread(
-        self, tokens: Tensor, valid: Tensor | None, row: Tensor, place: Tensor
+        self, tokens: Tensor, valid: Tensor | None, row: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The documents as rows (R, M), and where they have tokens, (R, M) int64 0 or 1."""
         keep = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-        shape = (int(row.max()) + 1, int(place.max()) + 1)
+        shape = (int(row.max()) + 1, int(position.max()) + 1)
         pad = self.model.config.pad_token_id
         rows = tokens.new_full(shape, 0 if pad is None else pad)
         mask = tokens.new_zeros(shape)
-        rows[row[keep], place[keep]] = tokens[keep]
-        mask[row[keep], place[keep]] = 1
+        rows[row[keep], position[keep]] = tokens[keep]
+        mask[row[keep], position[keep]] = 1
         return rows, mask
 
 
@@ -264,16 +264,16 @@ def _tokenizers_mask(source: str) -> int | None:
 def _own_rows(
     tokens: Tensor, valid: Tensor | None, documents: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The row and the place, (B, L) int64 each, of every token once documents have own rows.
+    """The row and the position, (B, L) int64 each, of every token once documents have own rows.
 
-    Padding is sent to row 0, place 0, which is some token's: it is neither written nor meant.
+    Padding is sent to row 0, position 0, which is some token's: it is not written there.
     """
     keep = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
     kind = torch.zeros_like(tokens) if documents is None else documents
     batch = torch.arange(tokens.shape[0], device=tokens.device)[:, None].expand_as(tokens)
     pairs = torch.stack([batch[keep], kind[keep]], 1)
     _, numbers = torch.unique(pairs, dim=0, return_inverse=True)
-    row, place = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    row, position = torch.zeros_like(tokens), torch.zeros_like(tokens)
     row[keep] = numbers
     # A stable sort by row keeps the order of the tokens, so that ranks follow from starts.
     order = numbers.argsort(stable=True)
@@ -281,12 +281,12 @@ def _own_rows(
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
     rank = torch.empty_like(numbers)
     rank[order] = torch.arange(numbers.numel(), device=tokens.device) - starts
-    place[keep] = rank
-    return row, place
+    position[keep] = rank
+    return row, position
 
 
 def _only(output: Any, chosen: tuple[Tensor, Tensor]) -> Any:
-    """The trunk's output with one row (1, N, D) of the hidden states that were asked for."""
+    """The trunk's output with one row (1, N, D) of the hidden states at the requested positions."""
     if isinstance(output, tuple):
         return (output[0][chosen][None], *output[1:])
     output[next(iter(output))] = output[0][chosen][None]

@@ -175,8 +175,8 @@ def tables_of(angles: Tensor) -> Tables:
 def layout_axes(layout: Sequence[Sequence[int]]) -> Tensor:
     """The row and column (positions, 2) int64 of each position of a canvas of several runs.
 
-    A run (h, w, each) has h rows of w cells with `each` tokens side by side, which share row and
-    column; it begins where neither a row nor a column of an earlier run is.
+    A run (h, w, each) has h rows of w positions with `each` tokens side by side, which share row
+    and column; it begins where neither a row nor a column of an earlier run is.
     """
     found, start = [], 0
     for h, w, each in layout:

@@ -29,7 +29,7 @@ from mdiff.files import CONFIG
 
 
 class Call(NamedTuple):
-    """The arguments of a Denoiser's call beside the tokens and the rows that are asked for."""
+    """The arguments of a Denoiser's call beside the tokens and the requested rows."""
 
     valid: Tensor | None = None
     documents: Tensor | None = None

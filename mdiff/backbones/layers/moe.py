@@ -41,7 +41,7 @@ def expert_counts(fields: Fields, layers: int) -> tuple[int, int]:
 
 
 class PowerRotary(Rotary):
-    """`Rotary` whose frequencies are base^-p, not 1 / base^p: they differ in the last place."""
+    """`Rotary` whose frequencies are base^-p, not 1 / base^p: they differ in the last bit."""
 
     def tables(self, positions: Tensor, size: int) -> Tables:
         """See `Rotary`."""
