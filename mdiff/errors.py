@@ -10,7 +10,7 @@ MOST_CHARACTERS = 2000
 
 
 class MdiffError(Exception):
-    """Any error that mdiff raises on purpose; `exit_code` is the command line's.
+    """An error that mdiff raises on purpose; `exit_code` is the command line's.
 
     Its message is one printable line of at most MOST_CHARACTERS, whatever a file put into it.
     """

@@ -1,4 +1,4 @@
-"""Any order: reveal the positions in a given order, which does not depend on the logits."""
+"""Reveal the positions in a given order, which does not depend on the logits."""
 
 from __future__ import annotations
 

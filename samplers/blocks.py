@@ -14,6 +14,7 @@ from mdiff.denoiser import (
     CachedBlock,
     Condition,
     Denoiser,
+    FinishedBlocks,
     block_length_of,
     finished_blocks,
 )
@@ -81,14 +82,10 @@ def blocks(
             denoiser, run.canvas, columns, attended=run.attended(number, context),
             writable=run.writable, schedule=schedule, mask_id=space.mask_id,
         )  # fmt: skip
-        alone = None
-        if kept is not None:
-            start = number * block_length
-            before = partial(kept.before, run.canvas, start)
-            alone = CachedBlock(window, before, min(block_length, canvas.shape[1] - start))
         states = inner(
-            alone or window, run.canvas.gather(1, columns), space=space.checked(),
-            schedule=schedule, seed=philox.derive(seeds, samples, number) if number else seed,
+            window if kept is None else run.alone(window, number, kept),
+            run.canvas.gather(1, columns), space=space.checked(), schedule=schedule,
+            seed=philox.derive(seeds, samples, number) if number else seed,
             valid=(run.block == number).gather(1, columns), cond=cond, temperature=temperature,
             top_k=top_k, top_p=top_p, min_p=min_p, **options,
         )  # fmt: skip
@@ -158,6 +155,12 @@ class _Run:
             return self.valid
         end = torch.where(self.block == number, self.rank, -1).amax(1, keepdim=True)
         return self.valid & (self.rank <= end) & (self.rank > end - context)
+
+    def alone(self, window: BlockWindow, number: int, kept: FinishedBlocks) -> CachedBlock:
+        """The window of a block whose calls run on it alone."""
+        start = number * self.length
+        before = partial(kept.before, self.canvas, start)
+        return CachedBlock(window, before, min(self.length, self.canvas.shape[1] - start))
 
     def fill(self, states: Iterator[State], columns: Tensor) -> Iterator[State]:
         """The states of a block as states of the whole canvas, which is filled by the last."""
