@@ -124,8 +124,9 @@ def test_a_bound_over_kept_blocks_is_that_of_whole_rows(make, estimator):
         "may_hide": may_hide,
     }  # fmt: skip
     sizes = []
-    model.model.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[1]))
+    model.trunk()[0].register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[1]))
     kept = nll_bound(model, tokens, **options)
+    assert sizes
     assert set(sizes) <= {model.block_length, 14 % model.block_length}
     whole = nll_bound(Plain(model), tokens, **options)
     torch.testing.assert_close(kept.nats, whole.nats, atol=1e-4, rtol=0)

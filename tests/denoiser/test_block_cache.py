@@ -125,7 +125,7 @@ def test_logits_behind_a_cache_are_those_of_the_whole_row(kind):
 def test_a_step_runs_on_its_block_alone_and_a_finished_block_once():
     model = golden_model()
     sizes = []
-    model.model.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape))
+    model.trunk()[0].register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape))
     tokens = canvas(16, rows=1)
     tokens[0, :9] = 3
     result = finished(model, tokens, inner=confidence, temperature=0.0)
@@ -167,7 +167,7 @@ def test_blocks_of_another_length_are_counted_from_the_first_hidden_position():
     tokens = canvas(16, rows=1)
     tokens[0, :3] = 5
     shown = []
-    model.model.register_forward_pre_hook(lambda _, given: shown.append(given[0].shape[1]))
+    model.trunk()[0].register_forward_pre_hook(lambda _, given: shown.append(given[0].shape[1]))
     last = list(
         blocks(
             model, tokens, space=SPACE, block_length=2, inner=confidence, steps=1,
@@ -181,7 +181,7 @@ def test_blocks_of_another_length_are_counted_from_the_first_hidden_position():
 def test_a_pipeline_fills_the_models_own_blocks_unless_asked_otherwise():
     pipeline = mdiff.load(str(GOLDEN), mask_id=62, block_length=BLOCK, device="cpu")
     sizes = []
-    pipeline.denoiser.model.register_forward_pre_hook(
+    pipeline.denoiser.trunk()[0].register_forward_pre_hook(
         lambda _, given: sizes.append(given[0].shape[1])
     )
     tokens = [[5, 9] + [62] * 10]
