@@ -25,8 +25,8 @@ from mdiff.errors import ConfigError
 from mdiff.kernels.dense import linear
 from mdiff.kernels.loss_heads import LinearMap
 
-# The name of the position embedding's module: files that exist hold its weight as place.weight.
-POSITION_EMBEDDING = "place"
+# The name of the position embedding's module, as files that exist have it.
+POSITION_EMBEDDING = "place"  # alias: place.weight
 
 
 class Head(Projection):

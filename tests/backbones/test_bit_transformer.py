@@ -40,7 +40,7 @@ def model_of(**options):
 
 
 def canvas(rows: int = 3, length: int = LENGTH, seed: int = 1) -> Tensor:
-    """Every share of hidden groups, alone in their place and not."""
+    """Every share of hidden groups, alone at their position and not."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 8, (rows, length), generator=generator)
     hide = torch.rand(rows, length, generator=generator) < torch.linspace(0.3, 1, rows)[:, None]
@@ -60,20 +60,20 @@ def test_the_order_of_bits_is_that_of_the_codec():
     assert torch.equal(codec.bit_matrix(), signs(torch.arange(16), 4).float())
 
 
-def test_a_place_is_its_groups_bits_and_a_hidden_group_is_zeros():
+def test_a_position_is_its_groups_bits_and_a_hidden_group_is_zeros():
     embedding = model_of(width=48).embedding
     with torch.no_grad():
         embedding.project.weight.copy_(torch.eye(48, 6))
-    seen = embedding(torch.tensor([[[1, 6], [8, 3], [8, 8]]]))[0, :, :6]
-    assert seen.tolist() == [[-1, -1, 1, 1, 1, -1], [0, 0, 0, -1, 1, 1], [0] * 6]
+    embedded = embedding(torch.tensor([[[1, 6], [8, 3], [8, 8]]]))[0, :, :6]
+    assert embedded.tolist() == [[-1, -1, 1, 1, 1, -1], [0, 0, 0, -1, 1, 1], [0] * 6]
 
 
 def test_a_hidden_group_is_its_own_vector_where_asked():
     embedding = model_of(mask_vector=True).embedding
     vectors = embedding.hidden.weight.T
-    seen = embedding(torch.tensor([[[8, 8], [8, 3]]]))[0]
-    torch.testing.assert_close(seen[0], vectors.sum(0))
-    without = seen[1] - vectors[0]
+    embedded = embedding(torch.tensor([[[8, 8], [8, 3]]]))[0]
+    torch.testing.assert_close(embedded[0], vectors.sum(0))
+    without = embedded[1] - vectors[0]
     known = signs(torch.tensor(3), 3).double() @ embedding.project.weight[:, 3:].T
     torch.testing.assert_close(without, known)
 
@@ -123,16 +123,16 @@ def test_each_group_has_a_head_of_its_own_in_canvas_order(groups):
     torch.testing.assert_close(model(tokens), expected)
 
 
-def test_a_group_sees_the_other_groups_of_its_place_and_of_all_others():
+def test_a_group_attends_to_the_other_groups_of_its_position_and_of_all_others():
     model, tokens = model_of(), canvas(1)
     base = model(tokens)[0, 0]
-    for place in (1, 2, LENGTH - 1):
+    for position in (1, 2, LENGTH - 1):
         changed = tokens.clone()
-        changed[0, place] = (changed[0, place] + 1) % 9
+        changed[0, position] = (changed[0, position] + 1) % 9
         assert not torch.allclose(model(changed)[0, 0], base, atol=1e-4)
 
 
-def test_a_fresh_model_is_finite_and_tells_hidden_places_apart():
+def test_a_fresh_model_is_finite_and_tells_hidden_positions_apart():
     torch.manual_seed(0)
     model = bit_transformer(**SMALL)
     logits = model(torch.full((1, LENGTH), 8))[0]
@@ -141,7 +141,7 @@ def test_a_fresh_model_is_finite_and_tells_hidden_places_apart():
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
-def test_the_stream_of_a_layer_is_that_of_the_tokens_place():
+def test_the_stream_of_a_layer_is_that_of_the_tokens_position():
     model, tokens = model_of(), canvas()
     at = tokens == 8
     whole = model.features(tokens, layer=1)
@@ -171,7 +171,7 @@ def test_every_sampler_fills_its_canvas_as_any_other(name):
         assert torch.equal(torch.cat(alone), list(together)[-1].tokens)
 
 
-def test_confidence_chooses_among_all_pairs_of_place_and_group():
+def test_confidence_chooses_among_all_pairs_of_position_and_group():
     model, tokens = model_of(), torch.full((2, LENGTH), 8)
     with torch.no_grad():
         states = list(
@@ -246,8 +246,8 @@ def test_the_model_type_of_each_architecture_of_ours_is_the_name_of_its_file(nam
 
 
 def test_the_data_alone_says_what_a_recipe_need_not():
-    told = {"layout": [(3, 4, 2)], "vocab_size": 8, "mask_id": 8, "max_length": 24, "classes": 0}
-    config = bit_transformer(**told, width=32, depth=1, heads=2).config
+    options = {"layout": [(3, 4, 2)], "vocab_size": 8, "mask_id": 8, "max_length": 24, "classes": 0}
+    config = bit_transformer(**options, width=32, depth=1, heads=2).config
     assert (config.bits, config.groups, config.grid, config.layout) == (6, 2, [3, 4], None)
 
 
@@ -284,7 +284,7 @@ def test_options_that_cannot_be_meant_are_refused(options, message):
         bit_transformer(**{**SMALL, **options})
 
 
-def test_a_canvas_that_cuts_a_place_in_two_is_refused():
+def test_a_canvas_that_cuts_a_position_in_two_is_refused():
     model, tokens = model_of(), canvas()
     with pytest.raises(ConfigError, match="23 tokens: a position holds 2"):
         model(tokens[:, 1:])
@@ -299,7 +299,7 @@ def test_a_canvas_that_cuts_a_place_in_two_is_refused():
 def test_maskbits_generator_reads_our_bits_with_each_group_turned_round():
     """Its published logits follow from our input, its projection's columns in our order.
 
-    It reads the lowest bit of a group first, its projection's bias is the same at all places,
+    It reads the lowest bit of a group first, its projection's bias is the same at all positions,
     and the class stands behind them; what follows (norms after each branch) is its own.
     """
     golden = load_file(GOLDEN)
@@ -315,9 +315,9 @@ def test_maskbits_generator_reads_our_bits_with_each_group_turned_round():
         model.position_embedding.weight.copy_(positions)
         model.label.weight.copy_(weights["class_emb.weight"])
         label = torch.where(golden["drop_label"].bool(), 10, golden["class_labels"])
-        seen = model.embedding(tokens) + model.position_embedding.weight
+        embedded = model.embedding(tokens) + model.position_embedding.weight
         last = model.label(label) + weights["pos_emb"][0, count]
-        logits = maskbit_trunk(torch.cat([seen, last[:, None]], 1), weights)[:, :count]
+        logits = maskbit_trunk(torch.cat([embedded, last[:, None]], 1), weights)[:, :count]
     torch.testing.assert_close(
         logits.unflatten(2, (2, 8)), golden["logits"], atol=1e-4, rtol=0
     )  # fmt: skip

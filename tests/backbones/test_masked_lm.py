@@ -25,7 +25,7 @@ SIZES = {
     "bos_token_id": 0,
     "eos_token_id": 2,
 }
-# ModernBERT's local layers look two places to either side, so that distances matter.
+# ModernBERT's local layers look two positions to either side, so that distances matter.
 FAMILIES = {
     "Bert": {},
     "Roberta": {},
@@ -69,9 +69,9 @@ def test_a_padded_batch_equals_one_by_one(name):
     where = [range(9), range(5, 14), range(1, 13), [0, 1, 4, 5, 9, 10]]
     tokens = torch.full((4, 14), 7)
     valid = torch.zeros(4, 14, dtype=torch.bool)
-    for index, (single, places) in enumerate(zip(alone, where, strict=True)):
-        tokens[index, list(places)] = single[0]
-        valid[index, list(places)] = True
+    for index, (single, positions) in enumerate(zip(alone, where, strict=True)):
+        tokens[index, list(positions)] = single[0]
+        valid[index, list(positions)] = True
     with torch.no_grad():
         logits = model(tokens, valid=valid)
         assert logits.shape == (4, 14, VOCABULARY)

@@ -18,7 +18,7 @@ from mdiff.files import read_model_files
 from mdiff.pipeline.published import built, filled, own_backbone
 
 SMALL = {"vocab_size": 11, "width": 32, "depth": 2, "heads": 2}
-# Twelve tokens on six places.
+# Twelve tokens on six positions.
 BITS = {"bits": 6, "groups": 2, "grid": [2, 3]}
 TOLERANCE = 1e-5
 
@@ -69,7 +69,7 @@ def canvas_of(model: Transformer, rows: int = 2, length: int = 12) -> Tensor:
     return torch.where(tokens == 11, config.mask_id, tokens % config.vocab_size)
 
 
-def told(options: dict[str, object], rows: int = 2) -> dict[str, object]:
+def conds(options: dict[str, object], rows: int = 2) -> dict[str, object]:
     """The time and the label that a model of these options wants."""
     extra: dict[str, object] = {}
     if options.get("uses_time"):
@@ -102,7 +102,7 @@ def test_a_saved_model_gives_the_same_bits(options, tmp_path):
     assert type(loaded) is type(model)
     assert loaded.config == model.config
     tokens = canvas_of(model)
-    assert torch.equal(loaded(tokens, **told(options)), model(tokens, **told(options)))
+    assert torch.equal(loaded(tokens, **conds(options)), model(tokens, **conds(options)))
 
 
 def test_a_sharded_save_loads_to_the_same_bits(tmp_path):
@@ -118,16 +118,16 @@ def test_at_selects_rows_and_the_head_reads_only_those(options):
     model = randomised(**options)
     tokens = canvas_of(model)
     at = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.4
-    seen = []
-    model.head.register_forward_hook(lambda _, given, __: seen.append(given[0].shape))
-    chosen = model(tokens, at=at, **told(options))
-    assert seen == [(int(at.sum()), model.head.in_features)]
-    whole = model(tokens, **told(options))
+    shapes = []
+    model.head.register_forward_hook(lambda _, given, __: shapes.append(given[0].shape))
+    chosen = model(tokens, at=at, **conds(options))
+    assert shapes == [(int(at.sum()), model.head.in_features)]
+    whole = model(tokens, **conds(options))
     assert whole.shape == (*tokens.shape, model.config.vocab_size)
     torch.testing.assert_close(chosen, whole[at], atol=TOLERANCE, rtol=0)
-    features = model.features(tokens, at=at, **told(options))
+    features = model.features(tokens, at=at, **conds(options))
     assert torch.equal(model.head(features), chosen)
-    nowhere = model(tokens, at=torch.zeros_like(at), **told(options))
+    nowhere = model(tokens, at=torch.zeros_like(at), **conds(options))
     assert nowhere.shape == (0, model.config.vocab_size)
 
 
@@ -135,7 +135,7 @@ def test_at_selects_rows_and_the_head_reads_only_those(options):
 def test_a_row_gets_the_logits_that_it_gets_alone(options):
     model = randomised(**options).double()
     tokens = canvas_of(model, 3)
-    extra = told(options, 3)
+    extra = conds(options, 3)
     whole = model(tokens, **extra)
     for row in range(3):
         own = {name: value[row : row + 1] for name, value in extra.items() if name == "t"}
@@ -153,20 +153,20 @@ def test_padding_on_either_side_or_inside_changes_nothing(options):
     each = options.get("groups", 1)
     alone = canvas_of(model, 1, 8 * each)
     expected = model(alone)[0]
-    places = {
+    positions = {
         "right": range(8),
         "left": range(5, 13),
         "inside": [0, 1, 4, 5, 6, 9, 10, 12],
     }
     tokens = torch.full((3, 13, each), 7)
     valid = torch.zeros(3, 13, each, dtype=torch.bool)
-    for row, where in enumerate(places.values()):
+    for row, where in enumerate(positions.values()):
         tokens[row, list(where)] = alone[0].view(8, each)
         valid[row, list(where)] = True
     tokens, valid = tokens.flatten(1), valid.flatten(1)
     logits = model(tokens, valid=valid)
     assert bool(logits.isfinite().all())
-    for row, name in enumerate(places):
+    for row, name in enumerate(positions):
         torch.testing.assert_close(
             logits[row][valid[row]], expected, atol=TOLERANCE, rtol=0, msg=name
         )
@@ -267,19 +267,19 @@ def test_the_time_and_the_label_have_an_effect(options):
 @both
 def test_a_fresh_conditional_model_is_the_unconditional_one(options):
     plain = fresh(**options)
-    told_model = fresh(**options, uses_time=True, classes=3)
-    missing, unexpected = told_model.load_state_dict(plain.state_dict(), strict=False)
+    conditional = fresh(**options, uses_time=True, classes=3)
+    missing, unexpected = conditional.load_state_dict(plain.state_dict(), strict=False)
     assert missing
     assert not unexpected
     tokens = canvas_of(plain)
-    assert torch.equal(told_model(tokens, t=torch.tensor([0.3, 0.6])), plain(tokens))
+    assert torch.equal(conditional(tokens, t=torch.tensor([0.3, 0.6])), plain(tokens))
 
 
 @pytest.mark.parametrize("options", SHAPES)
 def test_the_gradient_reaches_every_weight(options):
     model = randomised(**options)
     tokens = canvas_of(model)
-    model(tokens, at=tokens % 2 == 1, **told(options)).square().sum().backward()
+    model(tokens, at=tokens % 2 == 1, **conds(options)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert bool((parameter.grad != 0).any()), name
 

@@ -539,7 +539,7 @@ def test_a_picture_that_the_codec_cannot_take_does_not_end_the_batch(
         (["--mask", "-1:4,0:4"], 3, "inside 8 rows"),
         (["--mask", "8:24"], 2, "expected ROWS,COLUMNS"),
         (["--mask", "a:b,c:d"], 2, "expected ROWS,COLUMNS"),
-        (["--keep", "0:8,0:8"], 3, "nothing to make anew"),
+        (["--keep", "0:8,0:8"], 3, "nothing to regenerate"),
         (["--keep", "0:9,0:8"], 3, "inside 8 rows"),
         (["--mask-file", "gone.png"], 3, "no such file"),
         (["--mask-file", "small.png"], 3, "4 x 5 pixels, the pictures have 8 x 8"),

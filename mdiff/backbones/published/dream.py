@@ -36,7 +36,7 @@ def dream(described: Mapping[str, object]) -> Dream:
 def dream_counts(hidden: Tensor, *, steps: int, epsilon: float = 1e-3) -> Tensor:
     """How many positions each sample reveals at each step of Dream's code, (B, steps) int64.
 
-    Of n places left int(n (1 - s / t)) are written, t falling evenly from 1 to `epsilon` in
+    Of n positions left int(n (1 - s / t)) are written, t falling evenly from 1 to `epsilon` in
     float32 and s the next; the last step writes all. A step may write none: its call is left
     out here. Dream takes n as the mean of the batch; here a sample's own `hidden` (B,) counts, so
     that the rest of the batch changes nothing.

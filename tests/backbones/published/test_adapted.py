@@ -1,4 +1,4 @@
-"""Adapted causal models: the trunk against transformers with a full mask, how they are told."""
+"""Adapted causal models: the trunk against transformers with a full mask, how they are known."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def written(folder, kind, **described):
     theirs.save_pretrained(folder)
     path = folder / "config.json"
     saved = json.loads(path.read_text())
-    told = {"architectures": [f"A2D{family}LMHeadModel"], "model_type": f"a2d-{family.lower()}"}
-    path.write_text(json.dumps(saved | told | {"mask_token_id": 39} | described))
+    settings = {"architectures": [f"A2D{family}LMHeadModel"], "model_type": f"a2d-{family.lower()}"}
+    path.write_text(json.dumps(saved | settings | {"mask_token_id": 39} | described))
     return theirs
 
 
 def with_a_full_mask(theirs, tokens):
-    """The logits of transformers' module where every place sees every other."""
+    """The logits of transformers' module where every position attends to every other."""
     with torch.no_grad():
         everything = torch.zeros(len(tokens), 1, tokens.shape[1], tokens.shape[1])
         return theirs(tokens, attention_mask=everything, use_cache=False).logits
@@ -117,7 +117,7 @@ def test_rows_do_not_depend_on_padding(tmp_path, side, shifted):
     )  # fmt: skip
 
 
-def test_shifted_takes_each_row_from_the_place_before(tmp_path, tokens):
+def test_shifted_takes_each_row_from_the_position_before(tmp_path, tokens):
     written(tmp_path / "model", "qwen2")
     plain = loaded(tmp_path / "model")
     shifted = loaded(copied(tmp_path / "model", tmp_path / "other", described={"shifted": True}))
@@ -134,8 +134,8 @@ def test_a_causal_model_is_taken_only_where_its_config_says_so(tmp_path, tokens,
     with pytest.raises(CheckpointError, match='"bidirectional": true') as caught:
         load(tmp_path / "model")
     assert caught.value.exit_code == 4
-    told = {"bidirectional": True, "shifted": False}
-    pipeline = load(copied(tmp_path / "model", tmp_path / "told", described=told))
+    settings = {"bidirectional": True, "shifted": False}
+    pipeline = load(copied(tmp_path / "model", tmp_path / "settings", described=settings))
     assert pipeline.space.mask_id == 39
     expected = with_a_full_mask(theirs, tokens)
     assert torch.allclose(pipeline.denoiser(tokens), expected, atol=1e-5)
@@ -155,8 +155,8 @@ def test_diffullamas_own_names_are_shifted_and_saved_as_they_were(tmp_path, toke
         key.replace("model.embed_tokens", "embed_tokens").replace("model.", "denoise_model."): value
         for key, value in tensors.items()
     }
-    told = {"architectures": ["DiscreteDiffusionModel"], "model_type": "llama"}
-    folder = copied(tmp_path / "model", tmp_path / "own", described=told, tensors=renamed)
+    settings = {"architectures": ["DiscreteDiffusionModel"], "model_type": "llama"}
+    folder = copied(tmp_path / "model", tmp_path / "own", described=settings, tensors=renamed)
     ours = loaded(folder)
     assert ours.shifted
     expected = with_a_full_mask(theirs, tokens)
@@ -174,13 +174,13 @@ def test_a_block_length_makes_a_block_model_whose_cache_is_exact(tmp_path, token
     whole = denoiser(tokens)
     changed = tokens.clone()
     changed[:, 16:] = 39
-    # What later blocks hold is not seen.
+    # What later blocks hold is not attended to.
     assert torch.allclose(denoiser(changed)[:, :16], whole[:, :16], atol=1e-5)
     cache = KeyValues()
     cache.growing = True
     steps = [denoiser(part, cache=cache) for part in tokens.split(8, 1)]
     assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-5)
-    # The first row of a block would come from a place that is not there.
+    # The first row of a block would come from a position that is not there.
     denoiser.shifted = True
     with pytest.raises(ConfigError, match="shifted"):
         denoiser(tokens, cache=cache)

@@ -104,8 +104,8 @@ def test_diffusion_generate_gives_the_official_tokens_step_by_step(
     canvas = torch.nn.functional.pad(prompt, (0, 12), value=SPACE.mask_id)
     valid = None
     if group == "gen_padded":
-        seen = golden["gen_padded.attention_mask"].bool()
-        valid = torch.nn.functional.pad(seen, (0, 12), value=True)
+        attended = golden["gen_padded.attention_mask"].bool()
+        valid = torch.nn.functional.pad(attended, (0, 12), value=True)
     counts = dream_counts(torch.full((len(prompt),), 12), steps=steps)
     states = confidence(
         model, canvas, space=SPACE, valid=valid, temperature=0.0, score=SCORES[algorithm],

@@ -40,29 +40,29 @@ def close(got, expected, within=TOLERANCE):
 
 @torch.no_grad()
 def test_logits_of_llada_moe_are_the_official_ones():
-    told = golden("llada_moe")
+    record = golden("llada_moe")
     model = loaded("llada_moe").denoiser
     routed = []
     gate = model.model.layers[0].mlp
     gate.register_forward_pre_hook(lambda _, given: routed.append(given[0]))
-    close(model(told["input_ids"]), told["logits"])
-    close(routed[0].flatten(0, 1) @ gate.gate.weight.T, told["layer0.router_logits"])
+    close(model(record["input_ids"]), record["logits"])
+    close(routed[0].flatten(0, 1) @ gate.gate.weight.T, record["layer0.router_logits"])
 
 
 @torch.no_grad()
 def test_logits_of_llada2_are_the_official_ones_with_blocks_and_without():
-    told = golden("llada2_moe")
-    tokens = told["input_ids"]
+    record = golden("llada2_moe")
+    tokens = record["input_ids"]
     model = loaded("llada2_moe", block_length=4).denoiser
     routed = []
     model.model.layers[1].mlp.gate.register_forward_hook(lambda *_: routed.append(_[2]))
-    close(model(tokens), told["logits_block_causal"])
+    close(model(tokens), record["logits_block_causal"])
     chosen, weights = routed[0]
-    order, expected = chosen.argsort(1), told["layer1.topk_index"].argsort(1)
-    assert torch.equal(chosen.gather(1, order), told["layer1.topk_index"].gather(1, expected))
-    close(weights.gather(1, order), told["layer1.topk_weight"].gather(1, expected))
+    order, expected = chosen.argsort(1), record["layer1.topk_index"].argsort(1)
+    assert torch.equal(chosen.gather(1, order), record["layer1.topk_index"].gather(1, expected))
+    close(weights.gather(1, order), record["layer1.topk_weight"].gather(1, expected))
     model.block_length = tokens.shape[1]
-    close(model(tokens), told["logits_full"])
+    close(model(tokens), record["logits_full"])
 
 
 def test_the_block_of_a_llada2_is_the_configs_or_the_trained_one():
@@ -81,18 +81,18 @@ def test_padded_rows_have_the_logits_of_single_ones(name):
     whole = golden(name)["input_ids"]
     short = whole[1, :9]
     for left in (True, False):
-        places = slice(whole.shape[1] - 9, None) if left else slice(0, 9)
+        positions = slice(whole.shape[1] - 9, None) if left else slice(0, 9)
         tokens = whole.clone()
         tokens[1] = 60
-        tokens[1, places] = short
+        tokens[1, positions] = short
         valid = torch.ones_like(tokens, dtype=torch.bool)
         valid[1] = False
-        valid[1, places] = True
+        valid[1, positions] = True
         logits = model(tokens, valid=valid)
         close(logits[0], model(whole[:1])[0], 1e-5)
-        close(logits[1, places], model(short[None])[0], 1e-5)
+        close(logits[1, positions], model(short[None])[0], 1e-5)
         at = torch.zeros_like(valid)
-        at[0, 3] = at[1, places.start + 2] = True
+        at[0, 3] = at[1, positions.start + 2] = True
         close(model(tokens, valid=valid, at=at), logits[at], 1e-5)
 
 
@@ -187,7 +187,7 @@ def test_a_layer_without_experts_is_one_gated_layer():
 
 def test_each_expert_runs_once_on_its_own_tokens():
     torch.manual_seed(0)
-    seen = []
+    calls = []
 
     class Scaled(nn.Module):
         def __init__(self, factor):
@@ -195,7 +195,7 @@ def test_each_expert_runs_once_on_its_own_tokens():
             self.factor = factor
 
         def forward(self, x):
-            seen.append((self.factor, len(x)))
+            calls.append((self.factor, len(x)))
             return x * self.factor
 
     experts = [Scaled(factor) for factor in (1.0, 10.0, 100.0, 1000.0)]
@@ -205,7 +205,7 @@ def test_each_expert_runs_once_on_its_own_tokens():
     factor = torch.tensor([e.factor for e in experts])[chosen]
     expected = x * (weights * factor).sum(1, keepdim=True)
     torch.testing.assert_close(of_experts(x, experts, chosen, weights), expected)
-    assert seen == [(1.0, 4), (10.0, 3), (100.0, 3)]
+    assert calls == [(1.0, 4), (10.0, 3), (100.0, 3)]
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ def test_mdlm_gives_the_official_logits_and_log_probabilities():
     assert torch.allclose(nelbo, expected["nelbo_per_token"], rtol=1e-4, atol=1e-5)
 
 
-def test_a_time_conditioned_mdlm_is_told_the_total_noise_of_its_schedule(tmp_path):
+def test_a_time_conditioned_mdlm_is_given_the_total_noise_of_its_schedule(tmp_path):
     expected = golden("mdlm")
     denoiser = load_published(
         read_model_files(altered("mdlm", tmp_path, time_conditioning=True)), "mdlm"
@@ -87,7 +87,7 @@ def test_a_time_conditioned_mdlm_is_told_the_total_noise_of_its_schedule(tmp_pat
         denoiser(expected["xt"])
 
 
-def test_a_time_conditioned_bd3lm_is_told_no_more_than_its_most_noise(tmp_path):
+def test_a_time_conditioned_bd3lm_is_given_no_more_than_its_most_noise(tmp_path):
     denoiser = load_published(
         read_model_files(altered("bd3lm", tmp_path, time_conditioning=True)), "bd3lm"
     )

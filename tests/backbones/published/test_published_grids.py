@@ -89,9 +89,9 @@ def test_what_is_loaded_is_saved_bit_for_bit(golden: str, tmp_path: Path) -> Non
     after = load_file(tmp_path / "again" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    told = [json.loads((at / "config.json").read_text()) for at in
+    configs = [json.loads((at / "config.json").read_text()) for at in
             (GOLDEN / golden, tmp_path / "again")]  # fmt: skip
-    assert told[0] == told[1]
+    assert configs[0] == configs[1]
 
 
 def test_a_tied_head_may_be_left_out_of_the_files(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_the_mask_is_never_generated_though_the_head_may_have_it(golden: str, sa
     pipeline = mdiff.load(GOLDEN / golden, device="cpu")
     model: Any = pipeline.denoiser
     if golden == "halton_transformer":
-        # Every place would rather write the mask.
+        # Every position would rather write the mask.
         model.head.bias = torch.nn.Parameter(model.head.bias.detach().clone())
         model.head.bias.data[model.mask_id] = 100.0
     canvas = hidden_canvas(3, model.window, space=pipeline.space)

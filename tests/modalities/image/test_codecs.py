@@ -194,7 +194,7 @@ def test_pixels_beyond_the_reach_never_change_a_token(described: str) -> None:
         assert bool(touched(codec, one_pixel).all())
         return
     stride, margin = codec.stride, codec.receptive_field_margin
-    # One place with all that it may read around it, and a frame of two places more.
+    # One position with all that it may read around it, and a frame of two positions more.
     beside = -(-margin // stride) + 2
     side = (2 * beside + 1) * stride
     images = toy_pictures(12, codec.channels, (side, side))
@@ -419,7 +419,7 @@ def test_kmeans_is_better_than_patches_drawn_at_random() -> None:
     assert error(learnt) < 0.8 * error(random)
 
 
-def test_dead_centres_are_set_anew_and_the_others_become_the_means_of_their_points() -> None:
+def test_dead_centres_are_set_again_and_the_others_become_the_means_of_their_points() -> None:
     points = torch.tensor([[0], [2], [100], [200]], dtype=torch.uint8)
     times = torch.tensor([1, 3, 1, 1])
     centres = torch.tensor([[0], [255], [255]], dtype=torch.uint8)

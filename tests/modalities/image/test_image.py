@@ -1,4 +1,4 @@
-"""The modality of pictures: canvases with parts, what is told, what comes back; and edits."""
+"""The modality of pictures: canvases with parts, conditions, what comes back; and edits."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ def test_what_does_not_fit_a_canvas_is_refused(prompt, said):
 def test_text_to_picture_captioning_and_classification_are_the_same_call():
     pipe = pipeline(joint())
     picture = pictures().pixels[0, 0].numpy()
-    seen = pipe.generate({"image": picture}, n=2, seed=3)
-    assert all(np.array_equal(np.array(one.output), picture) for one in seen)
-    assert {one.output.info["label"] for one in seen} <= set(NAMES)
+    shown = pipe.generate({"image": picture}, n=2, seed=3)
+    assert all(np.array_equal(np.array(one.output), picture) for one in shown)
+    assert {one.output.info["label"] for one in shown} <= set(NAMES)
     drawn = pipe.generate({"caption": "bee 4", "label": "bee"}, n=2, guidance_scale=2.0)
     assert [one.output.info for one in drawn] == [{"label": "bee", "caption": "bee 4"}] * 2
 
 
-def test_a_label_is_told_to_the_backbone_and_nothing_stands_for_none():
+def test_a_label_is_a_condition_and_the_null_label_stands_for_none():
     made = image(codec=levels(levels=4, step=60), size=SIZE, label="condition")
     made.examples(pictures(captions=False), split="train")
     assert made.classes == 3
@@ -183,13 +183,13 @@ def test_variants_shift_and_flip_but_not_what_is_called_left():
     data = pictures(3)
     said = ["plain", "leftwards", "plain"]
     data = Pictures(data.pixels, data.names, captions=said)
-    seen = variants(data, PictureSource(source="x", shift=1, flip=True))
-    assert len(seen) == 18
-    assert torch.equal(seen[0], data.pixels)
-    assert torch.equal(seen[9][0], data.pixels[0].flip(2))
-    assert torch.equal(seen[9][1], data.pixels[1])
+    shown = variants(data, PictureSource(source="x", shift=1, flip=True))
+    assert len(shown) == 18
+    assert torch.equal(shown[0], data.pixels)
+    assert torch.equal(shown[9][0], data.pixels[0].flip(2))
+    assert torch.equal(shown[9][1], data.pixels[1])
     moved = [
-        each for each in seen[1:9] if torch.equal(each[0, :, 1:, 1:], data.pixels[0, :, :-1, :-1])
+        each for each in shown[1:9] if torch.equal(each[0, :, 1:, 1:], data.pixels[0, :, :-1, :-1])
     ]
     assert len(moved) == 1
 
@@ -228,7 +228,7 @@ def test_an_edit_changes_no_pixel_outside_the_mask():
         assert any(not np.array_equal(array, picture) for array in arrays)
 
 
-def test_strength_is_the_exact_share_of_tokens_made_anew():
+def test_strength_is_the_exact_share_of_tokens_regenerated():
     pipe = pipeline(image(codec=levels(levels=4, step=60), size=SIZE))
     picture = pictures().pixels[2, 0].numpy()
     assert pipe.edit(picture, strength=1.0)[0].calls == 24
@@ -240,7 +240,7 @@ def test_strength_is_the_exact_share_of_tokens_made_anew():
         pipe.edit(picture, strength=1.5)
 
 
-def test_the_places_of_a_strength_are_the_sample_s_own():
+def test_the_positions_of_a_strength_are_the_sample_s_own():
     may = torch.ones(20, dtype=torch.bool)
     seeds = torch.tensor([1, 2, 3])
     hidden = hidden_share(may, strength=0.5, seeds=seeds)

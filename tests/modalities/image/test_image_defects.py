@@ -51,7 +51,7 @@ class Fickle:
 
 
 def mixed_batch():
-    """Rows of 36 places with none, few, most and all of them hidden."""
+    """Rows of 36 positions with none, few, most and all of them hidden."""
     generator = torch.Generator().manual_seed(8)
     canvas = torch.randint(0, 16, (5, 36), generator=generator)
     share = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])[:, None]
@@ -79,7 +79,7 @@ def test_a_fully_known_canvas_comes_back_unchanged_and_without_a_call(name):
 
 
 def test_counts_follow_each_samples_own_unknowns_and_not_their_mean():
-    """56 and 256 unknown places in one batch have the tables that each has alone."""
+    """56 and 256 unknown positions in one batch have the tables that each has alone."""
     unknown = torch.tensor([56, 256])
     for schedule in (Cosine(), Arccos(), Linear()):
         both = schedule_counts(unknown, steps=12, schedule=schedule)
@@ -144,7 +144,7 @@ def test_no_mask_is_left_and_none_is_drawn_where_the_head_prefers_it(name, optio
 
 
 @every_sampler
-def test_the_callers_canvas_and_conditions_are_never_changed_in_place(name):
+def test_the_callers_canvas_and_conditions_are_never_written_to(name):
     canvas, valid = mixed_batch(), torch.ones(5, 36, dtype=torch.bool)
     cond = {"label": torch.arange(5), "given": canvas != SPACE.mask_id}
     null = {"label": torch.tensor(0)}
@@ -171,7 +171,7 @@ def test_training_and_scoring_leave_tokens_and_conditions_as_they_were():
 
 @pytest.mark.parametrize("score", ["confidence", "entropy", "margin"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_ties_go_to_the_first_place_and_the_count_is_kept(score, temperature):
+def test_ties_go_to_the_first_position_and_the_count_is_kept(score, temperature):
     """Where all confidences tie, a threshold would reveal all of them or none."""
     flat = from_logits(lambda tokens: torch.zeros(*tokens.shape, 16))
     canvas = torch.full((2, 36), SPACE.mask_id)
@@ -207,7 +207,7 @@ def labelled(**options):
     return Pipeline(model.eval(), space, made, window=made.length)
 
 
-def test_a_variation_of_strength_one_makes_every_token_anew():
+def test_a_variation_of_strength_one_regenerates_every_token():
     pipe = labelled()
     picture = np.full((4, 6), 60, dtype=np.uint8)
     edits = pipe.modality.edited(picture, None, given={}, strength=1.0, seeds=torch.arange(3))
@@ -259,19 +259,19 @@ def test_every_named_option_of_a_sampler_is_reached_and_makes_a_difference():
 
 
 def test_the_noise_of_confidence_falls_linearly_and_does_not_compound(monkeypatch):
-    seen = []
+    factors = []
 
     def spy(fill, factor, step):
-        seen.append(float(factor[0]))
+        factors.append(float(factor[0]))
         return torch.zeros(len(fill.positions), dtype=torch.float64)
 
     monkeypatch.setattr(importlib.import_module("mdiff.samplers.confidence"), "_gumbel", spy)
     sample(HashDenoiser(SPACE), torch.full((1, 24), 16), space=SPACE, sampler="confidence", steps=5,
            noise=10.0)  # fmt: skip
-    assert seen == pytest.approx([8.0, 6.0, 4.0, 2.0, 0.0])
+    assert factors == pytest.approx([8.0, 6.0, 4.0, 2.0, 0.0])
 
 
-def test_a_model_is_told_the_same_time_in_sampling_as_in_training():
+def test_a_model_is_given_the_same_time_in_sampling_as_in_training():
     heard: list[tuple[float, float]] = []
 
     class Listening:
@@ -292,10 +292,10 @@ def test_a_model_is_told_the_same_time_in_sampling_as_in_training():
         options = {"per_call": 40} if name == "first_hitting" else {"steps": 10}
         sample(Listening(), torch.full((4, 400), 16), space=SPACE, sampler=name,
                schedule=schedule, **options)  # fmt: skip
-    # Five standard deviations of 400 coins; a call of first hitting stands up to 40 places off.
-    for told, slack in ((trained, 0.125), (heard, 0.225)):
-        assert len(told) > 10
-        for t, share in told:
+    # Five standard deviations of 400 coins; a call of first hitting stands up to 40 positions off.
+    for times, slack in ((trained, 0.125), (heard, 0.225)):
+        assert len(times) > 10
+        for t, share in times:
             m = float(schedule.mask_prob(torch.tensor(t, dtype=torch.float64)))
             assert abs(m - share) < slack
 

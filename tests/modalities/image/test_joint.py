@@ -1,6 +1,6 @@
 """Joint modelling on a canvas of parts: any part given, any part drawn, by exact conditionals.
 
-The world is small enough to write down: digits of 2 x 3 cells with a noisy cell now and then,
+The world is small enough to write down: digits of 2 x 3 table_of with a noisy cell now and then,
 their label, and a name of two letters whose second one says how dark the digit is. Parts have
 ids of their own, one after the other.
 """
@@ -42,15 +42,15 @@ EXACT = {
 def world():
     """All canvases (S, L) and their probabilities (S,)."""
     canvases, chances = [], []
-    for cells in product(range(2), repeat=6):
+    for table_of in product(range(2), repeat=6):
         for label, glyph in GLYPHS.items():
             clean = [int(cell) for cell in glyph.replace(" ", "")]
-            flips = sum(a != b for a, b in zip(cells, clean))
+            flips = sum(a != b for a, b in zip(table_of, clean))
             drawn = (0.5, 0.3, 0.2)[label] * FLIP**flips * (1 - FLIP) ** (6 - flips)
             for letters in product(range(2), repeat=2):
-                says = (label == 1, sum(cells) > 3)
+                says = (label == 1, sum(table_of) > 3)
                 wrong = sum(a != b for a, b in zip(letters, says))
-                canvases.append([*cells, 2 + label, *(5 + letter for letter in letters)])
+                canvases.append([*table_of, 2 + label, *(5 + letter for letter in letters)])
                 chances.append(drawn * MISNAMED**wrong * (1 - MISNAMED) ** (2 - wrong))
     p = torch.tensor(chances, dtype=torch.float64)
     assert abs(float(p.sum()) - 1) < 1e-12
@@ -58,7 +58,7 @@ def world():
 
 
 def base():
-    """The place value of each digit of a canvas number: part ids and the mask are its digits."""
+    """The digit value of each digit of a canvas number: part ids and the mask are its digits."""
     sizes = torch.tensor([3] * 6 + [4] + [3] * 2)
     return sizes, torch.cat([sizes.flip(0).cumprod(0).flip(0)[1:], torch.ones(1).long()])
 
@@ -94,15 +94,15 @@ def ideal():
     return from_logits(lambda tokens: table()[number(tokens)])
 
 
-def places(given):
-    """The places that are given, (9,) bool."""
+def positions(given):
+    """The positions that are given, (9,) bool."""
     mask = torch.zeros(9, dtype=torch.bool)
     for part, is_given in zip(PARTS.values(), given):
         mask[part] = is_given
     return mask
 
 
-def test_the_ideal_denoiser_is_the_conditional_of_each_place():
+def test_the_ideal_denoiser_is_the_conditional_of_each_position():
     clean, p = world()
     canvas = torch.full((1, 9), SPACE.mask_id)
     canvas[0, LABEL] = 4
@@ -117,7 +117,7 @@ def test_the_ideal_denoiser_is_the_conditional_of_each_place():
 def test_the_rest_given_any_parts_has_the_exact_conditional_law(given, case):
     """Chi-square, summed over the values of what is given, each in proportion to its chance."""
     clean, p = world()
-    fixed = places(given)
+    fixed = positions(given)
     kept = torch.where(fixed, clean, SPACE.mask_id)
     values, which = kept.unique(dim=0, return_inverse=True)
     chance = torch.zeros(len(values), dtype=torch.float64).index_add(0, which, p)
@@ -127,14 +127,14 @@ def test_the_rest_given_any_parts_has_the_exact_conditional_law(given, case):
         ideal(), values.repeat_interleave(each, 0), space=SPACE, seed=17, **options
     )
     assert torch.equal(last.tokens[:, fixed], values.repeat_interleave(each, 0)[:, fixed])
-    seen = torch.zeros(len(table()), dtype=torch.float64)
-    seen.index_add_(0, number(last.tokens), torch.ones(len(last.tokens), dtype=torch.float64))
+    observed = torch.zeros(len(table()), dtype=torch.float64)
+    observed.index_add_(0, number(last.tokens), torch.ones(len(last.tokens), dtype=torch.float64))
     expected = each[which] * p / chance[which]
-    assert chi_square(seen[number(clean)], expected, which) > FALSE_ALARM
-    assert seen[number(clean)].sum() == len(last.tokens)
+    assert chi_square(observed[number(clean)], expected, which) > FALSE_ALARM
+    assert observed[number(clean)].sum() == len(last.tokens)
 
 
-def chi_square(seen, expected, group):
+def chi_square(observed, expected, group):
     """The p-value of independent groups: the statistics of each add up, and its freedom.
 
     Cells expected below 5 are pooled within their group, with its largest cell where that is
@@ -142,29 +142,29 @@ def chi_square(seen, expected, group):
     """
     statistic, freedom = 0.0, 0
     for one in range(int(group.max()) + 1):
-        cells = torch.stack([seen, expected], 1)[group == one]
-        if float(cells[:, 1].sum()) < 10:
+        table_of = torch.stack([observed, expected], 1)[group == one]
+        if float(table_of[:, 1].sum()) < 10:
             continue
-        cells = cells[cells[:, 1].argsort(descending=True)]
-        large = int((cells[:, 1] >= 5).sum())
-        rest = cells[max(1, large) :].sum(0)
-        cells = cells[: max(1, large)].clone()
+        table_of = table_of[table_of[:, 1].argsort(descending=True)]
+        large = int((table_of[:, 1] >= 5).sum())
+        rest = table_of[max(1, large) :].sum(0)
+        table_of = table_of[: max(1, large)].clone()
         if float(rest[1]) >= 5:
-            cells = torch.cat([cells, rest[None]])
+            table_of = torch.cat([table_of, rest[None]])
         else:
-            cells[0] += rest
-        statistic += float(((cells[:, 0] - cells[:, 1]) ** 2 / cells[:, 1]).sum())
-        freedom += len(cells) - 1
+            table_of[0] += rest
+        statistic += float(((table_of[:, 0] - table_of[:, 1]) ** 2 / table_of[:, 1]).sum())
+        freedom += len(table_of) - 1
     return float(stats.chi2.sf(statistic, freedom))
 
 
 def test_samples_of_another_conditional_are_rejected():
     """A mutant that ignores what is given: its draws have the marginal law."""
     clean, p = world()
-    kept = torch.where(places((False, True, False)), clean, SPACE.mask_id)
+    kept = torch.where(positions((False, True, False)), clean, SPACE.mask_id)
     _, which = kept.unique(dim=0, return_inverse=True)
     chance = torch.zeros(3, dtype=torch.float64).index_add(0, which, p)
-    rest = number(torch.where(places((False, True, False)), 2, clean))
+    rest = number(torch.where(positions((False, True, False)), 2, clean))
     marginal = torch.zeros(len(table()), dtype=torch.float64).index_add(0, rest, p)[rest]
     assert chi_square(SAMPLES * chance[which] * marginal, SAMPLES * p, which) < FALSE_ALARM
     assert chi_square(SAMPLES * p, SAMPLES * p, which) == pytest.approx(1)
@@ -175,12 +175,12 @@ def test_the_exact_bound_is_the_conditional_of_any_parts(given):
     """Of an ideal denoiser it is -log p(rest | given), not only above it."""
     clean, p = world()
     rows = torch.arange(0, len(clean), 61)
-    kept = torch.where(places(given), clean, SPACE.mask_id)
+    kept = torch.where(positions(given), clean, SPACE.mask_id)
     _, which = kept.unique(dim=0, return_inverse=True)
     chance = torch.zeros(len(clean), dtype=torch.float64).index_add(0, which, p)[which]
     bound = nll_bound(
         ideal(), clean[rows], space=SPACE, schedule=Linear(), estimator="exact", seed=0,
-        may_hide=~places(given).expand(len(rows), -1),
+        may_hide=~positions(given).expand(len(rows), -1),
     )  # fmt: skip
     assert torch.allclose(bound.nats, -(p / chance).log()[rows], atol=1e-9)
 
@@ -196,6 +196,6 @@ def test_a_part_answers_in_its_own_ids_in_both_directions():
     asked = torch.full((400, 9), SPACE.mask_id)
     asked[:, LABEL] = 3
     *_, last = find("samplers", "halton")(ideal(), asked, space=SPACE, seed=2, grid=(3, 2))
-    cells = last.tokens[:, GRID].double().mean(0)
-    assert torch.allclose(cells, torch.tensor([FLIP, 1 - FLIP] * 3).double(), atol=0.1)
+    table_of = last.tokens[:, GRID].double().mean(0)
+    assert torch.allclose(table_of, torch.tensor([FLIP, 1 - FLIP] * 3).double(), atol=0.1)
     assert last.tokens.shape[1] == clean.shape[1]

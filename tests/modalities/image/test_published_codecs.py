@@ -87,8 +87,8 @@ def test_what_is_loaded_is_saved_bit_for_bit(loaded: tuple[str, Path, Any], tmp_
     after = load_file(tmp_path / "again" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    told = [json.loads((at / "config.json").read_text()) for at in (folder, tmp_path / "again")]
-    assert told[0] == told[1]
+    configs = [json.loads((at / "config.json").read_text()) for at in (folder, tmp_path / "again")]
+    assert configs[0] == configs[1]
 
 
 def test_files_of_our_own_hold_the_same_codec(

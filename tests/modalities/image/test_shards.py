@@ -1,4 +1,4 @@
-"""Tokenised pictures on disk: whole or not there, resumable, and only with their own codec."""
+"""Tokenised pictures on disk: written atomically, resumable, and only with their own codec."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_what_is_written_is_read_with_everything_that_is_known(folder: Path, cod
     assert found.manifest["codec"] == {"fingerprint": fingerprint(codec), "config": codec.config()}
 
 
-def test_pictures_without_labels_and_several_codes_a_place_come_back_too(tmp_path: Path) -> None:
+def test_pictures_without_labels_and_several_codes_a_position_come_back_too(tmp_path: Path) -> None:
     codec = bits(bits=34 - 2, codes_per_position=2, width=4, blocks=1)
     plain = Pictures(pixels=pictures().pixels, names=pictures().names)
     write_shards(plain, tmp_path / "out", codec=codec)

@@ -154,7 +154,7 @@ def test_a_prompt_longer_than_the_canvas_is_refused() -> None:
 
 
 @pytest.mark.parametrize("length", [0, -1])
-def test_a_canvas_needs_a_place(length: int) -> None:
+def test_a_canvas_needs_a_position(length: int) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         text().canvas("", length)
 
@@ -215,7 +215,7 @@ def test_the_standard_library_is_a_source() -> None:
         ("bad.parquet", b"PAR1", "Parquet"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_a_data_error_with_its_place(
+def test_a_file_that_cannot_be_read_is_a_data_error_with_its_position(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
