@@ -122,7 +122,7 @@ def generate(
         name = str(locate(model).folder)
     pipeline = load(name, device=on, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer)
     if shows_pictures(pipeline):
-        refuse(flags, f"is for models of text; {name} is one of pictures", *OF_TEXT)
+        ask.refuse(flags, f"is for models of text; {name} is one of pictures", *OF_TEXT)
         asked = combined(label, prompt, image) if input_file is None else requests_of(input_file)
         generate_pictures(
             pipeline, asked, model=name, num_samples=num_samples, wanted=replace(wanted, out=out),
@@ -149,29 +149,22 @@ def generate(
 def check_flags(flags: Mapping[str, object], *, volume: bool) -> None:
     """Raise ConfigError for flags that exclude each other."""
     if volume:
-        refuse(flags, "with --input and --out: put its files beside the weights", "tokenizer")
+        ask.refuse(flags, "with --input and --out: put its files beside the weights", "tokenizer")
     else:
-        refuse(flags, "needs --input FILE and --out FOLDER, of a model of text", *POOL)
+        ask.refuse(flags, "needs --input FILE and --out FOLDER, of a model of text", *POOL)
     for names in EXCLUSIVE:
         given = {f"--{name.partition('_file')[0].replace('_', '-')}": flags[name] for name in names}
         ask.refuse_both(given)
 
 
-def refuse(flags: Mapping[str, object], why: str, *names: str) -> None:
-    """Raise ConfigError for the first of these flags that was given."""
-    for name in names:
-        if flags[name] is not None and flags[name] is not False:
-            raise ConfigError(f"--{name.replace('_', '-')} {why}")
-
-
 def refuse_for_text(flags: Mapping[str, object], name: str, medium: str, *, volume: bool) -> None:
     """Raise ConfigError for flags that a model of text, or of ids, does not take."""
     why = "is for models of pictures"
-    refuse(flags, f"{why}; {name} is one of {medium}", "label", "image", "resize", "scale_up")
+    ask.refuse(flags, f"{why}; {name} is one of {medium}", "label", "image", "resize", "scale_up")
     if volume:
-        refuse(flags, "does not go with --input and --out", "stream", "trace")
+        ask.refuse(flags, "does not go with --input and --out", "stream", "trace")
         return
-    refuse(flags, f"{why}; one of {medium} takes it with --input", "out")
+    ask.refuse(flags, f"{why}; one of {medium} takes it with --input", "out")
     trace = flags["trace"]
     if isinstance(trace, Path) and is_film(trace):
         raise ConfigError(f"--trace {trace}: a GIF shows pictures; name a page such as trace.html")

@@ -103,6 +103,13 @@ def refuse_both(options: Mapping[str, object]) -> None:
         raise ConfigError(f"{' and '.join(given)}: give one of them")
 
 
+def refuse(flags: Mapping[str, object], why: str, *names: str) -> None:
+    """Raise ConfigError for the first of these flags that was given."""
+    for name in names:
+        if flags[name] is not None and flags[name] is not False:
+            raise ConfigError(f"--{name.replace('_', '-')} {why}")
+
+
 def input_rows(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, dict[str, object]]]:
     """The objects of a JSONL file of requests, each with its name for messages.
 

@@ -33,6 +33,10 @@ Resize = Annotated[bool, typer.Option("--resize", help="Crop and scale pictures 
 Captions = Annotated[str | None, typer.Option(help="Pictures' captions: none, data or unicode.")]
 SHOWN = 12
 VOCAB_SIZE = 512
+# The flags of training by the kinds that take them: numbers are options of a codec.
+OF_TEXT = ("vocab_size", "eos", "field")
+NUMBERS = ("channels", "codebook_size", "stride", "steps")
+OF_PICTURES = ("size", "resize", "captions", *NUMBERS, "option", "seed")
 
 
 @tokenizer.command()
@@ -59,28 +63,19 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of a codec's fit (0).")] = None,
 ) -> None:
     """Train a tokenizer on the training split of the data; print the folder."""
+    flags: dict[str, object] = dict(locals())
     codecs = names("codecs")
     if kind not in (*KINDS, *codecs):
         raise ConfigError(f"--kind {kind!r}; {nearest(kind, (*KINDS, *codecs))}")
-    of_text = {"vocab-size": vocab_size, "eos": eos or None, "field": field}
-    numbers = {
-        "channels": channels, "codebook-size": codebook_size, "stride": stride, "steps": steps
-    }  # fmt: skip
-    of_pictures = {
-        "size": size, "resize": resize or None, "captions": captions, **numbers, "option": option,
-        "seed": seed,
-    }  # fmt: skip
-    other, kinds = (of_text, KINDS[1:]) if kind in codecs else (of_pictures, codecs)
-    for name, value in other.items():
-        if value is not None:
-            raise ConfigError(f"--{name} is for --kind {', '.join(kinds)}, not for {kind}")
+    other, kinds = (OF_TEXT, KINDS[1:]) if kind in codecs else (OF_PICTURES, codecs)
+    ask.refuse(flags, f"is for --kind {', '.join(kinds)}, not for {kind}", *other)
     if out.exists():
         raise ConfigError(f"{out} exists already: name a new folder")
     writable(out)
     if kind in codecs:
         from mdiff.cli.images.codec import parsed_size, train_codec
 
-        given = {key.replace("-", "_"): n for key, n in numbers.items() if n is not None}
+        given = {name: flags[name] for name in NUMBERS if flags[name] is not None}
         train_codec(
             _pictures(data, resize=resize, captions=captions, holdout=holdout), out,
             described={"name": kind, **given, **ask.parsed_options(option)},
@@ -116,6 +111,7 @@ def encode(
     as_json: AsJson = False,
 ) -> None:
     """Print the ids of a text, or write those of pictures; a rerun writes what is missing."""
+    flags: dict[str, object] = dict(locals())
     from mdiff.modalities.text import Text
 
     made = opened(name)
@@ -130,8 +126,7 @@ def encode(
             as_json=as_json,
         )  # fmt: skip
         return
-    _refuse_for_text(name, out=out, size=size, captions=captions, rows=rows, workers=workers,
-                     timeout=timeout, resize=resize or None)  # fmt: skip
+    _refuse_pictures(flags, "out", "size", "captions", "rows", "workers", "timeout", "resize")
     if written and len(written) > 1:
         raise ConfigError(f"expected one text, got {len(written)} words: put it in quotes")
     ids = made.encode(_input(written[0] if written else None))
@@ -153,6 +148,7 @@ def decode(
     as_json: AsJson = False,
 ) -> None:
     """Print the text of ids, or write the pictures of a folder of tokens."""
+    flags: dict[str, object] = dict(locals())
     from mdiff.modalities.text import Text
 
     made = opened(name)
@@ -163,7 +159,7 @@ def decode(
             raise ConfigError(f"{name} decodes pictures: expected a folder of tokens, and --out")
         decode_tokens(made, Path(ids[0]), out, count=n)
         return
-    _refuse_for_text(name, out=out, n=n)
+    _refuse_pictures(flags, "out", "n")
     words = " ".join(ids) if ids else _input(None)
     try:
         tokens = [int(word) for word in words.replace(",", " ").split()]
@@ -192,11 +188,12 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show the size and special ids of a tokenizer or codec; with data, metrics on it."""
+    flags: dict[str, object] = dict(locals())
     from mdiff.modalities.text import Text
 
     made = opened(name)
     if isinstance(made, Text):
-        _refuse_for_text(name, size=size, resize=resize or None)
+        _refuse_pictures(flags, "size", "resize")
         report = _text_report(made, data)
     else:
         from mdiff.cli.images.codec import codec_report, parsed_size
@@ -242,10 +239,8 @@ def _pictures(
     )
 
 
-def _refuse_for_text(name: str, **options: object) -> None:
-    for option, value in options.items():
-        if value is not None:
-            raise ConfigError(f"--{option} is for pictures, {name} is a tokenizer of text")
+def _refuse_pictures(flags: dict[str, object], *names: str) -> None:
+    ask.refuse(flags, f"is for pictures, {flags['name']} is a tokenizer of text", *names)
 
 
 def opened(name: str) -> Text | Codec:
