@@ -1,0 +1,116 @@
+"""sample: figures, seeds, and options by name, on toys."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from toys import make_toy
+
+import mdiff
+from mdiff.errors import ConfigError, MdiffError
+from mdiff.sampling import plain_seed, row_seeds
+from mdiff.schedule import Cosine
+from mdiff.tokens import hidden_canvas
+
+TOY = make_toy()
+
+
+def toy_canvas(rows: int) -> torch.Tensor:
+    return hidden_canvas(rows, TOY.length, space=TOY.space)
+
+
+def test_the_figures_of_a_sample_are_those_of_its_draws() -> None:
+    drawn = mdiff.sample(TOY.denoiser(), toy_canvas(50), space=TOY.space, seed=3)
+    assert drawn.calls.tolist() == [TOY.length] * 50
+    # One reveal a call from the ideal denoiser: the chain rule gives the joint itself.
+    joint = TOY.joint[tuple(drawn.tokens.T)]
+    assert torch.allclose(drawn.log_prob, joint.log())
+    assert bool((drawn.entropy > 0).all())
+    assert bool((drawn.entropy < math.log(TOY.vocab)).all())
+
+
+def test_a_canvas_without_masks_comes_back_unchanged() -> None:
+    canvas = torch.tensor([[0, 1, 2, 3]])
+    drawn = mdiff.sample(TOY.denoiser(), canvas, space=TOY.space)
+    assert torch.equal(drawn.tokens, canvas)
+    assert drawn.calls.tolist() == [0]
+    assert drawn.log_prob.tolist() == drawn.entropy.tolist() == [0.0]
+
+
+def test_row_seeds_make_each_row_the_same_alone() -> None:
+    seeds = torch.tensor([5, 9, 5])
+    together = mdiff.sample(TOY.denoiser(), toy_canvas(3), space=TOY.space, seed=seeds)
+    for row in range(3):
+        alone = mdiff.sample(
+            TOY.denoiser(), toy_canvas(1), space=TOY.space, seed=seeds[row : row + 1]
+        )
+        assert torch.equal(alone.tokens[0], together.tokens[row])
+    assert torch.equal(together.tokens[0], together.tokens[2])
+
+
+def test_generators_only_yield_seeds() -> None:
+    def once(seed: Any) -> torch.Tensor:
+        return mdiff.sample(TOY.denoiser(), toy_canvas(2), space=TOY.space, seed=seed).tokens
+
+    def generator(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    assert torch.equal(once(generator(4)), once(generator(4)))
+    pair = [generator(4), generator(8)]
+    first = once(pair)
+    assert torch.equal(first[0], once([generator(4), generator(1)])[0])
+    assert plain_seed(pair, 2).tolist() != plain_seed(pair, 2).tolist()
+    with pytest.raises(ConfigError, match="one a row"):
+        once([generator(4)])
+    with pytest.raises(ConfigError, match="expected an int"):
+        once("7")
+
+
+def test_a_denoiser_that_gives_nan_is_named() -> None:
+    broken = mdiff.from_logits(lambda tokens: torch.full((*tokens.shape, 4), torch.nan))
+    with pytest.raises(MdiffError, match=r"NaN or infinite logits for samples \[0, 1\]"):
+        mdiff.sample(broken, toy_canvas(2), space=TOY.space)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "frist_hitting"}, "did you mean 'first_hitting'"),
+        ({"per_cal": 2}, "did you mean 'per_call'"),
+        ({"per_call": "2"}, "per_call='2': expected int"),
+        ({"per_call": True}, "per_call=True: expected int"),
+        ({"temperature": None}, "temperature=None: expected float"),
+        ({"schedule": "cosinus"}, "did you mean 'cosine'"),
+        ({"sampler": "blocks", "inner": "ancestrl"}, "did you mean 'ancestral'"),
+        ({"sampler": "blocks", "stepz": 3}, "did you mean 'steps'"),
+        ({"sampler": "any_order", "order": [0, "x"]}, "expected whole numbers"),
+    ],
+)
+def test_options_that_a_sampler_does_not_take_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        mdiff.sample(TOY.denoiser(), toy_canvas(1), space=TOY.space, **options)
+
+
+def test_names_and_lists_become_objects_at_the_surface() -> None:
+    def tokens(**options: Any) -> torch.Tensor:
+        return mdiff.sample(TOY.denoiser(), toy_canvas(8), space=TOY.space, **options).tokens
+
+    assert torch.equal(
+        tokens(sampler="ancestral", schedule="cosine", steps=2),
+        tokens(sampler="ancestral", schedule=Cosine(), steps=2),
+    )
+    assert torch.equal(
+        tokens(sampler="any-order", order=[3, 2, 1, 0]),
+        tokens(sampler="any_order", order="right_to_left"),
+    )
+    tokens(sampler="blocks", inner="any_order", order="right_to_left", block_length=2)
+
+
+def test_seeds_of_rows_are_the_seed_then_others() -> None:
+    seeds = row_seeds(7, 100).tolist()
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 100
+    assert row_seeds(7, 3).tolist() == seeds[:3]
