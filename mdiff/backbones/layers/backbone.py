@@ -9,6 +9,7 @@ its function of the file's name makes the module of a config.
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -101,8 +102,8 @@ class Backbone(nn.Module):
         return next(self.parameters()).device
 
     def hidden(self, tokens: Tensor, call: Call) -> Tensor:
-        """What `head` reads, at all positions: (B, L, D), unshifted."""
-        raise NotImplementedError
+        """What `head` reads, at all positions: (B, L, D), unshifted; of one without `features`."""
+        raise ConfigError(f"{type(self).__name__} has neither `hidden` nor `features` of its own")
 
     def features(
         self, tokens: Tensor, *, at: Tensor | None = None, valid: Tensor | None = None,
@@ -175,9 +176,9 @@ class SequenceBackbone(Backbone):
         """What makes logits (N, V) of features (N, D)."""
         return self.get_submodule(self.head_name)
 
+    @abstractmethod
     def stream(self, tokens: Tensor, layout: Layout) -> Tensor:
         """What `head` reads (B, L, D)."""
-        raise NotImplementedError
 
     def new_cache(self) -> KeyValues:
         """An empty cache for one batch, see `KeyValues`."""

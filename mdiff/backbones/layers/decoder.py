@@ -7,6 +7,7 @@ itself: its attention is as wide as the mask says.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -167,9 +168,9 @@ class Decoder(SequenceBackbone):
     rotary: Rotary
     rotated: int
 
+    @abstractmethod
     def trunk(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """The embedding, the layers and the last norm."""
-        raise NotImplementedError
 
     def stream(self, tokens: Tensor, layout: Layout) -> Tensor:
         """The stream (B, L, D) behind the last norm."""
