@@ -24,8 +24,9 @@ CORE = ("tokens", "schedule", "ops", "denoiser", "objective", "sampling", "train
 NOT_CORE = {"training.recipe"}
 MODALITY_WORDS = re.compile(r"\b(images?|texts?|pixels?|prompts?|pictures?|captions?)\b", re.I)
 PROBES = r"\b(?:getattr|hasattr)\("
-# The aim is 27,000 lines: `make figures` prints both.
-MOST_PROBES, MOST_ANYS, MOST_IGNORES, MOST_LINES_IN_ALL = 40, 220, 25, 29_000
+MOST_PROBES, MOST_ANYS, MOST_IGNORES, MOST_LINES_IN_ALL = 40, 220, 25, 27_000
+# What the lines are now: until the bound is met they may not grow.
+LINES_TODAY = 28_980
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "triton", "PIL", "mdiff.pipeline",
          "mdiff.files", "mdiff.modalities", "mdiff.backbones"}  # fmt: skip
 
@@ -110,8 +111,13 @@ def test_no_file_or_function_is_too_long_and_none_takes_too_much():
     assert SOURCES.wide_functions() == {}
 
 
-def test_the_package_stays_small():
+@pytest.mark.xfail(strict=True, reason="some 2,000 lines too many")
+def test_the_package_is_small():
     assert SOURCES.lines() <= MOST_LINES_IN_ALL
+
+
+def test_the_package_does_not_grow():
+    assert SOURCES.lines() <= LINES_TODAY
 
 
 def test_a_sampler_does_not_import_another_but_its_default_or_the_one_it_is_a_case_of():
