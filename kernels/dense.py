@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ EPSILON = 1e-6
 HAS_ONEDNN = torch._C._has_mkldnn
 # Multiplications from which a product by oneDNN is faster than torch's own.
 ONEDNN_FROM = 1 << 21
+# Rows from which a product in half precision is faster in float32, its conversions included, on a
+# processor without instructions for it: there torch's own loops take up to eight times as long.
+WIDENED_FROM = 4
 # Longest sequence whose attention weights are materialised while training on the CPU.
 SHORT_SEQUENCE = 512
 
@@ -28,12 +32,33 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return product
 
 
+@cache
+def has_fast_product(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of `dtype` by instructions of its own."""
+    if not HAS_ONEDNN or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    known = torch.ops.mkldnn
+    if dtype == torch.bfloat16:
+        return bool(known._is_mkldnn_bf16_supported())
+    return bool(known._is_mkldnn_fp16_supported())
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear` of x (..., D) and weight (V, D) without a bias.
 
     In float32 on a CPU, without gradients, by oneDNN: the BLAS that torch is built on is half as
-    fast on processors that it does not know. Both round differently in the last bit.
+    fast on processors that it does not know. In bfloat16 or float16 on a CPU without
+    instructions for it, in float32, rounded at the end. All round differently in the last bit.
     """
+    if (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and not has_fast_product(x.dtype)
+        and x.numel() >= WIDENED_FROM * x.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    ):
+        return linear(x.float(), weight.float()).to(x.dtype)
     if (
         HAS_ONEDNN
         and x.device.type == "cpu"

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from mdiff.cli.threads import prepare
 from mdiff.errors import MdiffError, nearest
 
 OUT_OF_DISK_OR_MEMORY = 6
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stream or open(os.devnull, "w")  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr)
     )
+    prepare()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mdiff.cli.threads import fit_threads
 from mdiff.cli.views.console import message, result, writable
 from mdiff.cli.views.samples import figures, summary
 
@@ -49,7 +50,9 @@ def demo(
     writable(out)
     beside = writable(out.with_suffix(".png"))
     titles = [model]
-    records = written(load(model), model, seed)
+    pipeline = load(model)
+    fit_threads(pipeline.denoiser)
+    records = written(pipeline, model, seed)
     if pictures == PICTURES and PICTURES.removeprefix(BUILTIN) not in builtin_models():
         message(f"{PICTURES} is not in this installation: the demo shows no pictures")
         beside = None

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mdiff.cli.threads import usable_cpus
 from mdiff.cli.views.console import result, result_json
 
 QUALITY_GATE = 7
@@ -63,6 +64,8 @@ def environment() -> dict[str, object]:
         "why_device": "CUDA is available" if cuda else _why_no_cuda(torch.version.cuda),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
+        "usable_cpus": usable_cpus(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "backends": backends(),
         "models": sorted(BUILTIN + name for name in builtin_models()),
     }
@@ -159,7 +162,8 @@ def _table(report: Mapping[str, Any]) -> None:
     shown = (f"{name} {found or 'missing'}" for name, found in report["packages"].items())
     result(", ".join(shown))
     result(f"device: {report['device']} ({report['why_device']})")
-    result(f"threads: {report['threads']} of {report['cpus']} CPUs")
+    usable, waiting = report["usable_cpus"], report["wait_policy"] or "as OpenMP decides"
+    result(f"threads: {report['threads']} of {usable} usable CPUs, waiting: {waiting.lower()}")
     for name, why in report["backends"].items():
         result(f"backend {name}: {why}")
     result(f"models: {', '.join(report['models'])}")

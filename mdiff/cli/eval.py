@@ -13,6 +13,7 @@ import mdiff.cli.options as ask
 from mdiff.cli.images.eval import Wanted, evaluate_pictures
 from mdiff.cli.images.eval import table as picture_table
 from mdiff.cli.images.generate import shows_pictures
+from mdiff.cli.threads import fit_threads
 from mdiff.cli.views.console import message, result, result_json
 from mdiff.errors import ConfigError, nearest
 
@@ -104,6 +105,7 @@ def evaluate(
     from mdiff.pipeline import load
 
     pipeline = load(model, device=device, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer)
+    fit_threads(pipeline.denoiser)
     start = time.perf_counter()
     report: dict[str, object] = {"model": model, "data": data[0] if len(data) == 1 else data}
     if shows_pictures(pipeline):

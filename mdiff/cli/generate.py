@@ -19,6 +19,7 @@ from mdiff.cli.text import (
     requests_of_file,
     text_requests,
 )
+from mdiff.cli.threads import fit_threads
 from mdiff.errors import ConfigError
 
 # The flags of worker processes, those of models of text, and sets of which one can be given.
@@ -121,6 +122,7 @@ def generate(
         # A run that is being trained may get a newer checkpoint.
         name = str(locate(model).folder)
     pipeline = load(name, device=on, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer)
+    fit_threads(pipeline.denoiser)
     if shows_pictures(pipeline):
         ask.refuse(flags, f"is for models of text; {name} is one of pictures", *OF_TEXT)
         asked = combined(label, prompt, image) if input_file is None else requests_of(input_file)

@@ -54,6 +54,27 @@ def test_the_product_of_onednn_is_the_product(monkeypatch):
     assert len(ran) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_half_precision_is_widened_where_the_processor_lacks_it(monkeypatch, dtype, with_gradient):
+    """Then a product is that of float32, rounded once; its gradient has the type of its input."""
+    monkeypatch.setattr(dense, "has_fast_product", lambda asked: asked == torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(*shape, generator=generator).to(dtype).requires_grad_(with_gradient)
+        for shape in ((2, 70, 96), (500, 96))
+    )
+    y = linear(x, weight)
+    assert y.dtype == dtype
+    exact = x.detach().double() @ weight.detach().double().T
+    half_a_unit = torch.finfo(dtype).eps / 2
+    assert bool(((y.detach().double() - exact).abs() <= half_a_unit * exact.abs() + 1e-4).all())
+    if with_gradient:
+        slope, weight_slope = torch.autograd.grad(y.sum(), (x, weight))
+        assert (slope.dtype, weight_slope.dtype) == (dtype, dtype)
+        assert torch.allclose(slope[0, 0].double(), weight.detach().double().sum(0), rtol=0.02)
+
+
 @pytest.mark.parametrize(("causal", "masked"), [(False, False), (False, True), (True, False)])
 def test_attention_in_training_is_torchs_and_so_is_its_gradient(causal, masked):
     generator = torch.Generator().manual_seed(0)

@@ -17,6 +17,7 @@ from mdiff.cli.images.requests import (
     refuse_unknown,
     with_pictures,
 )
+from mdiff.cli.threads import fit_threads
 from mdiff.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def edit(
     wanted = Wanted(out, scale_up, trace, as_json, ask.title_of(model, sampler))
 
     pipeline = load(model, device=device, dtype=dtype)
+    fit_threads(pipeline.denoiser)
     modality = _modality(model, pipeline)
     (given,) = combined(
         None if label is None else [label], None if prompt is None else [prompt], None
