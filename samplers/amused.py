@@ -12,7 +12,7 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
 from mdiff.samplers.confidence import confidence
-from mdiff.sampling import State, schedule_counts
+from mdiff.sampling import State, schedule_counts, useful_steps
 from mdiff.schedule import Cosine, Schedule, as_float64
 from mdiff.tokens import TokenSpace
 
@@ -58,14 +58,13 @@ def amused(
 
     Raises ConfigError for steps < 1, and as `confidence` does.
     """
-    if steps < 1 or len(noise) != 2:
-        raise ConfigError(f"steps={steps}, noise={noise}: expected at least 1 step and two numbers")
+    if len(noise) != 2:
+        raise ConfigError(f"noise={noise}: expected two numbers")
     space.check(canvas, valid)
-    hidden = canvas == space.mask_id
-    counted = torch.ones_like(hidden) if valid is None else valid
-    counts = schedule_counts(
-        (hidden & counted).sum(1), steps=steps, schedule=schedule, of=counted.sum(1)
-    )
+    counted = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
+    hidden = ((canvas == space.mask_id) & counted).sum(1)
+    steps = useful_steps(steps, hidden)
+    counts = schedule_counts(hidden, steps=steps, schedule=schedule, of=counted.sum(1))
     yield from confidence(
         denoiser, canvas, space=space.checked(), schedule=schedule, seed=seed, valid=valid,
         cond=cond, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, counts=counts,

@@ -14,6 +14,9 @@ from mdiff.sampling import State, Unmasking
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 
+# A table of them is held for each sample.
+MOST_STEPS = 1 << 20
+
 
 def ancestral(
     denoiser: Denoiser,
@@ -40,10 +43,13 @@ def ancestral(
     `idle_calls=True` calls the model at every step all the same, for comparison. Exact as
     steps grow; at few steps, tokens of one step are drawn independently.
 
-    Raises ConfigError for steps < 1 and for sampling options out of range.
+    Raises ConfigError for steps outside 1 to MOST_STEPS and for sampling options out of range.
     """
-    if steps < 1:
-        raise ConfigError(f"steps={steps}: need at least 1")
+    if not 1 <= steps <= MOST_STEPS:
+        raise ConfigError(
+            f"steps={steps}: need at least 1 and at most {MOST_STEPS}; first_hitting, which takes "
+            "none, is the limit of many"
+        )
     fill = Unmasking(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

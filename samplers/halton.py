@@ -12,7 +12,15 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError, nearest
 from mdiff.kernels import philox
-from mdiff.sampling import Counts, State, Unmasking, reveal_counts, reveal_in_turn, turns
+from mdiff.sampling import (
+    Counts,
+    State,
+    Unmasking,
+    reveal_counts,
+    reveal_in_turn,
+    turns,
+    useful_steps,
+)
 from mdiff.schedule import Arccos, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -63,7 +71,8 @@ def halton(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
     if steps is not None and isinstance(counts, str) and counts in ("root", "square"):
-        counts = curve_counts(fill.start, steps=steps, curve=counts, begin=1 / max(1, steps))
+        steps = useful_steps(steps, fill.start)
+        counts = curve_counts(fill.start, steps=steps, curve=counts, begin=1 / steps)
     table = reveal_counts(counts, fill.start, steps=steps, schedule=schedule)
     turn = turns(_priority(fill, grid, roll), fill.hidden)
     yield from reveal_in_turn(fill, turn, table, schedule)

@@ -9,6 +9,7 @@ from mdiff.sampling.counts import Counts as Counts
 from mdiff.sampling.counts import positions_of_step as positions_of_step
 from mdiff.sampling.counts import reveal_counts as reveal_counts
 from mdiff.sampling.counts import schedule_counts as schedule_counts
+from mdiff.sampling.counts import useful_steps as useful_steps
 from mdiff.sampling.run import Sample as Sample
 from mdiff.sampling.run import Tally as Tally
 from mdiff.sampling.run import sample as sample

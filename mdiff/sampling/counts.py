@@ -15,6 +15,8 @@ Counts = str | Tensor
 
 # A float64 product of a count that is this little below a whole number counts as it.
 ROUNDING = 1e-9
+# A table of reveals has no more steps, but where a canvas has more positions.
+MOST_STEPS = 1 << 16
 
 
 def positions_of_step(left: Sequence[int], table: list[list[int]] | None, step: int) -> list[int]:
@@ -58,14 +60,24 @@ def reveal_counts(
         return table
     if steps is None:
         return None
-    if steps < 1:
-        raise ConfigError(f"steps={steps}: need at least 1")
+    steps = useful_steps(steps, hidden)
     if counts == "even":
         index = torch.arange(steps, device=hidden.device)
         return hidden[:, None] // steps + (index < (hidden % steps)[:, None]).long()
     if counts == "schedule":
         return schedule_counts(hidden, steps=steps, schedule=schedule)
     raise ConfigError(f"counts={counts!r}: expected 'schedule', 'even' or a tensor of int64")
+
+
+def useful_steps(steps: int, hidden: Tensor) -> int:
+    """The steps, at most MOST_STEPS or as many as a sample of `hidden` (B,) positions can use.
+
+    So many reveal one position each whatever the schedule; more would be as many empty steps.
+    Raises ConfigError for steps < 1.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps={steps}: need at least 1")
+    return min(steps, max(MOST_STEPS, int(hidden.max()) if len(hidden) else 0))
 
 
 def schedule_counts(
@@ -77,20 +89,22 @@ def schedule_counts(
     positions stay hidden, n each sample's `hidden` (B,). At least one is revealed a step while
     two are left, and at least one is left for the last step. `of` (B,) is another n, as in
     aMUSEd (Patil et al. 2024), which counts the whole canvas, given positions and all. A product
-    that is a whole number up to rounding counts as that number.
+    that is a whole number up to rounding counts as that number; the official codes of both take
+    m in float32, where m = 1/2 is rounded down: see `samplers.amused.CosineInFloat32`.
 
     Raises ConfigError for steps < 1.
     """
-    if steps < 1:
-        raise ConfigError(f"steps={steps}: need at least 1")
+    steps = useful_steps(steps, hidden)
     left = hidden
     of = hidden if of is None else of
-    table = []
-    for step in range(1, steps + 1):
+    table = torch.zeros(len(hidden), steps, dtype=torch.int64, device=hidden.device)
+    # Every step reveals one at least: what is left by then is the last one's.
+    most = int(hidden.max()) if len(hidden) else 0
+    for step in [*range(1, min(steps, most + 1)), steps]:
         share = schedule.mask_prob((steps - step) / steps).double().to(hidden.device)
         wanted = (of * share + ROUNDING).floor().long()
         stay = torch.minimum(wanted, left - 1).clamp(min=1) if step < steps else 0 * left
         stay = torch.minimum(stay, left)
-        table.append(left - stay)
+        table[:, step - 1] = left - stay
         left = stay
-    return torch.stack(table, 1)
+    return table

@@ -253,11 +253,11 @@ def reveal_in_turn(
     table = None if counts is None else counts.tolist()
     step = 0
     while any(fill.left):
-        count = torch.ones_like(done) if counts is None else counts[:, step]
         number = positions_of_step(fill.left, table, step)
-        at = fill.hidden & (turn >= done[:, None]) & (turn < (done + count)[:, None])
-        done = done + count
         if any(number):
+            count = torch.ones_like(done) if counts is None else counts[:, step]
+            at = fill.hidden & (turn >= done[:, None]) & (turn < (done + count)[:, None])
+            done = done + count
             t = fill.time_left(schedule)
             yield fill.reveal(at, fill.ask(at, step, t, number=number), t, number=number)
         step += 1

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import math
+import time
 
 import pytest
 import torch
+from folders import ROOT
 from toys import HashDenoiser
 
+from mdiff import from_logits, sample
 from mdiff.errors import ConfigError, DataError
 from mdiff.find import find, names
+from mdiff.samplers.amused import CosineInFloat32
 from mdiff.samplers.confidence import confidence
-from mdiff.sampling import reveal_counts
+from mdiff.sampling import reveal_counts, schedule_counts
 from mdiff.schedule import Cosine, Linear
 from mdiff.tokens import TokenSpace
 
@@ -398,3 +403,59 @@ def test_more_reveals_a_call_than_positions_is_all_at_once():
         1,
         1,
     ]
+
+
+@pytest.mark.parametrize("sampler", ["halton", "confidence", "any_order", "amused", "blocks"])
+@pytest.mark.parametrize("steps", [10**6, 10**9, 2**63])
+def test_steps_beyond_the_hidden_positions_end_at_once(sampler, steps):
+    model = from_logits(lambda tokens: torch.zeros(*tokens.shape, 5))
+    canvas = torch.full((2, 49), 5)
+    canvas[1, 3:] = 1
+    options = {"block_length": 7} if sampler == "blocks" else {}
+    if sampler == "blocks":
+        options["inner"] = "confidence"
+    begun = time.perf_counter()
+    made = sample(model, canvas, space=TokenSpace(5, mask_id=5), sampler=sampler, steps=steps,
+                  **options)  # fmt: skip
+    assert time.perf_counter() - begun < 4
+    assert made.calls.tolist() == [49, 3]
+    assert bool((made.tokens < 5).all())
+
+
+def test_too_many_steps_of_time_are_refused_and_another_sampler_is_named():
+    model = from_logits(lambda tokens: torch.zeros(*tokens.shape, 5))
+    for steps in (0, 2**21, 10**9):
+        with pytest.raises(ConfigError, match="first_hitting"):
+            sample(
+                model, torch.full((1, 4), 5), space=TokenSpace(5, mask_id=5), sampler="ancestral",
+                steps=steps,
+            )  # fmt: skip
+
+
+def test_the_page_on_samplers_says_where_float32_leaves_one_fewer():
+    hidden = torch.tensor([256])
+    left = [
+        256 - int(schedule_counts(hidden, steps=12, schedule=each)[0, :8].sum())
+        for each in (Cosine(), CosineInFloat32())
+    ]
+    assert left == [128, 127]
+    page = (ROOT / "docs" / "samplers.md").read_text()
+    assert "leave 127 after step 8" in page
+    assert "`CosineInFloat32()`" in page
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Cosine()])
+def test_a_table_of_reveals_is_that_of_the_definition(schedule):
+    """The definition step by step, over steps fewer and more than the hidden positions."""
+    for hidden in (0, 1, 2, 7, 20):
+        for steps in (1, 2, 5, 19, 20, 21, 50):
+            left, expected = hidden, []
+            for step in range(1, steps + 1):
+                wanted = math.floor(hidden * float(schedule.mask_prob(1 - step / steps)) + 1e-9)
+                stay = min(max(min(wanted, left - 1), 1), left) if step < steps else 0
+                expected.append(left - stay)
+                left = stay
+            table = reveal_counts(
+                "schedule", torch.tensor([hidden, 20]), steps=steps, schedule=schedule
+            )
+            assert table[0].tolist() == expected
