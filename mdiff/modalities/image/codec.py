@@ -111,6 +111,16 @@ def check_ids(ids: Tensor, *, codebook_size: int, codes_per_position: int) -> No
         raise DataError(f"id {wrong}: this codec has ids 0 to {codebook_size - 1}")
 
 
+def finite(values: Tensor) -> Tensor:
+    """The values that a codec's networks gave; CheckpointError where one is NaN or infinite.
+
+    Rounded to pixels, or compared with codes, they would look like any other.
+    """
+    if not bool(values.isfinite().all()):
+        raise CheckpointError("the codec gave values that are not finite: its weights are damaged")
+    return values
+
+
 def make_codec(
     described: Mapping[str, object] | str | Path, *, folder: Path | str | None = None
 ) -> Codec:

@@ -130,7 +130,11 @@ def bits(
         channels=channels, stride=stride, codes_per_position=codes_per_position, width=width,
         blocks=blocks, local=local, training=Training.of(training),
     )  # fmt: skip
-    if isinstance(entropy, bool) or not isinstance(entropy, int | float) or not entropy >= 0:
+    if (
+        isinstance(entropy, bool)
+        or not isinstance(entropy, int | float)
+        or not 0 <= entropy < math.inf
+    ):
         raise ConfigError(f"codec.entropy={entropy!r}: expected 0 or a positive number")
     if quantizer == "lfq":
         if levels is not None:

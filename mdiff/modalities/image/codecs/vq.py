@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdiff.modalities.image.codec import finite
 from mdiff.modalities.image.codecs.networks.autoencoder import check_counts
 from mdiff.modalities.image.codecs.networks.fit import Training
 from mdiff.modalities.image.codecs.networks.learned import LearnedCodec, NetworkOptions
@@ -31,7 +32,7 @@ class VQ(LearnedCodec):
         rows = features.permute(0, 2, 3, 1)
         codes = rows.reshape(*rows.shape[:3], self.codes_per_position, self.code_width)
         unit = F.normalize(codes, dim=4)
-        ids = torch.einsum("bhwsd,skd->bhwsk", unit, self.codebook).argmax(-1)
+        ids = torch.einsum("bhwsd,skd->bhwsk", unit, finite(self.codebook)).argmax(-1)
         return ids[..., 0] if self.codes_per_position == 1 else ids
 
     def codes(self, ids: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mdiff.errors import ConfigError
 from mdiff.kernels.dense import rms_norm
+from mdiff.modalities.image.codec import finite
 
 # Pictures coded at a time: the finest level's features are what takes memory.
 CODED_AT_ONCE = 256
@@ -28,8 +29,8 @@ def scaled(images: Tensor) -> Tensor:
 
 
 def pixels(pictures: Tensor) -> Tensor:
-    """-1 to 1 as pixels 0 to 255 uint8, rounded."""
-    return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    """-1 to 1 as pixels 0 to 255 uint8, rounded; CheckpointError for NaN and infinities."""
+    return ((finite(pictures).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def levels_of(stride: int) -> int:

@@ -38,16 +38,26 @@ class Training:
 
     @classmethod
     def of(cls, options: Mapping[str, object]) -> Training:
-        """From options; ConfigError for one that is unknown or not a positive number."""
+        """From options; ConfigError for one that is unknown, or outside its `BOUNDS`."""
         known = [field.name for field in fields(cls)]
         given: dict[str, Any] = dict(options)
         for name, value in given.items():
             if name not in known:
                 raise ConfigError(f"unknown codec option {name!r}; {nearest(name, known)}")
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or value < 0 or (name in ("steps", "batch_size") and value < 1):
-                raise ConfigError(f"codec.{name}={value!r}: expected a positive number")
+            least, most = BOUNDS[name]
+            whole = type(least) is int
+            if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
+                kind = "a whole number" if whole else "a number"
+                raise ConfigError(f"codec.{name}={value!r}: expected {kind}, {least} to {most}")
         return cls(**given)
+
+    def check_finite(self, values: Tensor, when: str) -> None:
+        """Raise ConfigError, naming the rate, where training has diverged."""
+        if not bool(values.isfinite().all()):
+            raise ConfigError(
+                f"codec.lr={self.lr}: training diverged: values that are not finite after {when}; "
+                f"try a smaller rate, such as {PLAIN['lr']}"
+            )
 
     def rate(self, step: int) -> float:
         """The share of `lr` at step 0, 1, ...: up over a twentieth of the steps, then a cosine."""
@@ -60,6 +70,11 @@ class Training:
 
 
 PLAIN = asdict(Training())
+# The least and the most of each number, whole where its least is.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "steps": (1, 10**9), "batch_size": (1, 10**6), "lr": (1e-12, 1e38), "edges": (0.0, 1e6),
+    "commitment": (0.0, 1e6), "decay": (0.0, 1.0), "revive_below": (0.0, 1e6),
+}  # fmt: skip
 
 
 def fit_networks(
@@ -102,6 +117,7 @@ def fit_networks(
             error = back - batch
             value = error.abs().mean() + error.square().mean() + loss.sum()
             value = value + plan.edges * edge_error(error)
+            plan.check_finite(value.detach(), f"step {step} of {plan.steps}")
             optimizer.zero_grad()
             value.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)

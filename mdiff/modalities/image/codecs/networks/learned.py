@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from mdiff.modalities.image.codec import CODES_KEY, Report, check_ids, check_pictures
+from mdiff.modalities.image.codec import CODES_KEY, Report, check_ids, check_pictures, finite
 from mdiff.modalities.image.codecs.networks.autoencoder import (
     CODED_AT_ONCE,
     Decoder,
@@ -87,7 +87,7 @@ class LearnedCodec(nn.Module):
         """The ids (B, h, w[, n]) int64 of pictures uint8."""
         check_pictures(images, channels=self.channels, stride=self.stride)
         parts = torch.split(images, CODED_AT_ONCE)
-        return torch.cat([self.ids(self.encoder(scaled(some))) for some in parts])
+        return torch.cat([self.ids(finite(self.encoder(scaled(some)))) for some in parts])
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
@@ -105,6 +105,8 @@ class LearnedCodec(nn.Module):
         )  # fmt: skip
         self.learn(made)
         self.eval().requires_grad_(False)
+        for tensor in self.state().values():
+            self.options.training.check_finite(tensor, f"the {self.options.training.steps} steps")
         return self
 
     def config(self) -> dict[str, object]:

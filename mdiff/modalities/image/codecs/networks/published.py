@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import CONFIG, Fields
-from mdiff.modalities.image.codec import PUBLISHED_TENSORS, Report, check_ids, check_pictures
+from mdiff.modalities.image.codec import (
+    PUBLISHED_TENSORS,
+    Report,
+    check_ids,
+    check_pictures,
+    finite,
+)
 from mdiff.modalities.image.codecs.networks.fit import check_state
 from mdiff.modalities.image.codecs.networks.vqgan import (
     GROUPS,
@@ -97,7 +103,7 @@ class PublishedCodec(nn.Module):
         for some in self._parts(images, images.shape[2] * images.shape[3]):
             bright = some.to(own).float()
             bright = bright / 127.5 - 1 if self.signed else bright / 255
-            found.append(self.ids(self.latents(bright)).to(images.device))
+            found.append(self.ids(finite(self.latents(bright))).to(images.device))
         return torch.cat(found)
 
     @torch.no_grad()
@@ -107,7 +113,7 @@ class PublishedCodec(nn.Module):
         own = self.decoder.conv_out.weight.device
         made = []
         for some in self._parts(ids, ids.shape[1] * ids.shape[2] * self.stride**2):
-            pictures = self.pictures(self.codes(some.to(own)))
+            pictures = finite(self.pictures(self.codes(some.to(own))))
             bright = (pictures + 1) * 127.5 if self.signed else pictures * 255
             made.append(bright.round().clamp(0, 255).to(ids.device, torch.uint8))
         return torch.cat(made)
@@ -189,7 +195,7 @@ class VQGANCodec(PublishedCodec):
 
     def table(self) -> Tensor:
         """The codes (K, D)."""
-        return self.quantize.embedding.weight
+        return finite(self.quantize.embedding.weight)
 
     def ids(self, latents: Tensor) -> Tensor:
         """The nearest codes: the least |e|^2 - 2 z.e, in float32, of equals the lowest id."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdiff.kernels.dense import attend
+from mdiff.modalities.image.codec import finite
 
 GROUPS = 32
 EPSILON = 1e-6
@@ -134,10 +135,12 @@ class Attention(nn.Module):
         h: Tensor = self.norm(x)
         if self.linear:
             rows = h.flatten(2).mT[:, None]
-            mixed = attend(self.q(rows), self.k(rows), self.v(rows), None, causal=False)
+            query, key, value = (finite(each(rows)) for each in (self.q, self.k, self.v))
+            mixed = attend(query, key, value, None, causal=False)
             change: Tensor = self.proj_out(mixed[:, 0])
             return x + change.mT.view(x.shape)
-        query, key, value = (each(h).flatten(2).mT for each in (self.q, self.k, self.v))
+        # A softmax would take keys that are -inf for padding, and give finite values.
+        query, key, value = (finite(each(h)).flatten(2).mT for each in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(query, key, value)
         change = self.proj_out(mixed.mT.reshape(x.shape))
         return x + change
