@@ -273,6 +273,20 @@ def test_an_edit_keeps_what_is_outside_of_the_mask(pipeline: Pipeline) -> None:
     assert (before[:, 4:] == after[:, 4:]).all()
 
 
+def test_what_an_edit_makes_depends_on_the_surroundings(pipeline: Pipeline) -> None:
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (16, 16, 3)).astype(np.uint8) for _ in range(4)]
+    options: dict[str, Any] = {"given": {"caption": "cat"}, "steps": 4}
+    made = [pipeline.edit(each, "0:4,0:4", **options)[0] for each in pictures]
+    inside = {np.asarray(each.output)[:4, :4].tobytes() for each in made}
+    assert len(inside) == len(pictures)
+    codec = pipeline.modality.codec
+    ids = codec.encode(torch.from_numpy(pictures[0]).permute(2, 0, 1)[None]).flatten().tolist()
+    side = 16 // codec.stride
+    outside = [n for n in range(side**2) if n // side * codec.stride >= 4]
+    assert [made[0].tokens[n] for n in outside] == [ids[n] for n in outside]
+
+
 def test_the_command_line_generates_inspects_edits_and_evaluates(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,13 +103,11 @@ class Edits:
 def touched(codec: Codec, mask: Tensor) -> Tensor:
     """The positions (h, w) bool for which the encoder reads a pixel of `mask` (H, W) bool.
 
-    That is the position's own patch and the codec's `receptive_field_margin` around it.
+    That is the position's own patch and the codec's `receptive_field_margin` around it. Where the
+    encoder reads the whole picture it is the own patch alone, as in the published inpainting
+    pipelines: with all positions hidden, nothing of the surroundings would be given.
     """
-    margin = codec.receptive_field_margin
-    if margin is None:
-        height, width = mask.shape
-        shape = height // codec.stride, width // codec.stride
-        return mask.any().expand(shape).clone()
+    margin = codec.receptive_field_margin or 0
     padded = F.pad(mask[None, None].float(), (margin,) * 4)
     read = F.max_pool2d(padded, codec.stride + 2 * margin, stride=codec.stride)
     return read[0, 0] > 0

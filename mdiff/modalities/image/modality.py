@@ -85,8 +85,11 @@ class ImageModality(ImageCanvas):
         return canvas
 
     def condition(self, prompt: object = "") -> Mapping[str, int | Tensor]:
-        """The condition of a prompt: the label's number where labels are a condition."""
-        asked = self._asked(prompt)
+        """The condition of a prompt: the label's number where labels are a condition.
+
+        Of an item that is an image alone it is empty.
+        """
+        asked = self._asked(prompt) if isinstance(prompt, str | Mapping) else {}
         if not self.classes or "label" not in asked:
             return {}
         return {"label": self.label_id(asked["label"])}
@@ -119,10 +122,11 @@ class ImageModality(ImageCanvas):
         may = torch.zeros(self.length, dtype=torch.bool, device="cpu")
         each = touched(self.codec, region).flatten()
         may[self.span("image")] = each.repeat_interleave(self.codec.codes_per_position)
-        canvases = [
-            torch.where(hidden, self.space.mask_id, canvas).tolist()
-            for hidden in hidden_share(may, strength=strength, seeds=seeds)
-        ]
+        hidden = hidden_share(may, strength=strength, seeds=seeds)
+        canvases = torch.where(hidden, self.space.mask_id, canvas).tolist()
+        if not bool(hidden.any()):
+            # Nothing is regenerated: not one pixel is to pass through the codec.
+            return Edits(canvases, original, torch.zeros_like(region))
         return Edits(canvases, original, None if mask is None else region)
 
     def template(self, text: str) -> list[int]:

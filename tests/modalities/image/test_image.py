@@ -214,7 +214,9 @@ def test_only_tokens_that_read_the_mask_are_touched():
     spread = touched(Wide, box_mask("2:3,2:3", (6, 6)))
     assert spread.tolist() == [[True, True, False], [True, True, False], [False, False, False]]
     Wide.receptive_field_margin = None
-    assert bool(touched(Wide, box_mask("2:3,2:3", (6, 6))).all())
+    own = touched(Wide, box_mask("1:3,2:3", (6, 6)))
+    assert own.tolist() == [[False, True, False], [False, True, False], [False] * 3]
+    assert bool(touched(Wide, torch.ones(6, 6, dtype=torch.bool)).all())
 
 
 def test_an_edit_changes_no_pixel_outside_the_mask():
@@ -322,3 +324,17 @@ def test_a_trained_model_reads_held_out_pictures_alone():
         image(codec=levels(levels=4, step=60), size=SIZE, caption={"vocab_size": 257}).examples(
             held, split="all"
         )
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.001])
+@pytest.mark.parametrize("mask", [None, "8:24,8:24"])
+def test_where_no_token_is_regenerated_the_picture_stays_as_it_was(strength, mask):
+    medium = image(codec={"name": "vq", "stride": 2, "codebook_size": 8, "width": 8}, size=[32, 32])
+    model = Pipeline(
+        mdiff.from_logits(lambda tokens: torch.zeros(*tokens.shape, 8)), medium.space, medium
+    )
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    made = model.edit(picture, mask, strength=strength, num_samples=2)
+    assert all((np.asarray(each.output) == picture).all() for each in made)
+    changed = model.edit(picture, mask, strength=0.3, sampler="halton", steps=1)[0].output
+    assert (np.asarray(changed) != picture).any()
