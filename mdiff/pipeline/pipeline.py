@@ -29,7 +29,7 @@ from mdiff.pipeline.options import (
     repeated,
 )
 from mdiff.pipeline.saving import save_model
-from mdiff.pipeline.scoring import bound_of_rows, of_items, windows
+from mdiff.pipeline.scoring import bound_of_rows, items_of, of_items, windows
 from mdiff.sampling import Sampler, State, row_seeds
 
 if TYPE_CHECKING:
@@ -115,11 +115,12 @@ class Pipeline(Model):
         """`num_samples` versions of an image, regenerated where `mask` is true (None: everywhere).
 
         `mask` is (H, W) bool, or "ROWS,COLUMNS" half-open such as "8:24,8:24". Every token whose
-        encoder reads a pixel of the mask is generated, and the original pixels are put back
-        outside it, so that not one of them changes. `strength` in [0, 1] is the share of those
-        tokens that is hidden, an exact number of positions by each sample's seed: 1 regenerates
-        all of them. `given` are other parts, such as {"caption": "grinning face"}. The options
-        are those of `generate`, the length excepted.
+        encoder reads a pixel of the mask is generated (of an encoder that reads the whole picture,
+        every token whose own patch has one), and the original pixels are put back outside it, so
+        that not one of them changes. `strength` in [0, 1] is the share of those tokens that is
+        hidden, an exact number of positions by each sample's seed: 1 regenerates all of them, 0
+        gives the image back as it was. `given` are other parts, such as {"caption": "grinning
+        face"}. The options are those of `generate`, the length excepted.
 
         Raises ConfigError for a model without images or a strength outside [0, 1], DataError
         for an image or a mask that does not fit.
@@ -183,16 +184,18 @@ class Pipeline(Model):
         return generations(self, canvases, conditions, options)
 
     def score(
-        self, items: str | Mapping[str, object] | Sequence[object], *,
-        estimator: str | None = None, draws: int = 64, seed: int = 0, batch_size: int = 32,
+        self, items: object, *, estimator: str | None = None, draws: int = 64, seed: int = 0,
+        batch_size: int = 32,
     ) -> Bound:  # fmt: skip
         """The bound on -log p of each item, in nats, with its standard error, both (N,).
 
-        An item is what the modality encodes: a text, an image, or a mapping of all parts. One
-        longer than the window is scored in windows side by side. `estimator` is as in
-        `nll_bound`, by default "any_order", or "time" for a denoiser that uses the time.
+        `items` is one or several. An item is what the modality encodes: a text, an image (PIL, an
+        array or a path), or a mapping of all parts and of the label where that is a condition;
+        without a label the bound is the unconditional one. An item longer than the window is
+        scored in windows side by side. `estimator` is as in `nll_bound`, by default "any_order",
+        or "time" for a denoiser that uses the time.
         """
-        asked = listed(items)
+        asked = items_of(self.modality, items)
         rows = windows(self, asked)
         bound = bound_of_rows(
             self, rows, estimator=estimator, draws=draws, seed=seed, batch_size=batch_size
@@ -205,9 +208,9 @@ class Pipeline(Model):
     ) -> Tensor:  # fmt: skip
         """Features (N, D) float32 of items: the mean over their positions; see `features`.
 
-        An item is what the modality encodes, such as a text or an image, or a mapping of the
-        parts that it gives; what it does not give is hidden and in no mean. Tokens (N, L) int64
-        do as well; with `at` (N, L) bool, theirs at these positions alone, row-major.
+        An item is what the modality encodes, as in `score`, or a mapping of the parts that it
+        gives; what it does not give is hidden and in no mean. Tokens (N, L) int64 do as well; with
+        `at` (N, L) bool, theirs at these positions alone, row-major.
         """
         if isinstance(items, Tensor) and items.dtype == torch.int64:
             if at is not None:
@@ -216,7 +219,7 @@ class Pipeline(Model):
         elif at is not None:
             raise ConfigError("at: only tokens (N, L) int64 have positions to choose from")
         else:
-            rows = encoded(self, items if isinstance(items, list | tuple) else [items])
+            rows = encoded(self, items_of(self.modality, items))
         return features(
             self, rows, mask_ratio=mask_ratio, layer=layer, seed=seed, batch_size=batch_size
         )

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mdiff.errors import ConfigError
-from mdiff.modalities import Conditional, EndsText, HasParts
+from mdiff.modalities import Conditional, EndsText, HasParts, Modality, ShowsImages
 from mdiff.objective import Bound, hideable_positions, nll_bound
 from mdiff.pipeline.options import Model
 from mdiff.tokens import Batch, Windows, stack_conditions
 
 BATCH = 32
+# The last dimension of one image's array.
+CHANNELS = (1, 3, 4)
 Progress = Callable[[int, int], None]
+
+
+def items_of(modality: Modality, items: object) -> list[object]:
+    """The items as a list: a text, a mapping, an image and the array of one item are one of them.
+
+    Arrays of several images are (N, H, W) or (N, H, W, C), of several rows of ids (N, L).
+    """
+    one = isinstance(items, str | Mapping)
+    if isinstance(items, np.ndarray | Tensor):
+        one = items.ndim < 2
+        if isinstance(modality, ShowsImages):
+            one = items.ndim == 2 or (items.ndim == 3 and items.shape[2] in CHANNELS)
+    return [items] if one or not isinstance(items, Iterable) else list(items)
 
 
 class Rows(Protocol):
@@ -46,7 +62,8 @@ def windows(
         owner += [number] * (len(rows) - len(owner))
     cond: dict[str, Tensor] = {}
     if isinstance(modality, Conditional):
-        each = [modality.condition(item) for item in items]
+        # An item that names nothing is an image: a path would be taken for a prompt.
+        each = [modality.condition(item if isinstance(item, Mapping) else {}) for item in items]
         cond = stack_conditions([each[number] for number in owner], modality.null_condition)
     return Windows(rows, owner, model.space, cond)
 

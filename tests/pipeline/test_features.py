@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from toys import HashDenoiser
 
+import mdiff
 from mdiff.backbones.transformer import transformer
 from mdiff.errors import ConfigError, DataError
 from mdiff.modalities.text.modality import text
@@ -141,3 +144,43 @@ def test_features_refuse_invalid_arguments():
         features(pipeline, [])
     with pytest.raises(ConfigError, match="no features"):
         features(Pipeline(HashDenoiser(SPACE), SPACE, modality=None), rows)
+
+
+# Images as items, where labels are a condition.
+
+
+def forms_of(pixels):
+    """One image in every form that it may be given in."""
+    return {
+        "array": pixels, "channels last": pixels[..., None], "tensor": torch.from_numpy(pixels),
+        "image": Image.fromarray(pixels), "mapping": {"image": pixels},
+        "colour": np.stack([pixels] * 3, 2),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fashion():
+    return mdiff.load("builtin:fashion")
+
+
+@pytest.mark.parametrize("form", forms_of(np.zeros((1, 1), np.uint8)))
+def test_an_image_scores_alone_in_a_list_and_in_an_array_without_its_label(fashion, form, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 17, (28, 28), dtype=np.uint8) * 15
+    item = forms_of(pixels)[form]
+    expected = fashion.score([{"image": pixels}], draws=2).nats
+    assert torch.equal(fashion.score(item, draws=2).nats, expected)
+    assert torch.equal(fashion.score([item], draws=2).nats, expected)
+    several = fashion.score([item, {"image": pixels, "label": 3}], draws=2).nats
+    assert several[0] == expected[0] != several[1]
+    assert torch.equal(fashion.features(item), fashion.features([{"image": pixels}]))
+
+
+def test_a_path_is_an_image_and_an_array_may_hold_several(fashion, tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 17, (2, 28, 28), dtype=np.uint8) * 15
+    Image.fromarray(pixels[0]).save(tmp_path / "x.png")
+    expected = fashion.score(list(pixels), draws=2).nats
+    assert torch.equal(fashion.score(pixels, draws=2).nats, expected)
+    for path in (tmp_path / "x.png", str(tmp_path / "x.png")):
+        assert torch.equal(fashion.score(path, draws=2).nats, expected[:1])
+        assert fashion.features(path).shape == (1, 192)
+    assert torch.equal(fashion.features(pixels), fashion.features(list(pixels)))
