@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # More threads than cores make small models many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all faults zero check figures rooms gpu clean
+.PHONY: demo test test-all faults check figures rooms gpu clean
 
 demo: $(READY)
 	$(BIN)/mdiff demo
@@ -21,12 +21,6 @@ test-all: $(READY)
 faults: $(READY)
 	rm -f faults.jsonl
 	MDIFF_FIGURES=faults.jsonl $(BIN)/python -m pytest -m "not gpu" tests/faults
-
-# ZeRO-3 for real, in an environment of its own: its extra, and the tests that start it.
-zero:
-	$(MAKE) VENV=.venv-zero .venv-zero/.ready
-	DS_BUILD_OPS=0 .venv-zero/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed]'
-	.venv-zero/bin/python -m pytest tests/training/test_zero.py
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -56,4 +50,4 @@ $(READY): pyproject.toml constraints.txt kernels/onepass.c
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .venv-zero build dist kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

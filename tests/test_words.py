@@ -26,7 +26,7 @@ def test_the_word_is_not_used(word):
         ("push", "Push(scale=2)", True),
         ("push", "pushing on", False),
         ("sees", "a row sees the others", True),
-        ("sees", "see `Placement`", False),
+        ("sees", "see `Denoiser`", False),
         ("patience", "--patience SECONDS", True),
     ],
 )

@@ -55,6 +55,8 @@ class MaskedLM(nn.Module):
         self.window = self.max_length
         accepted = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in accepted
+        # Classes of its layers, which are sharded one by one.
+        self.no_split = tuple(model._no_split_modules or ())
         if "attention_mask" not in accepted:
             raise ConfigError(f"{type(model).__name__} takes no attention mask: padding would leak")
 

@@ -28,6 +28,7 @@ from mdiff.denoiser.protocol import HasCost as HasCost
 from mdiff.denoiser.protocol import HasDevice as HasDevice
 from mdiff.denoiser.protocol import HasFeatures as HasFeatures
 from mdiff.denoiser.protocol import HasHead as HasHead
+from mdiff.denoiser.protocol import HasLayers as HasLayers
 from mdiff.denoiser.protocol import HasRowCost as HasRowCost
 from mdiff.denoiser.protocol import RowBound as RowBound
 from mdiff.denoiser.protocol import Rows as Rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, _ProtocolMeta, runtime_checkable
 
@@ -136,6 +136,14 @@ class HasDevice(Protocol, metaclass=_Capability):
 
     @property
     def main_device(self) -> torch.device | None: ...
+
+
+@runtime_checkable
+class HasLayers(Protocol, metaclass=_Capability):
+    """A model with layers of the classes named `no_split`: each stays on one device, or shards."""
+
+    @property
+    def no_split(self) -> Sequence[str]: ...
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import TypeVar
@@ -23,9 +23,8 @@ from mdiff.tokens import Examples, TokenSpace
 from mdiff.training.batches import StepRows
 from mdiff.training.optim import AveragedWeights, optimizers
 from mdiff.training.recipe import Part, Recipe
-from mdiff.training.state import Placement, TorchPlacement
+from mdiff.training.state import parameters
 from mdiff.training.step import LossOf, Stepper
-from mdiff.training.zero import ZeroAccelerator, refuse
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
@@ -42,7 +41,7 @@ class Run:
     examples: Examples
     space: TokenSpace
     backbone: nn.Module
-    placement: Placement
+    optimizers: list[torch.optim.Optimizer]
     averaged: AveragedWeights | None
     rows: StepRows
     stepper: Stepper
@@ -50,8 +49,6 @@ class Run:
 
 def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     """The parts of a run, the model with its initial weights by the seed."""
-    if isinstance(accelerator, ZeroAccelerator):
-        refuse(recipe.train)
     noise = recipe.objective.schedule
     schedule = named_schedule(noise.name, **noise.options)
     modality: Modality = _part(find("modalities", recipe.modality.name), recipe.modality)
@@ -68,12 +65,13 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
     backbone = accelerator.unwrap_model(prepared).backbone
     if recipe.train.compile:
         backbone.compile()
-    placement = _placement(accelerator, backbone, stepped)
+    # Inside accelerate's: their states are saved.
+    plain = [o.optimizer if isinstance(o, AcceleratedOptimizer) else o for o in stepped]
     decay = recipe.train.ema
-    averaged = None if decay is None else AveragedWeights(placement.parts(), decay=decay)
+    averaged = None if decay is None else AveragedWeights(parameters(backbone), decay=decay)
     return Run(
-        recipe, accelerator, modality, examples, modality.space, backbone, placement, averaged,
-        rows, Stepper(accelerator, prepared, rows, placement, stepped, averaged, recipe),
+        recipe, accelerator, modality, examples, modality.space, backbone, plain, averaged,
+        rows, Stepper(accelerator, prepared, rows, stepped, averaged, recipe),
     )  # fmt: skip
 
 
@@ -100,16 +98,6 @@ def _loss(recipe: Recipe, modality: Modality, examples: Examples, schedule: Sche
     return LossOf(
         backbone, recipe, space=space, schedule=schedule, null_condition=null, given=given
     )
-
-
-def _placement(
-    accelerator: Accelerator, backbone: nn.Module, stepped: Sequence[torch.optim.Optimizer]
-) -> Placement:
-    """Where the accelerator put the parameters, and their optimisers' states."""
-    if isinstance(accelerator, ZeroAccelerator):
-        return accelerator.placement(backbone)
-    plain = [o.optimizer if isinstance(o, AcceleratedOptimizer) else o for o in stepped]
-    return TorchPlacement(backbone, plain)
 
 
 def _of_modality(modality: Modality) -> dict[str, object]:

@@ -30,8 +30,9 @@ from mdiff.files import (
 )
 from mdiff.pipeline import write_pipeline
 from mdiff.training.build import Run
+from mdiff.training.processes import on_main
 from mdiff.training.recipe import differences, parse_recipe
-from mdiff.training.state import model_weights, restore
+from mdiff.training.state import check, model_weights, restore
 
 # Of training.json.
 FORMAT = 1
@@ -136,7 +137,14 @@ def resume_from(run: Run, source: Path) -> int:
             f"the data is not that of {source}: {rows} rows with digest {fingerprint[:12]} -> "
             f"{len(run.examples)} rows with digest {run.examples.fingerprint[:12]}"
         )
-    restore(read_tensors(source / TENSORS), run.backbone, run.placement, run.averaged)
+    tensors: dict[str, Tensor] = {}
+
+    def read() -> None:
+        tensors.update(read_tensors(source / TENSORS))
+        check(tensors, run.backbone, run.optimizers, run.averaged)
+
+    on_main(run.accelerator, read)
+    restore(tensors, run.backbone, run.optimizers, run.averaged)
     return int(step)
 
 

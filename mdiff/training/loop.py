@@ -10,11 +10,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-import accelerate
-import torch
 from accelerate import Accelerator
 
-from mdiff.errors import DataError, MdiffError
+from mdiff.errors import DataError
 from mdiff.files import locked, step_path, sweep
 from mdiff.training.async_save import Writer
 from mdiff.training.build import Run, build_run
@@ -25,9 +23,9 @@ from mdiff.training.checkpoint import (
     write_checkpoint,
 )
 from mdiff.training.log import Journal, to_stderr
+from mdiff.training.processes import on_main, started
 from mdiff.training.recipe import Recipe
-from mdiff.training.state import capture
-from mdiff.training.zero import ZeroAccelerator, zero_was_asked_for
+from mdiff.training.state import capture, is_sharded
 
 
 def train(
@@ -46,11 +44,7 @@ def train(
     SIGTERM, once the checkpoint is complete.
     """
     out = Path(out)
-    kind = ZeroAccelerator if zero_was_asked_for() else Accelerator
-    # With `cpu` set, processes without a GPU find each other under any launcher (by gloo).
-    accelerator = kind(mixed_precision="no", cpu=not torch.accelerator.is_available())
-    # A launcher's file may set it; the recipe's micro-batches are the only accumulation here.
-    accelerator.gradient_accumulation_steps = 1
+    accelerator = started()
     path, interrupted = _train(recipe, out, accelerator, resume=resume, report=report)
     # Gloo's threads abort a process that ends while anything still refers to its group.
     accelerator.free_memory()
@@ -67,11 +61,11 @@ def _train(
 ) -> tuple[Path, bool]:  # fmt: skip
     """The last checkpoint, and whether the run was interrupted before its last step."""
     with ExitStack() as stack:
-        _on_main(accelerator, lambda: _claim(stack, out))
+        on_main(accelerator, lambda: _claim(stack, out))
         source = checkpoint_to_resume(out, resume)
         run = build_run(recipe, accelerator)
         start = 0 if source is None else resume_from(run, source)
-        _on_main(accelerator, lambda: clear_later_steps(out, start, report))
+        on_main(accelerator, lambda: clear_later_steps(out, start, report))
         if source is not None and start >= recipe.train.steps:
             if accelerator.is_main_process:
                 report(f"step {start} of {recipe.train.steps} is done: nothing to train")
@@ -111,7 +105,7 @@ def _loop(
             path = _save(run, out, number, writer)
         if outcome.stop:
             break
-    _on_main(run.accelerator, writer.finish)
+    on_main(run.accelerator, writer.finish)
     return path, number < settings.steps
 
 
@@ -120,15 +114,13 @@ def _save(run: Run, out: Path, number: int, writer: Writer) -> Path:
 
     Waits for the save before, and raises that one's exception, in every process.
     """
-    _on_main(run.accelerator, writer.finish)
-    state = writer.state = capture(
-        run.backbone, run.placement, run.averaged, keep=run.accelerator.is_main_process,
-        into=writer.state,
-    )  # fmt: skip
+    on_main(run.accelerator, writer.finish)
+    state = writer.state = capture(run.backbone, run.optimizers, run.averaged, into=writer.state)
     if run.accelerator.is_main_process:
         writer.begin(lambda: write_checkpoint(run, out, number, state))
-    if not run.placement.allows_async_save:
-        _on_main(run.accelerator, writer.finish)
+    # The writer reads the module's structure; FSDP2 replaces a layer's parameters in a forward.
+    if is_sharded(run.backbone):
+        on_main(run.accelerator, writer.finish)
     return step_path(out, number)
 
 
@@ -136,22 +128,6 @@ def _claim(stack: ExitStack, out: Path) -> None:
     """Lock `out` until the stack closes, and remove the temporary files of killed runs."""
     stack.enter_context(locked(out))
     sweep(out)
-
-
-def _on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Do `work` on the main process while the others wait; where it fails, all fail."""
-    error: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            work()
-        except Exception as caught:
-            error = caught
-    failed = torch.tensor([float(error is not None)], device=accelerator.device)
-    failures = float(accelerator.reduce(failed, "sum"))
-    if error is not None:
-        raise error
-    if failures:
-        raise MdiffError("the main process failed; its message says why")
 
 
 @contextmanager
@@ -174,8 +150,3 @@ def _signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return bool(accelerate.PartialState().is_main_process)

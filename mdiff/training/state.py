@@ -1,106 +1,123 @@
-"""The training state of a checkpoint: weights, averages and optimiser states, whole on the CPU."""
+"""The training state of a checkpoint: weights, averages and optimiser states, whole on the CPU.
+
+torch.distributed.checkpoint gathers tensors that are sharded over processes, and shards whole
+ones again; tensors that are not sharded pass through it alike. Names are flat:
+`weights/NAME`, `averaged/NAME` and `optim/INDEX/NAME/KEY` by the optimiser's number, the
+parameter and the optimiser's key.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    ValueType,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
 from mdiff.errors import CheckpointError
 from mdiff.training.optim import AveragedWeights
 
+Optimizers = Sequence[torch.optim.Optimizer]
 
-class Placement(Protocol):
-    """The parameters of a model and the states of its optimisers, sharded over processes or not.
 
-    A *part* is this process's shard of a tensor, all of it where tensors are not sharded. Names
-    are the model's; states are named INDEX/NAME/KEY by the optimiser's number, the parameter and
-    the optimiser's key.
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name, each once, as a state dict names them."""
+    first: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, nn.Parameter):
+            first.setdefault(id(tensor), (name, tensor))
+    return dict(first.values())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the parameters are sharded over processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def capture(
+    model: nn.Module, optimizers: Optimizers, averaged: AveragedWeights | None,
+    *, into: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Copies of the weights, their averages and the optimisers' states, by flat names.
+
+    All processes must call this; the result of all but the first is empty. `into` is the result
+    of an earlier call, whose memory is overwritten: allocating takes twice as long as copying.
     """
-
-    @property
-    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
-        """The optimisers, which states name by their number."""
-
-    @property
-    def allows_async_save(self) -> bool:
-        """Whether another thread may read the module's structure (no values) during a step."""
-
-    def parts(self) -> dict[str, Tensor]:
-        """The part of every parameter, by name; steps write to it in place."""
-
-    def shape(self, name: str) -> torch.Size:
-        """The shape of a whole parameter."""
-
-    def whole(self, name: str, part: Tensor, *, into: Tensor | None) -> Tensor:
-        """A copy on the CPU of the whole tensor of a `part`; see `copied`.
-
-        It is sharded as parameter `name` is. All processes must call this.
-        """
-
-    def cut(self, name: str, whole: Tensor) -> Tensor:
-        """The part of a tensor of parameter `name`'s shape, on its device."""
-
-    def load(self, wholes: dict[str, Tensor]) -> None:
-        """Set every parameter to a whole value."""
-
-    def states(self) -> dict[str, Tensor]:
-        """The parts of the optimisers' states; a scalar is whole."""
-
-    def load_states(self, wholes: dict[str, Tensor]) -> None:
-        """Restore whole states; CheckpointError, with nothing changed, where they do not fit."""
+    live = dict(_live(model, averaged)) | dict(_states(model, optimizers))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = cast(dict[str, Tensor], get_model_state_dict(_numbered(live.values()), options=options))
+    # What a GPU held is new memory already.
+    memory = into or {}
+    return {
+        name: copied(tensor, into=memory.get(name)) if live[name].is_cpu else tensor
+        for name, tensor in zip(live, whole.values())
+    }
 
 
-class TorchPlacement:
-    """A `Placement` of plain tensors, or of DTensors as FSDP2 makes them."""
+def check(
+    tensors: Mapping[str, Tensor], model: nn.Module, optimizers: Optimizers,
+    averaged: AveragedWeights | None,
+) -> None:  # fmt: skip
+    """Raise CheckpointError unless the result of `capture` fits, here or of another sharding."""
+    live = dict(_live(model, averaged))
+    stated = {name for name in tensors if name.startswith("optim/")}
+    for name in sorted(live.keys() ^ (tensors.keys() - stated)):
+        where = "is not in the checkpoint" if name in live else "is not in this model"
+        raise CheckpointError(f"training state: {name!r} {where}")
+    for name, here in live.items():
+        got = tensors[name]
+        if got.shape != here.shape or got.dtype != here.dtype:
+            raise CheckpointError(
+                f"training state: {name!r} is {tuple(got.shape)} {got.dtype}, expected "
+                f"{tuple(here.shape)} {here.dtype}"
+            )
+    named = parameters(model)
+    for name in stated:
+        number, owner, _ = _state_name(name)
+        if not number.isdecimal() or int(number) >= len(optimizers) or owner not in named:
+            raise CheckpointError(f"training state: {name!r} belongs to no parameter here")
+        if tensors[name].dim() and tensors[name].shape != named[owner].shape:
+            raise CheckpointError(
+                f"training state: {name!r} has shape {tuple(tensors[name].shape)}"
+            )
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        self.model, self.optimizers = model, optimizers
 
-    @property
-    def allows_async_save(self) -> bool:
-        # FSDP2 replaces a layer's parameters by whole ones during a forward.
-        return not any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+def restore(
+    tensors: Mapping[str, Tensor], model: nn.Module, optimizers: Optimizers,
+    averaged: AveragedWeights | None,
+) -> None:  # fmt: skip
+    """Set weights, averages and states to what the first process has in `tensors`, checked.
 
-    def parts(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())
-
-    def shape(self, name: str) -> torch.Size:
-        return self.model.get_parameter(name).shape
-
-    def whole(self, name: str, part: Tensor, *, into: Tensor | None) -> Tensor:
-        part = part.detach()
-        return copied(part.full_tensor() if isinstance(part, DTensor) else part, into=into)
-
-    def cut(self, name: str, whole: Tensor) -> Tensor:
-        like = self.model.get_parameter(name)
-        if isinstance(like, DTensor):
-            return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
-        return whole.to(like.device)
-
-    @torch.no_grad()
-    def load(self, wholes: dict[str, Tensor]) -> None:
-        for name, parameter in self.parts().items():
-            parameter.copy_(self.cut(name, wholes[name]))
-
-    def states(self) -> dict[str, Tensor]:
-        names = {id(parameter): name for name, parameter in self.parts().items()}
-        return {
-            f"{index}/{names[id(parameter)]}/{key}": value
-            for index, optimizer in enumerate(self.optimizers)
-            for parameter, state in optimizer.state.items()
-            for key, value in state.items()
-        }
-
-    def load_states(self, wholes: dict[str, Tensor]) -> None:
-        for name, tensor in wholes.items():
-            index, owner, key = state_name(name)
-            # AdamW keeps its scalar step count on the CPU, wherever the parameter is.
-            value = self.cut(owner, tensor) if tensor.dim() else tensor
-            self.optimizers[index].state[self.model.get_parameter(owner)][key] = value
+    All processes must call this; the `tensors` of the others are not read.
+    """
+    described = [[(name, t.dim(), t.dtype) for name, t in tensors.items()]]
+    shared = dist.is_initialized()
+    if shared:
+        dist.broadcast_object_list(described)
+    named = parameters(model)
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    for name, dim, dtype in described[0]:
+        if name.startswith("optim/"):
+            number, owner, key = _state_name(name)
+            # AdamW keeps its scalar count of steps on the CPU, wherever the parameter is.
+            like = named[owner] if dim else torch.empty(())
+            state = optimizers[int(number)].state[named[owner]]
+            state[key] = torch.zeros_like(like, dtype=dtype)
+    live = dict(_live(model, averaged)) | dict(_states(model, optimizers))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=shared)
+    wholes: dict[str, ValueType] = (
+        {str(i): tensors[name] for i, name in enumerate(live)} if tensors else {}
+    )
+    set_model_state_dict(_numbered(live.values()), wholes, options=options)
 
 
 def copied(tensor: Tensor, *, into: Tensor | None) -> Tensor:
@@ -111,83 +128,12 @@ def copied(tensor: Tensor, *, into: Tensor | None) -> Tensor:
     return tensor.to("cpu", copy=True).contiguous()
 
 
-def state_name(name: str) -> tuple[int, str, str]:
-    """The optimiser's number, the parameter and the key of a state.
-
-    >>> state_name("0/head.weight/exp_avg")
-    (0, 'head.weight', 'exp_avg')
-    """
-    index, _, rest = name.partition("/")
-    owner, _, key = rest.rpartition("/")
-    return int(index), owner, key
-
-
-def capture(
-    model: nn.Module, placement: Placement, averaged: AveragedWeights | None,
-    *, keep: bool = True, into: dict[str, Tensor] | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Copies of the weights, their averages and the optimisers' state, by flat names.
-
-    `weights/NAME`, `averaged/NAME`, `optim/INDEX/NAME/KEY`, whole also where they are sharded
-    over processes, all of which must call this; without `keep` the result is empty. `into` is
-    the result of an earlier call, whose memory is overwritten: allocating takes twice as long
-    as copying.
-    """
-    # Each with the parameter that it is sharded as; None is whole already.
-    parts: dict[str, tuple[str | None, Tensor]] = {}
-    for name, part in placement.parts().items():
-        parts[f"weights/{name}"] = (name, part)
-    for name, buffer in _buffers(model).items():
-        parts[f"weights/{name}"] = (None, buffer)
-    for name, part in averaged.tensors.items() if averaged is not None else ():
-        parts[f"averaged/{name}"] = (name, part)
-    for name, part in placement.states().items():
-        parts[f"optim/{name}"] = (state_name(name)[1] if part.dim() else None, part)
-    memory = into or {}
-    kept = {}
-    for name, (like, part) in parts.items():
-        if like is not None:
-            part = placement.whole(like, part, into=memory.get(name))
-        elif keep:
-            part = copied(part, into=memory.get(name))
-        if keep:
-            kept[name] = part
-    return kept
-
-
-def restore(
-    tensors: dict[str, Tensor], model: nn.Module, placement: Placement,
-    averaged: AveragedWeights | None,
-) -> None:  # fmt: skip
-    """Restore the result of `capture`, of this or another placement.
-
-    Raises CheckpointError, with nothing changed, where it does not fit.
-    """
-    parts, buffers = placement.parts(), _buffers(model)
-    shapes = {name: placement.shape(name) for name in parts}
-    expected = {f"weights/{name}": (b.shape, b.dtype) for name, b in buffers.items()}
-    expected |= {f"weights/{name}": (shapes[name], part.dtype) for name, part in parts.items()}
-    if averaged is not None:
-        for name, part in averaged.tensors.items():
-            expected[f"averaged/{name}"] = (shapes[name], part.dtype)
-    states = {n.removeprefix("optim/"): t for n, t in tensors.items() if n.startswith("optim/")}
-    _check(expected, {n: t for n, t in tensors.items() if not n.startswith("optim/")})
-    _check_states(shapes, len(placement.optimizers), states)
-    placement.load_states(states)
-    placement.load({name: tensors[f"weights/{name}"] for name in parts})
-    with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(tensors[f"weights/{name}"])
-        for name, part in averaged.tensors.items() if averaged is not None else ():
-            part.copy_(placement.cut(name, tensors[f"averaged/{name}"]))
-
-
 def model_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict to publish from a captured `state`: averaged weights where there are any.
 
     Names that share a parameter (a tied head) share the tensor.
     """
-    first = {id(p): name for name, p in model.named_parameters()}
+    first = {id(parameter): name for name, parameter in parameters(model).items()}
     published = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         source = first.get(id(tensor), name)
@@ -195,34 +141,43 @@ def model_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     return {name: tensor for name, tensor in published.items() if tensor is not None}
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are saved, by name; they are never sharded."""
-    saved = model.state_dict(keep_vars=True).items()
-    return {name: t for name, t in saved if not isinstance(t, nn.Parameter)}
+def _live(model: nn.Module, averaged: AveragedWeights | None) -> Iterator[tuple[str, Tensor]]:
+    """The weights, the saved buffers and the averages themselves, sharded or not."""
+    for name, parameter in parameters(model).items():
+        yield f"weights/{name}", parameter.detach()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, nn.Parameter):
+            yield f"weights/{name}", tensor
+    for name, tensor in averaged.tensors.items() if averaged is not None else ():
+        yield f"averaged/{name}", tensor
 
 
-def _check_states(
-    shapes: dict[str, torch.Size], optimizers: int, states: dict[str, Tensor]
-) -> None:
-    """Raise CheckpointError unless every state is of an optimiser and a parameter that exist."""
-    for name, tensor in states.items():
-        number, _, rest = name.partition("/")
-        owner = rest.rpartition("/")[0]
-        if not number.isdecimal() or int(number) >= optimizers or owner not in shapes:
-            raise CheckpointError(f"training state: 'optim/{name}' belongs to no parameter here")
-        if tensor.dim() and tensor.shape != shapes[owner]:
-            raise CheckpointError(f"training state: 'optim/{name}' has shape {tuple(tensor.shape)}")
+def _states(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, Tensor]]:
+    """The optimisers' states themselves.
+
+    Not by torch's `get_optimizer_state_dict`: where no step was taken it takes one.
+    """
+    names = {id(parameter): name for name, parameter in parameters(model).items()}
+    for index, optimizer in enumerate(optimizers):
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                yield f"optim/{index}/{names[id(parameter)]}/{key}", value
 
 
-def _check(expected: dict[str, tuple[torch.Size, torch.dtype]], tensors: dict[str, Tensor]) -> None:
-    """Raise CheckpointError unless names, shapes and types are the same."""
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        where = "is not in the checkpoint" if name in expected else "is not in this model"
-        raise CheckpointError(f"training state: {name!r} {where}")
-    for name, (shape, dtype) in expected.items():
-        got = tensors[name]
-        if got.shape != shape or got.dtype != dtype:
-            raise CheckpointError(
-                f"training state: {name!r} is {tuple(got.shape)} {got.dtype}, expected "
-                f"{tuple(shape)} {dtype}"
-            )
+def _state_name(name: str) -> tuple[str, str, str]:
+    """The optimiser's number, the parameter and the key of a state.
+
+    >>> _state_name("optim/0/head.weight/exp_avg")
+    ('0', 'head.weight', 'exp_avg')
+    """
+    number, _, rest = name.removeprefix("optim/").partition("/")
+    owner, _, key = rest.rpartition("/")
+    return number, owner, key
+
+
+def _numbered(tensors: Iterable[Tensor]) -> nn.Module:
+    """A module with these tensors as its state, named 0, 1, ...: names of a module have no dots."""
+    module = nn.Module()
+    for number, tensor in enumerate(tensors):
+        module.register_buffer(str(number), tensor)
+    return module

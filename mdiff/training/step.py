@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mdiff.denoiser import Condition, Denoiser
+from mdiff.denoiser import Condition, Denoiser, HasLayers
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.objective import (
@@ -27,7 +28,7 @@ from mdiff.tokens import Batch, TokenSpace
 from mdiff.training.batches import MicroBatch, StepRows
 from mdiff.training.optim import AveragedWeights, rate_at
 from mdiff.training.recipe import Recipe
-from mdiff.training.state import Placement
+from mdiff.training.state import parameters
 
 
 class LossOf(nn.Module):
@@ -54,6 +55,18 @@ class LossOf(nn.Module):
             raise ConfigError(
                 f"objective.cond_drop={objective.cond_drop}: this model has no condition"
             )
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of layers that accelerate gathers one by one under FSDP2.
+
+        Those that share a parameter with the rest of the model (a tied embedding) are left to it.
+        """
+        named = self.backbone.no_split if isinstance(self.backbone, HasLayers) else ()
+        layers = [(type(m).__name__, m) for m in self.modules() if type(m).__name__ in named]
+        uses = _uses(self)
+        tied = {kind for kind, layer in layers if not _uses(layer).items() <= uses.items()}
+        return sorted({kind for kind, _ in layers} - tied)
 
     def may_hide(self, batch: Batch, *, sample: Tensor, seed: int) -> Tensor | None:
         """The positions (B, L) bool that these rows may hide; None is all."""
@@ -103,6 +116,11 @@ class LossOf(nn.Module):
         return weight.clamp(max=objective.max_weight)
 
 
+def _uses(module: nn.Module) -> Counter[int]:
+    """How many names each parameter has within a module, by its id."""
+    return Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+
+
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device."""
 
@@ -147,14 +165,14 @@ class Stepper:
     """Runs steps of one recipe on this process; see `step`."""
 
     def __init__(
-        self, accelerator: Accelerator, loss_of: nn.Module, rows: StepRows, placement: Placement,
+        self, accelerator: Accelerator, loss_of: nn.Module, rows: StepRows,
         optimizers: Sequence[torch.optim.Optimizer], averaged: AveragedWeights | None,
         recipe: Recipe,
     ) -> None:  # fmt: skip
-        self.accelerator, self.loss_of, self.placement = accelerator, loss_of, placement
+        self.accelerator, self.loss_of, self.recipe = accelerator, loss_of, recipe
         self.rows, self.optimizers, self.averaged = rows, optimizers, averaged
-        self.recipe = recipe
         self.whole: LossOf = accelerator.unwrap_model(loss_of)
+        self.parameters = parameters(self.whole.backbone)
 
     def step(self, number: int, rows: list[MicroBatch], *, stopping: Callable[[], bool]) -> Outcome:
         """One step on the global batch: the same update however its rows are split.
@@ -233,4 +251,4 @@ class Stepper:
                 group["lr"] = group["initial_lr"] * rate
             optimizer.step()
         if self.averaged is not None:
-            self.averaged.update(self.placement.parts(), step=number)
+            self.averaged.update(self.parameters, step=number)

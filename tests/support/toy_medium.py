@@ -76,6 +76,7 @@ class ToyBackbone(nn.Module):
     """An embedding, a mean over the row, two layers with dropout, a head."""
 
     uses_time = False
+    no_split = ("Sequential",)
 
     def __init__(self, vocab_size: int, width: int, dropout: float) -> None:
         super().__init__()

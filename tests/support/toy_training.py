@@ -14,7 +14,7 @@ QUIET = {"report": lambda line: None}
 
 
 def recipe(**values):
-    """A toy recipe; keys are train's, or SECTION__KEY."""
+    """A toy recipe; keys are train's, or SECTION__KEY; `model` is a whole section."""
     content = {
         "data": {"length": 6, "count": 20, "ragged": True},
         "modality": {"name": "toy_medium:marks"},
@@ -23,6 +23,7 @@ def recipe(**values):
         "train": {"steps": 8, "batch_size": 8, "save_every": 3, "keep": None, "ema": 0.9},
         "log": {"every": 3},
     }
+    content["model"] = values.pop("model", content["model"])
     for key, value in values.items():
         section, _, name = key.rpartition("__")
         content.setdefault(section or "train", {})[name] = value

@@ -1,8 +1,8 @@
 """Run under a launcher: a training whose processes write down what each of them does.
 
-`watched_run.py OUT NOTES SETTINGS` leaves NOTES/RANK.json: for each step the rows, epochs and
-ids within the batch that the process trained on, and their times; and the paths that it made,
-wrote, moved or removed below OUT.
+`watched_run.py SETTINGS OUT RESUME OUT RESUME ...` leaves OUT-RANK.json of each run: for each step
+the rows, epochs and ids within the batch that the process trained on, and their times; and the
+paths that it made, wrote, moved or removed below OUT.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import toy_medium
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from toy_training import recipe
 
 from mdiff.training.loop import train
@@ -61,13 +61,18 @@ def watch_files(out, changed):
     sys.addaudithook(hear)
 
 
-def main(out, notes, settings):
-    steps, changed = [], []
-    watch_rows(steps)
-    watch_files(out, changed)
-    train(recipe(**json.loads(settings)), out, report=lambda line: None)
-    rank = PartialState().process_index
-    Path(notes, f"{rank}.json").write_text(json.dumps({"steps": steps, "changed": changed}))
+def main(settings, *runs):
+    # One group of processes serves all runs.
+    Accelerator.end_training = lambda self: None
+    originals = toy_medium.ToyRows.batch, Stepper.step, LossOf.times
+    for out, resume in zip(runs[::2], runs[1::2]):
+        steps, changed = [], []
+        watch_rows(steps)
+        watch_files(f"{out}/", changed)
+        train(recipe(**json.loads(settings)), out, resume=resume, report=lambda line: None)
+        toy_medium.ToyRows.batch, Stepper.step, LossOf.times = originals
+        notes = json.dumps({"steps": steps, "changed": changed})
+        Path(f"{out}-{PartialState().process_index}.json").write_text(notes)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -109,23 +108,29 @@ BY_TWO = {
 
 
 @pytest.fixture(scope="module")
-def by_two(tmp_path_factory):
-    """A run of two processes, and what each of them noted of it; see watched_run.py."""
+def twice(tmp_path_factory):
+    """A run of two processes and one from its step 25 on, each with what its processes noted."""
     folder = tmp_path_factory.mktemp("by_two")
-    return folder / "run", launched_by_two(folder / "run", folder)
-
-
-def launched_by_two(out, notes):
-    """Train in `out` with two processes; what each of them noted in the folder `notes`."""
+    run, again = folder / "run", folder / "again"
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
          str(ACCELERATE / "cpu.yaml"), "--main_process_port", "0",
-         str(SUPPORT / "watched_run.py"), str(out), str(notes), json.dumps(BY_TWO)],
+         str(SUPPORT / "watched_run.py"), json.dumps(BY_TWO), str(run), "none", str(again),
+         str(step_path(run, 25))],
         capture_output=True, text=True, timeout=400, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return [json.loads((notes / f"{rank}.json").read_text()) for rank in range(2)]
+    return [
+        (out, [json.loads(out.with_name(f"{out.name}-{rank}.json").read_text()) for rank in (0, 1)])
+        for out in (run, again)
+    ]
+
+
+@pytest.fixture
+def by_two(twice):
+    """The run of two processes, and what each of them noted of it; see watched_run.py."""
+    return twice[0]
 
 
 def test_two_processes_give_what_one_gives_and_one_continues_for_them(tmp_path, by_two):
@@ -143,11 +148,8 @@ def test_two_processes_give_what_one_gives_and_one_continues_for_them(tmp_path, 
     assert largest_difference(tensors(one), tensors(fewer)) < 1e-9
 
 
-def test_two_processes_that_go_on_give_bitwise_what_two_gave(tmp_path, by_two):
-    whole, _ = by_two
-    out = tmp_path / "run"
-    shutil.copytree(step_path(whole, 25), step_path(out, 25))
-    notes = launched_by_two(out, tmp_path)
+def test_two_processes_that_go_on_give_bitwise_what_two_gave(twice):
+    (whole, _), (out, notes) = twice
     assert same(tensors(step_path(whole, 50)), tensors(step_path(out, 50)))
     assert log(out) == log(whole)[25:]
     # No step at or before the checkpoint is run again.
@@ -188,17 +190,6 @@ def test_one_of_two_processes_writes(by_two):
     assert {".lock", "log.jsonl"} <= made
     assert any(name.startswith(".step-000050") for name in made)
     assert second["changed"] == []
-
-
-@pytest.mark.slow
-def test_a_sharded_model_trains_and_resumes_as_a_whole_one_does():
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(SUPPORT / "sharded_run.py"), "adamw", "muon"],
-        capture_output=True, text=True, timeout=400, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
 
 
 def wait_for_line(process, start):

@@ -1,0 +1,68 @@
+"""The processes of a run, by accelerate: each has the whole model (DDP) or a shard (FSDP2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+
+from mdiff.errors import ConfigError, MdiffError
+
+SHARDED = "accelerate launch --config_file configs/accelerate/fsdp2.yaml"
+
+
+def started() -> Accelerator:
+    """The Accelerator of this process, as the launcher set it up.
+
+    Raises ConfigError for engines other than DDP and FSDP2.
+    """
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if _asked_for(engine):
+            raise ConfigError(
+                f"ACCELERATE_USE_{engine}=true: expected FSDP2 for a sharded model: {SHARDED}"
+            )
+    plugin = None
+    if _asked_for("FSDP"):
+        # Weights are every process's own, by the seed. accelerate's launcher would have the first
+        # process send them to the others by default, which unties tied ones.
+        plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)
+        if plugin.fsdp_version != 2:
+            raise ConfigError(f"fsdp_version={plugin.fsdp_version}: expected 2: {SHARDED}")
+    # With `cpu` set, processes without a GPU find each other under any launcher (by gloo).
+    made = Accelerator(
+        mixed_precision="no", cpu=not torch.accelerator.is_available(), fsdp_plugin=plugin
+    )
+    if plugin is not None and made.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate shards on GPUs alone, and would replicate the model here; torch can do both.
+        made.state.distributed_type, made.state.fsdp_plugin = DistributedType.FSDP, plugin
+    # A launcher's file may set it; the recipe's micro-batches are the only accumulation here.
+    made.gradient_accumulation_steps = 1
+    return made
+
+
+def _asked_for(engine: str) -> bool:
+    """Whether a launcher started this process for an engine of accelerate."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Do `work` on the main process while the others wait; where it fails, all fail."""
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except Exception as caught:
+            error = caught
+    failed = torch.tensor([float(error is not None)], device=accelerator.device)
+    failures = float(accelerator.reduce(failed, "sum"))
+    if error is not None:
+        raise error
+    if failures:
+        raise MdiffError("the main process failed; its message says why")
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return bool(PartialState().is_main_process)
