@@ -49,6 +49,10 @@ class BackendError(MdiffError, RuntimeError):
     exit_code = 5
 
 
+class MdiffWarning(UserWarning):
+    """What was done otherwise than the files or the call say; Python's `warnings` filters it."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the nearest known name, or all of them.
 

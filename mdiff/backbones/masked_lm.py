@@ -2,39 +2,55 @@
 
 The positions that a masked language model predicts are hidden tokens, so its logits are
 already those of the clean token. What differs between the families is where positions
-start and what padding does to them; here each document gets a row of its own with its
-tokens at the front, so that every family counts as it was trained to.
+start and what padding does to them: each document gets a row of its own with its tokens at
+the front, and a few small calls at the start are compared with the model's own on tokens
+alone, which says the rest.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mdiff.denoiser import Cache, Condition, flat_positions
-from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError
-from mdiff.files import CONFIG, TRANSFORMERS, ModelFiles
+from mdiff.backbones.layers.attention import own_rows
+from mdiff.backbones.layers.transformers_models import (
+    as_when_used,
+    checked_model,
+    from_pretrained,
+    hook,
+    only_rows,
+    own_logits,
+    table_of,
+    takes,
+    test_rows,
+    tokenizers_mask,
+)
+from mdiff.denoiser import Cache, Condition, flat_positions, unwrapped
+from mdiff.errors import CheckpointError, ConfigError, DataError
+from mdiff.files import TRANSFORMERS, ModelFiles
+from mdiff.process_state import kept_generators
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Settings that say how many layers there are, and the name of a tensor in one of several layers.
-LAYERS = re.compile(r"(^|_)n?_?(layers?|depth|blocks?)$")
-IN_A_LAYER = re.compile(r"\.\d+\.")
-# A model has up to twice the weights of its files, where tied ones are saved once.
-MOST_OVER_FILES, SPARE = 4, 2**20
+# Tokens of the two rows of the self-test, and how far logits may be apart: a share of the largest
+# one, or so many steps of their type.
+SHORT, LONG = 12, 17
+CLOSE, STEPS = 5e-5, 8
 
 
 class MaskedLM(nn.Module):
-    """A Denoiser over `model`; see `masked_lm`."""
+    """A Denoiser over `model`; see `masked_lm`.
+
+    `first_position` is where the model's positions begin, None where it counts them itself. Where
+    a row depends on the padding beside it (convolutions, landmarks, no attention mask), `pads` is
+    False, and a call runs rows of one length at a time. `takes_rows` is False where its head
+    cannot be run on some rows of its trunk's output alone.
+    """
 
     uses_time = False
 
@@ -42,23 +58,38 @@ class MaskedLM(nn.Module):
         super().__init__()
         self.model = model
         self.mask_id = mask_id
-        self.vocab_size = int(model.config.vocab_size)
-        tables = [
-            module
-            for name, module in model.named_modules()
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
-        ]
-        # RoBERTa and its kin keep the positions up to the padding's id free.
-        padding = tables[0].padding_idx if tables else None
-        self.first_position = 0 if padding is None else padding + 1
-        self.max_length = tables[0].num_embeddings - self.first_position if tables else None
-        self.window = self.max_length
-        accepted = inspect.signature(model.forward).parameters
+        inner = self.inner
+        accepted = inspect.signature(inner.forward).parameters
         self.takes_positions = "position_ids" in accepted
         # Classes of its layers, which are sharded one by one.
-        self.no_split = tuple(model._no_split_modules or ())
-        if "attention_mask" not in accepted:
-            raise ConfigError(f"{type(model).__name__} takes no attention mask: padding would leak")
+        self.no_split = tuple(inner._no_split_modules or ())
+        self.pads = self.takes_mask = "attention_mask" in accepted
+        self.takes_rows = True
+        hook(inner)
+        tables = [
+            (len(weight), vars(module).get("padding_idx"))
+            for name, module in inner.named_modules()
+            for weight in module.parameters(recurse=False)
+            if name.endswith(("position_embeddings", "embed_positions")) and weight.dim() == 2
+        ]
+        # RoBERTa and its kin keep the positions up to the padding's id free; others say in a
+        # buffer where theirs begin.
+        size, padding = tables[0] if tables else (None, None)
+        buffers = [b for name, b in inner.named_buffers() if name.endswith("position_ids")]
+        starts = [0 if padding is None else padding + 1]
+        starts += [int(buffer.flatten()[0]) for buffer in buffers if buffer.numel()]
+        width = LONG if size is None else min(LONG, size - max(starts))
+        self.max_length: int | None = None
+        self.min_length = 1
+        self.vocab_size = self._self_test(test_rows(inner, mask_id, width), [*starts, None])
+        if size is not None:
+            self.max_length = size - (self.first_position or 0)
+        self.window = self.max_length
+
+    @property
+    def inner(self) -> PreTrainedModel:
+        """The model inside what may wrap it."""
+        return cast("PreTrainedModel", unwrapped(self.model))
 
     def forward(
         self,
@@ -89,28 +120,19 @@ class MaskedLM(nn.Module):
                 indexing="ij",
             )
         else:
-            row, position = _own_rows(tokens, valid, documents)
+            row, position = own_rows(tokens, valid, documents)
             rows, mask = self._spread(tokens, valid, row, position)
         if self.max_length is not None and rows.shape[1] > self.max_length:
             raise DataError(f"{rows.shape[1]} tokens: this model takes at most {self.max_length}")
-        options: dict[str, Tensor] = {}
-        if self.takes_positions:
-            positions = torch.arange(rows.shape[1], device=tokens.device) + self.first_position
-            options["position_ids"] = positions.expand(rows.shape)
-        if at is None:
-            whole: Tensor = self.model(input_ids=rows, attention_mask=mask, **options).logits
-            return whole if mask is None else whole[row, position]
-        # The model's own forward goes on from its trunk to its head, with these rows alone.
-        flat = flat_positions(at, number)
-        chosen = (row.take(flat), position.take(flat))
-        handle = self.model.base_model.register_forward_hook(
-            lambda _module, _given, output: _only(output, chosen)
-        )
-        try:
-            logits: Tensor = self.model(input_ids=rows, attention_mask=mask, **options).logits[0]
-        finally:
-            handle.remove()
-        return logits
+        if at is not None:
+            flat = flat_positions(at, number)
+            row, position = row.take(flat), position.take(flat)
+        if mask is not None and not self.pads:
+            return self._by_length(rows, mask, row, position)
+        if at is not None:
+            return self._call(rows, mask, (row, position))
+        whole = self._call(rows, mask)
+        return whole if mask is None else whole[row, position]
 
     def save_pretrained(
         self,
@@ -123,14 +145,12 @@ class MaskedLM(nn.Module):
 
         `state_dict` are weights to write instead of its own, by the names of this module.
         """
-        from transformers import logging
-
-        logging.disable_progress_bar()
         if state_dict is not None:
             options["state_dict"] = {
                 name.removeprefix("model."): tensor for name, tensor in state_dict.items()
             }
-        self.model.save_pretrained(directory, **options)
+        with TRANSFORMERS:
+            self.inner.save_pretrained(directory, **options)
 
     def _spread(
         self, tokens: Tensor, valid: Tensor | None, row: Tensor, position: Tensor
@@ -138,12 +158,78 @@ class MaskedLM(nn.Module):
         """The documents as rows (R, M), and where they have tokens, (R, M) int64 0 or 1."""
         keep = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
         shape = (int(row.max()) + 1, int(position.max()) + 1)
-        pad = self.model.config.pad_token_id
+        pad = self.inner.config.get_text_config().pad_token_id
         rows = tokens.new_full(shape, 0 if pad is None else pad)
         mask = tokens.new_zeros(shape)
         rows[row[keep], position[keep]] = tokens[keep]
         mask[row[keep], position[keep]] = 1
         return rows, mask
+
+    def _call(
+        self, rows: Tensor, mask: Tensor | None, chosen: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """The model's logits (R, M, V) of rows, or (N, V) of the chosen rows and positions."""
+        if rows.shape[1] < self.min_length:
+            raise DataError(f"{rows.shape[1]} tokens: this model takes at least {self.min_length}")
+        options: dict[str, Tensor | None] = {"attention_mask": mask} if self.takes_mask else {}
+        if self.takes_positions and self.first_position is not None:
+            positions = torch.arange(rows.shape[1], device=rows.device) + self.first_position
+            options["position_ids"] = positions.expand(rows.shape)
+        if chosen is None or not self.takes_rows:
+            whole: Tensor = self.model(input_ids=rows, **options).logits
+            return whole if chosen is None else whole[chosen]
+        # The model's own forward goes on from its trunk to its head, with these rows alone.
+        with only_rows(chosen):
+            logits: Tensor = self.model(input_ids=rows, **options).logits[0]
+        return logits
+
+    def _by_length(self, rows: Tensor, mask: Tensor, row: Tensor, position: Tensor) -> Tensor:
+        """The logits (..., V) at `row` and `position` (...), rows of one length in each call."""
+        lengths, row, shape = mask.sum(1), row.flatten(), row.shape
+        position = position.flatten()
+        parts, order = [], []
+        for length in lengths.unique().tolist():
+            members = (lengths == length).nonzero()[:, 0]
+            wanted = torch.isin(row, members).nonzero()[:, 0]
+            chosen = torch.searchsorted(members, row[wanted]), position[wanted]
+            parts.append(self._call(rows[members, :length], None, chosen))
+            order.append(wanted)
+        return torch.cat(parts)[torch.cat(order).argsort()].unflatten(0, shape)
+
+    def _self_test(self, tokens: Tensor, starts: list[int | None]) -> int:
+        """How many columns the model's own logits have, once calls here give the same.
+
+        `tokens` (2, M) int64. Sets `first_position` to the first of `starts` with which they do,
+        then `takes_rows` and `pads`. Raises CheckpointError for a model of which none does, which
+        takes more than tokens, gives something else than logits of each, or draws random numbers.
+        """
+        name, short = type(self.inner).__name__, min(SHORT, tokens.shape[1])
+        alone, valid = tokens[:1, :short], torch.ones_like(tokens, dtype=torch.bool)
+        valid[0, short:] = False
+        at = valid[:1, :short] & (torch.arange(short, device=tokens.device) % 3 == 1)
+        with as_when_used(self.model), kept_generators():
+            own = own_logits(self.inner, self.model, alone)
+            while not takes(self.model, alone[:, : self.min_length]):
+                self.min_length += 1
+            for self.first_position in dict.fromkeys(starts):
+                if self._gives(own, alone):
+                    break
+            else:
+                raise CheckpointError(f"{name}: position_ids are not those of its own calls")
+            self.takes_rows = self._gives(own[at], alone, at=at)
+            self.pads = self.takes_mask and self._gives(own[0], tokens, valid=valid)
+        return own.shape[2]
+
+    def _gives(self, own: Tensor, tokens: Tensor, **options: Tensor) -> bool:
+        """Whether a call has these logits, of the first row where there are several."""
+        try:
+            ours = self(tokens, **options)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
+            return False
+        ours = ours[0, : len(own)] if own.dim() < ours.dim() else ours
+        largest = float(own.nan_to_num().abs().max())
+        limit = max(CLOSE, STEPS * torch.finfo(own.dtype).eps) * largest
+        return torch.allclose(ours, own, rtol=0, atol=limit, equal_nan=True)
 
 
 def masked_lm(
@@ -154,28 +240,36 @@ def masked_lm(
 ) -> MaskedLM:
     """A Denoiser over a masked language model of transformers, or over a directory of one.
 
-    `mask_id` is by default the one of the configuration, else of the tokenizer in the
-    directory. `dtype` None keeps the stored type. Weights are read from safetensors only.
+    `model` may be wrapped by torch.compile or peft. `mask_id` is by default the one of the
+    configuration, else of the tokenizer in the directory. `dtype` None keeps the stored type.
+    Weights are read from safetensors only. A few small calls are compared with the model's own,
+    and what they show is set: where positions begin, and whether rows of other lengths may be
+    padded.
 
     Raises ConfigError where no mask id is known or the model is no masked language model,
-    CheckpointError where the directory cannot be read or lacks weights.
+    CheckpointError where the directory cannot be read, lacks weights, or holds a model that
+    cannot be called on tokens alone.
     """
     source = None
     if isinstance(model, str | Path):
-        source, model = str(model), _from_pretrained(str(model), dtype)
+        source, model = str(model), from_pretrained(str(model), dtype)
     elif dtype is not None:
         model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    if model.config.is_encoder_decoder or model.base_model is model:
+    if isinstance(model, nn.DataParallel):
+        # Its threads do not know which rows a call is for.
+        model = cast("PreTrainedModel", model.module)
+    inner = cast("PreTrainedModel", unwrapped(model))
+    if inner.config.is_encoder_decoder or inner.base_model is inner:
         raise ConfigError(
-            f"{type(model).__name__}: expected an encoder with a head, as BertForMaskedLM is"
+            f"{type(inner).__name__}: expected an encoder with a head, as BertForMaskedLM is"
         )
     if mask_id is None:
-        mask_id = getattr(model.config, "mask_token_id", None)
+        mask_id = getattr(inner.config, "mask_token_id", None)
     if mask_id is None and source is not None:
-        mask_id = _tokenizers_mask(source)
+        mask_id = tokenizers_mask(source)
     if mask_id is None:
         raise ConfigError("neither the configuration nor a tokenizer has a mask id: give mask_id=")
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(table_of(inner))
     if not 0 <= mask_id < rows:
         raise ConfigError(f"mask_id={mask_id}: this model embeds ids from 0 to {rows - 1}")
     return MaskedLM(model, mask_id=mask_id)
@@ -184,112 +278,6 @@ def masked_lm(
 def load_masked_lm(files: ModelFiles, dtype: torch.dtype | None, *, mask_id: int) -> MaskedLM:
     """The model of transformers in a folder; every one of its tensors is in the files.
 
-    Raises CheckpointError where transformers cannot load it, or its files lack something.
+    Raises CheckpointError as `masked_lm` does, or where the files lack something.
     """
-    from transformers import AutoConfig, AutoModelForMaskedLM, logging
-
-    check_settings(files)
-    with TRANSFORMERS:
-        logging.disable_progress_bar()
-        with _as_checkpoint_errors(str(files.folder)):
-            config = AutoConfig.from_pretrained(str(files.folder), local_files_only=True)
-            with torch.device("meta"):
-                skeleton = AutoModelForMaskedLM.from_config(config)
-        held = sum(math.prod(entry["shape"]) for entry in files.entries.values())
-        described = sum(parameter.numel() for parameter in skeleton.parameters())
-        # transformers makes all of them before it finds that they are of other shapes.
-        if described > MOST_OVER_FILES * held + SPARE:
-            raise CheckpointError(
-                f"{files.folder / CONFIG} describes {described:,} weights, the files hold {held:,}"
-            )
-        model = _from_pretrained(str(files.folder), dtype, local_files_only=True)
-    return masked_lm(model, mask_id=mask_id)
-
-
-def check_settings(files: ModelFiles) -> None:
-    """Raise CheckpointError for settings that cost far more to read than the files are worth.
-
-    Each layer has a tensor of its own at least; and code of the Hub is not run here.
-    """
-    origin, tensors = files.folder / CONFIG, len(files.entries)
-    for name, value in files.config.items():
-        if LAYERS.search(name) and type(value) is int and not 0 <= value <= tensors:
-            raise CheckpointError(f"{origin}: {name}={value}: the files hold {tensors} tensors")
-        if name.endswith("_implementation") and "/" in str(value):
-            raise CheckpointError(f"{origin}: {name}={value!r} is code of the Hub: refused")
-
-
-def _from_pretrained(
-    source: str, dtype: torch.dtype | str | None, **options: bool
-) -> PreTrainedModel:
-    from transformers import AutoModelForMaskedLM
-
-    with TRANSFORMERS, _as_checkpoint_errors(source):
-        model, report = AutoModelForMaskedLM.from_pretrained(
-            source, dtype="auto" if dtype is None else dtype, use_safetensors=True,
-            output_loading_info=True, **options,
-        )  # fmt: skip
-    for problem in ("missing_keys", "mismatched_keys"):
-        if report[problem]:
-            absent = sorted(map(str, report[problem]))
-            raise CheckpointError(f"{source}: {problem.replace('_', ' ')}: {', '.join(absent[:4])}")
-    left_out = sorted(name for name in report["unexpected_keys"] if IN_A_LAYER.search(name))
-    if left_out:
-        raise CheckpointError(
-            f"{source}: {CONFIG} leaves out layers that the files hold: {', '.join(left_out[:4])}"
-        )
-    return model
-
-
-@contextmanager
-def _as_checkpoint_errors(source: str) -> Iterator[None]:
-    """Whatever transformers raises on a file, as a CheckpointError of one line."""
-    try:
-        yield
-    except (MdiffError, MemoryError):
-        raise
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise CheckpointError(f"{source} cannot be loaded: {first}") from error
-
-
-def _tokenizers_mask(source: str) -> int | None:
-    from transformers import AutoTokenizer
-
-    try:
-        mask_id: int | None = AutoTokenizer.from_pretrained(source).mask_token_id
-    except (OSError, ValueError):
-        return None
-    return mask_id
-
-
-def _own_rows(
-    tokens: Tensor, valid: Tensor | None, documents: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The row and the position, (B, L) int64 each, of every token once documents have own rows.
-
-    Padding is sent to row 0, position 0, which is some token's: it is not written there.
-    """
-    keep = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-    kind = torch.zeros_like(tokens) if documents is None else documents
-    batch = torch.arange(tokens.shape[0], device=tokens.device)[:, None].expand_as(tokens)
-    pairs = torch.stack([batch[keep], kind[keep]], 1)
-    _, numbers = torch.unique(pairs, dim=0, return_inverse=True)
-    row, position = torch.zeros_like(tokens), torch.zeros_like(tokens)
-    row[keep] = numbers
-    # A stable sort by row keeps the order of the tokens, so that ranks follow from starts.
-    order = numbers.argsort(stable=True)
-    counts = numbers.bincount()
-    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    rank = torch.empty_like(numbers)
-    rank[order] = torch.arange(numbers.numel(), device=tokens.device) - starts
-    position[keep] = rank
-    return row, position
-
-
-def _only(output: Any, chosen: tuple[Tensor, Tensor]) -> Any:
-    """The trunk's output with one row (1, N, D) of the hidden states at the requested positions."""
-    if isinstance(output, tuple):
-        return (output[0][chosen][None], *output[1:])
-    output[next(iter(output))] = output[0][chosen][None]
-    return output
+    return masked_lm(checked_model(files, dtype), mask_id=mask_id)

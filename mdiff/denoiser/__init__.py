@@ -11,7 +11,9 @@ from mdiff.denoiser.calls import evaluations as evaluations
 from mdiff.denoiser.calls import fixed_evaluations as fixed_evaluations
 from mdiff.denoiser.calls import flat_positions as flat_positions
 from mdiff.denoiser.calls import has_own_head as has_own_head
+from mdiff.denoiser.calls import of_peft as of_peft
 from mdiff.denoiser.calls import row_request as row_request
+from mdiff.denoiser.calls import unwrapped as unwrapped
 from mdiff.denoiser.condition_names import MICRO as MICRO
 from mdiff.denoiser.condition_names import POOLED as POOLED
 from mdiff.denoiser.condition_names import STATES as STATES

@@ -117,3 +117,21 @@ def check_rows(tokens: Tensor, rows: int) -> None:
         raise ConfigError(
             f"{len(tokens)} rows: this denoiser is bound to {rows}, take its for_rows(index)"
         )
+
+
+# What torch.compile, DataParallel and the like call the one module in them.
+WRAPPED = ("_orig_mod", "module")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DataParallel and their like, and inside peft's adapters."""
+    children = list(model.named_children())
+    if len(children) != 1 or next(model.parameters(recurse=False), None) is not None:
+        return model
+    name, child = children[0]
+    return unwrapped(child) if name in WRAPPED or of_peft(model) else model
+
+
+def of_peft(module: nn.Module) -> bool:
+    """Whether its class is one of peft."""
+    return type(module).__module__.partition(".")[0] == "peft"

@@ -15,6 +15,8 @@ from mdiff.errors import ConfigError, nearest
 from mdiff.kernels.reference import guided_logits
 from mdiff.tokens import TokenSpace
 
+# So times a difference of logits is still a float32.
+LARGEST_SCALE = 1e30
 # g(h) of `guided`: (B,) from the hidden share of each row (B,).
 Ramp = Callable[[Tensor], Tensor]
 RAMPS: dict[str, Ramp | None] = {
@@ -232,8 +234,8 @@ def guided(
     or a function from h (B,) to g (B,). Those papers count steps where h counts positions;
     given positions count as revealed. A row whose scale is 1 runs through one branch only.
 
-    Raises ConfigError where neither scale is given or they are not one finite number, and for
-    an unknown schedule, one without `space`, or an interval outside [0, 1].
+    Raises ConfigError where neither scale is given or both are, for one beyond LARGEST_SCALE, an
+    unknown schedule, one without `space`, or an interval outside [0, 1].
     """
     strength = strength_of(guidance_scale, cfg_scale, guidance_schedule, interval, space)
     if not without and hide is None:
@@ -255,8 +257,10 @@ def strength_of(
     if (guidance_scale is None) == (cfg_scale is None):
         raise ConfigError("guided: give guidance_scale or cfg_scale, exactly one of the two")
     scale = guidance_scale if guidance_scale is not None else 1.0 + float(cfg_scale or 0.0)
-    if not math.isfinite(scale):
-        raise ConfigError(f"guidance_scale={scale}: expected a finite number")
+    if not abs(scale) <= LARGEST_SCALE:
+        raise ConfigError(
+            f"guidance_scale={scale}: expected a finite number of at most {LARGEST_SCALE:g}"
+        )
     ramp = _ramp(schedule, interval)
     if ramp is not None and space is None:
         raise ConfigError("guided: guidance_schedule= needs the space, for its mask id")

@@ -40,10 +40,11 @@ from mdiff.files.untrusted import parse_json as parse_json
 from mdiff.files.untrusted import read_json as read_json
 from mdiff.files.untrusted import read_tensors as read_tensors
 from mdiff.files.untrusted import refuse_special as refuse_special
-from mdiff.files.weights import TRANSFORMERS as TRANSFORMERS
 from mdiff.files.weights import TYPES as TYPES
 from mdiff.files.weights import DeviceMap as DeviceMap
 from mdiff.files.weights import load_weights as load_weights
+from mdiff.files.weights import one_type as one_type
 from mdiff.files.weights import problems as problems
 from mdiff.files.weights import without_memory as without_memory
 from mdiff.files.yaml import parse_yaml as parse_yaml
+from mdiff.process_state import TRANSFORMERS as TRANSFORMERS

@@ -6,8 +6,10 @@ and without a second copy, so that a model takes little more memory than its fil
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mdiff.errors import CheckpointError
+from mdiff.errors import CheckpointError, MdiffWarning
 from mdiff.files.untrusted import Header
 
 # The types of the safetensors format that torch has.
@@ -30,9 +32,8 @@ TYPES = {
 DeviceMap = Mapping[str, torch.device | str | int]
 # Names in a message; the others are counted.
 SHOWN = 4
-# Held while transformers loads: it sets the default type of the whole process for that time, and
-# its first import is not safe in several threads.
-TRANSFORMERS = threading.RLock()
+# An attribute of modules whose weights may be of another type than the model's.
+ANY = "of_any_type"
 INITIALISERS = frozenset(x for x in vars(nn.init).values() if isinstance(x, FunctionType))
 
 
@@ -72,20 +73,25 @@ def load_weights(
     `headers` are the checked headers of the files (see `read_headers`); their names are those of
     `module.state_dict()`. `tied` names may be absent and then share another's tensor, as they do
     where both are there and equal. Returns the names that the files hold. `dtype` is what
-    floating parameters become; None keeps what is stored, as buffers (tables of positions, say)
-    always do. `device` may map the name of a submodule ("" is the whole) to its device. Raises
-    CheckpointError, with nothing allocated, where a tensor is missing, unexpected or of another
-    shape, and lists them.
+    floating parameters become; None keeps what is stored, or is the type of most where they are of
+    several (see `one_type`; modules that are `of_any_type` excepted). Buffers (tables of positions,
+    say) always keep theirs. `device` may map the name of a submodule ("" is the whole) to its
+    device. Raises CheckpointError, with nothing allocated, where a tensor is missing, unexpected
+    or of another shape, and lists them.
     """
     tied = dict(tied or {})
     _account(module, headers, tied)
     learned = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    if dtype is None:
+        any_type = {n for n in learned if vars(module.get_submodule(n.rpartition(".")[0])).get(ANY)}
+        learned -= any_type
+        dtype = one_type(headers, learned)
     for path, header in headers.items():
         with path.open("rb", buffering=0) as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 file.seek(start + entry["data_offsets"][0])
-                tensor = torch.empty(entry["shape"], dtype=TYPES[entry["dtype"]])
+                tensor = torch.empty(entry["shape"], dtype=TYPES[entry["dtype"]], device="cpu")
                 _fill(tensor, file, path)
                 cast = dtype is not None and tensor.is_floating_point() and name in learned
                 kind = dtype if cast else tensor.dtype
@@ -96,6 +102,28 @@ def load_weights(
             owner, _, last = name.rpartition(".")
             setattr(module.get_submodule(owner), last, tensors[source])
     return {name for header in headers.values() for name in header}
+
+
+def one_type(headers: Mapping[Path, Header], names: Set[str] | None = None) -> torch.dtype | None:
+    """The type of most weights, with a warning, where files hold them in several; None for one.
+
+    `names` are those of the weights, by default all tensors with floating numbers.
+    """
+    counts: Counter[str] = Counter()
+    for header in headers.values():
+        for name, entry in header.items():
+            kind = TYPES.get(entry["dtype"])
+            if kind is not None and kind.is_floating_point and (names is None or name in names):
+                counts[entry["dtype"]] += math.prod(entry["shape"])
+    if len(counts) < 2:
+        return None
+    (most, _), *others = counts.most_common()
+    warnings.warn(
+        f"{next(iter(headers)).parent} holds weights of several types: those of "
+        f"{', '.join(kind for kind, _ in others)} are read as {most}, that of most; dtype= sets it",
+        MdiffWarning, stacklevel=2,
+    )  # fmt: skip
+    return TYPES[most]
 
 
 def problems(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser, block_length_of, finished_blocks
-from mdiff.errors import ConfigError
+from mdiff.errors import CheckpointError, ConfigError
 from mdiff.kernels import philox
 from mdiff.objective.corruption import corrupt, maskable_positions
 from mdiff.objective.nll import Inputs, hidden_loss
@@ -20,6 +20,8 @@ from mdiff.tokens import TokenSpace, ranks
 
 # The exact chain rule calls the denoiser on every subset of the positions: at most 2^16.
 EXACT_POSITIONS = 16
+# Rows in a message.
+SHOWN = 8
 
 
 class Bound(NamedTuple):
@@ -61,7 +63,8 @@ def nll_bound(
     before (Arriola et al. 2025, eq. 8); those after are cut off. A block has draws of its own,
     and "exact" takes at most 16 positions in each.
 
-    Raises ConfigError for an unknown estimator, draws < 2, or an estimator that does not apply.
+    Raises ConfigError for an unknown estimator, draws < 2, or an estimator that does not apply;
+    CheckpointError where a row's bound is not finite.
     """
     maskable = maskable_positions(tokens, space=space, may_hide=may_hide, valid=valid)
     score = _Scorer(denoiser, tokens, space=space, valid=valid, cond=cond)
@@ -76,6 +79,12 @@ def nll_bound(
                 seed=int(philox.derive(seed, 0, number)) if number else seed, sample=sample,
             )  # fmt: skip
             nats, variance = nats + part.nats, variance + part.stderr**2
+    bad = (~(nats + variance).isfinite()).nonzero()[:, 0]
+    if len(bad):
+        raise CheckpointError(
+            f"the bound of rows {sample[bad][:SHOWN].tolist()} is not finite: the weights are "
+            "damaged, their type overflows (try dtype='float32'), or a token has probability 0"
+        )
     return Bound(nats, variance.sqrt())
 
 

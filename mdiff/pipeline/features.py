@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from mdiff.denoiser import HasFeatures
-from mdiff.errors import ConfigError, DataError
+from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.objective import corrupt
 from mdiff.pipeline.options import Model
 from mdiff.schedule import MIN_TIME
 from mdiff.tokens import stack
 
 BATCH = 64
+# Rows in a message.
+SHOWN = 8
 
 
 def features(
@@ -63,7 +65,7 @@ def features(
         found.append((torch.where(given[..., None], each, 0.0) * weight).sum(1).cpu())
     if not found:
         raise DataError("there are no items to take features of")
-    return torch.cat(found)
+    return _finite(torch.cat(found))
 
 
 def encoded(model: Model, items: Sequence[object]) -> list[list[int]]:
@@ -76,7 +78,18 @@ def encoded(model: Model, items: Sequence[object]) -> list[list[int]]:
 
 def features_at(model: Model, tokens: Tensor, *, at: Tensor, layer: int | None = None) -> Tensor:
     """The features (N, D) at the positions `at` (B, L) bool of tokens (B, L), row-major."""
-    return _hidden_states(model, layer)(tokens, at=at)
+    return _finite(_hidden_states(model, layer)(tokens, at=at))
+
+
+def _finite(found: Tensor) -> Tensor:
+    """The features (N, D) where all are finite, else CheckpointError."""
+    bad = (~found.isfinite().all(1)).nonzero()[:, 0]
+    if len(bad):
+        raise CheckpointError(
+            f"the features of rows {bad[:SHOWN].tolist()} are not finite: the weights are damaged, "
+            "or their type overflows (try dtype='float32')"
+        )
+    return found
 
 
 def _hidden_states(model: Model, layer: int | None) -> Callable[..., Tensor]:

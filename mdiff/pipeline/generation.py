@@ -131,16 +131,21 @@ class Generation:
         self.tally = Tally(self.canvas)
 
     def __iter__(self) -> Iterator[State]:
-        """The states; the clock runs only while the sampler does."""
-        with torch.no_grad():
-            while True:
-                start = time.perf_counter()
+        """The states; the clock runs, and gradients are off, only while the sampler does.
+
+        Raises CheckpointError at the end where a draw had no probabilities to draw from.
+        """
+        while True:
+            start = time.perf_counter()
+            with torch.no_grad():
                 state = next(self.states, None)
-                self.seconds += time.perf_counter() - start
-                if state is None:
-                    return
-                self.tally.add(state)
-                yield state
+                if state is not None:
+                    self.tally.add(state)
+            self.seconds += time.perf_counter() - start
+            if state is None:
+                break
+            yield state
+        self.tally.sample()
 
     def tokens(self, row: int) -> list[int]:
         """The current tokens of a row, without padding."""

@@ -19,12 +19,8 @@ from mdiff.find import find
 from mdiff.modalities import Modality
 from mdiff.modalities.text import Pretrained, Text
 from mdiff.pipeline.pipeline import Pipeline
-from mdiff.pipeline.published import (
-    AUTO,
-    load_backbone,
-    unsupported,
-)
-from mdiff.pipeline.saving import FORMAT
+from mdiff.pipeline.published import AUTO, load_backbone, unsupported
+from mdiff.pipeline.saving import FORMAT, written
 from mdiff.schedule import named_schedule
 from mdiff.tokens import TokenSpace
 
@@ -123,7 +119,7 @@ def _own(
             space = replace(space, mask_id=mask_id)
             settings["mask_id"] = mask_id
         modality = _modality(folder, medium, settings)
-    if _written(modality.space) != _written(space):
+    if written(modality.space) != written(space):
         raise DataError(
             f"{folder}: the modality has {modality.space.vocab_size} ids, the model "
             f"{space.vocab_size}: they are not of the same training"
@@ -147,11 +143,6 @@ def _valid(folder: Path) -> Iterator[None]:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / PIPELINE} is not valid: {error}") from error
-
-
-def _written(space: TokenSpace) -> int:
-    """How many ids there are beside the mask, which some heads have a column for."""
-    return space.vocab_size - (space.mask_id < space.vocab_size)
 
 
 def load_modality(files: ModelFiles) -> Modality:
@@ -275,6 +266,14 @@ def _device(device: torch.device | str | int | None) -> torch.device:
     except (RuntimeError, TypeError):
         known = "known: auto, cpu, cuda, cuda:0, mps"
         raise ConfigError(f"unknown device {str(device)!r}; {known}") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"device {device}: this torch has no CUDA device; use cpu")
+    if found.type == "meta":
+        raise BackendError("device meta holds no numbers: nothing can be computed there; use cpu")
+    try:
+        # A number is read back: some devices take what they cannot hold.
+        torch.zeros(1, device=found).item()
+    except Exception as error:
+        kind = found.type.upper()
+        raise BackendError(
+            f"device {device}: this torch has no {kind} device there; use cpu"
+        ) from error
     return found

@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from mdiff.backbones.layers import Backbone
-from mdiff.backbones.masked_lm import check_settings
+from mdiff.backbones.layers import Backbone, check_settings
 from mdiff.errors import BackendError, CheckpointError, ConfigError, nearest
 from mdiff.files import CONFIG, TYPES, DeviceMap, ModelFiles, load_weights, without_memory
 from mdiff.find import find, module_of, names

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from mdiff.denoiser import Denoiser, Saveable
-from mdiff.errors import ConfigError
+import torch
+from torch import nn
+
+from mdiff.denoiser import Denoiser, Saveable, of_peft, unwrapped
+from mdiff.errors import CheckpointError, ConfigError, nearest
 from mdiff.files import PIPELINE, staged, write_json
 from mdiff.find import names
 from mdiff.modalities import HasFolders, Modality
@@ -29,37 +32,71 @@ def save_model(
 ) -> None:
     """Write a model into a new folder by an atomic rename; see `Pipeline.save`.
 
-    Raises CheckpointError where the folder exists, ConfigError for a denoiser or a schedule
-    that has no files.
+    A denoiser in torch.compile or DataParallel is saved as the model inside. Raises
+    CheckpointError where the folder exists or weights are not finite, ConfigError for a denoiser
+    or a schedule that has no files, and for what `load` would not take: nothing is written then.
     """
-    if not isinstance(denoiser, Saveable):
-        raise ConfigError(f"{type(denoiser).__name__} cannot be saved: it has no files")
+    inner = unwrapped(denoiser) if isinstance(denoiser, nn.Module) else denoiser
+    if not isinstance(inner, Saveable):
+        raise ConfigError(f"{type(inner).__name__} cannot be saved: it has no files")
+    if isinstance(inner, nn.Module):
+        _check_weights(inner)
+    denoiser = inner
     if isinstance(modality, HasFolders):
         # A published directory: each part in the folder and the layout that it came in.
-        with staged(folder) as inner:
-            denoiser.save_pretrained(inner / modality.denoiser_folder)
-            modality.save(inner)
+        with staged(folder) as part:
+            denoiser.save_pretrained(part / modality.denoiser_folder)
+            modality.save(part)
         return
     name = type(schedule).__name__.lower()
     if name not in SCHEDULES:
         raise ConfigError(f"the schedule {name} cannot be saved; known: {', '.join(SCHEDULES)}")
-    with staged(folder) as inner:
-        denoiser.save_pretrained(inner)
-        modality.save(inner)
-        write_pipeline(
-            inner,
-            backbone=_backbone_of(denoiser),
-            window=window,
-            modality=modality.config(),
-            space=space,
-            schedule={"name": name, **vars(schedule)},
+    backbone, medium = _backbone_of(denoiser), modality.config()
+    if medium["name"] not in names("modalities"):
+        known = nearest(str(medium["name"]), names("modalities"))
+        raise ConfigError(f"the modality {medium['name']!r} cannot be saved: no part; {known}")
+    if written(modality.space) != written(space):
+        raise ConfigError(
+            f"the modality has {written(modality.space)} ids beside the mask, the space "
+            f"{written(space)}: they cannot be saved together"
         )
+    with staged(folder) as part:
+        denoiser.save_pretrained(part)
+        modality.save(part)
+        write_pipeline(
+            part, backbone=backbone, window=window, modality=medium, space=space,
+            schedule={"name": name, **vars(schedule)},
+        )  # fmt: skip
+
+
+def written(space: TokenSpace) -> int:
+    """How many ids there are beside the mask, which some heads have a column for."""
+    return space.vocab_size - (space.mask_id < space.vocab_size)
+
+
+def _check_weights(denoiser: nn.Module) -> None:
+    """Raise ConfigError for a model with adapters, CheckpointError for weights of no value."""
+    if any(of_peft(module) for module in denoiser.modules()):
+        raise ConfigError("the model holds adapters of peft: merge_and_unload() them first")
+    for name, weight in denoiser.named_parameters():
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(f"{name} holds NaN or infinite numbers: nothing was saved")
 
 
 def _backbone_of(denoiser: Denoiser) -> str:
-    """The backbone's name, that of its module; of a class made of one, that one's."""
-    modules = [kind.__module__.rpartition(".")[2] for kind in type(denoiser).__mro__]
-    return next((name for name in modules if name in names("backbones")), modules[0])
+    """The backbone's name, that of its module; of a class made of one, that one's.
+
+    Raises ConfigError where `load` would find no backbone of that name.
+    """
+    known = names("backbones")
+    for kind in type(denoiser).__mro__:
+        name = kind.__module__.rpartition(".")[2]
+        if name in known:
+            return name
+    raise ConfigError(
+        f"{type(denoiser).__name__} cannot be saved: it is of no file in backbones/, where load "
+        "looks for it"
+    )
 
 
 def write_pipeline(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
-from mdiff.errors import MdiffError
+from mdiff.errors import CheckpointError
 from mdiff.sampling.binding import Sampler, bind
 from mdiff.sampling.seeds import Seed, plain_seed
 from mdiff.sampling.unmasking import State
@@ -46,10 +46,10 @@ class Tally:
         self.entropy = self.entropy + state.entropy.double().sum(1)
 
     def sample(self) -> Sample:
-        """The tokens and figures; MdiffError where a draw had no probabilities to draw from."""
-        bad = self.log_prob.isnan().nonzero()[:, 0].tolist()
+        """The tokens and figures; CheckpointError where a draw had no law to draw from."""
+        bad = (~(self.log_prob + self.entropy).isfinite()).nonzero()[:, 0].tolist()
         if bad:
-            raise MdiffError(
+            raise CheckpointError(
                 f"the denoiser gave NaN or infinite logits for samples {bad}: the weights are "
                 "damaged, or their type overflows (try dtype='float32')"
             )
@@ -80,7 +80,7 @@ def sample(
     row comes back unchanged with all figures 0.
 
     Raises ConfigError for an unknown sampler or option, DataError for a canvas that does not
-    fit the space, MdiffError where the denoiser gives NaN.
+    fit the space, CheckpointError where the denoiser gives NaN or infinite logits.
 
     >>> from mdiff import from_logits, TokenSpace, sample
     >>> model = from_logits(lambda tokens: torch.zeros(*tokens.shape, 3))

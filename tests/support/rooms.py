@@ -17,7 +17,7 @@ from pathlib import Path
 # From the ground up. A file imports rooms of lower floors and its own room, never another on its
 # own floor.
 FLOORS: list[set[str]] = [
-    {"errors", "kernels"},
+    {"errors", "kernels", "process_state"},
     {"tokens", "schedule", "ops", "find", "files"},
     {"denoiser"},
     {"objective", "sampling", "backbones", "modalities"},

@@ -199,3 +199,27 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if size == x.shape[-1]:
         return rotate(x, cos, sin)
     return torch.cat([rotate(x[..., :size], cos, sin), x[..., size:]], -1)
+
+
+def own_rows(
+    tokens: Tensor, valid: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The row and the position, (B, L) int64 each, of every token once documents have own rows.
+
+    Padding is sent to row 0, position 0, which is some token's: it is not written there.
+    """
+    keep = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+    kind = torch.zeros_like(tokens) if documents is None else documents
+    batch = torch.arange(tokens.shape[0], device=tokens.device)[:, None].expand_as(tokens)
+    pairs = torch.stack([batch[keep], kind[keep]], 1)
+    _, numbers = torch.unique(pairs, dim=0, return_inverse=True)
+    row, position = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    row[keep] = numbers
+    # A stable sort by row keeps the order of the tokens, so that ranks follow from starts.
+    order = numbers.argsort(stable=True)
+    counts = numbers.bincount()
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rank = torch.empty_like(numbers)
+    rank[order] = torch.arange(numbers.numel(), device=tokens.device) - starts
+    position[keep] = rank
+    return row, position

@@ -59,6 +59,7 @@ class Router(nn.Module):
                 f"topk_group={self.kept} are kept, do not give num_experts_per_tok={self.used}"
             )
         self.scale = fields.number("routed_scaling_factor")
+        self.of_any_type = True
         self.weight = nn.Parameter(torch.empty(count, width))
         self.register_buffer("expert_bias", torch.zeros(count))
 

@@ -29,6 +29,7 @@ class Router(nn.Module):
     def __init__(self, width: int, count: int, used: int) -> None:
         super().__init__()
         self.used = used
+        self.of_any_type = True
         self.weight = nn.Parameter(torch.empty(count, width))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,9 +124,8 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _model(folder: Path, dtype: torch.dtype | None) -> CLIPTextModelWithProjection:
     try:
         with TRANSFORMERS:
-            from transformers import CLIPTextModelWithProjection, logging
+            from transformers import CLIPTextModelWithProjection
 
-            logging.disable_progress_bar()
             model, report = CLIPTextModelWithProjection.from_pretrained(
                 str(folder), dtype=dtype or "auto", use_safetensors=True, local_files_only=True,
                 output_loading_info=True,
