@@ -1,25 +1,33 @@
-"""A run's log: every step as a JSON line, some as a console line, TensorBoard as an option."""
+"""A run's log: every step as a JSON line, some as a console line and by accelerate's trackers."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdiff.errors import BackendError, CheckpointError
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker
+
+from mdiff.errors import BackendError, CheckpointError, ConfigError, nearest
 from mdiff.files import replace_file
+from mdiff.find import find
+from mdiff.training.recipe import Log
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
     from mdiff.training.step import Outcome
 
 LOG = "log.jsonl"
+# Each needs the package of its name.
+TRACKERS: dict[str, type[GeneralTracker]] = {
+    "tensorboard": TensorBoardTracker, "trackio": TrackioTracker
+}  # fmt: skip
 
 
 def to_stderr(line: str) -> None:
@@ -31,18 +39,18 @@ class Journal:
     """Writes `log.jsonl` of a run, from after step `start`; lines of later steps are dropped.
 
     `report` gets a readable line at the first, at every `every`-th and at the last step, with
-    losses averaged since the line before.
+    losses averaged since the line before; the started `trackers` get its numbers.
     """
 
     def __init__(
         self, directory: Path, *, start: int, steps: int, every: int, unit: str,
-        tensorboard: bool = False, report: Callable[[str], None] = to_stderr,
+        trackers: Sequence[GeneralTracker] = (), report: Callable[[str], None] = to_stderr,
     ) -> None:  # fmt: skip
         self.steps, self.every, self.unit, self.report = steps, every, unit, report
         self.start = start
         path = directory / LOG
         _truncate(path, start)
-        self._board = _tensorboard(directory, start) if tensorboard else None
+        self._trackers = trackers
         self._file = path.open("a", encoding="utf-8")
         self._window: list[Outcome] = []
         self._began = self._window_began = time.perf_counter()
@@ -73,19 +81,20 @@ class Journal:
             f"step {step}/{self.steps}  loss {loss:.4f} nats/token  {bits:.3f} bits/{self.unit}  "
             f"{speed:,.0f} tokens/s  ETA {_clock(left)}"
         )
-        if self._board is not None:
-            last = self._window[-1]
-            shown = {"loss": loss, f"bits_per_{self.unit}": bits, "lr": last.lr}
-            shown |= {"grad_norm": last.grad_norm, "tokens_per_second": speed}
-            for key, value in shown.items():
-                self._board.add_scalar(key, value, step)
+        last = self._window[-1]
+        shown = {"loss": loss, f"bits_per_{self.unit}": bits, "lr": last.lr}
+        shown |= {"grad_norm": last.grad_norm, "tokens_per_second": speed}
+        with _quiet():
+            for tracker in self._trackers:
+                tracker.log(shown, step=step)
         self._window, self._window_began = [], now
 
     def close(self) -> None:
         """Close the files."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with _quiet():
+            for tracker in self._trackers:
+                tracker.finish()
 
 
 def _truncate(path: Path, start: int) -> None:
@@ -108,14 +117,54 @@ def _truncate(path: Path, start: int) -> None:
     replace_file(path, (line.encode() for line in kept))
 
 
-def _tensorboard(directory: Path, start: int) -> SummaryWriter:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise BackendError(
-            "log.tensorboard needs the package tensorboard: pip install tensorboard"
-        ) from error
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+def tracker_classes(settings: Log) -> dict[str, type[GeneralTracker]]:
+    """The class of each tracker that a recipe names.
+
+    Raises ConfigError for what is no tracker, BackendError where its package is missing.
+    """
+    found: dict[str, type[GeneralTracker]] = {}
+    for name in [*settings.trackers, *["tensorboard"] * settings.tensorboard]:
+        kind = find("trackers", name) if ":" in name else TRACKERS.get(name)
+        if kind is None:
+            raise ConfigError(f"log.trackers: unknown tracker {name!r}; {nearest(name, TRACKERS)}")
+        if not (isinstance(kind, type) and issubclass(kind, GeneralTracker)):
+            raise ConfigError(f"log.trackers: {name!r} is not a class of accelerate's trackers")
+        if name in TRACKERS and find_spec(name) is None:
+            raise BackendError(f"log.trackers: {name} is not installed: pip install {name}")
+        found[name] = kind
+    return found
+
+
+def start_trackers(
+    kinds: Mapping[str, type[GeneralTracker]], directory: Path, *, start: int,
+    settings: Mapping[str, object],
+) -> list[GeneralTracker]:  # fmt: skip
+    """Trackers of the run in `directory` from after step `start`; `settings` are its recipe's."""
+    run = directory.resolve()
+    options: dict[str, dict[str, object]] = {
+        # The steps that are run again replace those that are there.
+        "tensorboard": {"run_name": "tensorboard", "purge_step": start + 1},
+        # Runs whose directories lie side by side are of one project.
+        "trackio": {"run_name": run.parent.name or "mdiff", "name": run.name, "resume": "allow"},
+    }
+    made = []
+    with _quiet():
+        for name, kind in kinds.items():
+            given = options.get(name, {"run_name": run.name})
+            tracker = kind(
+                **given, **{"logging_dir": run} if kind.requires_logging_directory else {}
+            )
+            tracker.start()
+            if not start:
+                plain = {k: str(v) if isinstance(v, list) else v for k, v in settings.items()}
+                tracker.store_init_configuration(plain)
+            made.append(tracker)
+    return made
+
+
+def _quiet() -> contextlib.AbstractContextManager[object]:
+    """Within it what goes to stdout, which carries results, goes to stderr: trackers print."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _clock(seconds: float) -> str:

@@ -22,9 +22,9 @@ from mdiff.training.checkpoint import (
     resume_from,
     write_checkpoint,
 )
-from mdiff.training.log import Journal, to_stderr
+from mdiff.training.log import Journal, start_trackers, to_stderr, tracker_classes
 from mdiff.training.processes import on_main, started
-from mdiff.training.recipe import Recipe
+from mdiff.training.recipe import Recipe, values
 from mdiff.training.state import capture, is_sharded
 
 
@@ -44,6 +44,7 @@ def train(
     SIGTERM, once the checkpoint is complete.
     """
     out = Path(out)
+    tracker_classes(recipe.log)
     accelerator = started()
     path, interrupted = _train(recipe, out, accelerator, resume=resume, report=report)
     # Gloo's threads abort a process that ends while anything still refers to its group.
@@ -72,9 +73,12 @@ def _train(
             return source, False
         journal = None
         if accelerator.is_main_process:
+            trackers = start_trackers(
+                tracker_classes(recipe.log), out, start=start, settings=values(recipe)
+            )
             journal = Journal(
                 out, start=start, steps=recipe.train.steps, every=recipe.log.every,
-                unit=run.examples.unit, tensorboard=recipe.log.tensorboard, report=report,
+                unit=run.examples.unit, trackers=trackers, report=report,
             )  # fmt: skip
             stack.callback(journal.close)
         # Its exit comes before the lock's release: no other run writes while this one still does.

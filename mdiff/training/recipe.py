@@ -134,9 +134,14 @@ class Train(Section):
 
 
 class Log(Section):
-    """Progress: a console line `every` so many steps, and TensorBoard as an option."""
+    """Progress: a console line `every` so many steps, which the `trackers` get too.
+
+    These are "tensorboard", "trackio" or `pkg.mod:name`, a GeneralTracker of accelerate.
+    `tensorboard: true` is the first of them.
+    """
 
     every: Count = 10
+    trackers: list[str] = []
     tensorboard: bool = False
 
 
@@ -184,7 +189,7 @@ def differences(
     old: Recipe, new: Recipe, *, ignore: Iterable[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
     """The dotted keys whose values differ, with both; `ignore` names keys or sections."""
-    before, after = (dict(_leaves(recipe.model_dump(mode="json"))) for recipe in (old, new))
+    before, after = values(old), values(new)
     ignored = tuple(ignore)
     return {
         key: (before.get(key), after.get(key))
@@ -192,6 +197,11 @@ def differences(
         if before.get(key) != after.get(key)
         and not any(key == name or key.startswith(f"{name}.") for name in ignored)
     }
+
+
+def values(recipe: Recipe) -> dict[str, Any]:
+    """The dotted keys of a recipe with their values, of types that JSON has."""
+    return dict(_leaves(recipe.model_dump(mode="json")))
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from mdiff.backbones.masked_lm import MaskedLM
 from mdiff.kernels import philox
 from mdiff.tokens import Batch, TokenSpace
 
@@ -103,3 +104,21 @@ class ToyBackbone(nn.Module):
 
 def backbone(*, vocab_size: int, width: int = 8, dropout: float = 0.0) -> ToyBackbone:
     return ToyBackbone(vocab_size, width, dropout)
+
+
+class Bert(MaskedLM):
+    """A masked language model of transformers, whose mask is no column of the logits."""
+
+    def forward(self, tokens, **options):
+        return super().forward(tokens, **options)[..., : self.mask_id]
+
+
+def bert(*, vocab_size: int) -> Bert:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=vocab_size + 1, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=16, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return Bert(BertForMaskedLM(config), mask_id=vocab_size)

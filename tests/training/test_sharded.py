@@ -119,7 +119,12 @@ TOY = SHARED | {
     "model__dropout": 0.0, "optim__name": "adamw", "micro_batch": 1, "data__poison": 13,
     "nonfinite": "skip",
 }  # fmt: skip
-MODELS = {"tied": (TIED, "FSDPBlock"), "toy": (TOY, "FSDPSequential")}
+# Its embeddings are a layer by transformers' list, and share a parameter with the head.
+BERT = SHARED | {"model": {"name": "toy_medium:bert"}, "optim__name": "adamw"}
+MODELS = {
+    "tied": (TIED, "FSDPBlock"), "toy": (TOY, "FSDPSequential"), "bert": (BERT, "FSDPBertLayer")
+}  # fmt: skip
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("toy", "bert")]
 
 
 def two_processes(*jobs):
@@ -133,7 +138,7 @@ def two_processes(*jobs):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["tied", pytest.param("toy", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["tied", *SLOW])
 def runs(request, tmp_path_factory):
     """Runs `one` and `two` of as many processes; `again` continues `two`, and `more` `one`."""
     settings, layer = MODELS[request.param]
@@ -186,7 +191,7 @@ def test_one_two_and_one_process_continue_each_other(runs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["tied", "toy"])
 def test_sharded_processes_survive_sigkill_and_a_change_from_two_to_one_to_two(tmp_path, name):
     settings, _ = MODELS[name]
     assert two_processes((str(tmp_path / "two"), "auto", settings, 38)).returncode != 0
