@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 # Of a message: a value of a hostile file can be of any length.
 MOST_CHARACTERS = 2000
+
+
+def one_line(text: str) -> str:
+    """The text as one printable line of at most MOST_CHARACTERS."""
+    if len(text) > MOST_CHARACTERS:
+        text = f"{text[: MOST_CHARACTERS - 3]}..."
+    # Line ends, what steers a terminal, and halves of characters, which cannot be written.
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+
+
+def warn(text: str) -> None:
+    """Log one printable line of what is not as it may seem, but no error.
+
+    Without a handler of the caller's, Python writes it to stderr.
+    """
+    logging.getLogger("mdiff").warning("%s", one_line(text))
 
 
 class MdiffError(Exception):
@@ -18,11 +35,7 @@ class MdiffError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        text = super().__str__()
-        if len(text) > MOST_CHARACTERS:
-            text = f"{text[: MOST_CHARACTERS - 3]}..."
-        # Line ends, what steers a terminal, and halves of characters, which cannot be written.
-        return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
+        return one_line(super().__str__())
 
 
 class ConfigError(MdiffError, ValueError):

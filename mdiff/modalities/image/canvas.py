@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mdiff.errors import ConfigError, nearest
 from mdiff.modalities.image.captions import Captions
 from mdiff.modalities.image.codec import Codec
-from mdiff.modalities.image.labels import Labels
+from mdiff.modalities.image.labels import ROLES, Labels
 from mdiff.modalities.image.parts import CanvasParts, Part
 from mdiff.modalities.protocol import Description
 from mdiff.tokens import TokenSpace
@@ -18,15 +19,18 @@ from mdiff.tokens import TokenSpace
 class ImageCanvas:
     """The image's positions row by row, each with its codes side by side, then the label's position
     and the caption's positions where these are parts; the ids of the parts lie one after the other,
-    then the mask. `size` (H, W) pixels.
+    then the mask. `size` (H, W) pixels; `label` is what a label is, one of `ROLES`, and `labels`
+    are None until they are learnt from data.
     """
 
     def __init__(
-        self, codec: Codec, *, size: tuple[int, int], labels: Labels | None = None,
-        captions: Captions | None = None,
+        self, codec: Codec, *, size: tuple[int, int], label: str = "none",
+        labels: Labels | None = None, captions: Captions | None = None,
     ) -> None:  # fmt: skip
+        if label not in ROLES:
+            raise ConfigError(f"modality.label={label!r}; {nearest(str(label), ROLES)}")
         self.codec, self.size, self.captions = codec, size, captions
-        self._labels = labels or Labels()
+        self.label, self._labels = label, labels
 
     @property
     def unit(self) -> str:
@@ -38,12 +42,14 @@ class ImageCanvas:
     @property
     def labels(self) -> list[str] | None:
         """The names of the labels by number, None where they are not known."""
-        return self._labels.names
+        return None if self._labels is None else list(self._labels.names)
 
     @property
-    def label(self) -> str:
-        """What a label is: "none", "condition" or "part"."""
-        return self._labels.role
+    def known_labels(self) -> Labels:
+        """The labels; ConfigError where they are not known yet."""
+        if self._labels is None:
+            raise ConfigError("the labels are not known yet: give modality.labels or data first")
+        return self._labels
 
     @property
     def latent_grid(self) -> tuple[int, int]:
@@ -61,7 +67,7 @@ class ImageCanvas:
         layout = (*self.latent_grid, self.codec.codes_per_position)
         found = [Part("image", layout, self.codec.codebook_size)]
         if self.label == "part":
-            found.append(Part("label", (1, 1, 1), len(self._labels.known)))
+            found.append(Part("label", (1, 1, 1), len(self.known_labels.names)))
         if self.captions:
             found.append(Part("caption", (1, self.captions.length, 1), self.captions.size))
         return CanvasParts(tuple(found))
@@ -99,7 +105,7 @@ class ImageCanvas:
     @property
     def classes(self) -> int:
         """How many labels are a condition; 0 where labels are no condition."""
-        return len(self._labels.known) if self.label == "condition" else 0
+        return len(self.known_labels.names) if self.label == "condition" else 0
 
     @property
     def null_condition(self) -> dict[str, Tensor]:
@@ -108,11 +114,13 @@ class ImageCanvas:
 
     def label_id(self, label: object) -> int:
         """The number of a label by its name or number; DataError with the nearest names."""
-        return self._labels.number(label)
+        return self.known_labels.number(label)
 
     def own_labels(self, labels: Tensor | None, names: Sequence[str]) -> Tensor | None:
         """Labels (N,) int64 into `names` as this model's numbers; see `Labels.own`."""
-        return self._labels.own(labels, names)
+        if self.label == "none" or labels is None:
+            return labels
+        return self.known_labels.own(labels, names)
 
     def _caption_ids(self, captions: Captions, caption: str, *, cut: bool = False) -> list[int]:
         """The caption's ids in the canvas; one that is too long is cut, or a DataError."""
@@ -124,7 +132,7 @@ class ImageCanvas:
         label = caption = None
         if "label" in self.part_names:
             own, token = self.parts.ids("label"), ids[self.span("label").start]
-            label = self._labels.known[own.index(token)] if token in own else None
+            label = self.known_labels.names[own.index(token)] if token in own else None
         if self.captions:
             caption = self._caption(self.captions, ids[self.span("caption")])
         return Description(label, caption)

@@ -165,7 +165,7 @@ class ImageModality(ImageCanvas):
             source = PictureSource.of(data)
             items = open_items(source, codec=self.codec, size=self.size)
         shares = {"holdout": source.holdout, "validation": source.validation}
-        self._labels.learn(items.labels, items.label_names)
+        self._learn_labels(items)
         written = items.captions or []
         if self.captions and items.captions is None:
             raise DataError("the pictures have no captions: set data.captions")
@@ -177,6 +177,8 @@ class ImageModality(ImageCanvas):
         index = split_of(items, split, **shares)
         own = self.own_labels(items.labels, items.label_names)
         labels = None if own is None else own[index]
+        if split == "train" and self.label != "none" and labels is not None:
+            self.known_labels.check_training(labels, own, **shares)
         if isinstance(items, Shards):
             codes, digest = items.ids[index].flatten(1)[:, None].long(), items.digest
         else:
@@ -186,6 +188,18 @@ class ImageModality(ImageCanvas):
             digest = digest_of(chosen)
         captions = written and [written[i] for i in index.tolist()]
         return self._rows(codes, labels, captions, slice_sha256=digest)
+
+    def _learn_labels(self, items: Pictures | Shards) -> None:
+        """Take the names of the items' labels, unless they are known or labels have no role."""
+        if self.label == "none":
+            return
+        if items.labels is None:
+            raise DataError(
+                "the pictures have no labels, which this model is to be given: name them by "
+                "folders, metadata.jsonl or y, or train with modality.label: none"
+            )
+        if self._labels is None:
+            self._labels = Labels.learnt(items.label_names)
 
     def _rows(
         self, codes: Tensor, labels: Tensor | None, captions: Sequence[str], *, slice_sha256: str
@@ -251,7 +265,7 @@ def image(
     >>> image(codec={"name": "levels"}, size=[8, 8]).grid
     (8, 8)
     """
-    known = Labels(labels, label)
+    known = None if labels is None else Labels.of(labels)
     sides = list(size) if isinstance(size, list | tuple) else []
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise ConfigError(f"modality.size={size!r}: expected two whole numbers, height and width")
@@ -261,7 +275,8 @@ def image(
         raise ConfigError(
             f"modality.size={sides}: expected multiples of the codec's {made.stride} pixels"
         )
-    return ImageModality(made, size=(sides[0], sides[1]), labels=known, captions=captions)
+    return ImageModality(made, size=(sides[0], sides[1]), label=label, labels=known,
+                         captions=captions)  # fmt: skip
 
 
 def image_modality(modality: Modality) -> ImageModality:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from mdiff.errors import ConfigError, DataError, nearest
-from mdiff.modalities.image.data.pixels import MODES, Pixels, as_array, open_picture, sized
+from mdiff.modalities.image.data.pixels import MODES, Pixels, as_array, sized
 from mdiff.modalities.image.data.readers import Item, check_words, items_of
 from mdiff.modalities.image.data.source import PictureSource
 from mdiff.modalities.image.data.unicode_names import base_of, caption_of
+from mdiff.modalities.image.labels import numbered
 from mdiff.modalities.text.source import SPLITS
 
 
@@ -53,21 +54,23 @@ class Pictures:
         )
 
     def split(self, split: str, *, holdout: float, validation: float) -> Pictures:
-        """Those of a split: cut by order, or whole groups by digest; DataError if it is empty."""
+        """Those of a split, see `split_index`; DataError if it is empty."""
         return self.at(split_of(self, split, holdout=holdout, validation=validation))
 
 
 class Items(Protocol):
-    """What a split is made of: items in order, perhaps in groups that stay together."""
+    """What a split is made of: items in order, perhaps labelled, or in groups to keep whole."""
 
     @property
     def groups(self) -> list[str] | None: ...
+    @property
+    def labels(self) -> Tensor | None: ...
     def __len__(self) -> int: ...
 
 
 def split_of(items: Items, split: str, *, holdout: float, validation: float) -> Tensor:
     """The numbers of a split's items, (M,) int64; DataError where there are none."""
-    index = split_index(items.groups or len(items), split, holdout, validation)
+    index = split_index(items.groups or len(items), split, holdout, validation, items.labels)
     if not len(index):
         raise DataError(
             f"the {split} split of {len(items)} pictures is empty at holdout={holdout}, "
@@ -77,9 +80,15 @@ def split_of(items: Items, split: str, *, holdout: float, validation: float) -> 
 
 
 def split_index(
-    groups: Sequence[str] | int, split: str, holdout: float, validation: float
-) -> Tensor:
-    """The numbers of a split's items, (M,) int64, of items in order or of groups' names."""
+    groups: Sequence[str] | int, split: str, holdout: float, validation: float,
+    labels: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The numbers of a split's items, (M,) int64 ascending.
+
+    Groups, by their names, are on the side that their digest says. A number of items is cut from
+    the end; where their labels (N,) come one after another, or the cut would leave one without
+    an item, each label's are.
+    """
     if split == "all":
         return torch.arange(groups if isinstance(groups, int) else len(groups))
     if split not in SPLITS:
@@ -90,13 +99,37 @@ def split_index(
         first, stop = {"train": (0, chosen), "validation": (chosen, kept)}.get(
             split, (kept, groups)
         )
-        return torch.arange(first, stop)
+        if labels is None or _are_mixed(labels, kept):
+            return torch.arange(first, stop)
+        return _by_turns(labels)[first:stop].sort().values
     inner = (1 - holdout) * (1 - validation)
     share = [_share(group) for group in groups]
     side = [
         "train" if at < inner else "validation" if at < 1 - holdout else "holdout" for at in share
     ]
     return torch.tensor([i for i, name in enumerate(side) if name == split], dtype=torch.int64)
+
+
+def _are_mixed(labels: Tensor, kept: int) -> bool:
+    """Whether labels (N,) change at least half as often as in a random order, and the first
+    `kept` of them hold every one.
+    """
+    share = labels.unique(return_counts=True)[1].double() / len(labels)
+    random = (len(labels) - 1) * (1 - float(share.square().sum()))
+    changes = int((labels[1:] != labels[:-1]).sum())
+    return changes >= random / 2 and len(labels[:kept].unique()) == len(share)
+
+
+def _by_turns(labels: Tensor) -> Tensor:
+    """The items' numbers in an order of which any beginning holds the same share of each label.
+
+    It begins with the first item of each; a label's items stay in order.
+    """
+    turn = torch.empty(len(labels), dtype=torch.float64)
+    for label in labels.unique():
+        at = (labels == label).nonzero()[:, 0]
+        turn[at] = torch.arange(len(at), dtype=torch.float64) / len(at)
+    return turn.argsort(stable=True)
 
 
 def _share(group: str) -> float:
@@ -119,11 +152,11 @@ def read_pictures(
     source = PictureSource.of(source)
     if channels not in MODES:
         raise ConfigError(f"channels={channels}: expected 1 or 3")
-    taken = _Taken(channels, size, source.resize, strict)
+    taken = _Taken(channels, size, source, strict)
     for path in source.paths:
         for item in items_of(path, source):
             taken.add(item)
-    found = taken.pictures(source)
+    found = taken.pictures()
     if source.captions == "unicode":
         captions = [caption_of(name) for name in found.names]
         return replace(found, captions=captions, groups=[base_of(n) for n in found.names])
@@ -136,55 +169,41 @@ class _Taken:
     """Gathers items into one array, checking each."""
 
     def __init__(
-        self, channels: int, size: tuple[int, int] | None, resize: bool, strict: bool
+        self, channels: int, size: tuple[int, int] | None, source: PictureSource, strict: bool
     ) -> None:
-        self.channels, self.size, self.resize, self.strict = channels, size, resize, strict
+        self.channels, self.size, self.source, self.strict = channels, size, source, strict
         self.arrays: list[Pixels] = []
         self.items: list[Item] = []
         self.problems: list[str] = []
 
     def add(self, item: Item) -> None:
         try:
-            check_words(item)
-            array = item.array if item.path is None else open_picture(item.path)
-            plain = as_array(array, channels=self.channels, name=item.name)
+            check_words(item, captions=self.source.captions == "data")
+            plain = as_array(item.array, channels=self.channels, name=item.name)
             self.size = self.size or (plain.shape[0], plain.shape[1])
-            self.arrays.append(sized(plain, self.size, resize=self.resize, name=item.name))
-            self.items.append(replace(item, array=None))
+            self.arrays.append(sized(plain, self.size, resize=self.source.resize, name=item.name))
+            self.items.append(replace(item, given=None))
         except DataError as error:
             if self.strict:
                 raise
             self.problems.append(str(error))
 
-    def pictures(self, source: PictureSource) -> Pictures:
+    def pictures(self) -> Pictures:
         if not self.arrays:
             more = f"; {self.problems[0]}" if self.problems else ""
-            raise DataError(f"{source.source}: there is no picture in it{more}")
+            raise DataError(f"{self.source.source}: there is no picture in it{more}")
         pixels = torch.from_numpy(np.stack(self.arrays)).permute(0, 3, 1, 2).contiguous()
-        labels, names = _numbered([item.label for item in self.items], source)
+        found = [item.name for item in self.items]
+        labels, names = numbered([item.label for item in self.items], found)
         captions = [item.caption for item in self.items]
         return Pictures(
             pixels=pixels,
-            names=[item.name for item in self.items],
+            names=found,
             labels=labels,
             label_names=names,
             captions=None if None in captions else [str(each) for each in captions],
             problems=self.problems,
         )
-
-
-def _numbered(labels: list[object], source: PictureSource) -> tuple[Tensor | None, list[str]]:
-    """Labels as numbers, and their names in order; numbers are their own names."""
-    if all(label is None for label in labels):
-        return None, []
-    if any(label is None for label in labels):
-        raise DataError(f"{source.source}: some pictures have a label and some have none")
-    if all(isinstance(label, int) for label in labels):
-        top = max(label for label in labels if isinstance(label, int))
-        return torch.tensor(labels, dtype=torch.int64), [str(i) for i in range(top + 1)]
-    names = sorted({str(label) for label in labels})
-    number = {name: i for i, name in enumerate(names)}
-    return torch.tensor([number[str(label)] for label in labels], dtype=torch.int64), names
 
 
 def digest_of(pictures: Pictures) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -15,10 +16,12 @@ from typing import Protocol
 
 import numpy as np
 
-from mdiff.errors import CheckpointError, DataError, nearest
+from mdiff.errors import CheckpointError, DataError, nearest, warn
 from mdiff.files import inside
-from mdiff.modalities.image.data.pixels import Pixels
+from mdiff.modalities.image.data.pixels import ENDINGS, Pixels, decoded, open_picture
 from mdiff.modalities.image.data.source import PictureSource
+from mdiff.modalities.image.data.walk import walk
+from mdiff.modalities.image.labels import checked
 from mdiff.modalities.text.documents import (
     check_growth,
     hub_rows,
@@ -29,26 +32,37 @@ from mdiff.modalities.text.documents import (
 from mdiff.modalities.text.source import HUB
 
 DIGITS = "sklearn.digits"
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 METADATA = "metadata.jsonl"
+# MNIST's name for a file of pictures; some archives have a dot in it.
+IDX = re.compile(r"[-.]idx3-ubyte")
 # The largest array that is read from a file.
 MAX_BYTES = 2**34
 
 
 @dataclass
 class Item:
-    """One picture as it was found; `array` uint8 (H, W[, C]), or a `path` to read."""
+    """One picture as it was found: `given` is an array uint8, a file's path, or its content."""
 
     name: str
-    array: object = None
-    path: Path | None = None
+    given: object = None
     label: object = None
     caption: object = None
 
+    @property
+    def array(self) -> object:
+        """The array, or the picture in the file; DataError where that is unreadable."""
+        if isinstance(self.given, bytes):
+            return decoded(self.given, self.name)
+        return open_picture(self.given) if isinstance(self.given, Path) else self.given
 
-def check_words(item: Item) -> None:
-    """DataError where a name, label or caption holds half a character, which no file can hold."""
-    for kind, words in (("name", item.name), ("label", item.label), ("caption", item.caption)):
+
+def check_words(item: Item, *, captions: bool) -> None:
+    """DataError where name, label or caption is no text, or holds half a character."""
+    if item.label is not None:
+        checked(item.label, f"{item.name}: label")
+    if captions and not isinstance(item.caption, str | None):
+        raise DataError(f"{item.name}: caption {item.caption!r:.60}: expected a string")
+    for kind, words in (("name", item.name), ("caption", item.caption)):
         try:
             str(words).encode()
         except UnicodeEncodeError:
@@ -66,9 +80,9 @@ def items_of(path: str, source: PictureSource) -> Iterator[Item]:
         return _from_folder(file)
     if path.endswith(".npz"):
         return _from_arrays(file)
-    if "-idx3-ubyte" in file.name:
+    if IDX.search(file.name):
         return _from_idx(file)
-    return iter([Item(name=str(file), path=file)])
+    return iter([Item(name=str(file), given=file)])
 
 
 def _digits() -> Iterator[Item]:
@@ -77,33 +91,42 @@ def _digits() -> Iterator[Item]:
 
     found = load_digits()
     for number, (array, label) in enumerate(zip(found.images, found.target)):
-        yield Item(name=f"{number}", array=(array * 15).astype(np.uint8), label=int(label))
+        yield Item(name=f"{number}", given=(array * 15).astype(np.uint8), label=int(label))
 
 
 def _from_folder(folder: Path) -> Iterator[Item]:
-    listed = folder / METADATA
-    if os.path.lexists(listed):
-        if not listed.is_file():
-            raise DataError(f"{listed} is not a plain file")
-        for row in json_lines(read_text(listed), listed, "file_name"):
-            label = row.get("label")
-            if label is not None and not isinstance(label, str | int):
-                raise DataError(f"{listed}: label {label!r}: expected a name or a number")
-            name = str(row["file_name"])
-            try:
-                path = inside(folder, name)
-            except CheckpointError as error:
-                raise DataError(f"{listed}: {error}") from None
-            caption = row.get("caption", row.get("text"))
-            yield Item(name, path=path, label=label, caption=caption)
-        return
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-    if not paths:
-        raise DataError(f"{folder}: no {', '.join(ENDINGS)} in it")
-    for path in paths:
-        within = path.relative_to(folder)
-        label = within.parts[0] if len(within.parts) > 1 else None
-        yield Item(name=str(within), path=path, label=label)
+    if os.path.lexists(folder / METADATA):
+        return _from_metadata(folder, folder / METADATA)
+    found = walk(folder, ENDINGS)
+    if not found.files:
+        raise DataError(f"{found.line or folder}: no {', '.join(ENDINGS)} in it")
+    if found.line:
+        warn(found.line)
+    return (_in_folder(path, path.relative_to(folder)) for path in found.files)
+
+
+def _in_folder(path: Path, within: Path) -> Item:
+    label = within.parts[0] if len(within.parts) > 1 else None
+    return Item(name=str(within), given=path, label=label)
+
+
+def _from_metadata(folder: Path, listed: Path) -> Iterator[Item]:
+    if not listed.is_file():
+        raise DataError(f"{listed} is not a plain file")
+    named = set()
+    for row in json_lines(read_text(listed), listed, "file_name"):
+        name = str(row["file_name"])
+        try:
+            # Links lead where their owner wants; the names are another's.
+            path = inside(folder, name, root=Path("/"))
+        except CheckpointError as error:
+            raise DataError(f"{listed}: {error}") from None
+        named.add(path)
+        yield Item(name, given=path, label=row.get("label"),
+                   caption=row.get("caption", row.get("text")))  # fmt: skip
+    others = sum(path not in named for path in walk(folder, ENDINGS).files)
+    if others:
+        warn(f"{listed}: {others} files of pictures beside it are not in it, and left out")
 
 
 def _from_arrays(path: Path) -> Iterator[Item]:
@@ -134,21 +157,21 @@ def _from_arrays(path: Path) -> Iterator[Item]:
     for i, array in enumerate(x):
         yield Item(
             name=str(names[i]) if names is not None else f"{path.name}:{i}",
-            array=array,
-            label=None if y is None else int(y[i]),
+            given=array,
+            label=None if y is None else checked(y[i], f"{path}: y[{i}]"),
         )
 
 
 def _from_idx(path: Path) -> Iterator[Item]:
     """The format of MNIST: two zero bytes, the type, the number of axes, their sizes."""
     images = _idx(path, axes=3)
-    beside = path.with_name(path.name.replace("-images-", "-labels-").replace("-idx3-", "-idx1-"))
+    beside = path.with_name(re.sub(r"([-.])images([-.])idx3-", r"\1labels\2idx1-", path.name))
     labels = _idx(beside, axes=1) if beside != path and beside.exists() else None
     if labels is not None and len(labels) != len(images):
         raise DataError(f"{beside}: {len(labels)} labels for {len(images)} pictures")
     for i, array in enumerate(images):
         label = None if labels is None else int(labels[i])
-        yield Item(name=f"{path.name}:{i}", array=array, label=label)
+        yield Item(name=f"{path.name}:{i}", given=array, label=label)
 
 
 def _idx(path: Path, *, axes: int) -> Pixels:
@@ -189,20 +212,26 @@ class ImageRows(Protocol):
     def column_names(self) -> list[str]: ...
     @property
     def features(self) -> Mapping[str, object]: ...
+    def cast_column(self, column: str, feature: object) -> ImageRows: ...
     def __iter__(self) -> Iterator[Mapping[str, object]]: ...
 
 
 def from_dataset(rows: ImageRows, source: PictureSource, *, name: str) -> Iterator[Item]:
     """The items of a `datasets` data set with an image feature; labels by their names."""
-    from datasets import ClassLabel
+    from datasets import ClassLabel, Image
 
-    if source.image_field not in rows.column_names:
-        near = nearest(source.image_field, rows.column_names)
-        raise DataError(f"{name} has no column {source.image_field!r}; {near}")
+    column = source.image_field
+    if column not in rows.column_names:
+        raise DataError(f"{name} has no column {column!r}; {nearest(column, rows.column_names)}")
+    if isinstance(rows.features.get(column), Image):
+        # The files are opened here: the library opens any format, and stops at the first bad one.
+        rows = rows.cast_column(column, Image(decode=False))
     feature = rows.features.get(source.label_field)
     for i, row in enumerate(rows):
-        label = row.get(source.label_field)
-        if isinstance(feature, ClassLabel) and label is not None:
+        label, picture = row.get(source.label_field), row[column]
+        if isinstance(feature, ClassLabel) and isinstance(label, int) and label >= 0:
             label = feature.int2str(label)
-        yield Item(f"{name}:{i}", row[source.image_field], label=label,
+        if isinstance(picture, Mapping):
+            picture = picture.get("bytes") or Path(str(picture.get("path")))
+        yield Item(f"{name}:{i}", given=picture, label=label,
                    caption=row.get(source.caption_field))  # fmt: skip
