@@ -108,6 +108,7 @@ def evaluate(
     fit_threads(pipeline.denoiser)
     start = time.perf_counter()
     report: dict[str, object] = {"model": model, "data": data[0] if len(data) == 1 else data}
+    source: dict[str, object] = {"source": data, "holdout": holdout, "validation": validation}
     if shows_pictures(pipeline):
         if window is not None:
             raise ConfigError("--window: a picture is one window")
@@ -121,9 +122,7 @@ def evaluate(
             inception=None if inception is None else str(inception),
             mask_ratio=mask_ratio, layer=layer,
         )  # fmt: skip
-        pictures = PictureSource(
-            source=data, captions=captions, holdout=holdout, validation=validation
-        )
+        pictures = PictureSource.of(source | {"captions": captions})
         report |= {"split": wanted.split} | evaluate_pictures(pipeline, pictures, wanted)
         report["seconds"] = time.perf_counter() - start
         result_json(report) if as_json else picture_table(report)
@@ -132,11 +131,11 @@ def evaluate(
         raise ConfigError(f"--metrics {metrics}: of text there is bound alone")
     from mdiff.modalities.text import Source
 
-    source = Source(source=data, field=field, holdout=holdout, validation=validation)
     report["split"] = split or "all"
     found, drawn = _of_text(
-        pipeline, source, split=split or "all", limit=CHARACTERS if limit is None else limit,
-        draws=draws, estimator=estimator, window=window, seed=seed, batch_size=batch_size,
+        pipeline, Source.of(source | {"field": field}), split=split or "all",
+        limit=CHARACTERS if limit is None else limit, draws=draws, estimator=estimator,
+        window=window, seed=seed, batch_size=batch_size,
         samples=TEXT_SAMPLES if samples is None else samples, sampling=sampling,
     )  # fmt: skip
     report |= found.as_dict() | {"seconds": time.perf_counter() - start} | drawn

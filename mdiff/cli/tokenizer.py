@@ -86,7 +86,8 @@ def train(
 
     ids = VOCAB_SIZE if vocab_size is None else vocab_size
     made = text(tokenizer=kind, eos=eos, vocab_size=ids if kind == "bpe" else None)
-    documents = Source(source=list(data), field=field or "text", holdout=holdout).documents()
+    options = {"source": list(data), "field": field or "text", "holdout": holdout}
+    documents = Source.of(options).documents()
     made.fit(cut_documents(documents, "train", holdout=holdout, validation=0.0))
     out.mkdir()
     made.save(out)
@@ -234,9 +235,10 @@ def _pictures(
 ) -> PictureSource:
     from mdiff.modalities.image.data import PictureSource
 
-    return PictureSource(
-        source=list(paths), resize=resize, captions=captions or "none", holdout=holdout
-    )
+    return PictureSource.of({
+        "source": list(paths), "resize": resize, "captions": captions or "none",
+        "holdout": holdout,
+    })  # fmt: skip
 
 
 def _refuse_pictures(flags: dict[str, object], *names: str) -> None:

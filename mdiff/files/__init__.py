@@ -27,6 +27,8 @@ from mdiff.files.model_files import PIPELINE as PIPELINE
 from mdiff.files.model_files import WEIGHTS as WEIGHTS
 from mdiff.files.model_files import ModelFiles as ModelFiles
 from mdiff.files.model_files import read_model_files as read_model_files
+from mdiff.files.settings import STRICT as STRICT
+from mdiff.files.settings import parse_settings as parse_settings
 from mdiff.files.untrusted import MAX_JSON_BYTES as MAX_JSON_BYTES
 from mdiff.files.untrusted import MAX_JSON_VALUES as MAX_JSON_VALUES
 from mdiff.files.untrusted import PICKLE_STARTS as PICKLE_STARTS

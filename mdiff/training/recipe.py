@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, Field, JsonValue
 
-from mdiff.errors import ConfigError, nearest
-from mdiff.files import parse_yaml
+from mdiff.errors import ConfigError
+from mdiff.files import STRICT, parse_settings, parse_yaml
 
 MAX_RECIPE_BYTES = 2**16
 
@@ -24,13 +24,13 @@ Count = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """Settings with known names only; a value is not coerced into another type."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = {**STRICT, "frozen": True}
 
 
 class OpenSection(BaseModel):
     """Settings with some known names; the other keys are `options`, checked by who takes them."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = {**STRICT, "frozen": True, "extra": "allow"}
     __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
 
     @property
@@ -179,10 +179,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(content: Mapping[str, Any]) -> Recipe:
     """The recipe of nested plain values; ConfigError as in `load_recipe`."""
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+    return parse_settings(Recipe, content)
 
 
 def differences(
@@ -229,35 +226,3 @@ def _overridden(content: dict[str, Any], override: str) -> dict[str, Any]:
         inner = inner[part]
     inner[parts[-1]] = value
     return changed
-
-
-def _one_line(error: ValidationError) -> str:
-    """The first problem: the dotted key, its value, what was expected, the nearest key."""
-    problems = error.errors(include_url=False, include_context=False)
-    first = problems[0]
-    location = [str(part) for part in first["loc"]]
-    key = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        known = [".".join([*location[:-1], name]) for name in _fields(location[:-1])]
-        # A key that stands in the wrong section is nearest to its own name in the right one.
-        everywhere = [path for path in _known_keys() if path.split(".")[-1] == location[-1]]
-        return f"unknown key {key!r}; {nearest(key, everywhere or known)}"
-    if first["type"] == "missing":
-        return f"{key} is missing: the recipe must give it"
-    shown = repr(first["input"])
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}={shown[:60]}: {message}{more}".replace("\n", " ")
-
-
-def _fields(location: Sequence[str]) -> list[str]:
-    """The known keys of the section at `location`."""
-    section: Any = Recipe
-    for part in location:
-        section = section.model_fields[part].annotation
-        section = next(iter(get_args(section)), section)
-    return list(section.model_fields)
-
-
-def _known_keys() -> list[str]:
-    return [f"{section}.{key}" for section in Recipe.model_fields for key in _fields([section])]

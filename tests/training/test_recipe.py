@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import fields
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from mdiff.errors import ConfigError
 from mdiff.files.yaml import SafeRecipeLoader, parse_yaml
+from mdiff.modalities.image.data.source import PictureSource
+from mdiff.modalities.text.documents import Source
 from mdiff.training.recipe import Recipe, differences, load_recipe, parse_recipe
 
 BASE = {
@@ -74,16 +77,16 @@ def test_overrides_replace_values_of_any_section(recipe_file):
         ("steps", 1, "unknown key 'steps'; did you mean 'train.steps'?"),
         ("train.lr", 0.1, "unknown key 'train.lr'; did you mean 'optim.lr'?"),
         ("optimizer", {}, "unknown key 'optimizer'; did you mean 'optim'?"),
-        ("train.steps", "4", "train.steps='4': input should be a valid integer"),
-        ("train.steps", True, "train.steps=True: input should be a valid integer"),
-        ("train.steps", 0, "train.steps=0: input should be greater than or equal to 1"),
-        ("train.ema", 1.0, "train.ema=1.0: input should be less than 1"),
-        ("optim.lr", math.nan, "optim.lr=nan: input should be a finite number"),
+        ("train.steps", "4", "train.steps='4': expected a whole number"),
+        ("train.steps", True, "train.steps=True: expected a whole number"),
+        ("train.steps", 0, "train.steps=0: expected at least 1"),
+        ("train.ema", 1.0, "train.ema=1.0: expected less than 1"),
+        ("optim.lr", math.nan, "optim.lr=nan: expected a finite number"),
         ("optim.betas", [0.9], "optim.betas.1 is missing"),
-        ("optim.name", "adam", "optim.name='adam': input should be 'adamw' or 'muon'"),
-        ("objective.weight", "bond", "input should be 'bound' or 'uniform'"),
+        ("optim.name", "adam", "optim.name='adam': expected 'adamw' or 'muon'"),
+        ("objective.weight", "bond", "expected 'bound' or 'uniform'"),
         ("model", {"width": 3}, "model.name is missing"),
-        ("data.length", 0, "data.length=0: input should be greater than or equal to 1"),
+        ("data.length", 0, "data.length=0: expected at least 1"),
         ("log", 3, "log=3"),
     ],
 )
@@ -196,3 +199,33 @@ def test_any_override_is_a_recipe_or_one_line_of_config_error(tmp_path_factory, 
     except ConfigError as error:
         lines = str(error).splitlines()
     assert len(lines) <= 1
+
+
+WRONG = {
+    "a number": ("x", True, None, [], {}),
+    "a text": (3, True, [], {}),
+    "a text or null": (3, True, [], {}),
+    "true or false": (0, 1, "yes", None, []),
+    "a share": (1, 1.0, -0.1, math.inf, math.nan, "0.1", True, None, []),
+    "paths": (3, None, [], [3], ["a", None], {"a": 1}, True),
+}
+
+
+@pytest.mark.parametrize("kind", [Source, PictureSource])
+def test_any_value_of_another_type_in_a_data_section_is_one_line(kind):
+    kinds = {
+        "source": "paths", "subset": "a text or null", "hub_split": "a text", "holdout": "a share",
+        "validation": "a share", "field": "a text", "separator": "a text or null",
+        "image_field": "a text", "label_field": "a text", "caption_field": "a text",
+        "captions": "a text", "resize": "true or false", "flip": "true or false",
+        "shift": "a number",
+    }  # fmt: skip
+    for field in fields(kind):
+        for value in WRONG[kinds[field.name]]:
+            with pytest.raises(ConfigError) as caught:
+                kind.of({"source": "a"} | {field.name: value})
+            line = str(caught.value)
+            assert line.startswith(f"data.{field.name}={value!r:.60}: expected "), line
+            assert "\n" not in line
+        with pytest.raises(ConfigError, match=f"did you mean 'data.{field.name}'"):
+            kind.of({"source": "a"} | {f"{field.name}x": "a"})

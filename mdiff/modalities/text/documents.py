@@ -7,14 +7,16 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from io import BufferedIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from mdiff.errors import BackendError, ConfigError, DataError, nearest
-from mdiff.files import MAX_JSON_VALUES, has_too_many_values
+from mdiff.files import MAX_JSON_VALUES, STRICT, has_too_many_values
 from mdiff.modalities.text.source import HUB, SPLITS, DataSource
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ MOST_OF_A_LINE = 2**23
 Piece = TypeVar("Piece", str, list[int])
 
 
-@dataclass(frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class Source(DataSource):
     """The `data` section of a recipe for text.
 
@@ -44,12 +46,7 @@ class Source(DataSource):
     """
 
     field: str = "text"
-    separator: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.separator == "":
-            raise ConfigError("data.separator='': expected at least one character")
+    separator: Annotated[str, Field(min_length=1)] | None = None
 
     def documents(self) -> list[str]:
         """Every document that is not empty, in order.

@@ -3,56 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Self
 
-from mdiff.errors import ConfigError, nearest
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from mdiff.files import STRICT, parse_settings
 
 HUB = "hub:"
 SPLITS = ("train", "validation", "holdout")
 
+Share = Annotated[float, Field(ge=0, lt=1)]
 
-@dataclass(frozen=True)
+
+@dataclass(config=STRICT, frozen=True)
 class DataSource:
     """`source` is a path or a list of paths, or "hub:OWNER/NAME".
 
     `subset` and `hub_split` name the part of a Hub data set. `holdout` is the fraction cut from
-    the end; `validation` is the fraction cut from the end of what is left. Raises ConfigError for
-    invalid values.
+    the end; `validation` is the fraction cut from the end of what is left.
     """
 
-    source: str | list[str]
+    source: Annotated[
+        str | Annotated[list[str], Field(min_length=1)],
+        Field(description="a path or a list of paths"),
+    ]
     subset: str | None = None
     hub_split: str = "train"
-    holdout: float = 0.1
-    validation: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, share in (("holdout", self.holdout), ("validation", self.validation)):
-            number = isinstance(share, int | float) and not isinstance(share, bool)
-            if not number or not 0 <= share < 1:
-                raise ConfigError(f"data.{name}={share!r}: expected 0 or more and less than 1")
-        paths = self.paths
-        if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
-            raise ConfigError(f"data.source={self.source!r}: expected a path or a list of paths")
+    holdout: Share = 0.1
+    validation: Share = 0.0
 
     @classmethod
     def of(cls, options: Mapping[str, object] | DataSource | str | Path) -> Self:
-        """From a mapping, or from a path with the defaults; unknown keys are ConfigErrors."""
+        """From a mapping, or from a path with the defaults; ConfigError for invalid values."""
         if isinstance(options, cls):
             return options
         if isinstance(options, str | Path):
             return cls(source=str(options))
-        given: dict[str, Any] = {} if isinstance(options, DataSource) else dict(options)
-        known = [field.name for field in fields(cls)]
-        for key in given:
-            if key not in known:
-                near = nearest(f"data.{key}", [f"data.{name}" for name in known])
-                raise ConfigError(f"unknown key data.{key}; {near}")
-        if "source" not in given:
-            raise ConfigError("data.source is missing: expected a path, a list of them or hub:NAME")
-        return cls(**given)
+        given = {} if isinstance(options, DataSource) else options
+        return parse_settings(cls, given, section="data")
 
     @property
     def paths(self) -> list[str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from mdiff.errors import ConfigError, nearest
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from mdiff.files import STRICT
 from mdiff.modalities.text.source import DataSource
 
-CAPTIONS = ("none", "data", "unicode")
 MOST_SHIFT = 8
 
 
-@dataclass(frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class PictureSource(DataSource):
     """Where pictures come from, and what is made of them.
 
@@ -32,18 +34,6 @@ class PictureSource(DataSource):
     label_field: str = "label"
     caption_field: str = "caption"
     resize: bool = False
-    captions: str = "none"
+    captions: Literal["none", "data", "unicode"] = "none"
     flip: bool = False
-    shift: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.captions not in CAPTIONS:
-            raise ConfigError(
-                f"data.captions={self.captions!r}; {nearest(self.captions, CAPTIONS)}"
-            )
-        if type(self.shift) is not int or not 0 <= self.shift <= MOST_SHIFT:
-            raise ConfigError(f"data.shift={self.shift!r}: expected 0 to {MOST_SHIFT} pixels")
-        for name, value in (("resize", self.resize), ("flip", self.flip)):
-            if not isinstance(value, bool):
-                raise ConfigError(f"data.{name}={value!r}: expected true or false")
+    shift: Annotated[int, Field(ge=0, le=MOST_SHIFT, description=f"0 to {MOST_SHIFT} pixels")] = 0

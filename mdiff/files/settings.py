@@ -1,0 +1,112 @@
+"""Settings that people write, checked by pydantic; a mistake is one line in one style."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TypeVar, get_args
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from mdiff.errors import ConfigError, nearest
+
+Settings = TypeVar("Settings")
+# Known names only, and no value is coerced into another type.
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+# What pydantic's types of errors expected, in the words of the other messages.
+EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "list_type": "a list",
+    "model_type": "a section",
+    "finite_number": "a finite number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "string_too_short": "a text of at least {min_length} characters",
+}
+
+
+UNKNOWN, MISSING = (
+    ("extra_forbidden", "unexpected_keyword_argument"),
+    ("missing", "missing_argument"),
+)
+
+
+def parse_settings(
+    kind: type[Settings], content: Mapping[str, object], *, section: str = ""
+) -> Settings:
+    """The `kind`, a model or a dataclass of pydantic, of nested plain values.
+
+    Raises ConfigError: the dotted key, which begins with `section`, and its value with what was
+    expected (the description of a field that has one), or the nearest known key.
+    """
+    try:
+        return kind(**{str(key): value for key, value in content.items()})
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, kind, content, section)) from None
+
+
+def _one_line(
+    error: ValidationError, kind: type, content: Mapping[str, object], section: str
+) -> str:
+    """The first problem, and how many there are beside it; an unknown key is before all others."""
+    problems = error.errors(include_url=False)
+    first = min(problems, key=lambda problem: problem["type"] not in UNKNOWN)
+    location = [str(part) for part in first["loc"]]
+    prefix = f"{section}." if section else ""
+    key = prefix + ".".join(location)
+    if first["type"] in UNKNOWN:
+        parent = location[:-1]
+        known = [prefix + ".".join([*parent, name]) for name in _fields(_kind(kind, parent))]
+        # A key that stands in the wrong section is nearest to its own name in the right one.
+        everywhere = [path for path in _known(kind) if path.split(".")[-1] == location[-1]]
+        return f"unknown key {key[:80]!r}; {nearest(key[:80], everywhere or known)}"
+    if first["type"] in MISSING:
+        return f"{key} is missing: the recipe must give it"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    expected, value = _expected(first), first["input"]
+    field = _fields(kind).get(location[0])
+    if field is not None and field.description:
+        # Of a list or of several types, pydantic names one part or one type.
+        key, value, expected, more = (
+            prefix + location[0],
+            content[location[0]],
+            field.description,
+            "",
+        )
+    return f"{key}={value!r:.60}: expected {expected}{more}".replace("\n", " ")
+
+
+def _expected(problem: ErrorDetails) -> str:
+    known = EXPECTED.get(problem["type"])
+    if known is not None:
+        return known.format(**problem.get("ctx", {}))
+    return problem["msg"].removeprefix("Input should be ")
+
+
+def _fields(kind: type) -> Mapping[str, FieldInfo]:
+    """The fields of a model or a dataclass of pydantic; {} for any other type."""
+    found: Mapping[str, FieldInfo] = vars(kind).get("__pydantic_fields__", {})
+    return found
+
+
+def _kind(kind: type, location: list[str]) -> type:
+    """The type at a location; of a section that may be null, the section."""
+    for part in location:
+        annotation = _fields(kind)[part].annotation
+        given = (annotation, *get_args(annotation))
+        kind = next((each for each in given if isinstance(each, type)), object)
+    return kind
+
+
+def _known(kind: type) -> Iterator[str]:
+    """The dotted keys of all sections."""
+    for section in _fields(kind):
+        for name in _fields(_kind(kind, [section])):
+            yield f"{section}.{name}"
