@@ -30,12 +30,9 @@ EXPECTED = {
     "literal_error": "{expected}",
     "string_too_short": "a text of at least {min_length} characters",
 }
-
-
-UNKNOWN, MISSING = (
-    ("extra_forbidden", "unexpected_keyword_argument"),
-    ("missing", "missing_argument"),
-)
+# Of a model and of a dataclass.
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+MISSING = ("missing", "missing_argument")
 
 
 def parse_settings(
