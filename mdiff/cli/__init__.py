@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import typer
 
 from mdiff.cli.threads import prepare
+from mdiff.cli.views.console import message, result
+from mdiff.cli.views.streams import open_streams, unwritten
 from mdiff.errors import MdiffError, nearest
 
 OUT_OF_DISK_OR_MEMORY = 6
@@ -76,14 +78,17 @@ REFUSED = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its code (DESIGN: 0, 1, 2, 3, 4, 5, 6, 7 or 130)."""
-    # A stream that was closed is None: what is written there is discarded.
-    sys.stdout, sys.stderr = (
-        stream or open(os.devnull, "w")  # noqa: SIM115
-        for stream in (sys.stdout, sys.stderr)
-    )
+    """Run the command line and exit with its code (README: 0 to 7, or 130)."""
+    open_streams()
+    warnings.showwarning = lambda text, *rest: message(f"warning: {' '.join(str(text).split())}")
     prepare()
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    fault = unwritten()
+    if fault is not None and code == 0:
+        code, text = explained(fault)
+        code = USAGE if code == UNEXPECTED else code
+        message(f"error: the result could not be written: {text}")
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -95,28 +100,21 @@ def run(arguments: Sequence[str]) -> int:
     if given == ["--version"]:
         from mdiff import __version__
 
-        print(__version__)
+        result(__version__)
         return 0
     try:
         command = typer.main.get_command(app())
-        try:
-            with command.make_context("mdiff", given) as context:
-                command.invoke(context)
-        finally:
-            sys.stdout.flush()
+        with command.make_context("mdiff", given) as context:
+            command.invoke(context)
     except typer.Exit as stop:
         return stop.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
-    except BrokenPipeError:
-        # The reader has closed the pipe; flushing what is left must not raise at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except BaseException as error:
         if debug and not isinstance(error, KeyboardInterrupt | typer.Abort):
             raise
-        code, message = explained(error)
-        print(f"error: {message}", file=sys.stderr)
+        code, text = explained(error)
+        message(f"error: {text}")
         return code
     return 0
 

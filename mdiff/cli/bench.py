@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mdiff.cli.views.console import message, result, result_json, writable
+from mdiff.cli.views.streams import unread
 from mdiff.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def bench(
     writable(out)
     report: dict[str, Any] = {"quick": quick, "full": full, "sections": sections}
     try:
-        measure(report, sections, size, show=not as_json)
+        measure(report, sections, size, show=not as_json, keep=out is not None)
     finally:
         # Also of a run that was interrupted: what was measured so far.
         if as_json:
@@ -70,8 +71,13 @@ def sized(*, quick: bool, full: bool) -> Size:
     return QUICK if quick else FULL if full else DEFAULT
 
 
-def measure(report: dict[str, Any], sections: list[str], size: Size, *, show: bool) -> None:
-    """Fill the report, and print what is known as soon as it is, where it is to be shown."""
+def measure(
+    report: dict[str, Any], sections: list[str], size: Size, *, show: bool, keep: bool
+) -> None:
+    """Fill the report, and print what is known as soon as it is, where it is to be shown.
+
+    Raises typer.Exit where stdout's reader has left, unless there is a file to keep.
+    """
     from mdiff.evaluation.bench import Bench
 
     begun = time.perf_counter()
@@ -89,6 +95,8 @@ def measure(report: dict[str, Any], sections: list[str], size: Size, *, show: bo
         result(f"{'':<{WIDTH}} {'minimum':>9} {'median':>9} {'a row':>8} {'target':>11}")
     for row in run.rows(sections):
         report["rows"].append(row.as_json())
+        if unread() and not keep:
+            raise typer.Exit
         if show:
             result(line(row, judged=not report["quick"]))
     report["interrupted"] = False

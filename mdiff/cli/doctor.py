@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -173,4 +172,3 @@ def _table(report: Mapping[str, Any]) -> None:
         result(f"{word} {check['name']}{p_value}")
     verdict = "all is well" if report["passed"] else "something is wrong: see FAIL above"
     result(f"{verdict}, {report['seconds']} s")
-    sys.stdout.flush()

@@ -283,9 +283,14 @@ def _holds_model(path: Path, name: str) -> bool:
 
 
 def _input(written: str | None) -> str:
+    """The text that was given, else that of standard input."""
     if written is not None:
         return written
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed: give what is to be read as an argument")
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"standard input: byte at offset {error.start} is not UTF-8") from None
+    except OSError as error:
+        raise DataError(f"standard input: {error.strerror}") from None

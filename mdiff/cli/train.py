@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mdiff.cli.views.console import result
+
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, such as configs/text/tiny.yaml.")],
@@ -33,4 +35,4 @@ def train(
     transformers.utils.logging.disable_progress_bar()
     path = run(settings, out, resume=resume, report=to_stderr)
     if is_main_process():
-        typer.echo(path)
+        result(str(path))

@@ -31,8 +31,10 @@ TRACKERS: dict[str, type[GeneralTracker]] = {
 
 
 def to_stderr(line: str) -> None:
-    """Print a progress line to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a progress line to stderr; one that nobody can read is lost, and nothing else."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
 
 
 class Journal:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
+from mdiff.cli.views.streams import holds_unicode
 from mdiff.errors import ConfigError
 
 
@@ -27,8 +28,11 @@ def printable(text: str) -> str:
 
 
 def result_json(value: Mapping[str, object]) -> None:
-    """One JSON object on one line, to stdout; NaN and infinities are null, as JSON has none."""
-    print(json.dumps(_finite(value), ensure_ascii=False), flush=True)
+    """One JSON object on one line, to stdout; NaN and infinities are null, as JSON has none.
+
+    Where the stream does not hold all of Unicode, the JSON is ASCII.
+    """
+    print(json.dumps(_finite(value), ensure_ascii=not holds_unicode(sys.stdout)), flush=True)
 
 
 def message(text: str) -> None:
