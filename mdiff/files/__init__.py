@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mdiff.files.atomic import MANIFEST as MANIFEST
 from mdiff.files.atomic import complete as complete
+from mdiff.files.atomic import damage as damage
 from mdiff.files.atomic import latest as latest
 from mdiff.files.atomic import locked as locked
 from mdiff.files.atomic import replace_file as replace_file

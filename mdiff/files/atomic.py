@@ -15,7 +15,8 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
@@ -23,7 +24,7 @@ from typing import TypedDict
 from safetensors import SafetensorError
 
 from mdiff.errors import CheckpointError, ConfigError
-from mdiff.files.untrusted import inside, read_json
+from mdiff.files.untrusted import inside, is_read, read_json, visible
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -81,7 +82,7 @@ def staged(path: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield folder
-        manifest = {"format": FORMAT, "files": {n: digest(folder / n) for n in _listed(folder)}}
+        manifest = {"format": FORMAT, "files": {n: digest(folder / n) for n in _names(folder)}}
         write_json(folder / MANIFEST, manifest)
         # Temporary directories and tensor files are private: give them the usual permissions.
         for directory, _, files in os.walk(folder):
@@ -142,8 +143,8 @@ def sweep(directory: Path, name: str = "") -> None:
 def verify(path: Path) -> Manifest:
     """The manifest of the checkpoint `path`, after every file was compared with it.
 
-    Raises CheckpointError where there is no manifest, where a file is missing, of another
-    size or content, or not listed, and where the directory holds a link.
+    Raises CheckpointError where there is no manifest, where a file is missing, a link or of
+    another size or content, and where one that could be read is not listed; see `is_read`.
     """
     manifest = read_manifest(path)
     listed = manifest["files"]
@@ -156,21 +157,36 @@ def verify(path: Path) -> Manifest:
     return manifest
 
 
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint's manifest, or the names and sizes of its files."""
+    try:
+        return _shape_problem(path, read_manifest(path)["files"])
+    except CheckpointError as error:
+        return str(error)
+
+
 def complete(path: Path) -> bool:
     """Whether the checkpoint has a manifest, and every file of it with its size."""
-    try:
-        return _shape_problem(path, read_manifest(path)["files"]) is None
-    except CheckpointError:
-        return False
+    return damage(path) is None
 
 
-def latest(directory: Path) -> Path | None:
+def latest(directory: Path, *, say: Callable[[str], None] | None = None) -> Path | None:
     """The newest complete checkpoint `step-NNNNNN` in `directory`, or None.
 
     Steps compare as numbers. Contents are not compared with the manifest; `verify` does that.
+    A newer step that is passed over is said, by a UserWarning unless `say` is given.
     """
-    paths = (step_path(directory, step) for step in reversed(steps(directory)))
-    return next(filter(complete, paths), None)
+    for step in reversed(steps(directory)):
+        path = step_path(directory, step)
+        problem = damage(path)
+        if problem is None:
+            return path
+        line = f"{path} is passed over, as it is not complete: {problem}"
+        if say is None:
+            warnings.warn(line, stacklevel=2)
+        else:
+            say(line)
+    return None
 
 
 def step_path(directory: Path, step: int) -> Path:
@@ -242,27 +258,24 @@ def read_manifest(path: Path, *, root: Path | None = None) -> Manifest:
 
 def _shape_problem(path: Path, listed: Mapping[str, FileEntry]) -> str | None:
     """What is wrong with the names, kinds and sizes of the files, or None."""
-    found = set(_listed(path))
-    for name in sorted(found | set(listed)):
-        if name not in listed:
-            return f"{name} is not in the manifest"
-        if name not in found:
+    for name in sorted(listed):
+        try:
+            status = (path / name).lstat()
+        except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
-        status = (path / name).lstat()
         if not stat.S_ISREG(status.st_mode):
             return f"{name} is not a plain file"
         if status.st_size != listed[name]["size"]:
             return f"{name} has {status.st_size} bytes, the manifest says {listed[name]['size']}"
+    for name in _names(path):
+        if name not in listed and is_read(path / name):
+            return f"{name} is not in the manifest, but could be read as a part of the model"
     return None
 
 
-def _listed(folder: Path) -> list[str]:
-    """Every file of the directory but the manifest, as sorted names with forward slashes."""
-    names = []
-    for directory, folders, files in os.walk(folder):
-        # The walk does not enter a linked directory: it is listed, and then refused.
-        links = [name for name in folders if Path(directory, name).is_symlink()]
-        names += [Path(directory, name).relative_to(folder).as_posix() for name in files + links]
+def _names(folder: Path) -> list[str]:
+    """Every visible file of the directory but the manifest, sorted, with forward slashes."""
+    names = (path.relative_to(folder).as_posix() for path in visible(folder))
     return sorted(name for name in names if name != MANIFEST)
 
 

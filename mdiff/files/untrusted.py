@@ -42,6 +42,10 @@ ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
     "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+# What readers of models and tokenizers look for, in lower case: settings, weights, templates,
+# vocabularies. A text file is one of a tokenizer only by its name.
+READ_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".spm", ".tokenizer")
+READ_NAMES = {"vocab.txt", "merges.txt", "dict.txt", "vocab.bpe", "bpe.codes"}
 
 
 class TensorEntry(TypedDict):
@@ -82,15 +86,36 @@ def inside(folder: Path, name: str, *, root: Path | None = None) -> Path:
     return path
 
 
+def visible(folder: Path) -> Iterator[Path]:
+    """Every file in the directory and below that is not hidden; a linked folder, not entered.
+
+    Hidden is what systems and tools leave for themselves: .git, .cache, .DS_Store, .nfs...
+    """
+    for directory, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        names = [name for name in files if not name.startswith(".")]
+        paths = [Path(directory, name) for name in (*sorted(names), *folders)]
+        yield from (path for path in paths if path.name in names or path.is_symlink())
+
+
+def is_read(path: Path) -> bool:
+    """Whether a reader of models or tokenizers may look for a file of this name.
+
+    What no reader looks for cannot damage a checkpoint: a README, a licence, pictures, logs. Of a
+    linked folder it is not known.
+    """
+    name = path.name.lower()
+    return name.endswith(READ_SUFFIXES) or name in READ_NAMES or path.is_dir()
+
+
 def refuse_special(folder: Path) -> None:
     """Raise CheckpointError where `folder` holds a pipe, a device or a socket: a library that
     is given the folder would block on it.
     """
-    for directory, _, names in os.walk(folder):
-        for path in (Path(directory, name) for name in sorted(names)):
-            # A link without a target is left to its reader.
-            if path.exists() and not path.is_file():
-                raise CheckpointError(f"{path} is not a plain file")
+    for path in visible(folder):
+        # A link without a target is left to its reader, a linked folder is not entered.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{path} is not a plain file")
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -122,7 +122,10 @@ def _as_is(batch: list[MicroBatch]) -> list[MicroBatch]:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and a launcher's SIGTERM go to every process; the current step needs its rows."""
+    """Ctrl-C and a launcher's SIGTERM go to every process; the current step needs its rows.
+
+    SIGHUP is ignored, as in the server that started this process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_next_time)
     # The trainer is the parent of their server, not theirs: torch watches the wrong process.

@@ -18,7 +18,7 @@ from mdiff import __version__
 from mdiff.denoiser import Saveable
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import (
-    complete,
+    damage,
     latest,
     read_json,
     read_tensors,
@@ -43,6 +43,8 @@ FREE = (
     "train.steps", "train.save_every", "train.keep", "train.micro_batch", "train.workers",
     "train.compile", "train.nonfinite", "log",
 )  # fmt: skip
+# Keys that say where the data is and how it is read: free where the rows are the same.
+LOCATION = ("data.source", "data.field", "data.separator")
 
 
 def write_checkpoint(run: Run, out: Path, number: int, state: dict[str, Tensor]) -> None:
@@ -92,23 +94,26 @@ def _training(run: Run, number: int) -> dict[str, object]:
     }
 
 
-def checkpoint_to_resume(out: Path, resume: str) -> Path | None:
+def checkpoint_to_resume(out: Path, resume: str, *, report: Callable[[str], None]) -> Path | None:
     """The checkpoint that `resume` (auto, none or a directory) means, None for a fresh start."""
     if resume == "none":
         return None
     if resume == "auto":
-        return latest(out)
+        # `clear_later_steps` says what is passed over.
+        return latest(out, say=lambda line: None)
     path = Path(resume)
     if not path.is_dir():
         raise CheckpointError(f"--resume {resume}: expected auto, none or a directory")
-    found = latest(path) or path
+    found = latest(path, say=report) or path
     if not (found / TRAINING).exists():
         raise CheckpointError(f"{found} holds no training state: it cannot be resumed from")
     return found
 
 
-def resume_from(run: Run, source: Path) -> int:
+def resume_from(run: Run, source: Path, *, report: Callable[[str], None]) -> int:
     """Restore the run to the state of a checkpoint; returns the checkpoint's step.
+
+    Data that has moved (LOCATION) is reported where it is the same data.
 
     Raises CheckpointError, ConfigError or DataError, with nothing changed, where files are
     damaged, or recipe or data are not those of the checkpoint.
@@ -128,15 +133,21 @@ def resume_from(run: Run, source: Path) -> int:
         recipe = parse_recipe(training["recipe"])
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{source / TRAINING} is not of format {FORMAT}: {error}") from None
-    changed = differences(recipe, run.recipe, ignore=FREE)
+    changed = {
+        key: f"{key}: {old!r} -> {new!r}"
+        for key, (old, new) in differences(recipe, run.recipe, ignore=FREE).items()
+    }
+    moved = "; ".join(changed.pop(key) for key in LOCATION if key in changed)
     if changed:
-        shown = "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
-        raise ConfigError(f"the recipe is not that of {source}: {shown}")
+        raise ConfigError(f"the recipe is not that of {source}: {'; '.join(changed.values())}")
     if fingerprint != run.examples.fingerprint:
         raise DataError(
             f"the data is not that of {source}: {rows} rows with digest {fingerprint[:12]} -> "
             f"{len(run.examples)} rows with digest {run.examples.fingerprint[:12]}"
+            f"{f'; {moved}' if moved else ''}"
         )
+    if moved:
+        report(f"{moved}: it is the same data")
     tensors: dict[str, Tensor] = {}
 
     def read() -> None:
@@ -152,10 +163,11 @@ def clear_later_steps(out: Path, start: int, report: Callable[[str], None]) -> N
     """Move damaged checkpoints after step `start` aside; ConfigError for a complete one."""
     for step in (step for step in steps(out) if step > start):
         path = step_path(out, step)
-        if complete(path):
+        problem = damage(path)
+        if problem is None:
             raise ConfigError(
                 f"{path} would be written again by a run from step {start}: "
                 f"use --resume auto or another --out"
             )
-        report(f"{path} is damaged: moved aside")
+        report(f"{path} is damaged ({problem}): moved aside")
         path.rename(Path(tempfile.mkdtemp(prefix="damaged-", dir=out), path.name))

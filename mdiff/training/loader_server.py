@@ -1,8 +1,8 @@
 """The module that the server of loader processes imports first; nothing else imports it.
 
-A launcher sends SIGTERM to whole groups of processes. The trainer then saves the current step,
-for which it needs its loaders, and these end with their server: so the server ignores SIGTERM.
-It ends with the trainer, by the pipe between them.
+A launcher sends SIGTERM to whole groups of processes, a terminal that closes SIGHUP. The trainer
+then saves the current step, for which it needs its loaders, and these end with their server: so
+the server ignores both. It ends with the trainer, by the pipe between them.
 """
 
 from __future__ import annotations
@@ -14,4 +14,5 @@ import mdiff.training.batches as batches
 
 __all__ = ["batches"]
 
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)

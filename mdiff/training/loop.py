@@ -27,6 +27,9 @@ from mdiff.training.processes import on_main, started
 from mdiff.training.recipe import Recipe, values
 from mdiff.training.state import capture, is_sharded
 
+# What asks a run to save its step and end: Ctrl-C, a launcher, a terminal that closes.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def train(
     recipe: Recipe, out: Path | str, *, resume: str = "auto",
@@ -40,8 +43,8 @@ def train(
     the processes share each global batch and one of them writes.
 
     Raises ConfigError, DataError or CheckpointError for what does not fit, before anything is
-    written; DataError at a step whose loss is not finite; KeyboardInterrupt after SIGINT or
-    SIGTERM, once the checkpoint is complete.
+    written; DataError at a step whose loss is not finite; KeyboardInterrupt after SIGINT,
+    SIGTERM or SIGHUP, once the checkpoint is complete.
     """
     out = Path(out)
     tracker_classes(recipe.log)
@@ -61,15 +64,16 @@ def _train(
     report: Callable[[str], None],
 ) -> tuple[Path, bool]:  # fmt: skip
     """The last checkpoint, and whether the run was interrupted before its last step."""
+    if not accelerator.is_main_process:
+        report = _silent
     with ExitStack() as stack:
         on_main(accelerator, lambda: _claim(stack, out))
-        source = checkpoint_to_resume(out, resume)
+        source = checkpoint_to_resume(out, resume, report=report)
         run = build_run(recipe, accelerator)
-        start = 0 if source is None else resume_from(run, source)
+        start = 0 if source is None else resume_from(run, source, report=report)
         on_main(accelerator, lambda: clear_later_steps(out, start, report))
         if source is not None and start >= recipe.train.steps:
-            if accelerator.is_main_process:
-                report(f"step {start} of {recipe.train.steps} is done: nothing to train")
+            report(f"step {start} of {recipe.train.steps} is done: nothing to train")
             return source, False
         journal = None
         if accelerator.is_main_process:
@@ -128,6 +132,10 @@ def _save(run: Run, out: Path, number: int, writer: Writer) -> Path:
     return step_path(out, number)
 
 
+def _silent(line: str) -> None:
+    """What the other processes report: nothing."""
+
+
 def _claim(stack: ExitStack, out: Path) -> None:
     """Lock `out` until the stack closes, and remove the temporary files of killed runs."""
     stack.enter_context(locked(out))
@@ -136,7 +144,7 @@ def _claim(stack: ExitStack, out: Path) -> None:
 
 @contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has asked for a stop; a second SIGINT stops at once."""
+    """Whether one of STOPS has asked for a stop; a second SIGINT stops at once."""
     asked: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -145,10 +153,14 @@ def _signals() -> Iterator[Callable[[], bool]]:
         asked.append(number)
 
     # Python delivers signals to the main thread and lets no other one set a handler.
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in STOPS if main}
+    for number, handler in list(before.items()):
+        # nohup has SIGHUP ignored; a handler that Python did not set could not be put back.
+        if handler is None or (number, handler) == (signal.SIGHUP, signal.SIG_IGN):
+            del before[number]
+        else:
+            signal.signal(number, remember)
     try:
         yield lambda: bool(asked)
     finally:

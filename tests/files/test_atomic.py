@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 from mdiff.errors import CheckpointError
 from mdiff.files.atomic import (
     complete,
+    damage,
     latest,
     locked,
     replace_file,
@@ -87,7 +90,7 @@ def _flip(path):
     ("harm", "message"),
     [
         (lambda p: (p / "config.json").unlink(), "config.json is missing"),
-        (lambda p: (p / "extra.txt").write_text("x"), "extra.txt is not in the manifest"),
+        (lambda p: (p / "extra.json").write_text("x"), "extra.json is not in the manifest"),
         (lambda p: _append(p / "config.json"), "has 9 bytes, the manifest says 8"),
         (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
         (lambda p: (p / "link").symlink_to("/etc"), "link is not in the manifest"),
@@ -100,7 +103,118 @@ def test_an_incomplete_checkpoint_is_refused_and_is_not_the_latest(checkpoint, h
     with pytest.raises(CheckpointError, match=message):
         verify(checkpoint)
     assert not complete(checkpoint)
-    assert latest(checkpoint.parent) is None
+    with pytest.warns(UserWarning, match=f"passed over.*{message}"):
+        assert latest(checkpoint.parent) is None
+
+
+# What people, their tools and their systems leave beside a model.
+STRAYS = (
+    ".DS_Store", "._config.json", ".gitattributes", ".git/config", ".git/HEAD", ".cache/hf/a.json",
+    ".cache/huggingface/download/model.safetensors.metadata", ".nfs000000000a1b2c", ".#README.md",
+    ".ipynb_checkpoints/config-checkpoint.json", ".gitignore", ".huggingface/x.json", ".lock",
+    "README.md", "README", "readme.txt", "README.rst", "LICENSE", "LICENCE.txt", "NOTICE",
+    "Thumbs.db", "desktop.ini", "Icon\r", "notes.md", "notes.txt", "samples.txt", "sample.png",
+    "loss.JPG", "images/grid.png", "log.jsonl", "events.out.tfevents.1.host", "results.csv",
+    "config.json~", "config.json.bak", "config.json.orig", "model.safetensors.sha256", "x.tmp",
+    "training_args.bin", "optimizer.pt", "modeling_x.py", "__pycache__/x.pyc", "CITATION.cff",
+    "@eaDir/config.json@SynoEAStream", "wandb/run.log", "slurm-17.out", "notes.yaml", "eval.html",
+    "a name with spaces", "ünïcode.md", "model.onnx", "inner/README.md", "deep/er/x.md",
+)  # fmt: skip
+# What a reader of models or tokenizers looks for.
+READ = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer.model", "chat_template.jinja", "generation_config.json", "adapter_config.json",
+    "adapter_model.safetensors", "model-00001-of-00002.safetensors", "dict.txt", "bpe.codes",
+    "model.safetensors.index.json", "tokenizer/tokenizer.json", "inner/config.json", "VOCAB.TXT",
+    "Tokenizer.JSON", "training.safetensors", "qwen.tiktoken", "vocab.bpe",
+)  # fmt: skip
+
+
+def left(folder, name):
+    """A file of this name in the folder."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("x")
+    return path
+
+
+def test_what_nobody_reads_does_not_damage_a_checkpoint(checkpoint, recwarn):
+    before = verify(checkpoint)
+    for name in STRAYS:
+        left(checkpoint, name)
+    (checkpoint / ".#config.json").symlink_to("user@host.4711:17")
+    (checkpoint / "card.md").symlink_to("/etc/hostname")
+    (checkpoint / ".hidden").symlink_to("/etc")
+    assert verify(checkpoint) == before
+    assert latest(checkpoint.parent) == checkpoint
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_could_be_read_is_refused_by_its_name(checkpoint, name):
+    left(checkpoint, name)
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} is not in the manifest"):
+        verify(checkpoint)
+
+
+def test_a_newer_step_that_is_passed_over_is_said_each_time(tmp_path):
+    for step in (1, 2, 3):
+        with staged(step_path(tmp_path, step)) as folder:
+            (folder / "a").write_text("a")
+    left(step_path(tmp_path, 3), "vocab.txt")
+    (step_path(tmp_path, 2) / "a").unlink()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="is passed over") as said:
+            assert latest(tmp_path) == step_path(tmp_path, 1)
+        lines = [str(warning.message) for warning in said]
+        assert ["vocab.txt is not" in lines[0], "a is missing" in lines[1]] == [True, True]
+    said = []
+    latest(tmp_path, say=said.append)
+    assert said == lines
+
+
+def test_a_listed_file_behind_a_linked_folder_is_refused(checkpoint, tmp_path):
+    (checkpoint / "inner").rename(tmp_path / "inner")
+    (checkpoint / "inner").symlink_to(tmp_path / "inner")
+    with pytest.raises(CheckpointError, match="inner"):
+        verify(checkpoint)
+
+
+PARTS = (
+    "", ".", "._", "..", "a", "README", "config", "model", "vocab", "merges", "tokenizer", "é", " ",
+    "dict", "x-00001-of-00002", "~", "#", "-",
+)  # fmt: skip
+ENDS = (
+    "", ".json", ".JSON", ".safetensors", ".txt", ".md", ".model", ".jinja", ".png", ".bin", ".py",
+    ".json~", ".tmp", ".jsonl", ".lock", ".Txt", ".tiktoken", ".yaml", " (1).json", ".gz",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_any_name_is_ignored_or_refused_by_its_name(checkpoint):
+    """2,000 names and more, in three folders: each is ignored or named."""
+    tried = refused = 0
+    for folder in ("", "inner", ".hidden", "made", "made/.git/deep", "two/levels"):
+        for start, middle, end in itertools.product(PARTS, PARTS[4:], ENDS):
+            name = f"{start}{middle}{end}"
+            path = checkpoint / folder / name
+            if name.strip(".") == "" or path.exists() or len(name) % 2 != len(folder) % 2:
+                continue
+            left(checkpoint, f"{folder}/{name}" if folder else name)
+            tried += 1
+            hidden = any(part.startswith(".") for part in path.relative_to(checkpoint).parts)
+            problem = damage(checkpoint)
+            path.unlink()
+            if problem is None:
+                assert hidden or not name.lower().endswith((".json", ".safetensors", ".model"))
+                continue
+            refused += 1
+            assert name in problem
+            assert not hidden
+            assert not name.lower().endswith((".md", ".png", ".py", ".tmp", "~", ".jsonl"))
+    assert tried >= 2000
+    assert 100 < refused < tried
 
 
 def test_an_altered_byte_is_found_though_the_size_is_right(checkpoint):
@@ -123,7 +237,8 @@ def test_the_latest_step_is_the_largest_number_with_all_its_files(tmp_path):
             (folder / "a").write_text("a")
     assert latest(tmp_path).name == "step-1000000"
     (tmp_path / "step-1000000" / "a").write_text("")
-    assert latest(tmp_path).name == "step-999999"
+    with pytest.warns(UserWarning, match="a has 0 bytes"):
+        assert latest(tmp_path).name == "step-999999"
     assert latest(tmp_path / "nowhere") is None
 
 

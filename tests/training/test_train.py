@@ -15,10 +15,12 @@ from accelerate import Accelerator
 from folders import ACCELERATE, SUPPORT
 from toy_training import LAUNCH, QUIET, largest_difference, log, recipe, same, tensors
 
+import mdiff.training.checkpoint as checkpoint
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files.atomic import latest, locked, step_path, steps, verify
 from mdiff.training.build import build_run
 from mdiff.training.loop import train
+from mdiff.training.recipe import differences, parse_recipe
 
 
 def test_a_checkpoint_has_what_generation_and_resuming_need(tmp_path):
@@ -233,7 +235,10 @@ def test_an_interrupted_run_saves_its_step_and_says_so(tmp_path, number):
     assert [record["step"] for record in log(tmp_path / "run")] == list(range(1, done + 1))
 
 
-def test_a_stop_sent_to_a_whole_group_of_processes_saves_the_step_too(tmp_path):
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
+def test_a_stop_sent_to_a_whole_group_of_processes_saves_the_step_too(tmp_path, number):
     settings = {
         "steps": 10**6, "save_every": 10**6, "log__every": 1, "optim__schedule": "constant",
         "workers": 1, "data__slow": True,
@@ -241,12 +246,42 @@ def test_a_stop_sent_to_a_whole_group_of_processes_saves_the_step_too(tmp_path):
     process = launch(tmp_path, tmp_path / "run", settings, sys.executable, start_new_session=True)
     wait_for_line(process, "step 2/")
     # It waits for rows now, which the loader still has to bring.
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=200)
     assert "--resume auto goes on" in errors.splitlines()[-1]
     verify(latest(tmp_path / "run"))
     done = steps(tmp_path / "run")[-1]
     assert [record["step"] for record in log(tmp_path / "run")] == list(range(1, done + 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_saves_its_step_and_puts_the_handlers_back(tmp_path, number):
+    def mine(number, frame):
+        raise AssertionError("the run's handler was not asked")
+
+    def stop(line):
+        if line.startswith("step 1/"):
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(number, mine)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="--resume auto goes on"):
+            train(recipe(log__every=1), tmp_path, report=stop)
+        assert signal.getsignal(number) is mine
+    finally:
+        signal.signal(number, before)
+    verify(latest(tmp_path))
+    assert steps(tmp_path)[-1] < 8
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train(recipe(), tmp_path, report=lambda line: os.kill(os.getpid(), signal.SIGHUP))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert steps(tmp_path)[-1] == 8
 
 
 def test_a_second_process_cannot_write_the_same_run(tmp_path):
@@ -272,6 +307,110 @@ def test_a_changed_recipe_is_refused_with_the_difference(tmp_path):
         train(recipe(optim__lr=0.5, seed=4), tmp_path, **QUIET)
     train(recipe(steps=4, save_every=1, keep=2, log__every=1), tmp_path, **QUIET)
     assert steps(tmp_path) == [3, 4]
+
+
+def test_a_stray_file_in_the_newest_step_changes_nothing(tmp_path, recwarn):
+    whole = train(recipe(optim__schedule="constant"), tmp_path / "whole", **QUIET)
+    train(recipe(steps=6, optim__schedule="constant"), tmp_path / "run", **QUIET)
+    for name in (".DS_Store", "README.md", "notes.txt"):
+        (step_path(tmp_path / "run", 6) / name).write_text("x")
+    lines = []
+    again = train(recipe(optim__schedule="constant"), tmp_path / "run", report=lines.append)
+    assert lines[0].startswith("step 7/8")
+    assert same(tensors(whole), tensors(again))
+    assert not [each for each in recwarn if each.category is UserWarning]
+
+
+def test_a_newer_step_that_is_passed_over_is_said_by_whatever_resumes(tmp_path):
+    train(recipe(steps=6), tmp_path / "run", **QUIET)
+    (step_path(tmp_path / "run", 6) / "vocab.json").write_text("x")
+    lines = []
+    train(recipe(), tmp_path / "new", resume=str(tmp_path / "run"), report=lines.append)
+    assert "step-000006 is passed over" in lines[0]
+    assert "vocab.json is not in the manifest" in lines[0]
+    lines = []
+    train(recipe(), tmp_path / "run", report=lines.append)
+    assert "step-000006 is damaged (vocab.json is not in the manifest" in lines[0]
+
+
+def test_data_that_has_moved_is_the_same_data(tmp_path, monkeypatch):
+    import toy_medium
+
+    settings = {"optim__schedule": "constant"}
+    whole = train(recipe(data__source="a.txt", **settings), tmp_path / "whole", **QUIET)
+    train(recipe(steps=3, data__source="a.txt", **settings), tmp_path / "run", **QUIET)
+    lines = []
+    moved = recipe(**settings, data__source=["/b.jsonl"], data__field="t", data__separator="|")
+    again = train(moved, tmp_path / "run", report=lines.append)
+    assert lines[0] == (
+        "data.source: 'a.txt' -> ['/b.jsonl']; data.field: None -> 't'; "
+        "data.separator: None -> '|': it is the same data"
+    )
+    assert same(tensors(whole), tensors(again))
+    monkeypatch.setattr(toy_medium.ToyRows, "version", 2)
+    with pytest.raises(DataError, match=r"digest \w{12}; data.source: \['/b.jsonl'\] -> 'c.txt'"):
+        train(recipe(data__source="c.txt", **settings), tmp_path / "run", **QUIET)
+
+
+FREE = {
+    "train.steps", "train.save_every", "train.keep", "train.micro_batch", "train.workers",
+    "train.compile", "train.nonfinite", "log.every", "log.trackers", "log.tensorboard",
+    "data.source", "data.field", "data.separator",
+}  # fmt: skip
+# For each type of value another one; of words those that a recipe takes.
+OTHER = {
+    "optim.name": "adamw", "optim.betas": [0.5, 0.6], "optim.schedule": "linear",
+    "optim.muon_scale": "spectral", "train.precision": "fp64", "train.nonfinite": "skip",
+    "objective.weight": "uniform", "objective.schedule.name": "cosine", "modality.name": "marks2",
+    "model.name": "backbone2", "objective.given": {"": 1.0}, "objective.ratio": {"mean": 0.4},
+    "data.length": 7, "optim.final_lr": 0.5, "objective.max_weight": 5.0, "optim.adam_lr": 0.01,
+    "train.micro_batch": 4, "train.keep": 1, "log.trackers": ["trackio"],
+}  # fmt: skip
+
+
+def leaves(value, prefix=""):
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for key, child in value.items():
+        yield from leaves(child, f"{prefix}.{key}" if prefix else key)
+
+
+def with_value(content, key, value):
+    """A copy of nested sections with the dotted key set."""
+    first, _, rest = key.partition(".")
+    if rest:
+        value = with_value(content.get(first) or {}, rest, value)
+    return content | {first: value}
+
+
+def another(key, value):
+    if key in OTHER:
+        return OTHER[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 + 0.001
+    return "other"
+
+
+def test_a_resumed_run_may_change_how_it_runs_and_nothing_that_it_computes():
+    """Every key of a recipe, those of its parts included, changed alone."""
+    old = recipe(data__source="a", data__field="b", data__separator="c", data__holdout=0.1)
+    content = old.model_dump(mode="json")
+    keys = dict(leaves(content))
+    assert len(keys) > 40
+    free = set()
+    for key, value in keys.items():
+        new = parse_recipe(with_value(content, key, another(key, value)))
+        found = differences(old, new, ignore=checkpoint.FREE)
+        found = {each.split(".")[0] for each in found if each not in checkpoint.LOCATION}
+        assert found <= {key.split(".")[0]}, key
+        if not found:
+            free.add(key)
+    assert free == FREE
 
 
 def test_changed_data_is_refused_with_both_digests(tmp_path, monkeypatch):
