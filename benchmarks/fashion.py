@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 from classifier import FOLDER, read_fashion
-from curves import Curve, write_curves
 from machine import RESULTS, record
 
 from mdiff.evaluation.classifier import Classifier, load_classifier
 from mdiff.evaluation.image_metrics import classifier_agreement, diversity, frechet, nearest
 from mdiff.evaluation.images import Drawn, draw_pictures, spread, with_model_labels
+from mdiff.files.curves import Curve, write_curves
 from mdiff.files.locate import locate
 from mdiff.modalities.image.data.images import Pictures
 from mdiff.pipeline.loading import load
@@ -200,7 +200,8 @@ def main() -> None:
     ]
     write_curves(
         curves, RESULTS / f"{options.name}.svg", x="calls of the model",
-        y=f"Frechet distance, {options.n} samples (classifier's features)", floor=real["frechet"],
+        y=f"Frechet distance, {options.n} samples (classifier's features)",
+        floor=("real pictures", real["frechet"]),
     )  # fmt: skip
     weights = (locate(options.model).folder / "model.safetensors").read_bytes()
     card = {

@@ -20,6 +20,8 @@ from mdiff.files.config_fields import MOST_IDS as MOST_IDS
 from mdiff.files.config_fields import MOST_LAYERS as MOST_LAYERS
 from mdiff.files.config_fields import MOST_WIDTH as MOST_WIDTH
 from mdiff.files.config_fields import Fields as Fields
+from mdiff.files.curves import Curve as Curve
+from mdiff.files.curves import write_curves as write_curves
 from mdiff.files.locate import BUILTIN as BUILTIN
 from mdiff.files.locate import builtin_models as builtin_models
 from mdiff.files.locate import locate as locate

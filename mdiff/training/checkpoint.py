@@ -33,6 +33,7 @@ from mdiff.training.build import Run
 from mdiff.training.processes import on_main
 from mdiff.training.recipe import differences, parse_recipe
 from mdiff.training.state import check, model_weights, restore
+from mdiff.training.validation import Validation, write_best
 
 # Of training.json.
 FORMAT = 1
@@ -41,14 +42,20 @@ TENSORS = "training.safetensors"
 # Keys that a resumed run may change: its length and how it runs, not what it computes.
 FREE = (
     "train.steps", "train.save_every", "train.keep", "train.micro_batch", "train.workers",
-    "train.compile", "train.nonfinite", "log",
+    "train.compile", "train.nonfinite", "train.validate_every",
+    "train.validate_rows", "train.validate_draws", "log",
 )  # fmt: skip
 # Keys that say where the data is and how it is read: free where the rows are the same.
 LOCATION = ("data.source", "data.field", "data.separator")
 
 
-def write_checkpoint(run: Run, out: Path, number: int, state: dict[str, Tensor]) -> None:
-    """Write the captured `state` after step `number`; remove checkpoints beyond `train.keep`."""
+def write_checkpoint(
+    run: Run, out: Path, number: int, state: dict[str, Tensor], best: Validation | None = None
+) -> None:
+    """Write the captured `state` after step `number`; remove checkpoints beyond `train.keep`.
+
+    The one of the `best` validation is kept, and named once it is complete.
+    """
     schedule = run.recipe.objective.schedule
     with staged(step_path(out, number)) as folder:
         weights = model_weights(run.backbone, state)
@@ -64,8 +71,12 @@ def write_checkpoint(run: Run, out: Path, number: int, state: dict[str, Tensor])
         )
         save_file(state, folder / TENSORS)
         write_json(folder / TRAINING, _training(run, number))
+    if best is not None and best.step == number:
+        write_best(out, best)
     keep = run.recipe.train.keep
     for old in steps(out)[:-keep] if keep else []:
+        if best is not None and old == best.step:
+            continue
         # Renamed first: a removal that is killed leaves what `sweep` clears, not half a step.
         gone = step_path(out, old).rename(out / f".step-{old:06d}.tmp")
         if gone.is_symlink():

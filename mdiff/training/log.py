@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, nearest
-from mdiff.files import replace_file
+from mdiff.files import Curve, replace_file, write_curves
 from mdiff.find import find
 from mdiff.training.recipe import Log
 
 if TYPE_CHECKING:
     from mdiff.training.step import Outcome
+    from mdiff.training.validation import Validation
 
-LOG = "log.jsonl"
+LOG, CURVE = "log.jsonl", "curve.svg"
+# The weight of a step in the running mean of a curve.
+SMOOTHING = 0.1
 # Each needs the package of its name.
 TRACKERS: dict[str, type[GeneralTracker]] = {
     "tensorboard": TensorBoardTracker, "trackio": TrackioTracker
@@ -50,10 +53,10 @@ class Journal:
     ) -> None:  # fmt: skip
         self.steps, self.every, self.unit, self.report = steps, every, unit, report
         self.start = start
-        path = directory / LOG
-        _truncate(path, start)
+        self.path = directory / LOG
+        _truncate(self.path, start)
         self._trackers = trackers
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
         self._window: list[Outcome] = []
         self._began = self._window_began = time.perf_counter()
 
@@ -69,6 +72,29 @@ class Journal:
             self._window.append(outcome)
         if step % self.every == 0 or step in (self.start + 1, self.steps):
             self._line(step)
+
+    def validated(self, found: Validation, *, is_best: bool) -> None:
+        """Log the bound of the validation rows."""
+        json.dump(found.as_json(self.unit), self._file)
+        self._file.write("\n")
+        self._file.flush()
+        self.report(
+            f"step {found.step}/{self.steps}  validation {found.bits:.4f} ± {found.stderr:.4f} "
+            f"bits/{self.unit}{', the best so far' if is_best else ''}"
+        )
+        self._track({f"validation_bits_per_{self.unit}": found.bits}, found.step)
+
+    def curve(self, best: Validation | None) -> None:
+        """Write `curve.svg`, bits a unit by step, and say which checkpoint is the best."""
+        if best is not None:
+            self.report(f"the best: step {best.step}, {best.bits:.4f} bits/{self.unit}")
+        names = {f"bits_per_{self.unit}": "training, running mean"}
+        names[f"validation_bits_per_{self.unit}"] = "validation"
+        write_curves(
+            [Curve(label, points) for name, label in names.items()
+             if (points := _points(self.path, name))],
+            self.path.with_name(CURVE), x="step", y=f"bits per {self.unit}",
+        )  # fmt: skip
 
     def _line(self, step: int) -> None:
         if not self._window:
@@ -86,10 +112,13 @@ class Journal:
         last = self._window[-1]
         shown = {"loss": loss, f"bits_per_{self.unit}": bits, "lr": last.lr}
         shown |= {"grad_norm": last.grad_norm, "tokens_per_second": speed}
+        self._track(shown, step)
+        self._window, self._window_began = [], now
+
+    def _track(self, shown: Mapping[str, float], step: int) -> None:
         with _quiet():
             for tracker in self._trackers:
-                tracker.log(shown, step=step)
-        self._window, self._window_began = [], now
+                tracker.log(dict(shown), step=step)
 
     def close(self) -> None:
         """Close the files."""
@@ -97,6 +126,19 @@ class Journal:
         with _quiet():
             for tracker in self._trackers:
                 tracker.finish()
+
+
+def _points(path: Path, name: str) -> list[tuple[float, float]]:
+    """(step, value) of the lines of a log with that name; a training value is a running mean."""
+    found: list[tuple[float, float]] = []
+    mean = 0.0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if name in record and record[name] > 0:
+            smoothed = name.startswith("bits")
+            mean = mean + (record[name] - mean) * SMOOTHING if smoothed and found else record[name]
+            found.append((float(record["step"]), mean))
+    return found
 
 
 def _truncate(path: Path, start: int) -> None:

@@ -23,9 +23,10 @@ from mdiff.training.checkpoint import (
     write_checkpoint,
 )
 from mdiff.training.log import Journal, start_trackers, to_stderr, tracker_classes
-from mdiff.training.processes import on_main, started
+from mdiff.training.processes import on_main, on_main_says, started
 from mdiff.training.recipe import Recipe, values
 from mdiff.training.state import capture, is_sharded
+from mdiff.training.validation import Validation, Validator, best_so_far
 
 # What asks a run to save its step and end: Ctrl-C, a launcher, a terminal that closes.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -69,7 +70,7 @@ def _train(
     with ExitStack() as stack:
         on_main(accelerator, lambda: _claim(stack, out))
         source = checkpoint_to_resume(out, resume, report=report)
-        run = build_run(recipe, accelerator, source)
+        run = build_run(recipe, accelerator)
         start = 0 if source is None else resume_from(run, source, report=report)
         on_main(accelerator, lambda: clear_later_steps(out, start, report))
         if source is not None and start >= recipe.train.steps:
@@ -91,13 +92,38 @@ def _train(
         return _loop(run, out, start=start, journal=journal, writer=writer, interrupted=interrupted)
 
 
+class _Best:
+    """The validation of a run and its best step so far; without `train.validate_every` none."""
+
+    def __init__(self, run: Run, out: Path, start: int, journal: Journal | None) -> None:
+        self.run, self.journal = run, journal
+        self.validator = Validator(run) if run.recipe.train.validate_every else None
+        self.found = best_so_far(out, start) if self.validator is not None else None
+
+    def after(self, step: int) -> bool:
+        """Measure and log where a step is to be validated; whether it is the best so far."""
+        every, last = self.run.recipe.train.validate_every, self.run.recipe.train.steps
+        if self.validator is None or not every or (step % every and step != last):
+            return False
+        found = self.validator.measure(step)
+        # The first process decides: rounding may differ between machines.
+        better = on_main_says(
+            self.run.accelerator, self.found is None or found.bits < self.found.bits
+        )
+        if better:
+            self.found = found
+        if self.journal is not None:
+            self.journal.validated(found, is_best=better)
+        return better
+
+
 def _loop(
     run: Run, out: Path, *, start: int, journal: Journal | None, writer: Writer,
     interrupted: Callable[[], bool],
 ) -> tuple[Path, bool]:  # fmt: skip
     """Steps `start` + 1 to the last, saved as the recipe says; see `_train`."""
     settings = run.recipe.train
-    path = step_path(out, start)
+    path, best = step_path(out, start), _Best(run, out, start, journal)
     for number, rows in enumerate(run.rows.steps(start + 1), start=start + 1):
         # A save that failed stops all processes; the next save then raises its exception.
         outcome = run.stepper.step(number, rows, stopping=lambda: interrupted() or writer.failed)
@@ -109,15 +135,19 @@ def _loop(
             )
         if journal is not None:
             journal.step(outcome)
-        if number % settings.save_every == 0 or number == settings.steps or outcome.stop:
-            path = _save(run, out, number, writer)
+        is_best = best.after(number)
+        is_due = number % settings.save_every == 0 or number == settings.steps
+        if is_best or is_due or outcome.stop:
+            path = _save(run, out, number, writer, best.found)
         if outcome.stop:
             break
     on_main(run.accelerator, writer.finish)
+    if journal is not None and best.validator is not None:
+        journal.curve(best.found)
     return path, number < settings.steps
 
 
-def _save(run: Run, out: Path, number: int, writer: Writer) -> Path:
+def _save(run: Run, out: Path, number: int, writer: Writer, best: Validation | None) -> Path:
     """Copy the state after step `number` and begin to write it; returns its path.
 
     Waits for the save before, and raises that one's exception, in every process.
@@ -125,7 +155,7 @@ def _save(run: Run, out: Path, number: int, writer: Writer) -> Path:
     on_main(run.accelerator, writer.finish)
     state = writer.state = capture(run.backbone, run.optimizers, run.averaged, into=writer.state)
     if run.accelerator.is_main_process:
-        writer.begin(lambda: write_checkpoint(run, out, number, state))
+        writer.begin(lambda: write_checkpoint(run, out, number, state, best))
     # The writer reads the module's structure; FSDP2 replaces a layer's parameters in a forward.
     if is_sharded(run.backbone):
         on_main(run.accelerator, writer.finish)

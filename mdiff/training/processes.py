@@ -63,6 +63,12 @@ def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
         raise MdiffError("the main process failed; its message says why")
 
 
+def on_main_says(accelerator: Accelerator, answer: bool) -> bool:
+    """The answer of the main process, in every process."""
+    own = torch.tensor([float(answer and accelerator.is_main_process)], device=accelerator.device)
+    return float(accelerator.reduce(own, "sum")) > 0
+
+
 def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return bool(PartialState().is_main_process)

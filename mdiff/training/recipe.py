@@ -118,6 +118,8 @@ class Train(Section):
     `micro_batch`: rows in a process's forward pass (null: its whole share). `keep`: the number of
     checkpoints that are kept (null: all). `ema`: decay of the averaged weights (null: none).
     `workers`: processes that prepare rows. `nonfinite`: stop at a step with NaN, or skip it.
+    `validate_every` so many steps (null: never) and after the last one, the bound of
+    `validate_rows` rows of the validation split is measured with `validate_draws` maskings each.
     """
 
     steps: Count
@@ -131,6 +133,9 @@ class Train(Section):
     compile: bool = False
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     nonfinite: Literal["stop", "skip"] = "stop"
+    validate_every: Count | None = None
+    validate_rows: Count = 64
+    validate_draws: Annotated[int, Field(ge=2)] = 8
 
 
 class Log(Section):

@@ -1,4 +1,4 @@
-"""Curves as an SVG file, both axes logarithmic: quality against calls."""
+"""Curves as an SVG file, both axes logarithmic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ WIDTH, HEIGHT = 720, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 20, 48
 # Okabe & Ito's colours, which most colour-blind people can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-TICKS = (1, 2, 5)
+# Ticks are these times the powers of ten: the first row, or the second where that gives few.
+TICKS, MORE_TICKS, FEW = (1, 2, 5), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), 4
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,30 @@ class Axis:
         return self.start + share * (self.stop - self.start)
 
     def ticks(self) -> list[float]:
-        """1, 2 and 5 times the powers of ten inside."""
+        """Round numbers inside."""
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        each = [tick * 10.0**power for power in powers for tick in TICKS]
-        return [value for value in each if self.low <= value <= self.high]
+        found: list[float] = []
+        for ticks in (TICKS, MORE_TICKS):
+            each = [tick * 10.0**power for power in powers for tick in ticks]
+            found = [value for value in each if self.low <= value <= self.high]
+            if len(found) >= FEW:
+                break
+        return found
 
 
 def _axis(values: list[float], start: float, stop: float) -> Axis:
     return Axis(min(values) / 1.15, max(values) * 1.15, start, stop)
 
 
-def write_curves(curves: list[Curve], path: Path, *, x: str, y: str, floor: float) -> None:
-    """Write the curves with a legend; `floor` is a dashed line, what real data gets."""
+def write_curves(
+    curves: list[Curve], path: Path, *, x: str, y: str, floor: tuple[str, float] | None = None
+) -> None:
+    """Write the curves with a legend; `floor` is a dashed line with its name."""
     points = [point for curve in curves for point in curve.points]
     across = _axis([point[0] for point in points], LEFT, WIDTH - RIGHT)
-    up = _axis([floor, *(point[1] for point in points)], HEIGHT - BOTTOM, TOP)
+    up = _axis(
+        [*([floor[1]] if floor else []), *(point[1] for point in points)], HEIGHT - BOTTOM, TOP
+    )
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         'font-family="sans-serif" font-size="12">',
@@ -65,9 +75,10 @@ def write_curves(curves: list[Curve], path: Path, *, x: str, y: str, floor: floa
         at = up.at(value)
         parts.append(_line(LEFT, at, WIDTH - RIGHT, at, "#ddd"))
         parts.append(_text(LEFT - 6, at + 4, f"{value:g}", "end"))
-    at = up.at(floor)
-    parts.append(_line(LEFT, at, WIDTH - RIGHT, at, "#666", dashed=True))
-    parts.append(_text(LEFT + 6, at - 4, "real pictures", "start"))
+    if floor is not None:
+        at = up.at(floor[1])
+        parts.append(_line(LEFT, at, WIDTH - RIGHT, at, "#666", dashed=True))
+        parts.append(_text(LEFT + 6, at - 4, floor[0], "start"))
     for number, curve in enumerate(curves):
         colour = COLOURS[number % len(COLOURS)]
         points = [(across.at(a), up.at(b)) for a, b in curve.points]
