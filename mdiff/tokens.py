@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -249,6 +249,13 @@ class Examples(Protocol):
 
     def batch(self, rows: Tensor, epoch: Tensor) -> Batch:
         """Rows number `rows` (B,) int64 of epochs `epoch` (B,); a function of the two alone."""
+
+
+@runtime_checkable
+class Sliced(Protocol):
+    """Examples that know the SHA-256 of what was tokenised, whatever was made of it."""
+
+    slice_sha256: str
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import mdiff.cli.options as ask
+from mdiff.cli.cut import cut_of
 from mdiff.cli.images.eval import Wanted, evaluate_pictures
 from mdiff.cli.images.eval import table as picture_table
 from mdiff.cli.images.generate import shows_pictures
@@ -44,8 +45,13 @@ def evaluate(
             help="all, train, validation or holdout.  [default: text all, pictures holdout]"
         ),
     ] = None,
-    holdout: Annotated[float, typer.Option(help="Share held out at the end.")] = 0.1,
-    validation: Annotated[float, typer.Option(help="Share of the rest for validation.")] = 0.0,
+    holdout: Annotated[
+        float | None, typer.Option(help="Share held out.  [default: the run's own; 0.1]")
+    ] = None,
+    validation: Annotated[
+        float | None,
+        typer.Option(help="Share of the rest for validation.  [default: the run's own; 0]"),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -106,9 +112,9 @@ def evaluate(
 
     pipeline = load(model, device=device, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer)
     fit_threads(pipeline.denoiser)
-    start = time.perf_counter()
+    cut, start = cut_of(model, holdout=holdout, validation=validation), time.perf_counter()
     report: dict[str, object] = {"model": model, "data": data[0] if len(data) == 1 else data}
-    source: dict[str, object] = {"source": data, "holdout": holdout, "validation": validation}
+    source: dict[str, object] = {"source": data, **cut.shares}
     if shows_pictures(pipeline):
         if window is not None:
             raise ConfigError("--window: a picture is one window")
@@ -123,7 +129,7 @@ def evaluate(
             mask_ratio=mask_ratio, layer=layer,
         )  # fmt: skip
         pictures = PictureSource.of(source | {"captions": captions})
-        report |= {"split": wanted.split} | evaluate_pictures(pipeline, pictures, wanted)
+        report |= {"split": wanted.split} | evaluate_pictures(pipeline, pictures, wanted, cut)
         report["seconds"] = time.perf_counter() - start
         result_json(report) if as_json else picture_table(report)
         return

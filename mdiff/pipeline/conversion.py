@@ -45,9 +45,10 @@ EMA, SHADOW = "ema", "shadow_params"
 WRAPPERS, LOSSES = ("module.", "_orig_mod."), ("loss.",)
 # Names of a run's settings: read as inert objects, as no weight depends on them.
 INERT = (
-    "argparse.Namespace", "builtins.dict", "builtins.int", "builtins.list", "builtins.str",
-    "collections.defaultdict", "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata",
-    "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig",
+    "_codecs.encode", "argparse.Namespace", "builtins.dict", "builtins.int", "builtins.list",
+    "builtins.str", "collections.defaultdict", "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray.scalar", "numpy.dtype", "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata", "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig",
     "omegaconf.nodes.AnyNode", "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "typing.Any",
 )  # fmt: skip

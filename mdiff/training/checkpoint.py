@@ -29,6 +29,7 @@ from mdiff.files import (
     write_json,
 )
 from mdiff.pipeline import write_pipeline
+from mdiff.tokens import Examples, Sliced
 from mdiff.training.build import Run
 from mdiff.training.processes import on_main
 from mdiff.training.recipe import differences, parse_recipe
@@ -92,7 +93,7 @@ def _training(run: Run, number: int) -> dict[str, object]:
         "format": FORMAT,
         "step": number,
         "recipe": run.recipe.model_dump(mode="json"),
-        "data": {"fingerprint": run.examples.fingerprint, "rows": len(run.examples)},
+        "data": _of_data(run.examples),
         "processes": run.accelerator.num_processes,
         "versions": {
             "mdiff": __version__,
@@ -103,6 +104,12 @@ def _training(run: Run, number: int) -> dict[str, object]:
             "accelerate": version("accelerate"),
         },
     }
+
+
+def _of_data(examples: Examples) -> dict[str, object]:
+    """What names the data: a resumed run must have the same, an evaluation looks for it."""
+    found = {"fingerprint": examples.fingerprint, "rows": len(examples)}
+    return found | ({"sha256": examples.slice_sha256} if isinstance(examples, Sliced) else {})
 
 
 def checkpoint_to_resume(out: Path, resume: str, *, report: Callable[[str], None]) -> Path | None:

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -149,6 +150,15 @@ def test_without_the_flag_no_pickle_is_opened(tmp_path: Path, capsys: Any) -> No
                         str(tmp_path / "config.json")]) == 4  # fmt: skip
             assert "--from-pickle" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "scalar", [np.float64(0.5), np.float32(1), np.int64(3), np.bool_(True), np.str_("x")]
+)
+def test_a_scalar_of_numpy_beside_the_weights_is_inert(scalar: object, tmp_path: Path) -> None:
+    state = {"w": torch.ones(2)}
+    content = read_pickle(pickled(tmp_path, {"model": state, "best": scalar, "args": [scalar]}))
+    assert torch.equal(weights_in(content)[0]["w"], state["w"])
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not a zip", b"\x80\x02."])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mdiff.modalities.image import Edits, ImageModality
     from mdiff.pipeline import Generation, Pipeline
 
-# A mask's file is regenerated where it is brighter than this.
+# A mask that was scaled is regenerated where it is brighter than this.
 HALF = 127
 
 
@@ -39,7 +39,7 @@ def edit(
     ] = None,
     mask_file: Annotated[
         Path | None,
-        typer.Option(help="A picture of the same size, white where to regenerate."),
+        typer.Option(help="A file of the same size, white where to regenerate; clear is black."),
     ] = None,
     keep: Annotated[
         str | None, typer.Option(help="ROWS,COLUMNS to keep; all around it is regenerated.")
@@ -92,7 +92,9 @@ def edit(
         None if label is None else [label], None if prompt is None else [prompt], None
     )
     refuse_unknown(modality, [given])
-    region = region_of(mask, mask_file, keep, size=modality.size)
+    region = region_of(
+        mask, mask_file, keep, size=modality.size, pictures=pictures if resize else ()
+    )
     files = [{"image": str(path)} for path in pictures]
     read, problems = with_pictures(modality, files, resize=resize)
 
@@ -128,15 +130,17 @@ def pasting(edits: Edits) -> Finish:
 
 
 def region_of(
-    mask: str | None, mask_file: Path | None, keep: str | None, *, size: tuple[int, int]
-) -> Tensor | None:
+    mask: str | None, mask_file: Path | None, keep: str | None, *, size: tuple[int, int],
+    pictures: Sequence[Path] = (),
+) -> Tensor | None:  # fmt: skip
     """The pixels (H, W) bool to regenerate, None for all of them.
 
-    Raises ConfigError for an invalid box, DataError for one outside the picture, a mask of
-    another size, and one that leaves nothing to regenerate.
+    A file of the size of `pictures`, which are to be cropped and scaled, is so too. Raises
+    ConfigError for an invalid box, DataError for one outside the picture, a mask of another size,
+    and one that leaves nothing to regenerate.
     """
     from mdiff.modalities.image import box_mask, pixel_mask
-    from mdiff.modalities.image.data import as_array, open_picture
+    from mdiff.modalities.image.data import open_mask, open_picture, sized
 
     if mask is not None:
         return box_mask(mask, size)
@@ -144,10 +148,25 @@ def region_of(
         return pixel_mask(~box_mask(keep, size), size)
     if mask_file is None:
         return None
-    pixels = as_array(open_picture(mask_file), channels=1, name=str(mask_file))[..., 0]
-    if pixels.shape != tuple(size):
+    white = open_mask(mask_file)
+    if white.shape == tuple(size):
+        return pixel_mask(white, size)
+    height, width = white.shape
+    if not pictures:
         raise DataError(
-            f"{mask_file} has {pixels.shape[0]} x {pixels.shape[1]} pixels, the pictures have "
-            f"{size[0]} x {size[1]}"
+            f"{mask_file} has {height} x {width} pixels, the pictures have {size[0]} x {size[1]}; "
+            "--resize crops and scales a picture with its mask"
         )
-    return pixel_mask(pixels > HALF, size)
+    for path in pictures:
+        try:
+            opened = open_picture(path)
+        except DataError:
+            # Reported with the others that cannot be read.
+            continue
+        if opened.size != (width, height):
+            raise DataError(
+                f"{mask_file} has {height} x {width} pixels, {path} has {opened.height} x "
+                f"{opened.width}: expected a mask of that size, or of {size[0]} x {size[1]}"
+            )
+    scaled = sized((white * 255).astype("uint8")[..., None], size, resize=True, name=str(mask_file))
+    return pixel_mask(scaled[..., 0] > HALF, size)

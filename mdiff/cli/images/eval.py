@@ -10,6 +10,7 @@ from mdiff.cli.views.console import message, result
 from mdiff.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from mdiff.cli.cut import Cut
     from mdiff.evaluation import Classifier
     from mdiff.modalities.image import ImageModality
     from mdiff.modalities.image.data import PictureRows, Pictures, PictureSource
@@ -49,12 +50,12 @@ class Wanted:
 
 
 def evaluate_pictures(
-    pipeline: Pipeline, source: PictureSource, wanted: Wanted
+    pipeline: Pipeline, source: PictureSource, wanted: Wanted, cut: Cut
 ) -> dict[str, object]:
-    """The report of every metric that is asked for."""
+    """The report of every metric that is asked for; a line where `cut` is not the run's."""
     from mdiff.evaluation import probe_figures, spread, with_model_labels
     from mdiff.modalities.image import image_modality
-    from mdiff.modalities.image.data import holds_shards, read_pictures
+    from mdiff.modalities.image.data import digest_of, holds_shards, read_pictures
 
     modality = image_modality(pipeline.modality)
     classifier = _checked(pipeline, wanted)
@@ -63,11 +64,16 @@ def evaluate_pictures(
             raise DataError("tokens have no pixels: only metric bound can be had of them")
         rows = modality.examples(source, split=wanted.split)
         return {"bounds": _bounds(pipeline, rows, wanted)}
-    everything = with_model_labels(
-        read_pictures(source, channels=modality.codec.channels, size=modality.size), modality
-    )
-    shares = {"holdout": source.holdout, "validation": source.validation}
-    test = everything.split(wanted.split, **shares)
+    read = read_pictures(source, channels=modality.codec.channels, size=modality.size)
+    if read.labels is None and modality.label != "none" and "bound" in wanted.metrics:
+        raise DataError(
+            "metric bound: the pictures have no labels, which this model is given: name them by "
+            "folders, metadata.jsonl or y, or ask for --metrics nearest"
+        )
+    if cut.digest is not None and wanted.split != "all":
+        cut.compare(digest_of(read.split("train", **cut.shares)))
+    everything = with_model_labels(read, modality)
+    test = everything.split(wanted.split, **cut.shares)
     few = spread(test, wanted.limit)
     report: dict[str, object] = {"pictures": len(few)}
     if "bound" in wanted.metrics:
@@ -76,7 +82,7 @@ def evaluate_pictures(
     if wanted.metrics == ("bound",):
         return report
     # Metrics of samples and probes compare with the training split.
-    train = everything.split("train", **shares)
+    train = everything.split("train", **cut.shares)
     if "probe" in wanted.metrics:
         message("reading features")
         report["probe"] = probe_figures(

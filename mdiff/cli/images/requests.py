@@ -94,21 +94,17 @@ def with_pictures(
 
 def read_picture(path: Path, modality: ImageModality, *, resize: bool = False) -> np.ndarray:
     """The pixels (H, W, C) uint8 of a file, clear parts on white; DataError where it is unfit."""
-    from mdiff.modalities.image.data import PictureSource, as_array, open_picture, read_pictures
+    from mdiff.modalities.image.data import as_array, open_picture, sized
 
-    channels, (height, width) = modality.codec.channels, modality.size
+    height, width = modality.size
     opened = open_picture(path)
-    if opened.size == (width, height):
-        pixels: np.ndarray = as_array(opened, channels=channels, name=str(path))
-    elif resize:
-        source = PictureSource(source=str(path), resize=True)
-        read = read_pictures(source, channels=channels, size=modality.size)
-        pixels = read.pixels[0].permute(1, 2, 0).numpy()
-    else:
+    if opened.size != (width, height) and not resize:
         raise DataError(
             f"{path} has {opened.height} x {opened.width} pixels, this model's have {height} x "
             f"{width}; --resize crops and scales it"
         )
+    whole = as_array(opened, channels=modality.codec.channels, name=str(path))
+    pixels: np.ndarray = sized(whole, modality.size, resize=resize, name=str(path))
     try:
         # A picture that the codec cannot take is refused before anything is generated.
         modality.codes(modality.picture(pixels)[None])

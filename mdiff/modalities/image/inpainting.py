@@ -13,6 +13,7 @@ from torch import Tensor
 from mdiff.errors import ConfigError, DataError
 from mdiff.kernels import philox
 from mdiff.modalities.image.codec import Codec
+from mdiff.modalities.image.data.pixels import plain_array
 
 GREY = 200
 
@@ -50,12 +51,12 @@ def pixel_mask(mask: object, size: tuple[int, int]) -> Tensor:
         return torch.ones(size, dtype=torch.bool, device="cpu")
     if isinstance(mask, str):
         return box_mask(mask, size)
-    found = torch.as_tensor(np.asarray(mask))
-    if tuple(found.shape) != tuple(size) or found.dtype != torch.bool:
-        raise DataError(f"mask {tuple(found.shape)} {found.dtype}: expected {tuple(size)} bool")
-    if not bool(found.any()):
+    found = plain_array(mask, "the mask")
+    if found.shape != tuple(size) or found.dtype != np.bool_:
+        raise DataError(f"mask {found.shape} {found.dtype}: expected {tuple(size)} bool")
+    if not found.any():
         raise DataError("the mask is empty: there is nothing to regenerate")
-    return found
+    return torch.from_numpy(found.copy())
 
 
 def hidden_share(may: Tensor, *, strength: float, seeds: Tensor) -> Tensor:

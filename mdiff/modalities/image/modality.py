@@ -183,7 +183,8 @@ class ImageModality(ImageCanvas):
             codes, digest = items.ids[index].flatten(1)[:, None].long(), items.digest
         else:
             chosen = items.at(index)
-            versions = variants(chosen, source) if split == "train" else [chosen.pixels]
+            names = None if self.label == "none" else items.label_names
+            versions = variants(chosen, source, names) if split == "train" else [chosen.pixels]
             codes = torch.stack([self.codes(pixels) for pixels in versions], 1)
             digest = digest_of(chosen)
         captions = written and [written[i] for i in index.tolist()]

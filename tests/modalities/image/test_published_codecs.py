@@ -69,6 +69,27 @@ def test_every_step_is_that_of_the_official_code(loaded: tuple[str, Path, Any]) 
     assert float((again - truth["decoded_random_indices"]).abs().max()) <= TOLERANCE
 
 
+def test_a_pictures_ids_and_pixels_do_not_depend_on_its_batch(
+    loaded: tuple[str, Path, Any],
+) -> None:
+    codec, counts = loaded[2], []
+    hooks = [
+        network.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
+        for network in (codec.encoder, codec.decoder)
+    ]
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (6, 3, 32, 32), generator=random, dtype=torch.uint8)
+    ids = codec.encode(images)
+    pictures = codec.decode(ids)
+    for hook in hooks:
+        hook.remove()
+    # A batch rounds otherwise, which shows only where two codes are about as near.
+    assert set(counts) == {1}
+    for i in range(6):
+        assert torch.equal(codec.encode(images[i : i + 1])[0], ids[i])
+        assert torch.equal(codec.decode(ids[i : i + 1])[0], pictures[i])
+
+
 def test_whole_pixels_pass_through_the_same_steps(loaded: tuple[str, Path, Any]) -> None:
     golden, _, codec = loaded
     ids = outputs(golden)["random_indices"]

@@ -27,8 +27,6 @@ class VQDiffusers(VQGANCodec):
 
     name = "vq_diffusers"
     signed = False
-    # One at a time: a picture of this kind fills the processor, and a batch rounds otherwise.
-    pixels_at_once = 1
     weights_file = "diffusion_pytorch_model.safetensors"
 
     def ids(self, latents: Tensor) -> Tensor:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from mdiff.modalities.image.data.examples import PictureRows as PictureRows
 from mdiff.modalities.image.data.images import Pictures as Pictures
+from mdiff.modalities.image.data.images import digest_of as digest_of
 from mdiff.modalities.image.data.images import read_pictures as read_pictures
 from mdiff.modalities.image.data.pixels import as_array as as_array
+from mdiff.modalities.image.data.pixels import open_mask as open_mask
 from mdiff.modalities.image.data.pixels import open_picture as open_picture
+from mdiff.modalities.image.data.pixels import sized as sized
 from mdiff.modalities.image.data.source import PictureSource as PictureSource
 from mdiff.modalities.image.data.token_shards import FORMAT as FORMAT
 from mdiff.modalities.image.data.token_shards import MANIFEST as MANIFEST

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,11 @@ from mdiff.modalities.image.data.source import PictureSource
 from mdiff.modalities.image.data.token_shards import Shards, holds_shards, open_shards
 from mdiff.tokens import Batch
 
-SIDED = ("left", "right", "clockwise")
+# Words for a side; "bright" is none.
+SIDED = re.compile(r"(left|right)(s|y|er|wards?|most|hand|handed|side)?|((anti|counter)?clockwise)")
+# Words of letters alone, so that "turn_left" and "LeftArrow" are two.
+WORD = re.compile(r"[^\W\d_]+")
+INNER_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 class PictureRows:
@@ -75,10 +81,23 @@ def open_items(source: PictureSource, *, codec: Codec, size: tuple[int, int]) ->
     return stored
 
 
-def variants(pictures: Pictures, source: PictureSource) -> list[Tensor]:
+def says_a_side(text: str) -> bool:
+    """Whether a caption or a label says left, right, or a direction of turning.
+
+    >>> says_a_side("LeftArrow"), says_a_side("a bright lamp")
+    (True, False)
+    """
+    words = WORD.findall(INNER_CAPITAL.sub(" ", text))
+    return any(SIDED.fullmatch(word.lower()) for word in words)
+
+
+def variants(
+    pictures: Pictures, source: PictureSource, names: Sequence[str] | None = None
+) -> list[Tensor]:
     """The pictures (N, C, H, W), shifted by up to `shift` pixels each way and flipped.
 
-    A shift repeats the border. What a caption calls left or right is not flipped.
+    A shift repeats the border. What its caption, or its label of `names`, calls left or right is
+    not flipped.
     """
     most = source.shift
     height, width = pictures.pixels.shape[2:]
@@ -93,8 +112,11 @@ def variants(pictures: Pictures, source: PictureSource) -> list[Tensor]:
     shifted = [padded[:, :, d : d + height, r : r + width] for d, r in moves]
     if not source.flip:
         return shifted
-    captions = pictures.captions or [""] * len(pictures)
-    sided = torch.tensor([any(word in caption for word in SIDED) for caption in captions])
+    sided = torch.tensor([says_a_side(caption) for caption in pictures.captions or []])
+    if not len(sided):
+        sided = torch.zeros(len(pictures), dtype=torch.bool)
+    if names is not None and pictures.labels is not None:
+        sided |= torch.tensor([says_a_side(name) for name in names])[pictures.labels]
     return shifted + [
         torch.where(sided[:, None, None, None], each, each.flip(3)) for each in shifted
     ]

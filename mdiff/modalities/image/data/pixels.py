@@ -52,7 +52,7 @@ def as_array(
     """
     if isinstance(picture, Image.Image):
         return _from_pil(_loaded(picture, name), channels, name, ground)
-    array = _plain(picture, name)
+    array = plain_array(picture, name)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
         raise DataError(
             f"{name}: an array {array.shape} {array.dtype}: expected uint8 (H, W) or (H, W, C)"
@@ -68,7 +68,7 @@ def as_array(
     return _from_pil(Image.fromarray(plain, modes[array.shape[2]]), channels, name, ground)
 
 
-def _plain(picture: object, name: str) -> NDArray[np.generic]:
+def plain_array(picture: object, name: str) -> NDArray[np.generic]:
     """What is no PIL image as an array; DataError for what is none."""
     try:
         found = picture.detach().cpu() if isinstance(picture, Tensor) else picture
@@ -78,7 +78,7 @@ def _plain(picture: object, name: str) -> NDArray[np.generic]:
     # Whatever a caller's object raises: lists of unequal length, tensors of numpy's no type.
     except Exception:
         kind = picture.dtype if isinstance(picture, Tensor) else type(picture).__name__
-        raise DataError(f"{name}: {kind}: expected a picture, or an array of uint8") from None
+        raise DataError(f"{name}: {kind}: expected a picture or an array") from None
 
 
 def _from_pil(picture: Image.Image, channels: int, name: str, ground: str) -> Pixels:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -36,8 +36,6 @@ from mdiff.modalities.image.codecs.networks.vqgan import (
     submodule,
 )
 
-# Pixels coded at a time: 128 features each at the finest level take 512 MB.
-PIXELS_AT_ONCE = 1 << 20
 MOST_LEVELS, MOST_MULTIPLIER, MOST_BLOCKS = 10, 64, 32
 
 
@@ -52,7 +50,6 @@ class PublishedCodec(nn.Module):
 
     name: str
     signed: ClassVar[bool] = True
-    pixels_at_once: ClassVar[int] = PIXELS_AT_ONCE
     weights_file: ClassVar[str] = PUBLISHED_TENSORS
     # Attention and group norms read the whole picture.
     receptive_field_margin: int | None = None
@@ -100,7 +97,8 @@ class PublishedCodec(nn.Module):
         check_pictures(images, channels=self.channels, stride=self.stride)
         own = self.decoder.conv_out.weight.device
         found = []
-        for some in self._parts(images, images.shape[2] * images.shape[3]):
+        # One at a time: a batch rounds otherwise, and with it a code here and there is another.
+        for some in torch.split(images, 1):
             bright = some.to(own).float()
             bright = bright / 127.5 - 1 if self.signed else bright / 255
             found.append(self.ids(finite(self.latents(bright))).to(images.device))
@@ -112,15 +110,11 @@ class PublishedCodec(nn.Module):
         check_ids(ids, codebook_size=self.codebook_size, codes_per_position=self.codes_per_position)
         own = self.decoder.conv_out.weight.device
         made = []
-        for some in self._parts(ids, ids.shape[1] * ids.shape[2] * self.stride**2):
+        for some in torch.split(ids, 1):
             pictures = finite(self.pictures(self.codes(some.to(own))))
             bright = (pictures + 1) * 127.5 if self.signed else pictures * 255
             made.append(bright.round().clamp(0, 255).to(ids.device, torch.uint8))
         return torch.cat(made)
-
-    def _parts(self, rows: Tensor, pixels: int) -> Iterator[Tensor]:
-        """The rows in parts of bounded memory, at least one part."""
-        yield from torch.split(rows, max(1, self.pixels_at_once // max(1, pixels)))
 
     def fit(self, images: Tensor, *, seed: int = 0, report: Report | None = None) -> Self:
         """Refused: it was trained elsewhere."""
