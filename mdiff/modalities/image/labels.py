@@ -34,7 +34,7 @@ def checked(label: object, where: str) -> str | int:
         except UnicodeEncodeError:
             raise DataError(f"{where} = {label!r:.60}: expected text in UTF-8") from None
         return str(label)
-    if not isinstance(label, Integral) or isinstance(label, bool):
+    if isinstance(label, bool) or not isinstance(label, Integral):
         raise DataError(
             f"{where} = {label!r:.60}: expected a name or a whole number; in YAML and JSON names "
             'such as "yes", "null" and "1.0" are quoted'
@@ -169,7 +169,7 @@ class Labels:
         Where none is and all are digits, each is the number of ours that it says. Raises
         DataError for a label that we lack.
         """
-        occurring = labels.unique().tolist()
+        occurring = sorted(set(labels.tolist()))
         if occurring and not 0 <= occurring[0] <= occurring[-1] < len(names):
             raise DataError(f"label {occurring[-1]}: the data names {len(names)} labels")
         found = {i: self._find(names[i]) for i in occurring}

@@ -177,7 +177,7 @@ class ImageModality(ImageCanvas):
         index = split_of(items, split, **shares)
         own = self.own_labels(items.labels, items.label_names)
         labels = None if own is None else own[index]
-        if split == "train" and self.label != "none" and labels is not None:
+        if split == "train" and self.label != "none" and own is not None and labels is not None:
             self.known_labels.check_training(labels, own, **shares)
         if isinstance(items, Shards):
             codes, digest = items.ids[index].flatten(1)[:, None].long(), items.digest

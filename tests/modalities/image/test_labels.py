@@ -170,9 +170,10 @@ def test_the_data_s_labels_are_the_models_by_name_or_by_what_digits_say(model, n
         (["a"], ["a"], [1]), (["a"], ["a"], [-1]), (["a", "b"], ["a", "-1"], [0, 1]),
     ],
 )  # fmt: skip
-def test_labels_that_the_model_lacks_are_refused(model, names, labels):
+@pytest.mark.parametrize("split", ["all", "train"])
+def test_labels_that_the_model_lacks_are_refused(model, names, labels, split):
     with pytest.raises(DataError):
-        modality(labels=model).examples(data(names, labels), split="all")
+        modality(labels=model).examples(data(names, labels), split=split)
 
 
 def test_pictures_without_labels_are_refused_in_words_that_help():

@@ -99,7 +99,7 @@ def split_index(
         first, stop = {"train": (0, chosen), "validation": (chosen, kept)}.get(
             split, (kept, groups)
         )
-        if labels is None or _are_mixed(labels, kept):
+        if labels is None or not len(labels) or _are_mixed(labels, kept):
             return torch.arange(first, stop)
         return _by_turns(labels)[first:stop].sort().values
     inner = (1 - holdout) * (1 - validation)
@@ -114,10 +114,13 @@ def _are_mixed(labels: Tensor, kept: int) -> bool:
     """Whether labels (N,) change at least half as often as in a random order, and the first
     `kept` of them hold every one.
     """
-    share = labels.unique(return_counts=True)[1].double() / len(labels)
-    random = (len(labels) - 1) * (1 - float(share.square().sum()))
+    if int(labels.min()) < 0:
+        raise DataError(f"label {int(labels.min())}: expected 0 or more")
+    counts = labels.bincount()
+    random = (len(labels) - 1) * (1 - float((counts.double() / len(labels)).square().sum()))
     changes = int((labels[1:] != labels[:-1]).sum())
-    return changes >= random / 2 and len(labels[:kept].unique()) == len(share)
+    kept_counts = labels[:kept].bincount(minlength=len(counts))
+    return changes >= random / 2 and not bool(((counts > 0) & (kept_counts == 0)).any())
 
 
 def _by_turns(labels: Tensor) -> Tensor:
@@ -125,10 +128,10 @@ def _by_turns(labels: Tensor) -> Tensor:
 
     It begins with the first item of each; a label's items stay in order.
     """
+    order, counts = labels.argsort(stable=True), labels.bincount()
+    first = (counts.cumsum(0) - counts)[labels[order]]
     turn = torch.empty(len(labels), dtype=torch.float64)
-    for label in labels.unique():
-        at = (labels == label).nonzero()[:, 0]
-        turn[at] = torch.arange(len(at), dtype=torch.float64) / len(at)
+    turn[order] = (torch.arange(len(labels)) - first).double() / counts[labels[order]]
     return turn.argsort(stable=True)
 
 

@@ -63,7 +63,7 @@ def as_array(
     if array.shape[2] not in modes:
         raise DataError(f"{name}: {array.shape[2]} channels: expected 1, 3 or 4")
     if array.shape[2] == channels:
-        return array
+        return array.astype(np.uint8, copy=False)
     plain = array[..., 0] if array.shape[2] == 1 else array
     return _from_pil(Image.fromarray(plain, modes[array.shape[2]]), channels, name, ground)
 
@@ -135,18 +135,19 @@ def decoded(content: bytes, name: str) -> Image.Image:
     """The picture in a file's content; see `open_picture`."""
     try:
         # This reads the header alone, so that the size is known before memory is taken.
-        picture = Image.open(io.BytesIO(content), formats=_formats())
+        opened = Image.open(io.BytesIO(content), formats=_formats())
     except UnidentifiedImageError:
         raise DataError(
             f"{name} is not a picture that can be read: expected {', '.join(_formats())}"
         ) from None
     except Exception as error:
         raise _unreadable(name, error) from None
+    picture: Image.Image = opened
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise DataError(f"{name}: {width} x {height} pixels: more than {MAX_PIXELS:,}")
     _loaded(picture, name)
-    if picture.mode == "I" and picture.format in ("PNG", "PPM"):
+    if picture.mode == "I" and opened.format in ("PNG", "PPM"):
         # 16 bits in 32: other files have no more in this mode.
         picture = picture.convert("I;16")
     return _upright(picture)

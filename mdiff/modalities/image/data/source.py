@@ -25,9 +25,10 @@ class PictureSource(DataSource):
     scales it to the codec's size; without it, another size is an error. `captions`: none,
     "data", or "unicode" for files named after code points (variants of one base then stay on
     one side of a split). `flip` and `shift` (pixels each way) add variants to the training
-    split; a caption that says left or right is not flipped.
+    split; what a caption or a label calls left or right is not flipped.
 
-    Where there are groups, `holdout` and `validation` take whole groups by their digest.
+    `holdout` and `validation` are cut from the end: of each label where its pictures come one
+    after another. Where there are groups they take whole groups by their digest.
     """
 
     image_field: str = "image"
