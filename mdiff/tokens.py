@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -129,6 +129,26 @@ class _CheckedSpace(TokenSpace):
 
     def check(self, tokens: Tensor, valid: Tensor | None = None, *, masks: bool = True) -> None:
         """Nothing more."""
+
+
+def check_documents(
+    documents: Iterable[Sequence[int]], space: TokenSpace, *, name: str = "document"
+) -> None:
+    """Raise DataError, with number and position, where one holds the mask or is outside the space.
+
+    >>> check_documents([[0, 1], [2]], TokenSpace(3, mask_id=3))
+    """
+    for number, ids in enumerate(documents, start=1):
+        if not ids or (0 <= min(ids) <= max(ids) < space.vocab_size and space.mask_id not in ids):
+            continue
+        wrong = (
+            i for i, token in enumerate(ids)
+            if token == space.mask_id or not 0 <= token < space.vocab_size
+        )  # fmt: skip
+        at = next(wrong)
+        why = "the data holds the mask id" if ids[at] == space.mask_id else "the data holds id"
+        known = f"; expected ids below {space.vocab_size} without the mask {space.mask_id}"
+        raise DataError(f"{name} {number}, position {at}: {why} {ids[at]}{known}")
 
 
 def hidden_canvas(batch: int, length: int, *, space: TokenSpace) -> Tensor:

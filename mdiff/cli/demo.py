@@ -74,11 +74,11 @@ def written(pipeline: Pipeline, model: str, seed: int) -> list[Record]:
 
     def filled(canvas: list[int], seed: int) -> str:
         (run,) = pipeline.runs([canvas], seed=seed)
-        recorder = Recorder(run.canvas, run.valid, space=pipeline.space)
+        recorder = Recorder(run)
         for state in run:
             recorder.add(state)
         (sample,) = run.finished()
-        records.extend(recorder.records(pipeline.modality, [figures(sample)]))
+        records.extend(recorder.records([figures(sample)]))
         result(str(sample.output).strip("\n"))
         result(f"[{figures(sample)}]\n")
         return str(sample.output)

@@ -14,13 +14,11 @@ from mdiff.cli.cut import cut_of
 from mdiff.cli.images.eval import Wanted, evaluate_pictures
 from mdiff.cli.images.eval import table as picture_table
 from mdiff.cli.images.generate import shows_pictures
-from mdiff.cli.threads import fit_threads
 from mdiff.cli.views.console import message, result, result_json
 from mdiff.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from mdiff.evaluation import Evaluation
-    from mdiff.modalities.text import Source
     from mdiff.pipeline import CallOptions, Pipeline
 
 CHARACTERS = 20_000
@@ -60,6 +58,9 @@ def evaluate(
         ),
     ] = None,
     field: Annotated[str, typer.Option(help="Column of JSONL or Parquet.")] = "text",
+    separator: Annotated[str | None, typer.Option(help="Cuts a text file in documents.")] = None,
+    subset: Annotated[str | None, typer.Option(help="Subset of a data set of the Hub.")] = None,
+    hub_split: Annotated[str, typer.Option(help="Split of a data set of the Hub.")] = "train",
     captions: Annotated[
         str, typer.Option(help="Of pictures: none, data, or unicode (names of files).")
     ] = "none",
@@ -94,6 +95,7 @@ def evaluate(
     dtype: ask.Dtype = None,
     mask_id: ask.MaskId = None,
     tokenizer: ask.TokenizerName = None,
+    special_tokens: ask.SpecialTokens = "none",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Evaluate a model on data: an upper bound on its bits, with the standard error; and more."""
@@ -108,16 +110,14 @@ def evaluate(
         sampler=sampler,
     )  # fmt: skip
 
-    from mdiff.pipeline import load
-
-    pipeline = load(model, device=device, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer)
-    fit_threads(pipeline.denoiser)
+    pipeline = ask.loaded(model, device, dtype, mask_id, tokenizer, special_tokens)
     cut, start = cut_of(model, holdout=holdout, validation=validation), time.perf_counter()
     report: dict[str, object] = {"model": model, "data": data[0] if len(data) == 1 else data}
-    source: dict[str, object] = {"source": data, **cut.shares}
+    source: dict[str, object] = {
+        "source": data, "subset": subset, "hub_split": hub_split, **cut.shares,
+    }  # fmt: skip
     if shows_pictures(pipeline):
-        if window is not None:
-            raise ConfigError("--window: a picture is one window")
+        ask.refuse({"window": window}, "is for text: a picture is one window", "window")
         from mdiff.modalities.image.data import PictureSource
 
         wanted = Wanted(
@@ -135,11 +135,9 @@ def evaluate(
         return
     if asked != ("bound",):
         raise ConfigError(f"--metrics {metrics}: of text there is bound alone")
-    from mdiff.modalities.text import Source
-
     report["split"] = split or "all"
     found, drawn = _of_text(
-        pipeline, Source.of(source | {"field": field}), split=split or "all",
+        pipeline, source | {"field": field, "separator": separator}, split=split or "all",
         limit=CHARACTERS if limit is None else limit, draws=draws, estimator=estimator,
         window=window, seed=seed, batch_size=batch_size,
         samples=TEXT_SAMPLES if samples is None else samples, sampling=sampling,
@@ -165,16 +163,20 @@ def _metrics(names: str) -> tuple[str, ...]:
 
 
 def _of_text(
-    pipeline: Pipeline, source: Source, *, split: str, limit: int, draws: int,
+    pipeline: Pipeline, data: Mapping[str, object], *, split: str, limit: int, draws: int,
     estimator: str | None, window: int | None, samples: int, seed: int, batch_size: int,
     sampling: CallOptions,
 ) -> tuple[Evaluation, dict[str, object]]:  # fmt: skip
     """The bound of documents, and {"of_samples": figures} where samples are asked for."""
     from mdiff.evaluation import evaluate as bound
     from mdiff.evaluation import sample_figures
-    from mdiff.modalities.text import cut_documents
+    from mdiff.modalities import HasDocuments
+    from mdiff.modalities.text import Source, cut_documents
 
-    documents = source.documents()
+    if not isinstance(pipeline.modality, HasDocuments):
+        raise ConfigError(f"eval: a model of {pipeline.modality.name} has no documents to score")
+    source = Source.of(data)
+    documents = pipeline.modality.documents(source)
     if split != "all":
         documents = cut_documents(
             documents, split, holdout=source.holdout, validation=source.validation
@@ -199,7 +201,7 @@ def _of_text(
 
 
 def first_characters(documents: list[str], limit: int) -> list[str]:
-    """The first `limit` characters of the documents, as documents."""
+    """The first `limit` characters, or ids, of the documents, as documents."""
     kept = []
     for text in documents:
         if limit <= 0:

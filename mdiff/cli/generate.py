@@ -19,7 +19,6 @@ from mdiff.cli.text import (
     requests_of_file,
     text_requests,
 )
-from mdiff.cli.threads import fit_threads
 from mdiff.errors import ConfigError
 
 # The flags of worker processes, those of models of text, and sets of which one can be given.
@@ -88,6 +87,7 @@ def generate(
     dtype: ask.Dtype = None,
     mask_id: ask.MaskId = None,
     tokenizer: ask.TokenizerName = None,
+    special_tokens: ask.SpecialTokens = "none",
     stream: Annotated[bool, typer.Option("--stream", help="Show the canvas as it fills.")] = False,
     trace: ask.Trace = None,
     as_json: ask.AsJson = False,
@@ -114,15 +114,13 @@ def generate(
     wanted = Wanted(None if volume else out, scale_up, trace, as_json, ask.title_of(model, sampler))
 
     from mdiff.files import locate
-    from mdiff.pipeline import load
 
     on, name = device, model
     if volume:
         on = device_of(device, plans_only=(workers or 1) > 1 or timeout is not None)
         # A run that is being trained may get a newer checkpoint.
         name = str(locate(model).folder)
-    pipeline = load(name, device=on, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer)
-    fit_threads(pipeline.denoiser)
+    pipeline = ask.loaded(name, on, dtype, mask_id, tokenizer, special_tokens)
     if shows_pictures(pipeline):
         ask.refuse(flags, f"is for models of text; {name} is one of pictures", *OF_TEXT)
         asked = combined(label, prompt, image) if input_file is None else requests_of(input_file)
@@ -137,7 +135,7 @@ def generate(
             pipeline, input_file, out, model=name, num_samples=num_samples, length=length,
             max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size, options=options,
             dtype=dtype, device=device, mask_id=mask_id, timeout=timeout, as_json=as_json,
-            workers=1 if workers is None else workers,
+            workers=1 if workers is None else workers, special_tokens=special_tokens,
         )  # fmt: skip
         return
     requests = text_requests(prompt, infill, chat)

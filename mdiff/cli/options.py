@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdiff.cli.threads import fit_threads
 from mdiff.cli.views.console import message
 from mdiff.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
-    from mdiff.pipeline import CallOptions
+    from mdiff.pipeline import CallOptions, Pipeline
 
 # Flags that were renamed: the old name goes on working, with a warning.
 RENAMED = {
@@ -75,6 +76,10 @@ TokenizerName = Annotated[
     str | None,
     typer.Option("--tokenizer", help="A path or Hub id, for a checkpoint without a tokenizer."),
 ]
+SpecialTokens = Annotated[
+    str,
+    typer.Option(help="Of the tokenizer: none, drawn (generated), typed (in prompts), or all."),
+]
 Timeout = Annotated[
     float | None,
     typer.Option(help="Seconds of silence after which a worker is killed; default: never."),
@@ -94,6 +99,21 @@ ScaleUp = Annotated[
 ]
 
 Resize = Annotated[bool, typer.Option("--resize", help="Crop and scale pictures of another size.")]
+
+
+def loaded(
+    model: str, device: str | None, dtype: str | None, mask_id: int | None,
+    tokenizer: str | None, special_tokens: str,
+) -> Pipeline:  # fmt: skip
+    """The model that the flags name, with as many threads as it pays for."""
+    from mdiff.pipeline import load
+
+    pipeline = load(
+        model, device=device, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer,
+        special_tokens=special_tokens,
+    )  # fmt: skip
+    fit_threads(pipeline.denoiser)
+    return pipeline
 
 
 def refuse_both(options: Mapping[str, object]) -> None:

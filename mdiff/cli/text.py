@@ -94,15 +94,14 @@ def _filled(
 
     samples: list[Generated] = []
     records: list[Record] = []
-    modality = pipeline.modality
     for run in pipeline.runs(canvases, **options):
-        recorder = Recorder(run.canvas, run.valid, space=pipeline.space)
-        for state in watched(run, modality) if live else run:
+        recorder = Recorder(run)
+        for state in watched(run) if live else run:
             if trace is not None:
                 recorder.add(state)
         samples += (done := run.finished())
         if trace is not None:
-            records += recorder.records(modality, [figures(sample) for sample in done])
+            records += recorder.records([figures(sample) for sample in done])
     if trace is not None:
         trace.write_text(page(records, title=title), encoding="utf-8")
     return samples
@@ -119,7 +118,7 @@ def generate_at_volume(
     pipeline: Pipeline, requests: Path, out: Path, *, model: str, num_samples: int,
     length: int | None, max_new_tokens: int | None, seed: int, batch_size: int,
     options: CallOptions, dtype: str | None, device: str | None, mask_id: int | None,
-    workers: int, timeout: float | None, as_json: bool,
+    workers: int, timeout: float | None, as_json: bool, special_tokens: str,
 ) -> None:  # fmt: skip
     """Generate what is missing in the folder; print the path of the results.
 
@@ -136,7 +135,8 @@ def generate_at_volume(
     start = time.monotonic()
     outcome = generate_offline(
         pipeline, requests, out, model=model, setting=setting, dtype=dtype, device=device,
-        mask_id=mask_id, workers=workers, timeout=timeout, report=message,
+        mask_id=mask_id, workers=workers, timeout=timeout, special_tokens=special_tokens,
+        report=message,
     )  # fmt: skip
     if outcome is None:
         return

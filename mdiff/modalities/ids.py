@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mdiff.errors import ConfigError, DataError
-from mdiff.modalities.text.documents import Source, cut_documents, digest, json_lines, read_text
+from mdiff.modalities.text.documents import Source, cut_documents, digest
 from mdiff.modalities.text.packing import PackedRows
-from mdiff.tokens import TokenSpace, continued
+from mdiff.modalities.text.source import DataSource
+from mdiff.tokens import TokenSpace, check_documents, continued
 
 MASK = "_"
 FIELD = "tokens"
@@ -67,14 +68,13 @@ class Ids:
         length: int | None,
         split: str = "train",
     ) -> PackedRows:
-        """Rows of `length` ids from JSONL lines {"tokens": [3, 1, 2]}; `holdout` cuts by ids."""
+        """Rows of `length` ids from rows {"tokens": [3, 1, 2]}; `holdout` cuts by ids."""
         source = Source.of(data)
         if length is None:
             raise ConfigError("data.length is missing: how many tokens a row has")
-        rows = [
-            _ids_of(row, path) for path in source.paths for row in json_lines(read_text(path), path)
-        ]
+        rows = self.documents(source)
         chosen = cut_documents(rows, split, holdout=source.holdout, validation=source.validation)
+        check_documents(chosen, self.space, name=f"{split} document")
         return PackedRows(
             chosen,
             length=length,
@@ -83,6 +83,15 @@ class Ids:
             units=1.0,
             slice_sha256=digest([self.decode(row) for row in chosen]),
         )
+
+    def documents(self, data: Mapping[str, object] | DataSource | str) -> list[list[int]]:
+        """The lists of ids of a data section, in its field "tokens" unless that says another.
+
+        Raises DataError with file and line where one holds anything else.
+        """
+        source = Source.of(data)
+        field = FIELD if source.field == Source.field else source.field
+        return [_ids_of(row, field, where) for where, row in source.rows(field, lines=True)]
 
     def sizes(self, items: Sequence[object]) -> dict[str, int]:
         """Nothing but tokens is known of ids."""
@@ -96,10 +105,10 @@ class Ids:
         """Nothing to write."""
 
 
-def _ids_of(row: Mapping[str, object], path: str) -> list[int]:
-    found = row.get(FIELD)
+def _ids_of(row: Mapping[str, object], field: str, where: str) -> list[int]:
+    found = row.get(field)
     if not isinstance(found, list) or not all(type(i) is int and i >= 0 for i in found):
-        raise DataError(f"{path}: expected lines such as {{{FIELD!r}: [3, 1, 2]}}, got {row!r:.80}")
+        raise DataError(f"{where}: expected {{{field!r}: [3, 1, 2]}}, got {dict(row)!r:.80}")
     return found
 
 

@@ -13,6 +13,7 @@ from mdiff.tokens import Examples, TokenSpace
 if TYPE_CHECKING:
     from mdiff.modalities.image.codec import Codec
     from mdiff.modalities.image.inpainting import Edits
+    from mdiff.modalities.text.source import DataSource
 
 
 class Modality(Protocol):
@@ -141,6 +142,37 @@ class EndsText(Protocol):
 
     def decode(self, ids: Sequence[int], /, *, whole: bool = False) -> str:
         """The text up to the first id that ends it, or with `whole` all of it."""
+
+    def pieces(self, ids: Sequence[int], /, *, whole: bool = False) -> list[str | None]:
+        """The text of each position, as `decode` cuts it; joined, `decode`."""
+
+
+@runtime_checkable
+class HasSpecialTokens(Protocol):
+    """A modality of text, whose tokenizer may have special tokens.
+
+    `reads_special`: those that are typed in prompts, chats and templates are read as such, not
+    refused.
+    """
+
+    reads_special: bool
+
+    def no_text(self, columns: int, *, special: bool = True) -> set[int]:
+        """The ids below `columns` that are no text, and, with `special`, special ones.
+
+        Those that end a text and the mask are not among them.
+        """
+
+
+@runtime_checkable
+class HasDocuments(Protocol):
+    """A modality whose items are documents, read from files."""
+
+    def documents(self, data: Mapping[str, object] | DataSource | str, /) -> list[str]:
+        """The items of the recipe's section `data`, of the type that `encode` takes.
+
+        Raises DataError with file and line or row where one cannot be read.
+        """
 
 
 @runtime_checkable

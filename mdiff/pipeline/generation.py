@@ -98,14 +98,17 @@ class Ending:
             return space
         return replace(space, never=(*space.never, *self.ids))
 
+    def stop(self, tokens: Sequence[int], hidden: Sequence[bool]) -> int:
+        """How many tokens come before the first drawn end that cuts; `hidden` is true of drawn."""
+        if self.policy != "cut":
+            return len(tokens)
+        ends = (i for i, token in enumerate(tokens) if hidden[i] and token in self.ids)
+        return next(ends, len(tokens))
+
     def shown(self, tokens: Sequence[int], hidden: Sequence[bool]) -> list[int]:
         """The tokens to show of a row; `hidden` is true where one was drawn."""
         first = 0 if self.echo or True not in hidden else list(hidden).index(True)
-        stop = len(tokens)
-        if self.policy == "cut":
-            ends = (i for i, token in enumerate(tokens) if hidden[i] and token in self.ids)
-            stop = next(ends, stop)
-        return list(tokens[first:stop])
+        return list(tokens[first : self.stop(tokens, hidden)])
 
 
 @dataclass
@@ -156,11 +159,32 @@ class Generation:
         ids = self.tokens(row)
         if not self.ending.ids and self.ending.echo:
             return self.modality.decode(ids)
-        hidden = self._unpadded(self.canvas, row) == self.mask_id
-        shown = self.ending.shown(ids, hidden.tolist())
+        shown = self.ending.shown(ids, self._hidden(row))
         if isinstance(self.modality, EndsText):
             return self.modality.decode(shown, whole=True)
         return self.modality.decode(shown)
+
+    def pieces(self, row: int) -> list[str | None]:
+        """The text of each position of a row, None where it is masked.
+
+        Given ones are always shown, drawn ones up to the first drawn end that cuts the text.
+        """
+        ids, hidden = self.tokens(row), self._hidden(row)
+        if not isinstance(self.modality, EndsText):
+            return self.modality.pieces(ids)
+        stop = self.ending.stop(ids, hidden)
+        left_out = [i >= stop and drawn for i, drawn in enumerate(hidden)]
+        kept = [self.mask_id if out else token for token, out in zip(ids, left_out)]
+        pieces = self.modality.pieces(kept, whole=True)
+        return [
+            "" if out and token != self.mask_id else piece
+            for piece, out, token in zip(pieces, left_out, ids)
+        ]
+
+    def _hidden(self, row: int) -> list[bool]:
+        """Whether each position of a row was masked at the start."""
+        found: list[bool] = (self._unpadded(self.canvas, row) == self.mask_id).tolist()
+        return found
 
     def finished(self) -> list[Generated]:
         """Every sample of the batch, after running it to its end."""
@@ -199,7 +223,7 @@ def generations(
     ending = Ending(
         () if text is None else text.end_ids, options.pop("end", "cut"), options.pop("echo", True)
     )
-    space = ending.space(model.space)
+    space = ending.space(model.generated_space)
     guidance, seed = GuidanceOptions.of(options), call_seed(options)
     stop = text.eos_id if text is not None and ending.policy == "cut" else None
     bound = _bound(model, options, longest=max(map(len, canvases), default=0), stop=stop)

@@ -18,9 +18,10 @@ from mdiff.files import PIPELINE, DeviceMap, ModelFiles, locate
 from mdiff.find import find
 from mdiff.modalities import Modality
 from mdiff.modalities.text import Pretrained, Text
+from mdiff.pipeline.options import never_generated
 from mdiff.pipeline.pipeline import Pipeline
 from mdiff.pipeline.published import AUTO, load_backbone, unsupported
-from mdiff.pipeline.saving import FORMAT, written
+from mdiff.pipeline.saving import FORMAT, fits
 from mdiff.schedule import named_schedule
 from mdiff.tokens import TokenSpace
 
@@ -53,6 +54,7 @@ def load(
     mask_id: int | None = None,
     block_length: int | None = None,
     tokenizer: str | Path | None = None,
+    special_tokens: str | bool = "none",
 ) -> Pipeline:
     """The pipeline of "builtin:NAME", a directory, a Hub id, or of what `locate` found for one.
 
@@ -64,6 +66,11 @@ def load(
     `mask_id` and `block_length` override the files. Without a tokenizer the modality is plain
     token ids; `tokenizer` is a directory, a file or a Hub id for a model of another project
     whose directory has none.
+
+    A tokenizer's special tokens, but for those that end a text, are not generated, and are refused
+    where they are typed in a prompt, unless `special_tokens` is "drawn", "typed" or "all" (both;
+    or True). Ids that the tokenizer does not have are never generated. Scores are under the
+    published law in any case.
 
     Raises CheckpointError for files that are missing, altered or unsafe (nothing is loaded
     then), BackendError where the Hub or the device cannot be reached.
@@ -82,6 +89,9 @@ def load(
         pipeline = load_directory(files, dtype=kind, device=main, mask_id=mask_id)
     else:
         pipeline = _foreign(files, kind, mask_id, target, tokenizer)
+    published = files.pipeline is None
+    never = never_generated(pipeline, special_tokens, published=published)
+    pipeline = replace(pipeline, never_generated=never)
     denoiser: Any = pipeline.denoiser
     if block_length is not None and not isinstance(denoiser, BlockModel):
         raise ConfigError(f"block_length={block_length}: {files.folder} is not a block model")
@@ -109,6 +119,7 @@ def _own(
             raise CheckpointError(f"{folder / PIPELINE}: expected format {FORMAT}")
         settings, noise = dict(described["modality"]), dict(described["schedule"])
         space = TokenSpace(**described["space"])
+        never = replace(space, never=tuple(described.get("never_generated", ()))).never
         schedule = named_schedule(noise.pop("name"), **noise)
         backbone, window = described["backbone"], described["length"]
         medium = settings.pop("name")
@@ -119,7 +130,7 @@ def _own(
             space = replace(space, mask_id=mask_id)
             settings["mask_id"] = mask_id
         modality = _modality(folder, medium, settings)
-    if written(modality.space) != written(space):
+    if not fits(modality, space, never):
         raise DataError(
             f"{folder}: the modality has {modality.space.vocab_size} ids, the model "
             f"{space.vocab_size}: they are not of the same training"
@@ -131,7 +142,7 @@ def _own(
         raise DataError(
             f"{folder}: the model has {denoiser.vocab_size} ids, {PIPELINE} says {space.vocab_size}"
         )
-    return Pipeline(denoiser, space, modality, schedule, window)
+    return Pipeline(denoiser, space, modality, schedule, window, never_generated=never)
 
 
 @contextmanager

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypedDict, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from mdiff.denoiser import Denoiser, HasDevice
-from mdiff.errors import ConfigError
-from mdiff.modalities import HasParts, Modality
+from mdiff.errors import ConfigError, nearest
+from mdiff.modalities import HasParts, HasSpecialTokens, Modality
 from mdiff.sampling import Sampler
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace, continued
 
 # Windows longer than this are not filled by default: then ANSWER tokens follow the prompt.
 LONG_WINDOW, ANSWER = 1024, 256
+# What may be done with a tokenizer's special tokens: generate them, read them in prompts.
+SPECIAL = ("none", "drawn", "typed", "all")
 
 Row = TypeVar("Row")
 # A prompt is a text, or a mapping of what is given by name, such as {"label": "sneaker"}.
@@ -39,7 +41,8 @@ class Model:
     """The parts of a loaded model.
 
     `window` is the length in tokens that it was trained with, None if unknown; `sampler` the
-    sampler that is used where none is named.
+    sampler that is used where none is named. `never_generated` are ids of `space` that are scored
+    but, being no text, are not generated.
     """
 
     denoiser: Denoiser
@@ -48,6 +51,14 @@ class Model:
     schedule: Schedule = Linear()  # noqa: RUF009
     window: int | None = None
     sampler: str | Sampler = "first_hitting"
+    never_generated: tuple[int, ...] = ()
+
+    @property
+    def generated_space(self) -> TokenSpace:
+        """The space to generate in."""
+        if not self.never_generated:
+            return self.space
+        return replace(self.space, never=(*self.space.never, *self.never_generated))
 
     @property
     def device(self) -> torch.device:
@@ -58,6 +69,31 @@ class Model:
             return torch.device("cpu")
         first = next(iter(self.denoiser.parameters()), None)
         return torch.device("cpu") if first is None else first.device
+
+
+def never_generated(
+    model: Model, special_tokens: str | bool, *, published: bool
+) -> tuple[int, ...]:
+    """The ids that a model scores but never generates; also sets how it reads special tokens.
+
+    Of a model that is not `published` but ours, pipeline.json says which. Raises ConfigError for
+    an unknown value, or where there are no special tokens. See `load`.
+    """
+    named = "all" if special_tokens is True else special_tokens
+    wanted = named or "none"
+    text, drawn = model.modality, wanted in ("drawn", "all")
+    if wanted not in SPECIAL:
+        raise ConfigError(f"special_tokens={wanted!r}; {nearest(wanted, SPECIAL)}")
+    if not isinstance(text, HasSpecialTokens):
+        if wanted != "none":
+            raise ConfigError(f"special_tokens={wanted!r}: a model of {text.name} has none")
+        return ()
+    text.reads_special = wanted in ("typed", "all")
+    if published or model.never_generated:
+        return tuple(sorted(text.no_text(model.space.vocab_size, special=not drawn)))
+    if drawn:
+        raise ConfigError(f"special_tokens={wanted!r}: this model was trained without them")
+    return ()
 
 
 class SamplingOptions(TypedDict, total=False):

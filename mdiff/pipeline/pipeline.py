@@ -228,7 +228,7 @@ class Pipeline(Model):
         """Write the model so that `load(folder)` gives it back; the folder must not exist."""
         save_model(
             Path(folder), self.denoiser, modality=self.modality, space=self.space,
-            schedule=self.schedule, window=self.window,
+            schedule=self.schedule, window=self.window, never_generated=self.never_generated,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from mdiff.denoiser import Denoiser, Saveable, of_peft, unwrapped
 from mdiff.errors import CheckpointError, ConfigError, nearest
 from mdiff.files import PIPELINE, staged, write_json
 from mdiff.find import names
-from mdiff.modalities import HasFolders, Modality
+from mdiff.modalities import HasFolders, HasSpecialTokens, Modality
 from mdiff.schedule import SCHEDULES, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -29,6 +29,7 @@ def save_model(
     space: TokenSpace,
     schedule: Schedule,
     window: int | None,
+    never_generated: tuple[int, ...] = (),
 ) -> None:
     """Write a model into a new folder by an atomic rename; see `Pipeline.save`.
 
@@ -55,21 +56,29 @@ def save_model(
     if medium["name"] not in names("modalities"):
         known = nearest(str(medium["name"]), names("modalities"))
         raise ConfigError(f"the modality {medium['name']!r} cannot be saved: no part; {known}")
-    if written(modality.space) != written(space):
+    if not fits(modality, space, never_generated):
         raise ConfigError(
-            f"the modality has {written(modality.space)} ids beside the mask, the space "
-            f"{written(space)}: they cannot be saved together"
+            f"the modality has {_written(modality.space)} ids beside the mask, the space "
+            f"{_written(space)}: they cannot be saved together"
         )
     with staged(folder) as part:
         denoiser.save_pretrained(part)
         modality.save(part)
         write_pipeline(
             part, backbone=backbone, window=window, modality=medium, space=space,
-            schedule={"name": name, **vars(schedule)},
+            schedule={"name": name, **vars(schedule)}, never_generated=never_generated,
         )  # fmt: skip
 
 
-def written(space: TokenSpace) -> int:
+def fits(modality: Modality, space: TokenSpace, never_generated: tuple[int, ...]) -> bool:
+    """Whether a modality has the ids of a space, but for those that are never generated."""
+    lacking = set(never_generated)
+    if isinstance(modality, HasSpecialTokens):
+        lacking &= modality.no_text(space.vocab_size, special=False)
+    return _written(modality.space) == _written(space) - len(lacking)
+
+
+def _written(space: TokenSpace) -> int:
     """How many ids there are beside the mask, which some heads have a column for."""
     return space.vocab_size - (space.mask_id < space.vocab_size)
 
@@ -107,6 +116,7 @@ def write_pipeline(
     modality: Mapping[str, object],
     space: TokenSpace,
     schedule: Mapping[str, object],
+    never_generated: tuple[int, ...] = (),
 ) -> None:
     """Write pipeline.json: the parts by name with their options, and the trained length."""
     described = {
@@ -117,4 +127,6 @@ def write_pipeline(
         "space": asdict(space),
         "schedule": dict(schedule),
     }
+    if never_generated:
+        described["never_generated"] = list(never_generated)
     write_json(folder / PIPELINE, described)

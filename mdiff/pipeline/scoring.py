@@ -13,7 +13,7 @@ from mdiff.errors import ConfigError
 from mdiff.modalities import Conditional, EndsText, HasParts, Modality, ShowsImages
 from mdiff.objective import Bound, hideable_positions, nll_bound
 from mdiff.pipeline.options import Model
-from mdiff.tokens import Batch, Windows, stack_conditions
+from mdiff.tokens import Batch, Windows, check_documents, stack_conditions
 
 BATCH = 32
 # The last dimension of one image's array.
@@ -49,14 +49,16 @@ def windows(
     """The items' tokens cut into windows side by side, by default of the model's own length.
 
     With `end`, the token that ends an item is part of it, where the modality has one. An item
-    is a window of its own where neither says how long one is.
+    is a window of its own where neither says how long one is. Raises DataError, with item and
+    position, where one holds the mask or an id outside the model's.
     """
     modality, width = model.modality, window or model.window
     eos = modality.eos_id if end and isinstance(modality, EndsText) else None
     rows: list[list[int]] = []
     owner: list[int] = []
-    for number, item in enumerate(items):
-        ids = [*modality.encode(item), *([] if eos is None else [eos])]
+    encoded = [[*modality.encode(item), *([] if eos is None else [eos])] for item in items]
+    check_documents(encoded, model.space)
+    for number, ids in enumerate(encoded):
         step = width or max(1, len(ids))
         rows += [ids[start : start + step] for start in range(0, len(ids), step)]
         owner += [number] * (len(rows) - len(owner))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -47,11 +49,14 @@ class Run:
     stepper: Stepper
 
 
-def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
-    """The parts of a run, the model with its initial weights by the seed."""
+def build_run(recipe: Recipe, accelerator: Accelerator, source: Path | None = None) -> Run:
+    """The parts of a run, the model with its initial weights by the seed.
+
+    What the modality reads of a path that is gone is taken from `source`, the checkpoint to resume.
+    """
     noise = recipe.objective.schedule
     schedule = named_schedule(noise.name, **noise.options)
-    modality: Modality = _part(find("modalities", recipe.modality.name), recipe.modality)
+    modality = _modality(recipe.modality, source)
     # The first process prepares what is cached, the others then read it.
     with accelerator.main_process_first():
         examples = modality.examples(recipe.data.options, length=recipe.data.length, split="train")
@@ -73,6 +78,19 @@ def build_run(recipe: Recipe, accelerator: Accelerator) -> Run:
         recipe, accelerator, modality, examples, modality.space, backbone, plain, averaged,
         rows, Stepper(accelerator, prepared, rows, stepped, averaged, recipe),
     )  # fmt: skip
+
+
+def _modality(part: Part, source: Path | None) -> Modality:
+    """The modality of a recipe, or that of the checkpoint where it cannot be made again."""
+    build: Callable[..., Modality] = find("modalities", part.name)
+    try:
+        return _part(build, part)
+    except MdiffError:
+        if source is None or "folder" not in signature(build).parameters:
+            raise
+        with suppress(MdiffError):
+            return _part(build, part, folder=source)
+        raise
 
 
 def _loss(recipe: Recipe, modality: Modality, examples: Examples, schedule: Schedule) -> LossOf:

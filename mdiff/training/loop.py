@@ -70,7 +70,7 @@ def _train(
     with ExitStack() as stack:
         on_main(accelerator, lambda: _claim(stack, out))
         source = checkpoint_to_resume(out, resume, report=report)
-        run = build_run(recipe, accelerator)
+        run = build_run(recipe, accelerator, source)
         start = 0 if source is None else resume_from(run, source, report=report)
         on_main(accelerator, lambda: clear_later_steps(out, start, report))
         if source is not None and start >= recipe.train.steps:

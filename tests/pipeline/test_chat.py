@@ -64,7 +64,11 @@ def test_a_chat_is_put_by_the_tokenizers_template(pipeline: Pipeline) -> None:
     assert pipeline.canvases({"chat": "w3 w4"}, length=7) == [[user, 3, 4, answer] + [mask] * 3]
     messages = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]
     (canvas,) = pipeline.canvases({"chat": messages}, length=6)
-    assert canvas == [user, 3, user, 4, answer, mask]
+    # A last message of the assistant is the beginning of the answer.
+    assert canvas == [user, 3, user, 4, mask, mask]
+    messages.append({"role": "user", "content": "w5"})
+    (canvas,) = pipeline.canvases({"chat": messages}, length=8)
+    assert canvas == [user, 3, user, 4, user, 5, answer, mask]
     (sample,) = pipeline.generate({"chat": "w3 w4"}, length=7, sampler="confidence")
     assert sample.tokens[:4] == [user, 3, 4, answer]
 
@@ -117,7 +121,7 @@ EOT, END = 123, 124
 
 def ending(folder: Path, *, end: str, prefer: int = END, **options: Any) -> Any:
     """A sample of a model that is surest of `prefer` at every third position."""
-    pipeline = load(folder)
+    pipeline = load(folder, special_tokens="typed")
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
         """Each position prefers its own word; every third one, the end."""

@@ -142,7 +142,7 @@ def followed(
     records: list[Record] = []
     reported = time.monotonic()
     for run, finish in runs:
-        recorder = Recorder(run.canvas, run.valid, space=modality.space)
+        recorder = Recorder(run)
         reel = None if film is None else film.reel(run.canvas, finish)
         for state in run:
             if time.monotonic() - reported > REPORT_EVERY:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from mdiff.cli.views.console import is_coloured, message, printable
 
 if TYPE_CHECKING:
-    from mdiff.modalities import Modality
     from mdiff.pipeline import Generation
     from mdiff.sampling import State
 
@@ -19,15 +18,15 @@ FRAMES_A_SECOND = 12
 SNAPSHOTS = 10
 
 
-def watched(run: Generation, modality: Modality) -> Iterator[State]:
+def watched(run: Generation) -> Iterator[State]:
     """The states of a run, its first sample drawn as it fills in."""
     if sys.stderr.isatty():
-        yield from _redrawn(run, modality)
+        yield from _redrawn(run)
     else:
-        yield from _printed(run, modality)
+        yield from _printed(run)
 
 
-def _redrawn(run: Generation, modality: Modality) -> Iterator[State]:
+def _redrawn(run: Generation) -> Iterator[State]:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -37,7 +36,7 @@ def _redrawn(run: Generation, modality: Modality) -> Iterator[State]:
 
     def frame(fresh: list[bool]) -> Text:
         shown = Text()
-        for piece, new in zip(modality.pieces(run.tokens(0)), fresh):
+        for piece, new in zip(run.pieces(0), fresh):
             style = "dim" if piece is None else "bold" if new else ""
             shown.append(HIDDEN if piece is None else printable(piece), style)
         return shown
@@ -49,11 +48,11 @@ def _redrawn(run: Generation, modality: Modality) -> Iterator[State]:
             yield state
 
 
-def _printed(run: Generation, modality: Modality) -> Iterator[State]:
-    total = max(1, sum(piece is None for piece in modality.pieces(run.tokens(0))))
+def _printed(run: Generation) -> Iterator[State]:
+    total = max(1, sum(piece is None for piece in run.pieces(0)))
     printed = 0
     for state in run:
-        pieces = modality.pieces(run.tokens(0))
+        pieces = run.pieces(0)
         done = total - sum(piece is None for piece in pieces)
         if done * SNAPSHOTS // total > printed:
             printed = done * SNAPSHOTS // total

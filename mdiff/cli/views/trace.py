@@ -13,15 +13,12 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-
-from mdiff.tokens import TokenSpace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mdiff.modalities import Modality
     from mdiff.modalities.image import ImageModality
+    from mdiff.pipeline import Generation
     from mdiff.sampling import State
 
 TEMPLATE = "trace.html"
@@ -68,9 +65,9 @@ class Record:
 class Recorder:
     """Records the step at which each position of a batch was last written."""
 
-    def __init__(self, canvas: Tensor, valid: Tensor | None, *, space: TokenSpace) -> None:
+    def __init__(self, run: Generation) -> None:
+        self.run, canvas, valid = run, run.canvas, run.valid
         self.valid = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
-        self.mask_id = space.mask_id
         self.tokens = canvas
         self.step = torch.zeros_like(canvas)
         self.own_steps = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
@@ -84,10 +81,10 @@ class Recorder:
         self.log_prob = torch.where(changed, state.log_prob.double(), self.log_prob)
         self.tokens = state.tokens
 
-    def records(self, modality: Modality, figures: Sequence[str]) -> list[Record]:
+    def records(self, figures: Sequence[str]) -> list[Record]:
         """One record of text a sample, with a line of figures for each."""
         return [
-            Record("flow", *self._flow(modality, row), int(self.own_steps[row]), line)
+            Record("flow", *self._flow(row), int(self.own_steps[row]), line)
             for row, line in enumerate(figures)
         ]
 
@@ -97,15 +94,15 @@ class Recorder:
         """One record of a picture a sample, with a line of figures for each."""
         found = []
         for row, (line, picture) in enumerate(zip(figures, pictures)):
-            flow = self._flow(modality, row)
+            flow = self._flow(row)
             words, grid = _words(modality, flow, picture), _grid(modality, flow, picture)
             found.append(Record("grid", *words, int(self.own_steps[row]), line, grid))
         return found
 
-    def _flow(self, modality: Modality, row: int) -> Flow:
+    def _flow(self, row: int) -> Flow:
         valid = self.valid[row]
         return (
-            [piece or "" for piece in modality.pieces(self.tokens[row][valid].tolist())],
+            [piece or "" for piece in self.run.pieces(row)],
             self.step[row][valid].tolist(),
             [round(x, 3) for x in self.log_prob[row][valid].tolist()],
         )

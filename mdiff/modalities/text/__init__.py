@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mdiff.modalities.text.documents import Piece as Piece
 from mdiff.modalities.text.documents import Source as Source
 from mdiff.modalities.text.documents import cut_documents as cut_documents
 from mdiff.modalities.text.documents import json_lines as json_lines

@@ -10,22 +10,33 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from io import BufferedIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from mdiff.errors import BackendError, ConfigError, DataError, nearest
+from mdiff.errors import ConfigError, DataError, nearest
 from mdiff.files import MAX_JSON_VALUES, STRICT, has_too_many_values
 from mdiff.modalities.text.source import HUB, SPLITS, DataSource
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from mdiff.modalities.text.tables import PARQUET, Row, hub_texts, parquet_rows, text_in
+from mdiff.modalities.text.tables import hub_rows as hub_rows
 
 STANDARD_LIBRARY = "pydoc_data.topics"
 # Text in .gz shrinks some four times, pictures ten: what grows more, and to more, is a bomb.
 MOST_UNPACKED, MOST_GROWTH = 2**27, 50
 READ_AT_ONCE = 2**20
+GZIP = b"\x1f\x8b"
+TABLES, LINES = (".parquet", ".pq"), (".jsonl", ".ndjson", ".json")
+_TABLE = "a table: write the column as .jsonl or .parquet"
+_ARCHIVE = "an archive: unpack it first"
+_BINARY = "no text: extract it first"
+# Formats that people have and that would be read as text, or refused as damaged text.
+OTHERS = {
+    **dict.fromkeys((".csv", ".tsv", ".xls", ".xlsx", ".arrow", ".feather", ".orc"), _TABLE),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"), _ARCHIVE),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".npy", ".npz"), _BINARY),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".safetensors", ".db"), _BINARY),
+}
 # What a pipe or a device may give: it says no size, and may have no end.
 MOST_OF_A_PIPE = 2**30
 # Characters of one JSON line.
@@ -39,8 +50,9 @@ Piece = TypeVar("Piece", str, list[int])
 class Source(DataSource):
     """The `data` section of a recipe for text.
 
-    `source`: a path or a list of paths (.txt, .jsonl, .parquet, each also .gz but Parquet),
-    "hub:OWNER/NAME", or "pydoc_data.topics", the help texts of Python's standard library.
+    `source`: a path or a list of paths (.txt, .jsonl, .parquet, each also .gz but Parquet, in any
+    case; ~ is the home), "hub:OWNER/NAME", or "pydoc_data.topics", the help texts of Python's
+    standard library.
     `field` is the JSONL, Parquet or Hub column. A text file is one document, unless `separator`
     cuts it into several. `holdout` and `validation` are fractions of the characters.
     """
@@ -51,25 +63,43 @@ class Source(DataSource):
     def documents(self) -> list[str]:
         """Every document that is not empty, in order.
 
-        Raises DataError with the file and the byte offset where one cannot be read.
+        Raises DataError with the file and the line, row or byte where one cannot be read.
         """
-        found = [text for path in self.paths for text in self._read(path) if text]
+        rows = self.rows(self.field)
+        found = [text for where, row in rows if (text := text_in(row, self.field, where))]
         if not found:
             raise DataError(f"{self.source}: there is no text in it")
         return found
 
-    def _read(self, path: str) -> Iterator[str]:
+    def rows(self, field: str, *, lines: bool = False) -> Iterator[Row]:
+        """The rows of all paths, each with its name for messages; a plain text is {field: text}.
+
+        With `lines` a file of no known format holds JSON lines, not a plain text.
+        """
+        for path in self.paths:
+            yield from self._rows(path, field, lines=lines)
+
+    def _rows(self, path: str, field: str, *, lines: bool) -> Iterator[Row]:
         if path == STANDARD_LIBRARY:
-            return _standard_library()
+            return (("", {field: text}) for text in _standard_library())
         if path.startswith(HUB):
-            return _hub(path.removeprefix(HUB), self.subset, self.hub_split, self.field)
-        plain = path.removesuffix(".gz")
-        if plain.endswith(".parquet"):
-            return _parquet(Path(path), self.field)
-        text = read_text(path)
-        if plain.endswith((".jsonl", ".ndjson")):
-            return (str(row[self.field]) for row in json_lines(text, path, self.field))
-        return iter(text.split(self.separator) if self.separator else [text])
+            return hub_texts(path.removeprefix(HUB), self.subset, self.hub_split, field)
+        file = Path(path)
+        name = file.name.lower()
+        if name.endswith(TABLES) or _begins_with(file, PARQUET):
+            if not file.is_file():
+                raise DataError(f"{path}: no such file{_neighbour(file)}")
+            return parquet_rows(file, field, check_growth=check_growth)
+        ending = Path(name.removesuffix(".gz")).suffix
+        if ending in OTHERS:
+            raise DataError(f"{path} is {OTHERS[ending]}; known: .txt, .jsonl, .parquet, and .gz")
+        text = read_text(file)
+        if ending == ".json" and text.lstrip().startswith("["):
+            raise DataError(f"{path} is one JSON list: write a line for each entry, .jsonl")
+        if lines or ending in LINES:
+            return numbered_lines(text, path)
+        cut = text.split(self.separator) if self.separator else [text]
+        return ((path, {field: piece}) for piece in cut)
 
 
 def cut_documents(
@@ -113,7 +143,7 @@ def digest(documents: list[str]) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """A file as text: UTF-8, unpacked where the name ends in .gz, a byte-order mark dropped.
+    """A file as text: UTF-8, unpacked where it is gzip, a byte-order mark dropped.
 
     Raises DataError where it is missing, empty, binary, cut short or not UTF-8, with the
     offset of the first bad byte.
@@ -135,9 +165,9 @@ def read_text(path: str | Path) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's bytes, unpacked where the name ends in .gz; DataError where it cannot be read."""
+    """A file's bytes, unpacked where it is gzip; DataError where it cannot be read."""
     try:
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz" or _begins_with(path, GZIP):
             with gzip.open(path, "rb") as file:
                 return b"".join(pieces(file, path))
         if path.is_file():
@@ -152,9 +182,25 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path} cannot be unpacked: {error}") from None
     except PermissionError:
         raise DataError(f"{path}: no permission to read it") from None
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
+        # A name that is too long or holds a zero byte, a circle of links, a disk.
+        raise DataError(f"{path} cannot be read: {error}") from None
     if len(content) > MOST_OF_A_PIPE:
         raise DataError(f"{path} is no file, and gives more than {MOST_OF_A_PIPE:,} bytes")
     return content
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    """Whether a plain file begins with these bytes; a pipe is not asked."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except (OSError, ValueError):
+        return False
 
 
 def pieces(file: BufferedIOBase, path: Path) -> Iterator[bytes]:
@@ -192,6 +238,14 @@ def json_lines(
 
     With `field`, each object must have it and it must be a string.
     """
+    for where, row in numbered_lines(text, path):
+        if field is not None:
+            text_in(row, field, where)
+        yield row
+
+
+def numbered_lines(text: str, path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """The objects of a JSONL file, each with its line and byte offset for messages."""
     offset = 0
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -207,9 +261,7 @@ def json_lines(
                 raise DataError(f"{where} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{where}: expected an object, got {type(row).__name__}")
-            if field is not None and not isinstance(row.get(field), str):
-                raise DataError(f"{where} has no string {field!r}; {nearest(field, row)}")
-            yield row
+            yield where, row
         offset += len(line.encode()) + 1
 
 
@@ -217,42 +269,3 @@ def _standard_library() -> Iterator[str]:
     from pydoc_data.topics import topics
 
     return (topics[name] for name in sorted(topics))
-
-
-def _parquet(path: Path, field: str) -> Iterator[str]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file{_neighbour(path)}")
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
-        columns = list(rows.features or [])
-    except Exception as error:
-        raise DataError(f"{path} is not readable Parquet: {_first_line(error)}") from error
-    if field not in columns:
-        raise DataError(f"{path} has no column {field!r}; {nearest(field, columns)}")
-    return (str(row[field]) for row in rows)
-
-
-def _hub(name: str, subset: str | None, split: str, field: str) -> Iterator[str]:
-    rows = hub_rows(name, subset, split)
-    if field not in rows.column_names:
-        raise DataError(f"{HUB}{name} has no column {field!r}; {nearest(field, rows.column_names)}")
-    return (str(row[field]) for row in rows)
-
-
-def hub_rows(name: str, subset: str | None, split: str) -> Dataset:
-    """A data set of the Hub; DataError for a part that it lacks, BackendError without the Hub."""
-    from datasets import load_dataset
-
-    try:
-        rows: Dataset = load_dataset(name, subset, split=split)
-    except ValueError as error:
-        raise DataError(f"{HUB}{name}: {_first_line(error)}") from error
-    except Exception as error:
-        raise BackendError(f"{HUB}{name} cannot be fetched: {_first_line(error)}") from error
-    return rows
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
-from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
+from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import read_json
 from mdiff.modalities.text.documents import Source, cut_documents, digest
 from mdiff.modalities.text.packing import PackedRows
-from mdiff.modalities.text.pretrained import Pretrained
-from mdiff.modalities.text.template import HOLE, template_canvas
-from mdiff.modalities.text.tokenizers import BytePairs, Bytes, Characters, Tokenizer
-from mdiff.tokens import TokenSpace, continued
+from mdiff.modalities.text.pretrained import Pretrained, path_or_id
+from mdiff.modalities.text.source import DataSource
+from mdiff.modalities.text.tables import checked_text
+from mdiff.modalities.text.template import template_canvas
+from mdiff.modalities.text.tokenizers import OWN, BytePairs, Bytes, Characters, Tokenizer
+from mdiff.modalities.text.typed import Typed
+from mdiff.tokens import TokenSpace, check_documents, continued
 
 SETTINGS = "modality.json"
-OWN = ("byte", "char", "bpe")
 BPE_SIZE = 512
 
 
@@ -44,6 +48,8 @@ class Text:
         self.vocab_size = vocab_size
         self.eos = eos
         self._tokenizer = tokenizer
+        # Whether special tokens that are typed in prompts, chats and templates are read as such.
+        self.reads_special = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -81,28 +87,46 @@ class Text:
         """The tokenizer's own padding id, or None; canvases are padded by `valid` instead."""
         return self.tokenizer.pad_id
 
-    def encode(self, text: object) -> list[int]:
-        """The ids of a text, with nothing added; DataError where it is not valid Unicode."""
-        if not isinstance(text, str):
-            raise DataError(f"{text!r:.60}: expected a text, got {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"character {error.start} is not valid Unicode text") from None
-        return self.tokenizer.encode(text)
+    def no_text(self, columns: int, *, special: bool = True) -> set[int]:
+        """The ids below `columns` that are no text and end none; see `Tokenizer.no_text`."""
+        return self.tokenizer.no_text(columns, special=special) - {self.mask_id, self.eos_id}
+
+    def encode(self, text: object, *, continues: bool = False) -> list[int]:
+        """The ids of a text, with nothing added; DataError where it is not valid Unicode.
+
+        One that `continues` stands inside a text: no space is put before it.
+        """
+        return self.tokenizer.encode(checked_text(text), continues=continues)
 
     def decode(self, ids: Sequence[int], *, whole: bool = False) -> str:
-        """The text up to the first end of text, or the `whole` of it; masks are left out."""
-        shown = ids if whole else ids[: self._end(ids)]
-        left_out = {self.mask_id, *((self.eos_id,) if self.kind in OWN else ())}
-        return self.tokenizer.decode([token for token in shown if token not in left_out])
+        """The text up to the first end of text, or the `whole` of it; masks are left out.
 
-    def pieces(self, ids: Sequence[int]) -> list[str | None]:
-        """The text of each position, None where it is masked; after the end of text, ""."""
-        mask, stop = self.mask_id, self._end(ids)
-        spoken = [i for i, token in enumerate(ids[:stop]) if token != mask]
-        texts = dict(zip(spoken, self.tokenizer.pieces([ids[i] for i in spoken])))
-        return [None if token == mask else texts.get(i, "") for i, token in enumerate(ids)]
+        A gap ends a run of bytes: those on its two sides are never one character.
+        """
+        shown = ids if whole else ids[: self._end(ids)]
+        decode = self.tokenizer.decode
+        return "".join(decode(run, continues=first > 0) for first, run in self._runs(shown))
+
+    def pieces(self, ids: Sequence[int], *, whole: bool = False) -> list[str | None]:
+        """The text of each position, None where it is masked; joined, `decode`.
+
+        After the end of text "", unless the `whole` is asked for.
+        """
+        mask = self.mask_id
+        found: list[str | None] = [None if token == mask else "" for token in ids]
+        for first, run in self._runs(ids if whole else ids[: self._end(ids)]):
+            found[first : first + len(run)] = self.tokenizer.pieces(run, continues=first > 0)
+        return found
+
+    def _runs(self, ids: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """The ids between masks and ends of our own, after the position of their first."""
+        gaps = {self.mask_id, *((self.eos_id,) if self.kind in OWN else ())}
+        first = 0
+        for is_gap, group in groupby(ids, key=gaps.__contains__):
+            run = list(group)
+            if not is_gap:
+                yield first, run
+            first += len(run)
 
     def _end(self, ids: Sequence[int]) -> int:
         """How many ids come before the end of text."""
@@ -114,32 +138,23 @@ class Text:
 
         A prompt {"chat": ...} is what a user says, or a list of {"role", "content"} messages,
         put as the tokenizer's chat template puts it. Raises DataError where the prompt holds a
-        mask or does not fit, and where there is no template.
+        mask or does not fit, and where there is no template; ConfigError where it holds a special
+        token, unless `reads_special`.
         """
+        typed = self._typed()
         if isinstance(prompt, Mapping):
-            hole, ids = None, self._chat(prompt)
-        else:
-            ids = self.encode(prompt)
-            hole = HOLE.search(str(prompt))
-        if hole or self.mask_id in ids:
-            shown = hole[0] if hole else "the mask token"
-            raise DataError(
-                f"the prompt holds {shown}, which is not text; to fill in gaps use infill"
-            )
-        return continued(ids, length, mask_id=self.mask_id)
-
-    def _chat(self, prompt: Mapping[str, object]) -> list[int]:
-        """The ids of {"chat": a text or messages}."""
-        said = prompt.get("chat")
-        if set(prompt) != {"chat"} or not isinstance(said, str | list):
-            raise DataError(f'{dict(prompt)!r}: expected {{"chat": a text or a list of messages}}')
-        if not isinstance(self.tokenizer, Pretrained):
-            raise DataError(f"the {self.kind} tokenizer has no chat template: give a plain prompt")
-        return self.tokenizer.chat(said)
+            return continued(typed.chat(prompt), length, mask_id=self.mask_id)
+        return continued(typed.prompt(checked_text(prompt)), length, mask_id=self.mask_id)
 
     def template(self, text: str) -> list[int]:
         """The canvas of a text with gaps; see `template_canvas`."""
-        return template_canvas(text, self.encode, mask_id=self.mask_id)
+        return template_canvas(
+            text, self._typed().ids, continued=self._typed(continues=True).ids, mask_id=self.mask_id
+        )
+
+    def _typed(self, *, continues: bool = False) -> Typed:
+        encode = partial(self.encode, continues=True) if continues else self.encode
+        return Typed(encode, self.tokenizer, self.mask_id, self.reads_special)
 
     def fit(self, documents: Sequence[str]) -> Text:
         """Train the tokenizer on these documents if it needs it and has not been."""
@@ -151,11 +166,7 @@ class Text:
         return self
 
     def examples(
-        self,
-        data: Mapping[str, object] | Source | str,
-        *,
-        length: int | None,
-        split: str = "train",
+        self, data: Mapping[str, object] | Source | str, *, length: int | None, split: str = "train"
     ) -> PackedRows:
         """Rows of `length` tokens of a split: "train", "validation" or "holdout".
 
@@ -165,13 +176,14 @@ class Text:
         if length is None:
             raise ConfigError("data.length is missing: how many tokens a row of text has")
         source = Source.of(data)
-        everything = source.documents()
+        everything = self.documents(source)
         shares = {"holdout": source.holdout, "validation": source.validation}
         if self._tokenizer is None:
             self.fit(cut_documents(everything, "train", **shares))
         documents = cut_documents(everything, split, **shares)
         end = [] if self.eos_id is None else [self.eos_id]
         rows = [self.encode(document) + end for document in documents]
+        check_documents(rows, self.space, name=f"{split} document")
         tokens = sum(map(len, rows))
         return PackedRows(
             rows,
@@ -181,6 +193,10 @@ class Text:
             units=sum(len(document.encode()) for document in documents) / max(1, tokens),
             slice_sha256=digest(documents),
         )
+
+    def documents(self, data: Mapping[str, object] | DataSource | str) -> list[str]:
+        """The documents of a data section; DataError with file and line where one is no text."""
+        return Source.of(data).documents()
 
     def sizes(self, texts: Sequence[str]) -> dict[str, int]:
         """How many characters and UTF-8 bytes the texts have, for figures by each."""
@@ -252,13 +268,21 @@ def text(
             raise CheckpointError(
                 f"{folder}: the tokenizer has {inner.size + eos} ids, the settings {vocab_size}"
             )
-    elif (Path(tokenizer) / SETTINGS).exists() and folder is None:
-        return _saved(Path(tokenizer), eos=eos, mask_id=mask_id)
+    elif (saved := _saved_in(Path(tokenizer).expanduser(), folder)) is not None:
+        return _saved(saved, eos=eos, mask_id=mask_id)
+    elif eos:
+        raise ConfigError(f"eos is an option of byte, char and bpe, not of {tokenizer!r}")
     else:
-        inner = _pretrained(tokenizer, folder)
-        if eos:
-            raise ConfigError(f"eos is an option of byte, char and bpe, not of {tokenizer!r}")
+        inner = Pretrained(path_or_id(tokenizer) if folder is None else str(folder))
     return Text(tokenizer, vocab_size=vocab_size, eos=eos, mask_id=mask_id, tokenizer=inner)
+
+
+def _saved_in(named: Path, folder: str | Path | None) -> Path | None:
+    """The folder of a tokenizer that `save` wrote: the named one, or `folder` for one of OWN."""
+    if folder is None:
+        return named if (named / SETTINGS).exists() else None
+    settings = read_json(Path(folder) / SETTINGS) if (Path(folder) / SETTINGS).exists() else {}
+    return Path(folder) if settings.get("tokenizer") in OWN else None
 
 
 def _saved(folder: Path, *, eos: bool, mask_id: int | None) -> Text:
@@ -272,13 +296,3 @@ def _saved(folder: Path, *, eos: bool, mask_id: int | None) -> Text:
         return text(**settings, folder=folder)
     except (TypeError, ConfigError) as error:
         raise CheckpointError(f"{folder / SETTINGS} is not valid: {error}") from error
-
-
-def _pretrained(name: str, folder: str | Path | None) -> Pretrained:
-    if folder is not None:
-        return Pretrained(str(folder))
-    looks_like_a_name = "/" not in name and not Path(name).exists()
-    close = nearest(name, OWN)
-    if looks_like_a_name and close.startswith("did you mean"):
-        raise ConfigError(f"unknown tokenizer {name!r}; {close}")
-    return Pretrained(name)

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdiff.errors import BackendError, CheckpointError, DataError
+from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
 from mdiff.files import TRANSFORMERS, read_json, refuse_special
+from mdiff.modalities.text.pieces import decoded, text_pieces
+from mdiff.modalities.text.tokenizers import OWN
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Inner
     from transformers import PreTrainedTokenizerBase
 
 SETTINGS = "tokenizer_config.json"
+# Files that name the roles of a tokenizer's special tokens.
+ROLES = (SETTINGS, "special_tokens_map.json")
 # What ends a text or a turn of a chat, whichever of them a tokenizer calls its end.
-ENDS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "</s>")
+ENDS = (
+    "<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "</s>", "<|role_end|>",
+    "<|end_of_text|>",
+)  # fmt: skip
+# Texts that a tokenizer is asked to put before others; tried before the tokens of its vocabulary.
+PROBES, TRIED = ("x", "0", ".", "the"), 500
 # Classes that come as code beside a model, and those of transformers that read the same files.
 SAME_AS = {"DreamTokenizer": "Qwen2Tokenizer"}
 
@@ -45,12 +57,15 @@ class Pretrained:
 
     @staticmethod
     def _loaded(path: Path) -> PreTrainedTokenizerBase:
-        if path.is_file():
+        beside = any((path.parent / name).exists() for name in ROLES)
+        if path.is_file() and not beside:
             from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        # A file with its settings beside it has the roles that they name.
+        folder, own = (path.parent, {"tokenizer_file": str(path)}) if path.is_file() else (path, {})
         with _quiet():
-            return _class_of(path).from_pretrained(str(path), trust_remote_code=False)
+            return _class_of(folder).from_pretrained(str(folder), trust_remote_code=False, **own)
 
     def _read_ids(self) -> None:
         """The ids that the tokenizer names; of a damaged one, asking for them may fail."""
@@ -62,49 +77,153 @@ class Pretrained:
         named = self.inner.get_added_vocab()
         ends = {named[token] for token in ENDS if token in named}
         self.end_ids = tuple(sorted(ends | ({self.eos_id} if self.eos_id is not None else set())))
+        roles = set(self.inner.all_special_ids)
         kept = {self.mask_id, self.eos_id, self.inner.unk_token_id}
-        self.never = tuple(sorted(set(self.inner.all_special_ids) - kept))
+        self.never = tuple(sorted(roles - kept))
+        added = self.inner.added_tokens_decoder.items()
+        self._special = frozenset(roles | {i for i, token in added if token.special})
 
-    def encode(self, text: str) -> list[int]:
-        """The ids, with no special tokens added."""
+    def special_in(self, ids: Sequence[int]) -> str | None:
+        """The first special token among the ids, by its text; that of unknown text is none."""
+        control = self._special - {self.inner.unk_token_id}
+        first = next((i for i in ids if i in control), None)
+        return None if first is None else str(self.inner.convert_ids_to_tokens(first))
+
+    def no_text(self, columns: int, *, special: bool = True) -> set[int]:
+        """The ids below `columns` that it does not have and, with `special`, its special ones."""
+        missing = set(range(columns)) - set(self.inner.get_vocab().values())
+        own = {i for i in self._special if i < columns} if special else set()
+        return (missing | own) - set(self.end_ids)
+
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """The ids, with no special tokens added; no space either where the text `continues`."""
+        ids = self._encode(text)
+        if not continues or not ids or self._fits(text, ids):
+            return ids
+        plain = self.decode(ids, continues=True).lstrip()
+        for other in self._without_prefix(text):
+            if self._fits(text, other) and self.decode(other, continues=True).lstrip() == plain:
+                return other
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.inner.encode(text, add_special_tokens=False, verbose=False)
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text, special tokens left out."""
+    def _fits(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether the ids, inside a text, begin with as much white space as this one does."""
+        return _indent(self.decode(ids, continues=True)) == _indent(text)
+
+    def _without_prefix(self, text: str) -> Iterator[list[int]]:
+        """The ids of a text inside another: by a copy that adds no prefix, and behind a probe."""
+        if self._bare is not None:
+            yield self._bare.encode(text, add_special_tokens=False).ids
+        for probe in PROBES:
+            first = self._encode(probe)
+            ids = self._encode(probe + text)
+            if ids[: len(first)] == first:
+                yield ids[len(first) :]
+
+    @cached_property
+    def _bare(self) -> Inner | None:
+        """The tokenizer without what it puts before a text; None for one in Python."""
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
+
+        if not isinstance(self.inner, PreTrainedTokenizerFast):
+            return None
+        settings = json.loads(self.inner.backend_tokenizer.to_str())
+        for name in ("normalizer", "pre_tokenizer"):
+            settings[name] = _unprefixed(settings[name])
+        bare: Inner = Tokenizer.from_str(json.dumps(settings))
+        return bare
+
+    @cached_property
+    def _probe(self) -> list[int]:
+        """Ids of a word, for others to stand behind; empty where none decodes to a word."""
+        several = (self._encode(probe) for probe in PROBES)
+        for ids in chain(several, ([i] for i in range(min(self.size, TRIED)))):
+            word = self.decode(ids)
+            if word.isalnum() and not self._special.intersection(ids):
+                return ids
+        return []
+
+    def _spoken(self, ids: Sequence[int]) -> str:
         text: str = self.inner.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
 
-    def chat(self, said: str | Sequence[Mapping[str, str]]) -> list[int]:
+    def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
+        """The text, special tokens left out."""
+        return decoded(self._spoken, ids, behind=self._probe) if continues else self._spoken(ids)
+
+    def pieces(self, ids: Sequence[int], *, continues: bool = False) -> list[str]:
+        """What each id adds to the text before it; of a special one, nothing."""
+        found = [""] * len(ids)
+        shown = [i for i, token in enumerate(ids) if token not in self._special]
+        behind = self._probe if continues else []
+        parts = text_pieces(self._spoken, [ids[i] for i in shown], behind=behind)
+        for i, part in zip(shown, parts):
+            found[i] = part
+        return found
+
+    def chat(self, said: str | Sequence[Mapping[str, object]]) -> list[int]:
         """The ids of what a user said, or of {"role", "content"} messages, up to the answer.
 
-        By the tokenizer's own template, which its library renders in a sandbox. Raises DataError
+        A last message of the assistant is the beginning of the answer, which goes on. By the
+        tokenizer's own template, which its library renders in a sandbox. Raises DataError
         where it has none or refuses these messages.
         """
         if not self.inner.chat_template:
             raise DataError("this tokenizer has no chat template: give a plain prompt instead")
         from jinja2 import TemplateError
 
-        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
         try:
+            messages = [dict(one) for one in messages_of(said)]
+            begun = bool(messages) and messages[-1].get("role") == "assistant"
             ids: list[int] = self.inner.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True,
+                messages, add_generation_prompt=not begun, continue_final_message=begun,
                 tokenize=True, return_dict=False,
             )  # fmt: skip
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise DataError(f"the chat template refuses these messages: {error}") from error
         return ids
-
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each id adds to the text before it."""
-        texts = [""] + [self.decode(ids[: i + 1]) for i in range(len(ids))]
-        return [after[len(before) :] for before, after in pairwise(texts)]
 
     def save(self, folder: Path) -> None:
         """Write its own files."""
         self.inner.save_pretrained(str(folder))
+
+
+def path_or_id(name: str) -> str:
+    """The path, or else Hub id, of a tokenizer; ConfigError for what is nearly one of OWN."""
+    path = Path(name).expanduser()
+    close = nearest(name, OWN)
+    if "/" not in name and not path.exists() and close.startswith("did you mean"):
+        raise ConfigError(f"unknown tokenizer {name!r}; {close}")
+    return str(path)
+
+
+def messages_of(said: str | Sequence[Mapping[str, object]]) -> Sequence[Mapping[str, object]]:
+    """Messages: of a text, that of a user."""
+    return [{"role": "user", "content": said}] if isinstance(said, str) else said
+
+
+def _indent(text: str) -> str:
+    return text[: len(text) - len(text.lstrip())]
+
+
+def _unprefixed(part: object) -> object:
+    """A normaliser or pre-tokenizer, as tokenizer.json describes it, that adds no prefix."""
+    if isinstance(part, list):
+        inner = [_unprefixed(one) for one in part]
+        return [one for one in inner if one is not None]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend":
+        return None
+    off = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {key: off[key] if key in off else _unprefixed(value) for key, value in part.items()}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self
@@ -19,7 +20,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(config=STRICT, frozen=True)
 class DataSource:
-    """`source` is a path or a list of paths, or "hub:OWNER/NAME".
+    """`source` is a path or a list of paths, of which ~ is the home, or "hub:OWNER/NAME".
 
     `subset` and `hub_split` name the part of a Hub data set. `holdout` is the fraction cut from
     the end; `validation` is the fraction cut from the end of what is left.
@@ -46,5 +47,6 @@ class DataSource:
 
     @property
     def paths(self) -> list[str]:
-        """The sources as a list."""
-        return [self.source] if isinstance(self.source, str) else self.source
+        """The sources as a list, ~ expanded."""
+        listed = [self.source] if isinstance(self.source, str) else self.source
+        return [os.path.expanduser(path) for path in listed]

@@ -11,8 +11,16 @@ HOLE = re.compile(r"\[MASK(?::(\d+))?\]")
 HOLE_LIMIT = 1_000_000
 
 
-def template_canvas(text: str, encode: Callable[[str], list[int]], *, mask_id: int) -> list[int]:
+def template_canvas(
+    text: str,
+    encode: Callable[[str], list[int]],
+    *,
+    continued: Callable[[str], list[int]] | None = None,
+    mask_id: int,
+) -> list[int]:
     """The canvas of a text with gaps; what stands around them is kept exactly, spaces included.
+
+    `continued` encodes what comes behind a gap, by default as `encode` does.
 
     Raises DataError for a text without gaps or with another mask, ConfigError for a gap of no
     tokens or of more than HOLE_LIMIT.
@@ -22,7 +30,7 @@ def template_canvas(text: str, encode: Callable[[str], list[int]], *, mask_id: i
     """
 
     def given(piece: str) -> list[int]:
-        ids = encode(piece)
+        ids = (continued if continued is not None and holes else encode)(piece)
         if "[MASK" in piece or mask_id in ids:
             raise DataError(f"{piece!r} holds a mask; write gaps as [MASK] or [MASK:8]")
         return ids

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import refuse_special
+from mdiff.modalities.text.pieces import utf8_pieces
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Inner
 
 BYTES = 256
 FILE = "tokenizer.json"
+# The kinds that are made here, by their names.
+OWN = ("byte", "char", "bpe")
 
 
 class Tokenizer(Protocol):
     """What the text modality needs of a tokenizer; ids are 0 to `size` - 1.
 
     `mask_id`, `eos_id` and `pad_id` are its own special ids, None where it has none; `end_ids` all
-    that end a text or a turn of a chat; `never` are special ids that no text gives.
+    that end a text or a turn of a chat; `never` are special ids that no text gives. `continues`
+    says that a text or ids stand inside a text, behind something: what a tokenizer adds or leaves
+    out at the start of a text is then neither added nor left out.
     """
 
     size: int
@@ -32,14 +36,23 @@ class Tokenizer(Protocol):
     end_ids: tuple[int, ...]
     never: tuple[int, ...]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """The ids of a text, with nothing added at either end."""
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
         """The text of ids."""
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    def pieces(self, ids: Sequence[int], *, continues: bool = False) -> list[str]:
         """The text that each id adds; joined, they are `decode`."""
+
+    def special_in(self, ids: Sequence[int]) -> str | None:
+        """The first special token among the ids, by its text; None without one."""
+
+    def no_text(self, columns: int, *, special: bool = True) -> set[int]:
+        """The ids below `columns` that it does not have and, with `special`, its special ones.
+
+        Ids that end a text are not among them: a model draws one to end.
+        """
 
     def save(self, folder: Path) -> None:
         """Write what was learned into an existing folder."""
@@ -54,6 +67,15 @@ class Plain:
     pad_id: int | None = None
     end_ids: tuple[int, ...] = ()
     never: tuple[int, ...] = ()
+    size: int
+
+    def special_in(self, ids: Sequence[int]) -> str | None:
+        """None: there are none."""
+        return None
+
+    def no_text(self, columns: int, *, special: bool = True) -> set[int]:
+        """The ids from `size` on."""
+        return set(range(self.size, columns))
 
 
 class Bytes(Plain):
@@ -65,15 +87,15 @@ class Bytes(Plain):
 
     size = BYTES
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """The UTF-8 bytes."""
         return list(text.encode())
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
         """The text; bytes that are not UTF-8 become U+FFFD."""
         return bytes(ids).decode("utf-8", errors="replace")
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    def pieces(self, ids: Sequence[int], *, continues: bool = False) -> list[str]:
         """A character appears with the last of its bytes."""
         return utf8_pieces([bytes([i]) for i in ids])
 
@@ -96,7 +118,7 @@ class Characters(Plain):
         """The alphabet of the documents, in the order of code points."""
         return cls("".join(sorted(set().union(*documents))))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """One id a character."""
         try:
             return [self._id[character] for character in text]
@@ -107,11 +129,11 @@ class Characters(Plain):
                 f"not among the {self.size} of this alphabet; tokenizers byte and bpe take any text"
             ) from None
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
         """The characters."""
         return "".join(self.alphabet[i] for i in ids)
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    def pieces(self, ids: Sequence[int], *, continues: bool = False) -> list[str]:
         """The characters, one by one."""
         return [self.alphabet[i] for i in ids]
 
@@ -161,31 +183,22 @@ class BytePairs(Plain):
         except Exception as error:
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """The ids of the merged byte pairs."""
         ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
         """The text; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    def pieces(self, ids: Sequence[int], *, continues: bool = False) -> list[str]:
         """What each id adds; a character cut between ids appears with the last of them."""
         return utf8_pieces([self._bytes[i] for i in ids])
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`."""
         self.inner.save(str(folder / FILE))
-
-
-def utf8_pieces(parts: Sequence[bytes]) -> list[str]:
-    """The text that each run of bytes completes; joined, the text of them all."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    pieces = [decoder.decode(part) for part in parts]
-    if pieces:
-        pieces[-1] += decoder.decode(b"", final=True)
-    return pieces
 
 
 def byte_alphabet() -> list[str]:

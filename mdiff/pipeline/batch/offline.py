@@ -49,28 +49,34 @@ def generate_offline(
     mask_id: int | None = None,
     workers: int = 1,
     timeout: float | None = None,
+    special_tokens: str = "none",
     report: Report = lambda line: None,
 ) -> Outcome | None:
     """Every request of a JSONL file filled in, in `out`/results.jsonl; None in later ranks.
 
     `model` is what `pipeline` was loaded from, a checkpoint of its own where training goes on:
-    workers load it themselves, and `timeout` is how many seconds one may take for a batch (see
-    `volume.make_all`). What is there of an earlier run is kept. Raises ConfigError for other
-    requests, options or another model than it was begun with, CheckpointError while another
-    process writes there, MdiffError where workers keep crashing; shards that are complete stay.
+    workers load it themselves, with `special_tokens` as it was, and `timeout` is how many seconds
+    one may take for a batch (see `volume.make_all`). What is there of an earlier run is kept.
+    Raises ConfigError for other requests, options or another model than it was begun with,
+    CheckpointError while another process writes there, MdiffError where workers keep crashing;
+    shards that are complete stay.
     """
     launched = Launched.here()
     check_pool(workers, timeout, launched)
     folder = locate(model).folder
     usual = "cuda" if torch.cuda.is_available() else "cpu"
-    fixed = {"dtype": dtype, "device": (device or usual).partition(":")[0], "mask_id": mask_id}
+    fixed: dict[str, object] = {
+        "dtype": dtype, "device": (device or usual).partition(":")[0], "mask_id": mask_id,
+    }  # fmt: skip
+    if special_tokens != "none":
+        fixed["special_tokens"] = special_tokens
     digest = model_digest(folder)
     plan = planned(pipeline, read_bytes(requests), setting, model=digest, fixed=fixed)
     shards = [
         RequestShard(number, batches, out / SHARDS / f"shard-{number:06d}")
         for number, batches in enumerate(plan.shards)
     ]
-    maker = Generator(str(folder), dtype, launched.device(device), mask_id, setting)
+    maker = Generator(str(folder), dtype, launched.device(device), mask_id, setting, special_tokens)
     job = Job(shards, partial(make_shard, pipeline, setting), maker, out)
     with launched.held(out):
         _begin(plan, out, launched)

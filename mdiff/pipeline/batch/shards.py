@@ -106,13 +106,17 @@ class Generator:
     device: str | None
     mask_id: int | None
     setting: Setting
+    special_tokens: str = "none"
 
     def open(self, worker: int) -> Make:
         """Load the model; of several GPUs each worker takes the next one."""
         device, gpus = self.device, torch.cuda.device_count()
         if device is None and gpus > 1:
             device = f"cuda:{worker % gpus}"
-        pipeline = load(self.model, device=device, dtype=self.dtype, mask_id=self.mask_id)
+        pipeline = load(
+            self.model, device=device, dtype=self.dtype, mask_id=self.mask_id,
+            special_tokens=self.special_tokens,
+        )  # fmt: skip
         return partial(make_shard, pipeline, self.setting)
 
 
