@@ -36,6 +36,7 @@ def app() -> typer.Typer:
     from mdiff.cli.images.edit import edit
     from mdiff.cli.inspect import inspect
     from mdiff.cli.options import RENAMING
+    from mdiff.cli.rules import Command
     from mdiff.cli.tokenizer import tokenizer
     from mdiff.cli.train import train
 
@@ -47,9 +48,9 @@ def app() -> typer.Typer:
         pretty_exceptions_enable=False,
         no_args_is_help=False,
     )
-    line.command("demo")(demo)
-    line.command("generate", context_settings=RENAMING)(generate)
-    line.command("edit", context_settings=RENAMING)(edit)
+    line.command("demo", cls=Command)(demo)
+    line.command("generate", cls=Command, context_settings=RENAMING)(generate)
+    line.command("edit", cls=Command, context_settings=RENAMING)(edit)
     for name, command in (
         ("eval", evaluate),
         ("train", train),
@@ -58,7 +59,7 @@ def app() -> typer.Typer:
         ("doctor", doctor),
         ("bench", bench),
     ):
-        line.command(name)(command)
+        line.command(name, cls=Command)(command)
     line.add_typer(tokenizer, name="tokenizer")
     line.callback()(_top)
     return line

@@ -13,7 +13,8 @@ import mdiff.cli.options as ask
 from mdiff.cli.cut import cut_of
 from mdiff.cli.images.eval import Wanted, evaluate_pictures
 from mdiff.cli.images.eval import table as picture_table
-from mdiff.cli.images.generate import shows_pictures
+from mdiff.cli.images.generate import medium_of, shows_pictures
+from mdiff.cli.rules import refuse
 from mdiff.cli.views.console import message, result, result_json
 from mdiff.errors import ConfigError, nearest
 
@@ -28,6 +29,7 @@ METRICS = ("bound", "frechet", "classifier", "diversity", "nearest", "probe")
 
 
 def evaluate(
+    context: typer.Context,
     model: ask.Model,
     data: Annotated[
         list[str],
@@ -103,7 +105,6 @@ def evaluate(
         {"limit": (limit, 0), "samples": (samples, 0), "batch-size": (batch_size, 1),
          "draws": (draws, 2), "window": (window, 1)}
     )  # fmt: skip
-    ask.call_options(sampler, seed, batch_size)
     asked = _metrics(metrics)
     sampling = ask.sampling_options(
         option, steps=steps, temperature=temperature, guidance_scale=guidance_scale,
@@ -116,8 +117,8 @@ def evaluate(
     source: dict[str, object] = {
         "source": data, "subset": subset, "hub_split": hub_split, **cut.shares,
     }  # fmt: skip
+    refuse(context.obj, model, medium_of(pipeline))
     if shows_pictures(pipeline):
-        ask.refuse({"window": window}, "is for text: a picture is one window", "window")
         from mdiff.modalities.image.data import PictureSource
 
         wanted = Wanted(

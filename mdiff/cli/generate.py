@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +9,9 @@ from typing import Annotated
 import typer
 
 import mdiff.cli.options as ask
-from mdiff.cli.images.generate import Wanted, generate_pictures, is_film, shows_pictures
+from mdiff.cli.images.generate import Wanted, generate_pictures, medium_of, shows_pictures
 from mdiff.cli.images.requests import combined, requests_of
+from mdiff.cli.rules import refuse
 from mdiff.cli.text import (
     device_of,
     generate_at_volume,
@@ -19,18 +19,10 @@ from mdiff.cli.text import (
     requests_of_file,
     text_requests,
 )
-from mdiff.errors import ConfigError
-
-# The flags of worker processes, those of models of text, and sets of which one can be given.
-POOL = ("workers", "timeout")
-OF_TEXT = ("infill", "chat", "length", "max_new_tokens", "stream", *POOL)
-EXCLUSIVE = (
-    ("prompt", "infill", "chat", "input_file"), ("infill", "length", "max_new_tokens"),
-    ("label", "infill", "input_file"), ("image", "infill", "input_file"),
-)  # fmt: skip
 
 
 def generate(
+    context: typer.Context,
     model: ask.Model,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to continue; of a picture, its caption.")
@@ -98,10 +90,8 @@ def generate(
     timeout: ask.Timeout = None,
 ) -> None:
     """Generate samples: text to stdout, pictures to files; figures go to stderr."""
-    flags: dict[str, object] = dict(locals())
     # With a file of requests the folder may hold a part of the results: see docs/volume.md.
     volume = out is not None and input_file is not None
-    check_flags(flags, volume=volume)
     options = ask.sampling_options(
         option, steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         threshold=threshold, block_length=block_length, order=order,
@@ -121,15 +111,14 @@ def generate(
         # A run that is being trained may get a newer checkpoint.
         name = str(locate(model).folder)
     pipeline = ask.loaded(name, on, dtype, mask_id, tokenizer, special_tokens)
+    refuse(context.obj, name, medium_of(pipeline))
     if shows_pictures(pipeline):
-        ask.refuse(flags, f"is for models of text; {name} is one of pictures", *OF_TEXT)
         asked = combined(label, prompt, image) if input_file is None else requests_of(input_file)
         generate_pictures(
             pipeline, asked, model=name, num_samples=num_samples, wanted=replace(wanted, out=out),
             resize=resize, options=options,
         )  # fmt: skip
         return
-    refuse_for_text(flags, name, pipeline.modality.name, volume=volume)
     if input_file is not None and out is not None:
         generate_at_volume(
             pipeline, input_file, out, model=name, num_samples=num_samples, length=length,
@@ -144,27 +133,3 @@ def generate(
         num_samples=num_samples, length=length, max_new_tokens=max_new_tokens, live=stream,
         trace=trace, title=wanted.title, as_json=as_json, options=options,
     )  # fmt: skip
-
-
-def check_flags(flags: Mapping[str, object], *, volume: bool) -> None:
-    """Raise ConfigError for flags that exclude each other."""
-    if volume:
-        ask.refuse(flags, "with --input and --out: put its files beside the weights", "tokenizer")
-    else:
-        ask.refuse(flags, "needs --input FILE and --out FOLDER, of a model of text", *POOL)
-    for names in EXCLUSIVE:
-        given = {f"--{name.partition('_file')[0].replace('_', '-')}": flags[name] for name in names}
-        ask.refuse_both(given)
-
-
-def refuse_for_text(flags: Mapping[str, object], name: str, medium: str, *, volume: bool) -> None:
-    """Raise ConfigError for flags that a model of text, or of ids, does not take."""
-    why = "is for models of pictures"
-    ask.refuse(flags, f"{why}; {name} is one of {medium}", "label", "image", "resize", "scale_up")
-    if volume:
-        ask.refuse(flags, "does not go with --input and --out", "stream", "trace")
-        return
-    ask.refuse(flags, f"{why}; one of {medium} takes it with --input", "out")
-    trace = flags["trace"]
-    if isinstance(trace, Path) and is_film(trace):
-        raise ConfigError(f"--trace {trace}: a GIF shows pictures; name a page such as trace.html")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdiff.cli.rules import OF_A_CALL
 from mdiff.cli.threads import fit_threads
 from mdiff.cli.views.console import message
 from mdiff.errors import ConfigError, DataError, nearest
@@ -95,7 +96,7 @@ Out = Annotated[
 ]
 ScaleUp = Annotated[
     int | None,
-    typer.Option(help="Side in screen pixels of each pixel of a grid; default: as fits."),
+    typer.Option(help="Side in screen pixels of each pixel; default: as fits a grid, 1 of one."),
 ]
 
 Resize = Annotated[bool, typer.Option("--resize", help="Crop and scale pictures of another size.")]
@@ -114,13 +115,6 @@ def loaded(
     )  # fmt: skip
     fit_threads(pipeline.denoiser)
     return pipeline
-
-
-def refuse_both(options: Mapping[str, object]) -> None:
-    """Raise ConfigError where more than one of the options was given."""
-    given = [name for name, value in options.items() if value is not None]
-    if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)}: give one of them")
 
 
 def refuse(flags: Mapping[str, object], why: str, *names: str) -> None:
@@ -157,6 +151,8 @@ def parsed_options(pairs: list[str] | None) -> dict[str, object]:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip().isidentifier():
             raise ConfigError(f"option {pair[:80]!r}: expected name=value")
+        if key.strip() in found:
+            raise ConfigError(f"option {key.strip()[:80]} is given twice")
         found[key.strip()] = parse_yaml(value.encode(), origin=f"option {pair[:80]!r}")
     return found
 
@@ -165,14 +161,18 @@ def sampling_options(pairs: list[str] | None, **flags: object) -> CallOptions:
     """The options of sampling that were given by flags, then those of "k=v" words."""
     # The sampler checks names and types, which are not known here.
     found: Any = {name: value for name, value in flags.items() if value is not None}
-    options: CallOptions = found | parsed_options(pairs)
+    pairs_given = parsed_options(pairs)
+    for name in pairs_given:
+        if name in OF_A_CALL:
+            raise ConfigError(f"option {name}: no option of a sampler: use {OF_A_CALL[name]}")
+        if name in found:
+            raise ConfigError(f"option {name}: given by its flag too: give one of them")
+    options: CallOptions = found | pairs_given
     return options
 
 
 def call_options(sampler: str | None, seed: int, batch_size: int) -> CallOptions:
-    """The options of a call that every command has; ConfigError for a seed over 64 bits."""
-    if not -(2**63) <= seed < 2**64:
-        raise ConfigError(f"seed={seed}: expected a 64-bit number")
+    """The options of a call that every command has."""
     return {"sampler": sampler, "seed": seed, "batch_size": batch_size}
 
 

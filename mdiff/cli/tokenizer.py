@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import mdiff.cli.options as ask
+from mdiff.cli.rules import Command
 from mdiff.cli.views.console import message, result, result_json, writable
-from mdiff.errors import ConfigError, DataError, nearest
+from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
 from mdiff.find import names
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ Size = Annotated[str | None, typer.Option(help="Pictures' HEIGHTxWIDTH; else the
 Resize = Annotated[bool, typer.Option("--resize", help="Crop and scale pictures to the size.")]
 Captions = Annotated[str | None, typer.Option(help="Pictures' captions: none, data or unicode.")]
 SHOWN = 12
+# One of these is in the folder of any tokenizer of text.
+TEXT_FILES = ("*token*", "*vocab*", "*.model", "*.tiktoken")
 VOCAB_SIZE = 512
 # The flags of training by the kinds that take them: numbers are options of a codec.
 OF_TEXT = ("vocab_size", "eos", "field")
@@ -39,7 +42,7 @@ NUMBERS = ("channels", "codebook_size", "stride", "steps")
 OF_PICTURES = ("size", "resize", "captions", *NUMBERS, "option", "seed")
 
 
-@tokenizer.command()
+@tokenizer.command(cls=Command)
 def train(
     data: Annotated[
         list[str], typer.Argument(help="Text files (.txt, .jsonl, .parquet; .gz), or pictures.")
@@ -95,7 +98,7 @@ def train(
     result(str(out))
 
 
-@tokenizer.command(context_settings=ask.RENAMING)
+@tokenizer.command(cls=Command, context_settings=ask.RENAMING)
 def encode(
     name: Name,
     written: Annotated[
@@ -137,7 +140,7 @@ def encode(
         result(" ".join(map(str, ids)))
 
 
-@tokenizer.command()
+@tokenizer.command(cls=Command)
 def decode(
     name: Name,
     ids: Annotated[
@@ -177,7 +180,7 @@ def decode(
         result(text)
 
 
-@tokenizer.command()
+@tokenizer.command(cls=Command)
 def inspect(
     name: Name,
     data: Annotated[
@@ -261,11 +264,10 @@ def opened(name: str) -> Text | Codec:
         if isinstance(found, ShowsImages):
             return found.codec
         raise ConfigError(f"{name} is a model of {found.name}, which has no tokenizer")
-    from mdiff.modalities.image import holds_codec
+    from mdiff.modalities.image import holds_codec, load_codec
 
     if holds_codec(path):
         from mdiff.files import MANIFEST, verify
-        from mdiff.modalities.image import load_codec
 
         if (path / MANIFEST).exists():
             verify(path)
@@ -273,6 +275,13 @@ def opened(name: str) -> Text | Codec:
         return codec
     from mdiff.modalities.text import text
 
+    if path.is_dir() and not any(any(path.glob(each)) for each in TEXT_FILES):
+        from mdiff.files import CONFIG
+
+        if (path / CONFIG).exists():
+            # Refused in its own words, which name the codecs that are known.
+            return load_codec(path)
+        raise CheckpointError(f"{name} holds no tokenizer and no codec")
     if name in ("char", "bpe", *names("codecs")):
         raise ConfigError(f"{name!r} is a kind, which is trained first: mdiff tokenizer train")
     return text(tokenizer=name)

@@ -231,9 +231,8 @@ def generations(
     asked = list(conditions or [{}] * len(canvases))
     if len(asked) != len(canvases):
         raise ConfigError(f"{len(asked)} conditions for {len(canvases)} canvases")
-    if guidance.scale is not None and null and not any(asked):
-        raise ConfigError(f"guidance_scale without a condition: give {', '.join(null)}")
     guide = guidance.bind(model, canvases)
+    guidance.check_effect(model, canvases, asked, bool(null))
     parts = [slice(i, i + batch_size) for i in range(0, max(1, len(canvases)), batch_size)]
     stacked = [stack(canvases[part], space=model.space) for part in parts]
     seeds, device = row_seeds(seed, len(canvases)), model.device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,27 @@ class GuidanceOptions:
             options.pop("guidance_interval", None),
             old if negative is None else negative,
         )
+
+    def check_effect(
+        self, model: Model, canvases: Sequence[Sequence[int]],
+        conditions: Sequence[Mapping[str, int | Tensor]], conditional: bool,
+    ) -> None:  # fmt: skip
+        """Raise ConfigError where both branches are the same in every row, at twice the calls.
+
+        They are where no row of a `conditional` model has a condition and where, of another
+        model, no row gives a token.
+        """
+        if self.scale is None or (self.negative is not None and not conditional):
+            return
+        if conditional:
+            has_effect, wanted = any(conditions), ", ".join(null_condition(model.modality))
+        else:
+            mask = model.space.mask_id
+            has_effect = self.scale == 1 or any(token != mask for row in canvases for token in row)
+            parts = model.modality.part_names if isinstance(model.modality, HasParts) else ()
+            wanted = " or ".join(parts) or "a prompt"
+        if not has_effect:
+            raise ConfigError(f"guidance_scale without a condition has no effect: give {wanted}")
 
     def bind(self, model: Model, canvases: Sequence[Sequence[int]]) -> Guidance:
         """What gives each batch of `canvases` its guided denoiser and entries of `cond`.

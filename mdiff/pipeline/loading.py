@@ -78,7 +78,7 @@ def load(
     kind = _dtype(dtype)
     target = _target(device)
     main = target if isinstance(target, torch.device) else _device(None)
-    files = name if isinstance(name, ModelFiles) else locate(str(name))
+    files = name if isinstance(name, ModelFiles) else _located(str(name))
     if tokenizer is not None and (files.pipeline is not None or files.classes):
         raise ConfigError(f"tokenizer={str(tokenizer)!r}: {files.folder} has its own modality")
     if files.pipeline is not None:
@@ -103,6 +103,23 @@ def load(
         denoiser.to(main)
     denoiser.eval()
     return pipeline
+
+
+def _located(name: str) -> ModelFiles:
+    """The files of a model; CheckpointError, in words of its own, for the folder of a codec."""
+    try:
+        return locate(name)
+    except CheckpointError as error:
+        raise _codec_alone(Path(name)) or error from None
+
+
+def _codec_alone(folder: Path) -> CheckpointError | None:
+    """The error for the folder of a codec; None for any other."""
+    from mdiff.modalities.image import holds_codec
+
+    if not holds_codec(folder):
+        return None
+    return CheckpointError(f"{folder} is a codec, not a model: see mdiff tokenizer")
 
 
 def _own(
@@ -189,7 +206,7 @@ def _foreign(
     """
     folder, module = files.folder, load_backbone(files, dtype=dtype, device=device)
     if module is None and (fault := unsupported(files)) is not None:
-        raise fault
+        raise _codec_alone(folder) or fault
     if module is not None and mask_id is None:
         mask_id = module.mask_id
     text = _text_of(folder, mask_id, tokenizer)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser, block_length_of
 from mdiff.errors import ConfigError, nearest
-from mdiff.find import find
+from mdiff.find import find, names
 from mdiff.sampling.unmasking import State
 from mdiff.schedule import named_schedule
 from mdiff.tokens import TokenSpace
@@ -94,7 +94,9 @@ def bind(
     label = function.__name__ if inspect.isroutine(function) else str(function)
     for key, value in settings.items():
         if key not in kinds:
-            raise ConfigError(f"{label} does not take {key!r}; {nearest(key, kinds)}")
+            takers = [n for n in names("samplers") if key in _option_types(find("samplers", n))]
+            hint = f"{', '.join(takers)} do" if takers else nearest(key, kinds)
+            raise ConfigError(f"{label} does not take {key!r}; {hint}")
         settings[key] = _as_object(key, value, kinds[key], label)
     return BoundSampler(function, settings)
 

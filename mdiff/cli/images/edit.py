@@ -17,7 +17,9 @@ from mdiff.cli.images.requests import (
     refuse_unknown,
     with_pictures,
 )
+from mdiff.cli.rules import PICTURES, refuse
 from mdiff.cli.threads import fit_threads
+from mdiff.cli.views.console import message
 from mdiff.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ HALF = 127
 
 
 def edit(
+    context: typer.Context,
     model: ask.Model,
     pictures: Annotated[list[Path], typer.Argument(help="The files; each has its own variants.")],
     mask: Annotated[
@@ -82,12 +85,12 @@ def edit(
     options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval)
     options |= ask.call_options(sampler, seed, batch_size)
     options["num_samples"] = num_samples
-    ask.refuse_both({"--mask": mask, "--mask-file": mask_file, "--keep": keep})
     wanted = Wanted(out, scale_up, trace, as_json, ask.title_of(model, sampler))
 
     pipeline = load(model, device=device, dtype=dtype)
     fit_threads(pipeline.denoiser)
     modality = _modality(model, pipeline)
+    refuse(context.obj, model, PICTURES)
     (given,) = combined(
         None if label is None else [label], None if prompt is None else [prompt], None
     )
@@ -104,6 +107,8 @@ def edit(
             edits, batches = pipeline.edit_runs(
                 request.given["image"], region, given=given, strength=strength, **options
             )
+            if strength < 1 and number == 0:
+                message(regenerated(modality, edits, strength))
             for run in batches:
                 yield run, pasting(edits)
 
@@ -122,6 +127,15 @@ def _modality(model: str, pipeline: Pipeline) -> ImageModality:
     if not shows_pictures(pipeline):
         raise ConfigError(f"{model} is a model of {pipeline.modality.name}, not of pictures")
     return image_modality(pipeline.modality)
+
+
+def regenerated(modality: ImageModality, edits: Edits, strength: float) -> str:
+    """A line on what a strength below 1 changes."""
+    hidden, of = edits.canvases[0].count(modality.space.mask_id), modality.length
+    if not hidden:
+        return f"strength {strength} regenerates 0 of {of} tokens: the picture stays as it was"
+    rest = "" if modality.codec.lossless else "; the others are as its codec gives them back"
+    return f"strength {strength} regenerates {hidden} of {of} tokens{rest}"
 
 
 def pasting(edits: Edits) -> Finish:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdiff.cli.images.requests import Request, refuse_problems, refuse_unknown, with_pictures
+from mdiff.cli.rules import PICTURES
 from mdiff.cli.views.console import message, printable, result, result_json, writable
 from mdiff.cli.views.gif import Film, Finish, write_gif
 from mdiff.cli.views.grid import picture_target, write_pictures
@@ -75,11 +76,17 @@ def shows_pictures(pipeline: Pipeline) -> bool:
     return isinstance(pipeline.modality, ShowsImages)
 
 
+def medium_of(pipeline: Pipeline) -> str:
+    """The medium of a model, for its rules on options."""
+    return PICTURES if shows_pictures(pipeline) else pipeline.modality.name
+
+
 def generate_pictures(
     pipeline: Pipeline, asked: Sequence[dict[str, str]], *, model: str, num_samples: int,
     wanted: Wanted, resize: bool, options: CallOptions,
 ) -> None:  # fmt: skip
     """Generate samples of each request; a file that cannot be read is reported at the end."""
+    from mdiff.modalities import TextConditional
     from mdiff.modalities.image import image_modality
 
     modality = image_modality(pipeline.modality)
@@ -92,6 +99,10 @@ def generate_pictures(
             f"nothing is left to generate: this model makes {', '.join(modality.part_names)}; "
             "a picture is changed by mdiff edit"
         )
+    guides = options.get("guidance_scale") not in (None, 1) and not options.get("negative_prompt")
+    said = not isinstance(modality, TextConditional) or any("caption" in each for each in given)
+    if guides and not said:
+        raise ConfigError("guidance_scale without a condition has no effect: give --prompt")
     conditions = pipeline.conditions(given, num_samples=num_samples)
     runs = pipeline.runs(canvases, conditions=conditions, **options)
 

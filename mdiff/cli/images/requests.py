@@ -41,12 +41,15 @@ def combined(
         counts = " and ".join(f"{OPTIONS[name]} {len(v)} times" for name, v in named.items())
         raise ConfigError(f"{counts}: give each once, or equally often")
     rows = often[0] if often else 1
-    found = [
-        {name: values[0 if len(values) == 1 else row] for name, values in named.items()}
+    return [
+        given_parts({name: values[row if len(values) > 1 else 0] for name, values in named.items()})
         for row in range(rows)
     ]
-    # As with text, an empty prompt is none.
-    return [{name: v for name, v in one.items() if v or name != "caption"} for one in found]
+
+
+def given_parts(asked: Mapping[str, str]) -> dict[str, str]:
+    """What a request gives: as with text, an empty prompt is none."""
+    return {name: value for name, value in asked.items() if value or name != "caption"}
 
 
 def requests_of(path: Path) -> list[dict[str, str]]:
@@ -57,7 +60,7 @@ def requests_of(path: Path) -> list[dict[str, str]]:
         for key, value in row.items():
             if not isinstance(value, str):
                 raise DataError(f"{where}: {key}={value!r}: expected a string")
-        found.append({keys[key]: str(value) for key, value in row.items()})
+        found.append(given_parts({keys[key]: str(value) for key, value in row.items()}))
     return found
 
 

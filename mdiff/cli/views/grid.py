@@ -40,10 +40,14 @@ def write_pictures(
 ) -> list[Path]:
     """Write one grid, row by row, to a .png, or each picture to a folder; return where each is.
 
-    A grid's pixels become squares of `scale`; None is what `fitting_scale` says. The pictures
-    of a folder keep their own size.
+    A grid's pixels become squares of `scale`; None is what `fitting_scale` says. One picture
+    alone, which may be edited, and those of a folder keep their own size; a `scale` enlarges the
+    one too.
     """
     if out.suffix.lower() == ".png":
+        if len(pictures) == 1:
+            enlarged(pictures[0], scale or 1).save(out)
+            return [out]
         grid = grid_of(pictures, columns=columns)
         enlarged(grid, fitting_scale(grid) if scale is None else scale).save(out)
         return [out] * len(pictures)

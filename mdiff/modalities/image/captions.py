@@ -12,6 +12,14 @@ FOLDER = "captions"
 DEFAULTS = {"length": 16, "vocab_size": 512}
 
 
+def check_unicode(text: str) -> None:
+    """Raise DataError for half of a surrogate pair, as bytes that are not UTF-8 give."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{text!r:.60}: character {error.start} is not valid Unicode") from None
+
+
 class Captions:
     """Captions to `length` ids below `size` and back; the last id ends one and fills the rest.
 

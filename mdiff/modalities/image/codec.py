@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mdiff.errors import CheckpointError, ConfigError, DataError
+from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
 from mdiff.files import (
     Header,
     check_tensors,
@@ -152,7 +153,13 @@ def make_codec(
         with without_memory() if shell else nullcontext():
             codec: Codec = build(**options)
     except TypeError as error:
-        raise ConfigError(f"codec {name!r}: {error}") from None
+        known = inspect.signature(build).parameters
+        wrong = next((key for key in options if key not in known), None)
+        if wrong is None:
+            raise ConfigError(f"codec {name!r}: {error}") from None
+        raise ConfigError(
+            f"codec {name!r} does not take {wrong!r}; {nearest(wrong, known)}"
+        ) from None
     if path is not None:
         # A codec that has learnt something refuses a folder without it.
         codec.load_state({} if header is None else read_tensors(path, header=header))

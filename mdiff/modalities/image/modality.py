@@ -13,7 +13,7 @@ from torch import Tensor
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import read_json
 from mdiff.modalities.image.canvas import ImageCanvas
-from mdiff.modalities.image.captions import Captions
+from mdiff.modalities.image.captions import Captions, check_unicode
 from mdiff.modalities.image.codec import SETTINGS as CODEC_SETTINGS
 from mdiff.modalities.image.codec import Codec, load_codec, make_codec, save_codec
 from mdiff.modalities.image.data.examples import PictureRows, open_items, variants
@@ -107,6 +107,7 @@ class ImageModality(ImageCanvas):
                 raise DataError(f"this model takes no {key!r}; known: {', '.join(self.takes)}")
         if not isinstance(prompt.get("caption"), str | None):
             raise DataError(f"caption {prompt['caption']!r:.60}: expected a text")
+        check_unicode(prompt.get("caption") or "")
         return {key: value for key, value in prompt.items() if value is not None}
 
     def edited(

@@ -21,12 +21,15 @@ from mdiff.files import (
     ModelFiles,
     inside,
 )
+from mdiff.modalities.image.captions import check_unicode
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 ARCHITECTURE = "CLIPTextModelWithProjection"
 MOST_TOKENS = 1 << 16
+# Of a tokenizer all of one of these.
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 # Encodings that are cached: a batch asks for the same texts again.
 MOST_CACHED = 256
 # A buffer in older files that transformers regenerates.
@@ -48,7 +51,11 @@ class TextEncoder:
         self._cached: dict[str, dict[str, Tensor]] = {}
 
     def ids(self, text: str) -> Tensor:
-        """The text's ids (1, length) int64, cut or padded as the tokenizer does."""
+        """The text's ids (1, length) int64, cut or padded as the tokenizer does.
+
+        Raises DataError for a text that is not valid Unicode.
+        """
+        check_unicode(text)
         read = self.tokenizer(
             [text], padding="max_length", truncation=True, max_length=self.length,
             return_tensors="pt",
@@ -108,6 +115,11 @@ def load_text_encoder(
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}/ is missing: the text encoder's tokenizer lies there")
+    if not any(all((folder / name).is_file() for name in each) for each in TOKENIZER_FILES):
+        wanted = " or ".join(" and ".join(each) for each in TOKENIZER_FILES)
+        raise CheckpointError(f"{folder}/ lacks {wanted}")
     try:
         with TRANSFORMERS:
             from transformers import AutoTokenizer
