@@ -27,11 +27,12 @@ ALWAYS = {
     "train": "recipe out overrides resume",
     "convert": "source out family config ema codec as_json",
     "generate": "model prompt input_file num_samples sampler steps temperature threshold "
-    "block_length order option guidance_scale end seed batch_size device dtype mask_id as_json",
+    "block_length order option guidance_scale end seed batch_size device dtype mask_id "
+    "special_tokens as_json",
     "edit": "model pictures mask mask_file keep strength resize prompt label num_samples out "
     "sampler steps temperature option guidance_scale seed batch_size device dtype as_json",
     "eval": "model data metrics split limit draws seed batch_size device dtype mask_id tokenizer "
-    "as_json",
+    "special_tokens as_json",
 }  # fmt: skip
 by_name = functools.cache(load)
 
@@ -99,6 +100,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["generate", TEXT, "--top-p", "nan"], "top_p=nan"),
         (["generate", FASHION, "--label", "bag", "--guidance-scale", "nan"], "finite"),
         (["eval", TEXT, "--data", "doc.txt", "--classifier", "x"], "--classifier"),
+        (["eval", TEXT, "--data", "doc.txt", "--hub-split", "test"], "data sets of the Hub"),
+        (["generate", FASHION, "--special-tokens", "drawn"], "a model of image has none"),
         (["eval", TEXT, "--data", "doc.txt", "--captions", "data"], "--captions is for models of"),
         (["eval", TEXT, "--data", "doc.txt", "--samples", "0", "--steps", "3"], "--samples 0"),
         (["eval", TEXT, "--data", "doc.txt", "--guidance-scale", "3"], "without a prompt"),
