@@ -182,7 +182,7 @@ EXCLUSIVE = {
 class Command(typer.core.TyperCommand):
     """A command whose options are checked before it runs; `ctx.obj` is what was `Asked`."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command, or raise ConfigError."""
         parents = [] if ctx.parent is None else ctx.parent.command_path.split()[1:]
         given = {

@@ -24,6 +24,7 @@ from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import read_model_files
 from mdiff.modalities.image.codec import load_codec, save_codec
 from mdiff.modalities.image.codecs.vq_diffusers import vq_diffusers
+from mdiff.modalities.image.data.images import Pictures
 from mdiff.pipeline.pipeline import Pipeline
 from mdiff.pipeline.published import built, load_published
 from mdiff.samplers.amused import amused
@@ -271,6 +272,19 @@ def test_an_edit_keeps_what_is_outside_of_the_mask(pipeline: Pipeline) -> None:
     before, after = np.array(picture), np.array(made)
     assert (before[4:] == after[4:]).all()
     assert (before[:, 4:] == after[:, 4:]).all()
+
+
+def test_a_prompt_that_is_cut_is_said_to_be(pipeline: Pipeline, caplog: Any) -> None:
+    length = pipeline.modality.encoder.length
+    pipeline.generate(["cat", "a b c d " * length], steps=1)
+    assert caplog.messages == [f"1 caption is cut at {length} tokens"]
+    caplog.clear()
+    pictures = Pictures(torch.zeros(3, 3, 16, 16, dtype=torch.uint8), list("abc"), None, [],
+                        ["cat", "x y " * length, "z " * 2 * length])  # fmt: skip
+    rows = pipeline.modality.examples(pictures, split="all")
+    assert caplog.messages == [f"2 captions are cut at {length} tokens"]
+    rows.batch(torch.arange(3), torch.zeros(3, dtype=torch.int64))
+    assert len(caplog.messages) == 1
 
 
 def test_what_an_edit_makes_depends_on_the_surroundings(pipeline: Pipeline) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mdiff.errors import ConfigError, DataError, nearest
+from mdiff.errors import ConfigError, DataError, nearest, warn
 from mdiff.modalities.text.tokenizers import BytePairs
 
 FOLDER = "captions"
@@ -18,6 +18,13 @@ def check_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{text!r:.60}: character {error.start} is not valid Unicode") from None
+
+
+def warn_of_cuts(lengths: Iterable[int], most: int) -> None:
+    """Say how many captions have more than `most` tokens and are cut; nothing where none has."""
+    count = sum(length > most for length in lengths)
+    if count:
+        warn(f"{count} {'caption is' if count == 1 else 'captions are'} cut at {most} tokens")
 
 
 class Captions:

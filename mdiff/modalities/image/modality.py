@@ -13,7 +13,7 @@ from torch import Tensor
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import read_json
 from mdiff.modalities.image.canvas import ImageCanvas
-from mdiff.modalities.image.captions import Captions, check_unicode
+from mdiff.modalities.image.captions import Captions, check_unicode, warn_of_cuts
 from mdiff.modalities.image.codec import SETTINGS as CODEC_SETTINGS
 from mdiff.modalities.image.codec import Codec, load_codec, make_codec, save_codec
 from mdiff.modalities.image.data.examples import PictureRows, open_items, variants
@@ -213,6 +213,8 @@ class ImageModality(ImageCanvas):
             own = labels + self.parts.ids("label").start
             parts.append(own[:, None, None].expand(count, versions, 1))
         if self.captions:
+            words = self.captions.words
+            warn_of_cuts((len(words.encode(each)) for each in captions), self.captions.length)
             ids = [self._caption_ids(self.captions, caption, cut=True) for caption in captions]
             parts.append(torch.tensor(ids)[:, None].expand(count, versions, len(ids[0])))
         units = self.size[0] * self.size[1] * (self.codec.channels if self.unit == "dim" else 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from mdiff.files import (
     ModelFiles,
     inside,
 )
-from mdiff.modalities.image.captions import check_unicode
+from mdiff.modalities.image.captions import check_unicode, warn_of_cuts
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase
@@ -62,6 +62,11 @@ class TextEncoder:
         )  # fmt: skip
         found: Tensor = read["input_ids"]
         return found
+
+    def warn_of_cuts(self, texts: Iterable[str]) -> None:
+        """Say how many texts are longer than the encoder reads."""
+        read = (self.tokenizer(text, verbose=False)["input_ids"] for text in texts)
+        warn_of_cuts(map(len, read), self.length)
 
     @torch.no_grad()
     def encode(self, text: str) -> dict[str, Tensor]:

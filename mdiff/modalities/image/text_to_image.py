@@ -67,7 +67,9 @@ class TextToImage(ImageModality):
     def condition(self, prompt: object = "") -> dict[str, Tensor]:
         """The condition of a prompt's caption, or of the empty text."""
         asked = self._asked(prompt) if isinstance(prompt, str | Mapping) else {}
-        made = self.encode_condition(str(asked.get("caption", "")))
+        caption = str(asked.get("caption", ""))
+        made = self.encode_condition(caption)
+        self.encoder.warn_of_cuts([caption])
         return {name: tensor[0] for name, tensor in made.items()}
 
     def canvas(self, prompt: object = "", length: int | None = None) -> list[int]:
@@ -79,6 +81,7 @@ class TextToImage(ImageModality):
         self, codes: Tensor, labels: Tensor | None, captions: Sequence[str], *, slice_sha256: str
     ) -> PictureRows:
         plain = super()._rows(codes, labels, captions, slice_sha256=slice_sha256)
+        self.encoder.warn_of_cuts(captions)
         return CaptionedRows(plain, self, captions or [""] * len(plain))
 
     def config(self) -> dict[str, object]:
@@ -114,8 +117,9 @@ class CaptionedRows(PictureRows):
     def batch(self, rows: Tensor, epoch: Tensor) -> Batch:
         """Rows `rows` (B,) int64 with the condition of each."""
         plain = super().batch(rows, epoch)
-        made = [self.modality.condition({"caption": self.captions[row]}) for row in rows.tolist()]
-        cond = {name: torch.stack([one[name] for one in made]) for name in made[0]}
+        # Not by `condition`, which says what is cut: that was said of all captions at once.
+        made = [self.modality.encode_condition(self.captions[row]) for row in rows.tolist()]
+        cond = {name: torch.cat([one[name] for one in made]) for name in made[0]}
         return Batch(plain.tokens, cond=cond)
 
 

@@ -338,3 +338,13 @@ def test_where_no_token_is_regenerated_the_picture_stays_as_it_was(strength, mas
     assert all((np.asarray(each.output) == picture).all() for each in made)
     changed = model.edit(picture, mask, strength=0.3, sampler="halton", steps=1)[0].output
     assert (np.asarray(changed) != picture).any()
+
+
+def test_captions_that_are_cut_are_counted_in_a_line(caplog):
+    said = [*["ant"] * 6, *["an ant and a bee and a cat"] * 6]
+    items = pictures(captions=False)
+    items = Pictures(items.pixels, items.names, items.labels, items.label_names, said)
+    codec = {"name": "levels", "levels": 4, "step": 60}
+    medium = image(codec=codec, size=SIZE, caption={"length": 4, "vocab_size": 257})
+    medium.examples(items, split="all")
+    assert "6 captions are cut at 4 tokens" in caplog.messages
