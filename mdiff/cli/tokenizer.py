@@ -11,7 +11,7 @@ import typer
 import mdiff.cli.options as ask
 from mdiff.cli.rules import Command
 from mdiff.cli.views.console import message, result, result_json, writable
-from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
+from mdiff.errors import ConfigError, DataError, nearest
 from mdiff.find import names
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ Size = Annotated[str | None, typer.Option(help="Pictures' HEIGHTxWIDTH; else the
 Resize = Annotated[bool, typer.Option("--resize", help="Crop and scale pictures to the size.")]
 Captions = Annotated[str | None, typer.Option(help="Pictures' captions: none, data or unicode.")]
 SHOWN = 12
-# One of these is in the folder of any tokenizer of text.
-TEXT_FILES = ("*token*", "*vocab*", "*.model", "*.tiktoken")
+TEXT_FILES = ("*token*", "*vocab*", "*.model", "*.tiktoken")  # any tokenizer of text has one
 VOCAB_SIZE = 512
 # The flags of training by the kinds that take them: numbers are options of a codec.
 OF_TEXT = ("vocab_size", "eos", "field")
@@ -276,12 +275,8 @@ def opened(name: str) -> Text | Codec:
     from mdiff.modalities.text import text
 
     if path.is_dir() and not any(any(path.glob(each)) for each in TEXT_FILES):
-        from mdiff.files import CONFIG
-
-        if (path / CONFIG).exists():
-            # Refused in its own words, which name the codecs that are known.
-            return load_codec(path)
-        raise CheckpointError(f"{name} holds no tokenizer and no codec")
+        # Refused in its own words, which name the codecs that are known.
+        return load_codec(path)
     if name in ("char", "bpe", *names("codecs")):
         raise ConfigError(f"{name!r} is a kind, which is trained first: mdiff tokenizer train")
     return text(tokenizer=name)

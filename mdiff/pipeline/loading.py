@@ -20,7 +20,7 @@ from mdiff.modalities import Modality
 from mdiff.modalities.text import Pretrained, Text
 from mdiff.pipeline.options import never_generated
 from mdiff.pipeline.pipeline import Pipeline
-from mdiff.pipeline.published import AUTO, load_backbone, unsupported
+from mdiff.pipeline.published import AUTO, codec_alone, load_backbone, unsupported
 from mdiff.pipeline.saving import FORMAT, fits
 from mdiff.schedule import named_schedule
 from mdiff.tokens import TokenSpace
@@ -110,16 +110,7 @@ def _located(name: str) -> ModelFiles:
     try:
         return locate(name)
     except CheckpointError as error:
-        raise _codec_alone(Path(name)) or error from None
-
-
-def _codec_alone(folder: Path) -> CheckpointError | None:
-    """The error for the folder of a codec; None for any other."""
-    from mdiff.modalities.image import holds_codec
-
-    if not holds_codec(folder):
-        return None
-    return CheckpointError(f"{folder} is a codec, not a model: see mdiff tokenizer")
+        raise codec_alone(Path(name)) or error from None
 
 
 def _own(
@@ -206,7 +197,7 @@ def _foreign(
     """
     folder, module = files.folder, load_backbone(files, dtype=dtype, device=device)
     if module is None and (fault := unsupported(files)) is not None:
-        raise _codec_alone(folder) or fault
+        raise codec_alone(folder) or fault
     if module is not None and mask_id is None:
         mask_id = module.mask_id
     text = _text_of(folder, mask_id, tokenizer)

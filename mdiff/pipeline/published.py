@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,15 @@ def unsupported(files: ModelFiles) -> CheckpointError | None:
     other = _one_line(other[:80])
     known = nearest(other, [*supported(), ANY])
     return CheckpointError(f"{files.folder} is a {other}, which is not supported; {known}")
+
+
+def codec_alone(folder: Path) -> CheckpointError | None:
+    """The error for the folder of a codec; None for any other."""
+    from mdiff.modalities.image import holds_codec
+
+    if not holds_codec(folder):
+        return None
+    return CheckpointError(f"{folder} is a codec, not a model: see mdiff tokenizer")
 
 
 def _one_line(name: str) -> str:

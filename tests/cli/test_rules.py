@@ -209,7 +209,7 @@ def test_the_folder_of_a_codec_is_said_to_be_one(capsys: Any) -> None:
     assert "backend tokenizer" not in said
     Path("none").mkdir()
     assert run(["tokenizer", "inspect", "none"]) == 4
-    assert "holds no tokenizer and no codec" in capsys.readouterr().err
+    assert "none/codec.json is missing" in capsys.readouterr().err
 
 
 def test_what_is_missing_of_a_text_encoders_tokenizer_is_named(here: Path, capsys: Any) -> None:

@@ -85,10 +85,7 @@ class ImageModality(ImageCanvas):
         return canvas
 
     def condition(self, prompt: object = "") -> Mapping[str, int | Tensor]:
-        """The condition of a prompt: the label's number where labels are a condition.
-
-        Of an item that is an image alone it is empty.
-        """
+        """The label's number where labels are a condition; empty of an image alone."""
         asked = self._asked(prompt) if isinstance(prompt, str | Mapping) else {}
         if not self.classes or "label" not in asked:
             return {}
@@ -213,8 +210,7 @@ class ImageModality(ImageCanvas):
             own = labels + self.parts.ids("label").start
             parts.append(own[:, None, None].expand(count, versions, 1))
         if self.captions:
-            words = self.captions.words
-            warn_of_cuts((len(words.encode(each)) for each in captions), self.captions.length)
+            warn_of_cuts(map(len, map(self.captions.words.encode, captions)), self.captions.length)
             ids = [self._caption_ids(self.captions, caption, cut=True) for caption in captions]
             parts.append(torch.tensor(ids)[:, None].expand(count, versions, len(ids[0])))
         units = self.size[0] * self.size[1] * (self.codec.channels if self.unit == "dim" else 1)
