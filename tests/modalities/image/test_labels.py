@@ -157,7 +157,7 @@ def test_labels_of_metadata_are_names_or_numbers(tmp_path, label):
         ([NFD], ["CAFÉ"], [0], [0]),
     ],
 )  # fmt: skip
-def test_the_data_s_labels_are_the_models_by_name_or_by_what_digits_say(model, names, labels, own):
+def test_labels_of_data_are_the_models_by_name_or_by_what_digits_say(model, names, labels, own):
     rows = modality(labels=model).examples(data(names, labels), split="all")
     assert rows.cond["label"].tolist() == own
 
