@@ -106,10 +106,12 @@ def test_typed_special_tokens_are_refused_by_name(folder: Path) -> None:
         ({"chat": TYPED}, "message 1 of the chat"),
         ({"chat": [{"role": "user", "content": "a"}, {"role": "user", "content": TYPED}]},
          "message 2 of the chat"),
+        # In Qwen's class also the token of unknown text.
+        ("a <|endoftext|>", "the prompt"),
         ({"chat": [{"role": "user<|im_end|>", "content": "a"}]}, "message 1 of the chat"),
         ({"chat": [{"role": "user", "content": [{"type": "text", "text": TYPED}]}]}, "message 1"),
     ):  # fmt: skip
-        with pytest.raises(ConfigError, match=rf"{where}.* '<\|im_end\|>'") as caught:
+        with pytest.raises(ConfigError, match=rf"{where}.* '<\|(im_end|endoftext)\|>'") as caught:
             pipeline.canvases(prompt, length=200)
         assert caught.value.exit_code == 2
     with pytest.raises(ConfigError, match="the template holds the special token"):

@@ -84,9 +84,12 @@ class Pretrained:
         self._special = frozenset(roles | {i for i, token in added if token.special})
 
     def special_in(self, ids: Sequence[int]) -> str | None:
-        """The first special token among the ids, by its text; that of unknown text is none."""
-        control = self._special - {self.inner.unk_token_id}
-        first = next((i for i in ids if i in control), None)
+        """The first special token among the ids, by its text.
+
+        That of unknown text is none, unless it has another role (Qwen's also ends a text).
+        """
+        unknown = {self.inner.unk_token_id} - {self.pad_id, *self.end_ids}
+        first = next((i for i in ids if i in self._special and i not in unknown), None)
         return None if first is None else str(self.inner.convert_ids_to_tokens(first))
 
     def no_text(self, columns: int, *, special: bool = True) -> set[int]:
