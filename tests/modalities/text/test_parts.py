@@ -6,6 +6,8 @@ import random
 
 import pytest
 from tokenizer_kinds import KINDS, SAMPLES, saved
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mdiff.modalities.text.modality import Text, text
 
@@ -108,13 +110,26 @@ def test_a_template_gives_what_the_text_gives_with_nothing_at_a_gap(
     modality = made[kind]
     for template in ("f([MASK:2])", "the [MASK] moon", "the[MASK:3], cats", "[MASK]the", "t[MASK]"):
         shown = modality.decode(modality.template(template))
-        before, *_, after = template.replace("[MASK", "\0").replace("]", "\0").split("\0")
+        around = template.replace("[MASK:2]", "").replace("[MASK:3]", "").replace("[MASK]", "")
         if kind not in ("word_piece", "word_level", "bpe_suffix"):
             # Some tokenizers put a space before a text; behind a gap none does.
-            assert shown.removeprefix(" ").startswith(before)
-            assert shown.endswith(after)
-        if kind in EXACT:
-            assert shown.removeprefix(" ") == before + after
+            assert shown.removeprefix(" ") == around
+
+
+def test_a_vocabulary_of_words_has_no_space_behind_a_gap(tmp_path: Path) -> None:
+    names = ["<unk>", "▁f(", "▁)", ")", "▁x"]
+    inner = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    inner.decoder = decoders.Metaspace(prepend_scheme="always")
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", mask_token="<mask>"
+    )  # fmt: skip
+    words.save_pretrained(tmp_path)
+    modality = text(tokenizer=str(tmp_path))
+    canvas = modality.template("f([MASK:2])")
+    assert canvas == [1, 5, 5, 3]
+    assert modality.decode([token for token in canvas if token != modality.mask_id]) == "f()"
+    assert modality.decode(modality.template("f([MASK]) x")) == "f() x"
 
 
 def test_word_pieces_go_on_inside_a_word(made: dict[str, Text]) -> None:
