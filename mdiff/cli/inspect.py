@@ -32,11 +32,11 @@ def inspect(
     if is_codec(model):
         inspect_codec(model, data=None, size=None, resize=False, as_json=as_json)
         return
-    from mdiff.files import locate
+    from mdiff.files import at_home, locate
     from mdiff.pipeline import is_foreign, loose, report
 
     fault: MdiffError | None = None
-    unknown = loose(Path(model).expanduser())
+    unknown = loose(at_home(model))
     if unknown is not None:
         found, fault = unknown
     elif is_foreign(files := locate(model)):

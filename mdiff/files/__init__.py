@@ -23,6 +23,7 @@ from mdiff.files.config_fields import Fields as Fields
 from mdiff.files.curves import Curve as Curve
 from mdiff.files.curves import write_curves as write_curves
 from mdiff.files.locate import BUILTIN as BUILTIN
+from mdiff.files.locate import at_home as at_home
 from mdiff.files.locate import builtin_models as builtin_models
 from mdiff.files.locate import locate as locate
 from mdiff.files.model_files import MODEL_INDEX as MODEL_INDEX
@@ -31,6 +32,7 @@ from mdiff.files.model_files import WEIGHTS as WEIGHTS
 from mdiff.files.model_files import ModelFiles as ModelFiles
 from mdiff.files.model_files import read_model_files as read_model_files
 from mdiff.files.settings import STRICT as STRICT
+from mdiff.files.settings import meant as meant
 from mdiff.files.settings import parse_settings as parse_settings
 from mdiff.files.untrusted import MAX_JSON_BYTES as MAX_JSON_BYTES
 from mdiff.files.untrusted import MAX_JSON_VALUES as MAX_JSON_VALUES

@@ -36,7 +36,7 @@ def locate(name: str) -> ModelFiles:
         if own not in known:
             raise ConfigError(f"no builtin model {own!r}; {nearest(own, known)}")
         return _verified(known[own])
-    path = Path(name).expanduser()
+    path = at_home(name)
     if path.is_dir():
         return _verified(_step(path))
     if path.exists():
@@ -49,6 +49,14 @@ def locate(name: str) -> ModelFiles:
         beside = nearest(path.name, [entry.name for entry in path.parent.iterdir()][:1000])
         raise CheckpointError(f"{path}: no such directory in {path.parent}; {beside}")
     return _from_hub(name)
+
+
+def at_home(name: str) -> Path:
+    """The path, with the home directory for a ~; CheckpointError where it has none."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise CheckpointError(f"{name}: no such home directory") from None
 
 
 def builtin_models() -> dict[str, Path]:

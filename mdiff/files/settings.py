@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar, get_args
 
 from pydantic import ConfigDict, ValidationError
@@ -30,6 +30,29 @@ EXPECTED = {
     "literal_error": "{expected}",
     "string_too_short": "a text of at least {min_length} characters",
 }
+# What other trainers call a key, by the end of ours.
+ALIASES = {
+    "learning_rate": "optim.lr", "lr_scheduler": "optim.schedule",
+    "lr_scheduler_type": "optim.schedule", "warmup": "optim.warmup_steps", "wd": "weight_decay",
+    "num_warmup_steps": "optim.warmup_steps", "clip": "grad_clip", "max_grad_norm": "grad_clip",
+    "gradient_clip_val": "grad_clip", "gradient_clipping": "grad_clip", "min_lr": "final_lr",
+    "adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps", "max_steps": "steps",
+    "num_train_steps": "steps", "iterations": "steps", "max_iters": "steps", "epochs": "steps",
+    "num_train_epochs": "steps", "bs": "batch_size", "global_batch_size": "batch_size",
+    "train_batch_size": "batch_size", "per_device_train_batch_size": "micro_batch",
+    "micro_batch_size": "micro_batch", "gradient_accumulation_steps": "micro_batch",
+    "grad_accum": "micro_batch", "save_steps": "save_every", "save_interval": "save_every",
+    "save_total_limit": "keep", "logging_steps": "log.every", "log_every": "log.every",
+    "log_interval": "log.every", "report_to": "trackers", "num_workers": "workers",
+    "dataloader_num_workers": "workers", "ema_decay": "ema", "mixed_precision": "precision",
+    "bf16": "precision", "dtype": "precision", "torch_compile": "train.compile",
+    "block_size": "data.length", "max_length": "data.length", "seq_len": "data.length",
+    "seq_length": "data.length", "context_length": "data.length", "path": "data.source",
+    "text_column": "data.field", "hidden_size": "width",
+    "d_model": "width", "n_embd": "width", "num_layers": "depth", "n_layer": "depth",
+    "n_layers": "depth", "num_hidden_layers": "depth", "num_heads": "heads", "n_head": "heads",
+    "n_heads": "heads", "num_attention_heads": "heads",
+}  # fmt: skip
 # Of a model and of a dataclass.
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 MISSING = ("missing", "missing_argument")
@@ -63,7 +86,7 @@ def _one_line(
         known = [prefix + ".".join([*parent, name]) for name in _fields(_kind(kind, parent))]
         # A key that stands in the wrong section is nearest to its own name in the right one.
         everywhere = [path for path in _known(kind) if path.split(".")[-1] == location[-1]]
-        return f"unknown key {key[:80]!r}; {nearest(key[:80], everywhere or known)}"
+        return f"unknown key {key[:80]!r}; {meant(key[:80], everywhere or known, _known(kind))}"
     if first["type"] in MISSING:
         return f"{key} is missing: the recipe must give it"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -78,6 +101,20 @@ def _one_line(
             "",
         )
     return f"{key}={value!r:.60}: expected {expected}{more}".replace("\n", " ")
+
+
+def meant(key: str, known: Iterable[str], others: Iterable[str] = ()) -> str:
+    """The end of an error message: the key meant by the name that other trainers use, or `nearest`.
+
+    >>> meant("optim.learning_rate", ["optim.lr", "optim.name"])
+    "did you mean 'optim.lr'?"
+    """
+    known = list(known)
+    ours = ALIASES.get(key.rpartition(".")[2], key)
+    for name in (*known, *others):
+        if name.endswith(f".{ours}") or name == ours:
+            return f"did you mean {name!r}?"
+    return nearest(key, known)
 
 
 def _expected(problem: ErrorDetails) -> str:

@@ -15,7 +15,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from mdiff.denoiser import Denoiser, Saveable
-from mdiff.errors import ConfigError, MdiffError, nearest
+from mdiff.errors import ConfigError, MdiffError
+from mdiff.files import meant
 from mdiff.find import find
 from mdiff.kernels import philox
 from mdiff.modalities import Conditional, HasLayout, HasParts, Modality
@@ -138,7 +139,7 @@ def _part(
         given = {key: value for key, value in given.items() if key in parameters}
         for key in options:
             if key not in parameters:
-                where = nearest(f"{section}.{key}", [f"{section}.{k}" for k in parameters])
+                where = meant(f"{section}.{key}", [f"{section}.{k}" for k in parameters])
                 raise ConfigError(f"unknown key '{section}.{key}' of {part.name!r}; {where}")
     for key in options.keys() & given.keys():
         if options[key] != given[key]:

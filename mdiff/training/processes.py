@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import get_int_from_env, patch_environment
 
-from mdiff.errors import ConfigError, MdiffError
+from mdiff.errors import BackendError, ConfigError, MdiffError
+from mdiff.pipeline.batch import Launched
 
+# How launchers count processes, and where these meet.
+WORLDS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
 SHARDED = "accelerate launch --config_file configs/accelerate/fsdp2.yaml"
 
 
 def started() -> Accelerator:
     """The Accelerator of this process, as the launcher set it up.
 
-    Raises ConfigError for engines other than DDP and FSDP2.
+    Raises ConfigError for engines other than DDP and FSDP2, BackendError where the processes
+    cannot find each other.
     """
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
         if _asked_for(engine):
@@ -31,15 +38,40 @@ def started() -> Accelerator:
         if plugin.fsdp_version != 2:
             raise ConfigError(f"fsdp_version={plugin.fsdp_version}: expected 2: {SHARDED}")
     # With `cpu` set, processes without a GPU find each other under any launcher (by gloo).
-    made = Accelerator(
-        mixed_precision="no", cpu=not torch.accelerator.is_available(), fsdp_plugin=plugin
-    )
+    with _joining():
+        made = Accelerator(
+            mixed_precision="no", cpu=not torch.accelerator.is_available(), fsdp_plugin=plugin
+        )
     if plugin is not None and made.distributed_type == DistributedType.MULTI_CPU:
         # accelerate shards on GPUs alone, and would replicate the model here; torch can do both.
         made.state.distributed_type, made.state.fsdp_plugin = DistributedType.FSDP, plugin
     # A launcher's file may set it; the recipe's micro-batches are the only accumulation here.
     made.gradient_accumulation_steps = 1
     return made
+
+
+@contextmanager
+def _joining() -> Iterator[None]:
+    """To join the processes of a launcher in; a process that is the only one joins none.
+
+    Job scripts and notebooks name a rank and a world of one, without an address to meet at.
+    """
+    # ConfigError for values that are not numbers.
+    Launched.here()
+    missing = [name for name in MEETING if not os.environ.get(name)]
+    try:
+        alone = get_int_from_env(WORLDS, 1) == 1 and bool(missing)
+        # As accelerate marks a process without a launcher.
+        with patch_environment(LOCAL_RANK=-1) if alone else nullcontext():
+            yield
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, MdiffError) or not any(map(os.environ.get, (*WORLDS, "LOCAL_RANK"))):
+            raise
+        given = ", ".join(f"{name}={os.environ[name]}" for name in WORLDS if name in os.environ)
+        lack = f"; the environment lacks {' and '.join(missing)}" if missing else ""
+        raise BackendError(
+            f"the processes of a launcher ({given}) cannot find each other{lack}: {error}"
+        ) from error
 
 
 def _asked_for(engine: str) -> bool:

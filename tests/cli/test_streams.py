@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -140,3 +141,35 @@ def test_what_follows_an_error_is_discarded_without_another_call() -> None:
         assert isinstance(fault, OSError)
         assert output.write(memoryview(b"de")) == 2
         assert output.fault is fault
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("given", "drawn"),
+    [
+        ({"TERM": "xterm"}, True),
+        ({"TERM": "dumb"}, False),
+        ({"TERM": "unknown", "NO_COLOR": "1"}, False),
+        ({"TERM": "xterm", "COLUMNS": "x", "NO_COLOR": ""}, True),
+        ({"TERM": "xterm", "TTY_COMPATIBLE": "0"}, False),
+    ],
+)
+def test_a_stream_of_the_canvas_is_shown_on_every_terminal(
+    given: dict[str, str], drawn: bool, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TERM", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert cli.run(["generate", "text", "--length", "12", "--stream"]) == 0
+    shown = sys.stderr.getvalue()
+    assert ("\x1b[" in shown) == drawn
+    # Snapshots are numbered lines.
+    assert ("[12/12]" in shown) != drawn

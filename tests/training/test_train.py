@@ -488,6 +488,8 @@ def test_bf16_trains_float32_weights(tmp_path):
 def test_an_option_that_no_part_knows_is_refused_with_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown key 'model.widht'.*did you mean 'model.width'"):
         train(recipe(model__widht=3), tmp_path, **QUIET)
+    with pytest.raises(ConfigError, match=r"'model.hidden_size'.*did you mean 'model.width'"):
+        train(recipe(model__hidden_size=3), tmp_path, **QUIET)
     with pytest.raises(ConfigError, match=r"model.vocab_size=5: the data gives 9"):
         train(recipe(model__vocab_size=5), tmp_path, **QUIET)
     with pytest.raises(ConfigError, match="unknown schedule 'lineer'; did you mean 'linear'"):

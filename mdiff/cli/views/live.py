@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from mdiff.cli.views.console import is_coloured, message, printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mdiff.pipeline import Generation
     from mdiff.sampling import State
 
@@ -21,17 +23,20 @@ SNAPSHOTS = 10
 def watched(run: Generation) -> Iterator[State]:
     """The states of a run, its first sample drawn as it fills in."""
     if sys.stderr.isatty():
-        yield from _redrawn(run)
-    else:
-        yield from _printed(run)
+        from rich.console import Console
+
+        console = Console(stderr=True, no_color=not is_coloured(sys.stderr), highlight=False)
+        # rich draws nothing where TERM=dumb, or TTY_COMPATIBLE=0, says that it could not.
+        if console.is_terminal and not console.is_dumb_terminal:
+            yield from _redrawn(run, console)
+            return
+    yield from _printed(run)
 
 
-def _redrawn(run: Generation) -> Iterator[State]:
-    from rich.console import Console
+def _redrawn(run: Generation, console: Console) -> Iterator[State]:
     from rich.live import Live
     from rich.text import Text
 
-    console = Console(stderr=True, no_color=not is_coloured(sys.stderr), highlight=False)
     unpadded = run.valid[0].nonzero()[:, 0] if run.valid is not None else slice(None)
 
     def frame(fresh: list[bool]) -> Text:
