@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mdiff.backbones.layers.attention import Context, Tables, attention, tables_of
 from mdiff.backbones.layers.backbone import Layout
-from mdiff.backbones.layers.modules import modulated
+from mdiff.backbones.layers.modules import drawn, modulated
 from mdiff.errors import CheckpointError
 
 # Width of the sinusoids of a noise level, and their longest period over 2 pi.
@@ -60,7 +60,7 @@ class Embedding(nn.Module):
 
     def __init__(self, ids: int, width: int) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(ids, width))
+        self.embedding = drawn(ids, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The rows (B, L, D) of tokens (B, L)."""
@@ -83,14 +83,20 @@ class LevelEmbedding(nn.Module):
         return F.silu(self.mlp(waves.to(next(self.mlp.parameters()).dtype)))
 
 
+def frequencies(size: int) -> Tensor:
+    """10000^(-2 k / D) of k = 0, 1, ... below D / 2, float32."""
+    powers = torch.arange(0, size, 2, dtype=torch.float32) / size
+    return 1.0 / torch.pow(torch.tensor(LONGEST, dtype=torch.float32), powers)
+
+
 class Rotary(nn.Module):
-    """Rotary frequencies (D / 2,), which the files hold."""
+    """Rotary frequencies (D / 2,), which the files hold too."""
 
     inv_freq: Tensor
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", torch.empty(size // 2))
+        self.register_buffer("inv_freq", frequencies(size))
 
     def forward(self, positions: Tensor) -> Tables:
         """The tables (..., D) float32 of positions (...)."""

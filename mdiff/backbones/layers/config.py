@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 from mdiff.errors import ConfigError, nearest
 
@@ -28,6 +28,10 @@ class TransformerConfig:
     `causal` turns it into a left-to-right model, for baselines.
     """
 
+    # What a modality and its data decide: of a recipe no option.
+    not_offered: ClassVar[frozenset[str]] = frozenset(
+        {"vocab_size", "mask_id", "max_length", "layout", "classes"}
+    )
     vocab_size: int
     mask_id: int
     width: int
@@ -126,7 +130,8 @@ def checked(kind: type[Config], options: Mapping[str, object], label: str) -> Co
     known = {field.name for field in fields(kind)}
     for name in options:
         if name not in known:
-            raise ConfigError(f"unknown option {name!r} of {label}; {nearest(name, known)}")
+            offered = nearest(name, known - kind.not_offered)
+            raise ConfigError(f"unknown option {name!r} of {label}; {offered}")
     config = kind.of(options)
     need = config.parameter_count * BYTES_PER_WEIGHT
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

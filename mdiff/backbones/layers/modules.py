@@ -12,6 +12,7 @@ from mdiff.kernels.dense import linear, rms_norm
 
 # The names of a gated layer's three matrices in most files.
 GATED = ("gate_proj", "up_proj", "down_proj")
+INITIAL_STD = 0.02
 
 
 class Matrix(nn.Linear):
@@ -88,6 +89,11 @@ class GatedMLP(nn.Module):
         gate, up, down = self.children()
         result: Tensor = down(F.silu(gate(x)) * up(x))
         return result
+
+
+def drawn(*shape: int) -> nn.Parameter:
+    """A parameter of normal initial values, which those of a file replace."""
+    return nn.Parameter(nn.init.normal_(torch.empty(shape), std=INITIAL_STD))
 
 
 def unbiased(inputs: int, outputs: int) -> nn.Linear:

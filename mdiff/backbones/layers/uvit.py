@@ -125,8 +125,8 @@ class ResponseNorm(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.empty(1, 1, 1, size))
-        self.beta = nn.Parameter(torch.empty(1, 1, 1, size))
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, size))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, size))
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised grid `x` (B, h, w, size)."""

@@ -30,8 +30,8 @@ class BD3LM(MDLM):
         super().__init__(described, sizes, window=window, uses_time=uses_time)
         self.block_length: int | None = block_length
         if clipped:
-            self.register_buffer("sampling_eps_min", torch.empty(()))
-            self.register_buffer("sampling_eps_max", torch.empty(()))
+            self.register_buffer("sampling_eps_min", torch.tensor(LEFT))
+            self.register_buffer("sampling_eps_max", torch.tensor(1 - LEFT))
 
     def level(self, t: Tensor) -> Tensor:
         """The noise level sigma (B,) of t (B,), of the blocks that are being filled in."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.adaln import Sizes, Trunk
+from mdiff.backbones.layers.adaln import Sizes, Trunk, frequencies
 from mdiff.backbones.layers.attention import Tables
 from mdiff.backbones.layers.backbone import Layout, SequenceBackbone
 from mdiff.errors import ConfigError
@@ -26,8 +26,12 @@ class StoredRotary(nn.Module):
 
     def __init__(self, length: int, size: int) -> None:
         super().__init__()
-        self.register_buffer("cos_cached", torch.empty(1, length, KINDS, 1, size))
-        self.register_buffer("sin_cached", torch.empty(1, length, KINDS, 1, size))
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies(size)
+        angles = torch.cat([angles, angles], 1)[None, :, None, None].repeat(1, 1, KINDS, 1, 1)
+        # Values are not rotated.
+        angles[:, :, KINDS - 1] = 0
+        self.register_buffer("cos_cached", angles.cos())
+        self.register_buffer("sin_cached", angles.sin())
 
     def forward(self, positions: Tensor) -> Tables:
         """The cos and signed sin (..., D) of positions (...) below L, for `rotate`."""

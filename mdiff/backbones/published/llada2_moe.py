@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mdiff.backbones.layers.attention import Context, attention
 from mdiff.backbones.layers.decoder import Layer, LayerDecoder, Shape, key_heads_of
-from mdiff.backbones.layers.modules import GatedMLP, Matrix, RootNorm
+from mdiff.backbones.layers.modules import GatedMLP, Matrix, RootNorm, drawn
 from mdiff.backbones.layers.moe import Mixture, PowerRotary, expert_counts, only, router_logits
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_IDS, MOST_LAYERS, MOST_WIDTH, Fields
@@ -60,7 +60,7 @@ class Router(nn.Module):
             )
         self.scale = fields.number("routed_scaling_factor")
         self.of_any_type = True
-        self.weight = nn.Parameter(torch.empty(count, width))
+        self.weight = drawn(count, width)
         self.register_buffer("expert_bias", torch.zeros(count))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.decoder import (
@@ -14,7 +13,7 @@ from mdiff.backbones.layers.decoder import (
     Shape,
     key_heads_of,
 )
-from mdiff.backbones.layers.modules import GatedMLP, Matrix
+from mdiff.backbones.layers.modules import GatedMLP, Matrix, drawn
 from mdiff.backbones.layers.moe import Mixture, PowerRotary, expert_counts, only, router_logits
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_LAYERS, Fields
@@ -30,7 +29,7 @@ class Router(nn.Module):
         super().__init__()
         self.used = used
         self.of_any_type = True
-        self.weight = nn.Parameter(torch.empty(count, width))
+        self.weight = drawn(count, width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The chosen experts of tokens `x` (N, D), (N, K) int64, and their weights (N, K)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mdiff.backbones.layers.attention import Context, attention
 from mdiff.backbones.layers.backbone import Backbone, Call
 from mdiff.backbones.layers.grid import class_of, grid_layout
+from mdiff.backbones.layers.modules import drawn
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import MOST_IDS, MOST_LAYERS, MOST_WIDTH, Fields
 
@@ -30,8 +31,8 @@ class Weights(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.in_proj_weight = drawn(3 * width, width)
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
 
@@ -100,8 +101,8 @@ class GroupHead(nn.Module):
     def __init__(self, width: int, groups: int, columns: int) -> None:
         super().__init__()
         self.codes_per_position = groups
-        self.weight = nn.Parameter(torch.empty(groups * columns, width))
-        self.bias = nn.Parameter(torch.empty(groups * columns))
+        self.weight = drawn(groups * columns, width)
+        self.bias = nn.Parameter(torch.zeros(groups * columns))
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits (N, V)."""
@@ -125,7 +126,7 @@ class MaskBitGenerator(Backbone):
         self.bits_per_token, self.before = bits // groups, before
         self.class_emb = nn.Embedding(classes + 1, width)
         self.input_proj = nn.Linear(bits, width)
-        self.pos_emb = nn.Parameter(torch.empty(1, side**2 + 1, width))
+        self.pos_emb = drawn(1, side**2 + 1, width)
         self.first_layer = nn.Sequential(nn.LayerNorm(width, eps=EPSILON))
         self.transformer = Transformer(width, depth, heads, inner, before=before)
         if before:
@@ -135,7 +136,8 @@ class MaskBitGenerator(Backbone):
         )
         self.prediction_layer = GroupHead(width, groups, ids)
         # The value of each bit: stored in the files, and the same in all of them.
-        self.register_buffer("bits_to_indices", torch.empty(bits // groups, dtype=torch.int32))
+        values = 1 << torch.arange(bits // groups, dtype=torch.int32)
+        self.register_buffer("bits_to_indices", values)
 
     @property
     def head(self) -> nn.Module:
