@@ -14,4 +14,5 @@ from mdiff.objective.corruption import stratified_times as stratified_times
 from mdiff.objective.corruption import truncated_normal as truncated_normal
 from mdiff.objective.loss import Loss as Loss
 from mdiff.objective.loss import masked_diffusion_loss as masked_diffusion_loss
+from mdiff.objective.loss import refuse_blocks as refuse_blocks
 from mdiff.objective.nll import token_nll as token_nll

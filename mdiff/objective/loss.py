@@ -13,7 +13,7 @@ from typing import NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Condition, Denoiser
+from mdiff.denoiser import Condition, Denoiser, block_length_of
 from mdiff.errors import ConfigError
 from mdiff.objective.corruption import corrupt, maskable_positions, stratified_times
 from mdiff.objective.nll import hidden_loss
@@ -77,8 +77,10 @@ def masked_diffusion_loss(
     Label smoothing spreads over permitted ids only; `nll` is without it. Of a denoiser that is its
     `features` and a `head` the logits never exist all at once (`ops.masked_cross_entropy`).
 
-    Raises ConfigError for an unknown weight or smoothing outside [0, 1).
+    Raises ConfigError for an unknown weight, smoothing outside [0, 1), or a block model, whose
+    bound is another: that of each block given clean ones before it.
     """
+    refuse_blocks(denoiser)
     weigh = _weight_function(weight, schedule)
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing={label_smoothing}: expected 0 up to less than 1")
@@ -95,6 +97,16 @@ def masked_diffusion_loss(
     )  # fmt: skip
     spread = torch.zeros(tokens.shape, dtype=nll.dtype, device=nll.device)
     return Loss(value, spread.masked_scatter(hidden, nll), hidden)
+
+
+def refuse_blocks(denoiser: Denoiser) -> None:
+    """Raise ConfigError for a block model, for which `masked_diffusion_loss` is no bound."""
+    length = block_length_of(denoiser)
+    if length is not None:
+        raise ConfigError(
+            f"a block model (block_length={length}) cannot be trained here: hiding tokens of the "
+            "whole row is not its objective, which has clean blocks before each noisy one"
+        )
 
 
 def _global_batch(

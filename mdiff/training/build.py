@@ -20,7 +20,7 @@ from mdiff.files import meant
 from mdiff.find import find
 from mdiff.kernels import philox
 from mdiff.modalities import Conditional, HasLayout, HasParts, Modality
-from mdiff.objective import GivenParts
+from mdiff.objective import GivenParts, refuse_blocks
 from mdiff.schedule import Schedule, named_schedule
 from mdiff.tokens import Examples, TokenSpace
 from mdiff.training.batches import StepRows
@@ -108,6 +108,7 @@ def _loss(recipe: Recipe, modality: Modality, examples: Examples, schedule: Sche
             f"model {recipe.model.name!r}: expected a Denoiser with `uses_time` and "
             "`save_pretrained`, see docs/adding-a-part.md"
         )
+    refuse_blocks(backbone)
     backbone.to(DTYPES[recipe.train.precision]).train()
     given = None
     if recipe.objective.given is not None:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from mdiff.errors import DataError
 from mdiff.files import locked, step_path, sweep
+from mdiff.process_state import kept_generators
 from mdiff.training.async_save import Writer
 from mdiff.training.build import Run, build_run
 from mdiff.training.checkpoint import (
@@ -32,6 +33,7 @@ from mdiff.training.validation import Validation, Validator, best_so_far
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+@kept_generators()
 def train(
     recipe: Recipe, out: Path | str, *, resume: str = "auto",
     report: Callable[[str], None] = to_stderr,
@@ -41,7 +43,8 @@ def train(
     `resume`: "auto" resumes from the newest complete checkpoint in `out`, if there is one;
     "none" starts afresh; a path is the checkpoint, or the run's directory, to resume from. On
     the CPU a resumed run gives bitwise what an uninterrupted one gives. Under `accelerate launch`
-    the processes share each global batch and one of them writes.
+    the processes share each global batch and one of them writes. The global generators of torch,
+    numpy and Python are left as they were.
 
     Raises ConfigError, DataError or CheckpointError for what does not fit, before anything is
     written; DataError at a step whose loss is not finite; KeyboardInterrupt after SIGINT,
