@@ -202,7 +202,7 @@ def _foreign(
         mask_id = module.mask_id
     text = _text_of(folder, mask_id, tokenizer)
     if mask_id is None and text is None:
-        mask_id = files.config.get("mask_id")
+        mask_id = files.config.get("mask_id", files.config.get("mask_token_id"))
     elif mask_id is None and text is not None and isinstance(text.tokenizer, Pretrained):
         mask_id = text.tokenizer.mask_id
     if type(mask_id) is not int:
