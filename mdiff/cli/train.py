@@ -26,13 +26,9 @@ def train(
 
     settings = load_recipe(recipe, overrides or ())
 
-    import transformers
-
     from mdiff.training import is_main_process, to_stderr
     from mdiff.training import train as run
 
-    # Its bars for the writing of weights would break up the lines of progress.
-    transformers.utils.logging.disable_progress_bar()
     path = run(settings, out, resume=resume, report=to_stderr)
     if is_main_process():
         result(str(path))
