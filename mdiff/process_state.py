@@ -25,7 +25,7 @@ class _Transformers:
         self.depth += 1
         if self.depth > 1:
             return
-        from huggingface_hub.utils import are_progress_bars_disabled
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled
         from transformers import logging
 
         self.shows_bars = logging.is_progress_bar_enabled()
@@ -37,7 +37,7 @@ class _Transformers:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
         from transformers import logging
 
         self.depth -= 1

@@ -226,10 +226,7 @@ def stack_conditions(
 
 
 def ranks(tokens: Tensor, valid: Tensor | None) -> Tensor:
-    """The rank of each token among the valid ones of its row, (B, L) int64.
-
-    Padding has that of the valid token before it, or 0.
-    """
+    """The rank (B, L) int64 of each token among its row's valid ones; of padding, the last or 0."""
     if valid is None:
         return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     return (valid.cumsum(1) - 1).clamp(min=0)

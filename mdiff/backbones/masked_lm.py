@@ -188,13 +188,14 @@ class MaskedLM(nn.Module):
         lengths, row, shape = mask.sum(1), row.flatten(), row.shape
         position = position.flatten()
         parts, order = [], []
-        for length in lengths.unique().tolist():
+        for length in sorted(set(lengths.tolist())):
             members = (lengths == length).nonzero()[:, 0]
             wanted = torch.isin(row, members).nonzero()[:, 0]
             chosen = torch.searchsorted(members, row[wanted]), position[wanted]
             parts.append(self._call(rows[members, :length], None, chosen))
             order.append(wanted)
-        return torch.cat(parts)[torch.cat(order).argsort()].unflatten(0, shape)
+        rows_of_logits = torch.cat(parts)[torch.cat(order).argsort()]
+        return rows_of_logits.view(*shape, rows_of_logits.shape[-1])
 
     def _self_test(self, tokens: Tensor, starts: list[int | None]) -> int:
         """How many columns the model's own logits have, once calls here give the same.

@@ -42,17 +42,16 @@ def save_model(
         raise ConfigError(f"{type(inner).__name__} cannot be saved: it has no files")
     if isinstance(inner, nn.Module):
         _check_weights(inner)
-    denoiser = inner
     if isinstance(modality, HasFolders):
         # A published directory: each part in the folder and the layout that it came in.
         with staged(folder) as part:
-            denoiser.save_pretrained(part / modality.denoiser_folder)
+            inner.save_pretrained(part / modality.denoiser_folder)
             modality.save(part)
         return
     name = type(schedule).__name__.lower()
     if name not in SCHEDULES:
         raise ConfigError(f"the schedule {name} cannot be saved; known: {', '.join(SCHEDULES)}")
-    backbone, medium = _backbone_of(denoiser), modality.config()
+    backbone, medium = _backbone_of(inner), modality.config()
     if medium["name"] not in names("modalities"):
         known = nearest(str(medium["name"]), names("modalities"))
         raise ConfigError(f"the modality {medium['name']!r} cannot be saved: no part; {known}")
@@ -62,7 +61,7 @@ def save_model(
             f"{_written(space)}: they cannot be saved together"
         )
     with staged(folder) as part:
-        denoiser.save_pretrained(part)
+        inner.save_pretrained(part)
         modality.save(part)
         write_pipeline(
             part, backbone=backbone, window=window, modality=medium, space=space,
@@ -92,7 +91,7 @@ def _check_weights(denoiser: nn.Module) -> None:
             raise CheckpointError(f"{name} holds NaN or infinite numbers: nothing was saved")
 
 
-def _backbone_of(denoiser: Denoiser) -> str:
+def _backbone_of(denoiser: object) -> str:
     """The backbone's name, that of its module; of a class made of one, that one's.
 
     Raises ConfigError where `load` would find no backbone of that name.

@@ -70,7 +70,7 @@ def test_a_run_directory_gives_its_latest_complete_step(saved: Path, tmp_path: P
         ("pipeline.json", lambda raw: raw + b" ", "pipeline.json"),
         ("manifest.json", lambda raw: b"{}", "manifest.json"),
         ("manifest.json", lambda raw: raw.replace(b"config.json", b"../onfig.json"), "onfig"),
-        ("extra.bin", lambda raw: b"\x80\x02", "not in the manifest"),
+        ("extra.safetensors", lambda raw: b"\x80\x02", "not in the manifest"),
     ],
 )
 def test_an_altered_checkpoint_is_refused(
