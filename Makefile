@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # More threads than cores make small models many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all faults check figures rooms gpu clean
+.PHONY: docs demo test test-all faults check figures rooms gpu clean
 
 demo: $(READY)
 	$(BIN)/mdiff demo
@@ -32,6 +32,11 @@ check: $(READY)
 figures: $(READY)
 	$(BIN)/python benchmarks/structure.py
 
+# The documentation site, in site/: docs/ and the docstrings. Its pages fetch nothing.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Draws docs/pictures/rooms.svg, the rooms and their imports.
 rooms: $(READY)
 	$(BIN)/python tests/support/rooms_drawing.py
@@ -50,4 +55,4 @@ $(READY): pyproject.toml constraints.txt kernels/onepass.c
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site $(VENV) build dist kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
