@@ -12,13 +12,7 @@ import mdiff.cli.options as ask
 from mdiff.cli.images.generate import Wanted, generate_pictures, medium_of, shows_pictures
 from mdiff.cli.images.requests import combined, requests_of
 from mdiff.cli.rules import refuse
-from mdiff.cli.text import (
-    device_of,
-    generate_at_volume,
-    generate_text,
-    requests_of_file,
-    text_requests,
-)
+from mdiff.cli.text import generate_at_volume, generate_text, requests_of_file, text_requests
 
 
 def generate(
@@ -88,6 +82,9 @@ def generate(
         typer.Option(help="Processes that generate for --input and a folder --out, of text."),
     ] = None,
     timeout: ask.Timeout = None,
+    engine: ask.EngineName = None,
+    address: ask.Address = None,
+    shard: ask.ShardName = None,
 ) -> None:
     """Generate samples: text to stdout, pictures to files; figures go to stderr."""
     # With a file of requests the folder may hold a part of the results: see docs/volume.md.
@@ -105,9 +102,10 @@ def generate(
 
     from mdiff.files import locate
 
-    on, name = device, model
+    on, name, division = device, model, ask.division(workers, timeout, engine, address, shard)
     if volume:
-        on = device_of(device, plans_only=(workers or 1) > 1 or timeout is not None)
+        # Where workers generate, this process only plans.
+        on = device if division.in_process else "cpu"
         # A run that is being trained may get a newer checkpoint.
         name = str(locate(model).folder)
     pipeline = ask.loaded(name, on, dtype, mask_id, tokenizer, special_tokens)
@@ -123,8 +121,8 @@ def generate(
         generate_at_volume(
             pipeline, input_file, out, model=name, num_samples=num_samples, length=length,
             max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size, options=options,
-            dtype=dtype, device=device, mask_id=mask_id, timeout=timeout, as_json=as_json,
-            workers=1 if workers is None else workers, special_tokens=special_tokens,
+            dtype=dtype, device=device, mask_id=mask_id, division=division,
+            as_json=as_json, special_tokens=special_tokens,
         )  # fmt: skip
         return
     requests = text_requests(prompt, infill, chat)

@@ -15,6 +15,7 @@ from mdiff.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from mdiff.pipeline import CallOptions, Pipeline
+    from mdiff.pipeline.batch import Division
 
 # Flags that were renamed: the old name goes on working, with a warning.
 RENAMED = {
@@ -32,6 +33,9 @@ def current_flag(name: str) -> str:
 
 # For the commands with such a flag.
 RENAMING = {"token_normalize_func": current_flag}
+
+# The flags that say who makes the shards of a job.
+DIVISION = ("workers", "timeout", "engine", "address", "shard")
 
 Model = Annotated[str, typer.Argument(help="builtin:NAME, a directory or a Hub id.")]
 SamplerName = Annotated[str, typer.Option("--sampler", help="A name from samplers/.")]
@@ -84,6 +88,17 @@ SpecialTokens = Annotated[
 Timeout = Annotated[
     float | None,
     typer.Option(help="Seconds of silence after which a worker is killed; default: never."),
+]
+EngineName = Annotated[
+    str | None, typer.Option("--engine", help="local: processes here (default); ray: a cluster.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Of a Ray cluster: HOST:PORT or auto; else RAY_ADDRESS, or one made here."),
+]
+ShardName = Annotated[
+    str | None,
+    typer.Option("--shard", help="K/N: make the K-th of N parts alone, as a job of an array."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a sample.")]
 Trace = Annotated[
@@ -214,3 +229,13 @@ def guidance_options(
 def title_of(model: str, sampler: str | None) -> str:
     """The title of a page: the model, and the sampler where one was named."""
     return model if sampler is None else f"{model} · {sampler}"
+
+
+def division(
+    workers: int | None, timeout: float | None, engine: str | None, address: str | None,
+    shard: str | None,
+) -> Division:  # fmt: skip
+    """Who makes the shards of a job, by its flags; ConfigError for invalid ones."""
+    from mdiff.pipeline.batch import Division, Share
+
+    return Division(workers, timeout, engine or "local", address, Share.of(shard))

@@ -102,7 +102,7 @@ class Rule:
 TEXT_ONLY = "is for models of text; {model} is one of pictures"
 PICTURES_ONLY = "is for models of pictures; {model} is one of {medium}"
 RULES = (
-    Rule("generate", "workers timeout", lambda a: not a.volume,
+    Rule("generate", "workers timeout engine address shard", lambda a: not a.volume,
          "needs --input FILE and --out FOLDER, of a model of text"),
     Rule("generate", "tokenizer", lambda a: a.volume,
          "with --input and --out: put its files beside the weights"),
@@ -131,8 +131,8 @@ RULES = (
          "enlarges a grid; the pictures of a folder keep their size: name a .png by --out"),
     Rule("demo", "out", lambda a: a.suffix("out") not in (".html", ".htm"),
          "{value}: expected a name that ends in .html"),
-    Rule("generate", "infill chat length max_new_tokens stream workers timeout",
-         lambda a: a.pictures, TEXT_ONLY),
+    Rule("generate", "infill chat length max_new_tokens stream", lambda a: a.pictures, TEXT_ONLY),
+    Rule("generate", "workers timeout engine address shard", lambda a: a.pictures, TEXT_ONLY),
     Rule("generate", "label image resize scale_up", lambda a: a.other, PICTURES_ONLY),
     Rule("generate", "trace", lambda a: a.other and a.volume, "does not go with --input and --out"),
     Rule("generate", "out", lambda a: a.other and not a.volume,

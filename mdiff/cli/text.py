@@ -14,6 +14,7 @@ from mdiff.errors import DataError
 
 if TYPE_CHECKING:
     from mdiff.pipeline import CallOptions, Generated, Pipeline
+    from mdiff.pipeline.batch import Division
 
 KINDS = ("prompt", "infill", "chat")
 
@@ -107,18 +108,11 @@ def _filled(
     return samples
 
 
-def device_of(device: str | None, *, plans_only: bool) -> str | None:
-    """The device for the model of this process; "cpu" where only its workers generate."""
-    from mdiff.pipeline.batch import Launched
-
-    return "cpu" if plans_only else Launched.here().device(device)
-
-
 def generate_at_volume(
     pipeline: Pipeline, requests: Path, out: Path, *, model: str, num_samples: int,
     length: int | None, max_new_tokens: int | None, seed: int, batch_size: int,
     options: CallOptions, dtype: str | None, device: str | None, mask_id: int | None,
-    workers: int, timeout: float | None, as_json: bool, special_tokens: str,
+    division: Division, as_json: bool, special_tokens: str,
 ) -> None:  # fmt: skip
     """Generate what is missing in the folder; print the path of the results.
 
@@ -135,8 +129,7 @@ def generate_at_volume(
     start = time.monotonic()
     outcome = generate_offline(
         pipeline, requests, out, model=model, setting=setting, dtype=dtype, device=device,
-        mask_id=mask_id, workers=workers, timeout=timeout, special_tokens=special_tokens,
-        report=message,
+        mask_id=mask_id, special_tokens=special_tokens, division=division, report=message,
     )  # fmt: skip
     if outcome is None:
         return

@@ -28,6 +28,10 @@ KINDS = ("byte", "char", "bpe")
 Name = Annotated[
     str, typer.Argument(help="byte, a folder, a model (builtin:NAME, a directory) or a Hub id.")
 ]
+Written = Annotated[
+    list[str] | None, typer.Argument(metavar="[TEXT | PICTURES...]", help="Default: stdin.")
+]
+Ids = Annotated[list[str] | None, typer.Argument(metavar="[IDS... | DIR]", help="Default: stdin.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 Size = Annotated[str | None, typer.Option(help="Pictures' HEIGHTxWIDTH; else the first one's.")]
 Resize = Annotated[bool, typer.Option("--resize", help="Crop and scale pictures to the size.")]
@@ -100,10 +104,7 @@ def train(
 @tokenizer.command(cls=Command, context_settings=ask.RENAMING)
 def encode(
     name: Name,
-    written: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[TEXT | PICTURES...]", help="Text: by default standard input."),
-    ] = None,
+    written: Written = None,
     out: Annotated[Path | None, typer.Option(help="A folder for pictures' tokens.")] = None,
     size: Size = None,
     resize: Resize = False,
@@ -111,6 +112,9 @@ def encode(
     rows: Annotated[int | None, typer.Option(help="Pictures a shard (4096).")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
     timeout: ask.Timeout = None,
+    engine: ask.EngineName = None,
+    address: ask.Address = None,
+    shard: ask.ShardName = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the ids of a text, or write those of pictures; a rerun writes what is missing."""
@@ -125,27 +129,22 @@ def encode(
             raise ConfigError(f"{name} encodes pictures: expected their paths, and --out DIR")
         encode_pictures(
             made, _pictures(written, resize=resize, captions=captions), out,
-            size=parsed_size(size), rows=rows, workers=workers, timeout=timeout,
-            as_json=as_json,
+            size=parsed_size(size), rows=rows, as_json=as_json,
+            division=ask.division(workers, timeout, engine, address, shard),
         )  # fmt: skip
         return
-    _refuse_pictures(flags, "out", "size", "captions", "rows", "workers", "timeout", "resize")
+    _refuse_pictures(flags, "out", "size", "captions", "rows", "resize", *ask.DIVISION)
     if written and len(written) > 1:
         raise ConfigError(f"expected one text, got {len(written)} words: put it in quotes")
     ids = made.encode(_input(written[0] if written else None))
-    if as_json:
-        result_json({"tokens": ids, "pieces": made.pieces(ids)})
-    else:
-        result(" ".join(map(str, ids)))
+    found = {"tokens": ids, "pieces": made.pieces(ids)} if as_json else None
+    result(" ".join(map(str, ids))) if found is None else result_json(found)
 
 
 @tokenizer.command(cls=Command)
 def decode(
     name: Name,
-    ids: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[IDS... | DIR]", help="Ids: by default standard input."),
-    ] = None,
+    ids: Ids = None,
     out: Annotated[Path | None, typer.Option(help="Pictures: one grid.png, or a folder.")] = None,
     n: Annotated[int | None, typer.Option(help="The first n; a grid shows 64.")] = None,
     as_json: AsJson = False,

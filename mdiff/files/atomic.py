@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mdiff.errors import CheckpointError, ConfigError
@@ -55,16 +56,6 @@ def _umask() -> int:
 
 # Read once: a process can only ask for it by setting it, and other threads make files meanwhile.
 UMASK = _umask()
-# Open files of the locks that this process holds: a forked child closes its copies.
-_held: set[int] = set()
-
-
-def _close_held() -> None:
-    while _held:
-        os.close(_held.pop())
-
-
-os.register_at_fork(after_in_child=_close_held)
 
 
 @contextmanager
@@ -207,38 +198,33 @@ def steps(directory: Path) -> list[int]:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """An exclusive lock on `directory`, for one writing process at a time.
+def locked(directory: Path, name: str = ".lock") -> Iterator[None]:
+    """An exclusive lock on the file `name` in `directory`, for one writing process at a time.
 
-    The kernel releases the lock of a process that ends; the file that stays has no meaning.
-    Raises CheckpointError where another process holds it.
+    The lock of a process that ends is released; the file that stays has no meaning. Raises
+    CheckpointError where another process holds it.
     """
-    import fcntl
-
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"{directory} is not a directory: expected one to write to") from None
-    lock = directory / ".lock"
-    if os.path.lexists(lock) and not lock.is_file():
-        raise ConfigError(f"{lock} is not a plain file: expected one, or none")
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    path = directory / name
+    if os.path.lexists(path) and not path.is_file():
+        raise ConfigError(f"{path} is not a plain file: expected one, or none")
+    lock = FileLock(path, blocking=False)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
-            raise CheckpointError(
-                f"{directory} is being written by process {owner}: wait for it or use another --out"
-            ) from None
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
-        _held.add(handle)
+        lock.acquire()
+    except Timeout:
+        owner = path.read_text(encoding="utf-8", errors="replace").strip()[:32] or "unknown"
+        raise CheckpointError(
+            f"{directory} is being written by process {owner}: wait for it or use another --out"
+        ) from None
+    try:
+        path.write_text(f"{os.getpid()}\n", encoding="utf-8")
         yield
     finally:
-        _held.discard(handle)
-        os.close(handle)
+        lock.release()
 
 
 def read_manifest(path: Path, *, root: Path | None = None) -> Manifest:

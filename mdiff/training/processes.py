@@ -11,7 +11,6 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.utils import get_int_from_env, patch_environment
 
 from mdiff.errors import BackendError, ConfigError, MdiffError
-from mdiff.pipeline.batch import Launched
 
 # How launchers count processes, and where these meet.
 WORLDS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
@@ -56,8 +55,7 @@ def _joining() -> Iterator[None]:
 
     Job scripts and notebooks name a rank and a world of one, without an address to meet at.
     """
-    # ConfigError for values that are not numbers.
-    Launched.here()
+    _check_ranks()
     missing = [name for name in MEETING if not os.environ.get(name)]
     try:
         alone = get_int_from_env(WORLDS, 1) == 1 and bool(missing)
@@ -72,6 +70,17 @@ def _joining() -> Iterator[None]:
         raise BackendError(
             f"the processes of a launcher ({given}) cannot find each other{lack}: {error}"
         ) from error
+
+
+def _check_ranks() -> None:
+    """Raise ConfigError where a launcher's rank is no number below its count of processes."""
+    try:
+        rank = int(os.environ.get("RANK", "0"))
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        raise ConfigError("RANK and WORLD_SIZE: expected whole numbers") from None
+    if not 0 <= rank < world:
+        raise ConfigError(f"RANK={rank}, WORLD_SIZE={world}: expected less of both")
 
 
 def _asked_for(engine: str) -> bool:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from folders import ROOT
 from PIL import Image
-from volume_runs import content, ranked
+from volume_runs import content
 
 from mdiff.cli import run
 from mdiff.modalities.image.codec import load_codec
@@ -134,21 +134,25 @@ def test_a_batch_goes_on_past_bad_files_and_reports_them_at_the_end(
     assert len(open_shards(tokens)) == 11
 
 
-def test_a_later_process_of_a_launcher_makes_its_share_and_says_nothing(
-    faces: Path, codec: str, tmp_path: Path, capsys: Captured
+def test_a_process_with_a_share_makes_it_and_the_last_one_reports(
+    faces: Path, codec: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (faces / "glad" / "page.png").write_text("<html>")
     tokens = tmp_path / "tokens"
     words = ["tokenizer", "encode", codec, str(faces), "--out", str(tokens), "--rows", "4"]
-    with ranked(1, 2):
-        assert run(words) == 0
-        assert capsys.readouterr() == ("", "shard-000001.safetensors: 1 of 1\n")
-        assert run([*words, "--workers", "2"]) == 2
-        assert "1 in each process of a launcher" in capsys.readouterr().err
-    with ranked(0, 2):
-        assert run(words) == 3
+    words += ["--workers", "1"]
+    assert run([*words, "--shard", "2/2"]) == 0
+    made = "shard-000001.safetensors: 1 of 1"
+    assert capsys.readouterr() == (
+        "", f"{made}\nother shards of {tokens} are not complete yet: their processes go on\n"
+    )  # fmt: skip
+    # A launcher says the same by its environment.
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(words) == 3
     assert "10 pictures: 2 shards made, 1 kept" in capsys.readouterr().err
-    assert len(open_shards(tokens)) == 10
+    assert run([*words, "--shard", "3/2"]) == 2
+    assert "--shard 3/2: expected K/N" in capsys.readouterr().err
 
 
 def test_an_invalid_timeout_is_one_line(

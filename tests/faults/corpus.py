@@ -39,6 +39,7 @@ from mdiff.modalities.text.documents import Source, read_bytes
 from mdiff.modalities.text.modality import text
 from mdiff.modalities.text.pretrained import Pretrained
 from mdiff.modalities.text.tokenizers import BytePairs
+from mdiff.pipeline.batch.division import Division
 from mdiff.pipeline.batch.encoding import write_shards
 from mdiff.pipeline.batch.requests import read_requests
 from mdiff.pipeline.pipeline import Pipeline
@@ -190,7 +191,7 @@ def make_shards(folder: Path) -> None:
     given = Pictures(pixels=pixels(), names=[str(i) for i in range(12)],
                      labels=torch.arange(12) % 2, label_names=["a", "b"])  # fmt: skip
     folder.rmdir()
-    write_shards(given, folder, codec=codec, rows=6, workers=1)
+    write_shards(given, folder, codec=codec, rows=6, division=Division(workers=1))
     (folder / ".lock").unlink()
 
 

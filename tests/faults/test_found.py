@@ -30,13 +30,16 @@ from mdiff.modalities.image.data.images import Pictures, read_pictures
 from mdiff.modalities.image.data.token_shards import open_shards
 from mdiff.modalities.text.documents import read_bytes
 from mdiff.modalities.text.modality import text
+from mdiff.pipeline.batch.division import Division
 from mdiff.pipeline.batch.encoding import write_shards
+from mdiff.pipeline.batch.offline import RequestShard
 from mdiff.pipeline.batch.plan import Setting
 from mdiff.pipeline.batch.requests import read_requests
-from mdiff.pipeline.batch.shards import RequestShard
 from mdiff.pipeline.loading import load
 from mdiff.pipeline.pipeline import Pipeline
 from mdiff.training.loop import train
+
+ALONE = Division(workers=1)
 
 
 def pictures(count=12, seed=1):
@@ -62,31 +65,30 @@ def test_workers_load_the_step_that_was_planned(tmp_path, monkeypatch):
     pipeline = Pipeline(denoiser, modality.space, modality, window=16)
     pipeline.save(step_path(tmp_path / "run", 5))
     (tmp_path / "in.jsonl").write_text('{"prompt": "a", "length": 4}\n')
-    jobs = []
+    makers = []
 
-    def later_step(job, launched, **options):
+    def later_step(shards, make, maker, division, **options):
         pipeline.save(step_path(tmp_path / "run", 9))
-        jobs.append(job)
+        makers.append(maker)
         return 0
 
     monkeypatch.setattr(offline, "make_all", later_step)
-    monkeypatch.setattr(offline, "merge", lambda *given: (0, []))
     offline.generate_offline(
         pipeline, tmp_path / "in.jsonl", tmp_path / "out", model=str(tmp_path / "run"),
-        setting=Setting(), workers=2,
+        setting=Setting(), division=Division(workers=2),
     )  # fmt: skip
-    assert Path(jobs[0].maker.model) == step_path(tmp_path / "run", 5)
+    assert Path(makers[0].model) == step_path(tmp_path / "run", 5)
 
 
 def test_an_altered_shard_is_made_again_not_made_official(tmp_path):
     codec = kmeans(codebook_size=8).fit(pictures().pixels)
-    write_shards(pictures(), tmp_path / "out", codec=codec, rows=4, workers=1)
+    write_shards(pictures(), tmp_path / "out", codec=codec, rows=4, division=ALONE)
     path = sorted((tmp_path / "out").glob("*.safetensors"))[1]
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(DataError, match="altered"):
         open_shards(tmp_path / "out")
-    done = write_shards(pictures(), tmp_path / "out", codec=codec, rows=4, workers=1)
+    done = write_shards(pictures(), tmp_path / "out", codec=codec, rows=4, division=ALONE)
     assert (done.made, done.kept) == (1, 2)
     assert path.read_bytes() == whole
     open_shards(tmp_path / "out")
@@ -99,12 +101,19 @@ def test_somebody_elses_tensors_are_not_written_over_and_other_pictures_are_repo
         folder.mkdir()
         save_file({"w": torch.zeros(2)}, folder / name)
         with pytest.raises(ConfigError, match="name a new folder"):
-            write_shards(pictures(), folder, codec=codec, rows=4, workers=1)
+            write_shards(pictures(), folder, codec=codec, rows=4, division=ALONE)
         assert (folder / name).exists()
-    write_shards(pictures(), tmp_path / "out", codec=codec, rows=4, workers=1)
+    write_shards(pictures(), tmp_path / "out", codec=codec, rows=4, division=ALONE)
     lines = []
     other = pictures(4, seed=2)
-    write_shards(other, tmp_path / "out", codec=codec, rows=4, workers=1, report=lines.append)
+    write_shards(
+        other,
+        tmp_path / "out",
+        codec=codec,
+        rows=4,
+        division=ALONE,
+        report=lines.append,
+    )
     assert lines[0].startswith("3 shards of other pictures")
     assert len(open_shards(tmp_path / "out")) == 4
 

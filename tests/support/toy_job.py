@@ -1,4 +1,4 @@
-"""A job whose shards are files of words, each of which may do something to its maker."""
+"""Shards that are files of words, each of which may do something to its maker."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import errno
 import os
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mdiff.errors import DataError
 from mdiff.files.atomic import replace_file, sweep
-from mdiff.pipeline.batch.jobs import Job
+from mdiff.pipeline.batch.division import Division
+from mdiff.pipeline.batch.runner import make_all
 
 # Long against the start of a worker, short against a test.
 TIMEOUT = 2.0
@@ -19,7 +20,7 @@ TIMEOUT = 2.0
 
 @dataclass(frozen=True)
 class ToyShard:
-    """A file of words, each of which may do something to its maker."""
+    """A file of words; "a+b" are two words that are made together."""
 
     number: int
     words: tuple[str, ...]
@@ -28,32 +29,38 @@ class ToyShard:
     def __str__(self):
         return f"toy {self.number}"
 
+    @property
+    def count(self):
+        return len(self.words)
+
     def is_complete(self):
         return self.path.exists()
 
     def clear(self):
         sweep(self.path.parent, f"{self.path.name}.")
 
-    def part(self):
-        return self
+    def item(self, number):
+        return self.words[number], str(self.path)
 
-    def without(self, item, how):
-        words = tuple(word for word in self.words if word != item)
-        return None if item == "hopeless" else replace(self, words=words)
+    def split(self, item):
+        words = item[0].split("+")
+        return [(word, item[1]) for word in words] if len(words) > 1 else ()
+
+    def failure(self, item, how):
+        return None if item[0] == "hopeless" else f"({how})"
+
+    def write(self, results):
+        replace_file(self.path, [" ".join(results).encode()])
 
 
-def make(shard, heartbeat):
-    """Write the words; each call leaves a line in the journal beside the folder."""
-    with (shard.path.parent.parent / "journal").open("a") as journal:
-        journal.write(f"{shard.number}\n")
-    half = shard.path.parent / f".{shard.path.name}.{os.getpid()}.tmp"
-    half.write_text("half")
-    for word in shard.words:
-        if word != "unreported":
-            heartbeat(word)
-        mishap(word, shard.path.parent.parent / f"once {shard.number} {word}")
-    half.unlink()
-    replace_file(shard.path, [" ".join(shard.words).encode()])
+def make(item):
+    """The words; each call leaves a line in the journal beside the folder."""
+    words, path = item
+    with (Path(path).parent.parent / "journal").open("a") as journal:
+        journal.write(f"{Path(path).stem} {words}\n")
+    for word in words.split("+"):
+        mishap(word, Path(path).parent.parent / f"once {Path(path).stem} {word}")
+    return words.replace("+", " ")
 
 
 def mishap(word, mark):
@@ -63,7 +70,7 @@ def mishap(word, mark):
         if mark.exists():
             return
         mark.touch()
-    if kind in ("kill", "hopeless", "unreported"):
+    if kind in ("kill", "hopeless"):
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "leave":
         os._exit(7)
@@ -83,24 +90,35 @@ def mishap(word, mark):
 
 @dataclass(frozen=True)
 class ToyMaker:
-    """Opens `make`, or fails to."""
+    """Opens `make`, or fails to; `busy` is a file that gets the process id of each worker."""
 
     fails: str = ""
+    pids: str = os.devnull
+    gpus: int = 0
 
     def open(self, worker):
-        mishap(self.fails, Path())
+        with open(self.pids, "a") as file:
+            file.write(f"{os.getpid()} {worker}\n")
+        mishap(self.fails, Path(self.pids).with_suffix(".once"))
         return make
 
 
-def job(out, *shards, fails=""):
+def toys(out, *shards):
+    """The shards of lists of words."""
     out.mkdir(exist_ok=True)
-    made = [ToyShard(i, tuple(words), out / f"{i}.txt") for i, words in enumerate(shards)]
-    return Job(made, make, ToyMaker(fails), out)
+    return [ToyShard(i, tuple(words), out / f"{i}.txt") for i, words in enumerate(shards)]
+
+
+def run(out, *shards, fails="", pids=os.devnull, report=lambda line: None, **division):
+    """How many of the shards were made by this call."""
+    maker = ToyMaker(fails, str(pids))
+    return make_all(toys(out, *shards), make, maker, Division(**division), report=report)
 
 
 def there(out):
-    return {path.name: path.read_text() for path in out.iterdir() if path.name != ".lock"}
+    return {path.name: path.read_text() for path in out.iterdir()}
 
 
 def journal(out):
-    return sorted(map(int, (out.parent / "journal").read_text().split()))
+    """Each attempt at an item: its shard and its words."""
+    return sorted((out.parent / "journal").read_text().splitlines())

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import signal
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
@@ -22,11 +21,12 @@ from mdiff.backbones.transformer import transformer
 from mdiff.modalities.image.codec import load_codec
 from mdiff.modalities.image.data.images import Pictures
 from mdiff.modalities.text.modality import text
-from mdiff.pipeline.batch import workers
+from mdiff.pipeline.batch import encoding, engines, offline
+from mdiff.pipeline.batch.division import Division
 from mdiff.pipeline.batch.encoding import write_shards
-from mdiff.pipeline.batch.offline import generate_offline
+from mdiff.pipeline.batch.offline import Generator, generate_offline
 from mdiff.pipeline.batch.plan import Setting
-from mdiff.pipeline.batch.shards import Generator
+from mdiff.pipeline.batch.runner import make_all
 from mdiff.pipeline.loading import load
 from mdiff.pipeline.pipeline import Pipeline
 
@@ -54,28 +54,34 @@ def serve_workers(address):
     forkserver._forkserver._forkserver_address = address
     forkserver._forkserver.ensure_running = lambda: None
     context = multiprocessing.get_context("forkserver")
-    workers.multiprocessing = SimpleNamespace(
-        get_context=lambda kind: context, parent_process=multiprocessing.parent_process
-    )
+    engines.multiprocessing = SimpleNamespace(get_context=lambda kind: context)
 
 
-def record_workers(path):
-    """Write the process id of each worker that starts into a file, a line each."""
-    start = workers.start_worker
+@dataclass(frozen=True)
+class Recorded:
+    """A maker that writes the process id of each worker into the file `pids`, a line each."""
 
-    def recorded(maker, number):
-        worker = start(maker, number)
-        with open(path, "a") as file:
-            file.write(f"{worker.process.pid}\n")
-        return worker
+    maker: object
+    pids: str
 
-    workers.start_worker = recorded
+    @property
+    def gpus(self):
+        return self.maker.gpus
+
+    def open(self, worker):
+        with open(self.pids, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return self.maker.open(worker)
 
 
 def launched(task, *arguments, address, pids, **options):
     """What a process of the server does: a task, with workers of the server."""
     serve_workers(address)
-    record_workers(pids)
+
+    def recorded(shards, make, maker, division, **rest):
+        return make_all(shards, make, Recorded(maker, pids), division, **rest)
+
+    offline.make_all = encoding.make_all = recorded
     task(*arguments, **options)
 
 
@@ -111,23 +117,13 @@ def asked():
     return [*rows, {"prompt": "by its line", "length": 30, "seed": -1}]
 
 
-@contextmanager
-def ranked(rank, world):
-    """Meanwhile this is that process of a launcher."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-    try:
-        yield
-    finally:
-        del os.environ["RANK"], os.environ["WORLD_SIZE"]
-
-
-def begin(model, requests, out, *, rank=0, world=1, setting=SETTING, **options):
+def begin(model, requests, out, *, setting=SETTING, report=lambda line: None, **division):
     """One run of generation from the start."""
-    with ranked(rank, world):
-        pipeline = load(model, device="cpu")
-        return generate_offline(
-            pipeline, Path(requests), Path(out), model=model, setting=setting, **options
-        )
+    pipeline = load(model, device="cpu")
+    return generate_offline(
+        pipeline, Path(requests), Path(out), model=model, setting=setting, report=report,
+        division=Division(**division),
+    )  # fmt: skip
 
 
 def tiny_pictures(count):
@@ -137,18 +133,18 @@ def tiny_pictures(count):
     return Pictures(pixels=pixels, names=[f"no. {i}" for i in range(count)])
 
 
-def encode(codec, count, out, *, rank=0, world=1, **options):
+def encode(codec, count, out, **division):
     """One run of encoding from the start, two pictures a shard."""
-    with ranked(rank, world):
-        return write_shards(
-            tiny_pictures(count), Path(out), codec=load_codec(codec), rows=2, **options
-        )
+    return write_shards(
+        tiny_pictures(count), Path(out), codec=load_codec(codec), rows=2,
+        division=Division(**division),
+    )  # fmt: skip
 
 
 def content(out):
     """Every byte of what a run leaves but its locks, by name."""
     files = {p.relative_to(out).as_posix(): p for p in Path(out).rglob("*") if p.is_file()}
-    return {name: p.read_bytes() for name, p in files.items() if p.name != ".lock"}
+    return {name: p.read_bytes() for name, p in files.items() if not p.name.startswith(".lock")}
 
 
 def results(out):

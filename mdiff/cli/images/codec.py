@@ -13,6 +13,7 @@ from mdiff.errors import BackendError, ConfigError
 if TYPE_CHECKING:
     from mdiff.modalities.image import Codec
     from mdiff.modalities.image.data import Pictures, PictureSource
+    from mdiff.pipeline.batch import Division
 
 # A grid shows so many pictures by default.
 SHOWN = 64
@@ -58,20 +59,20 @@ def train_codec(
 
 def encode_pictures(
     codec: Codec, source: PictureSource, out: Path, *, size: tuple[int, int] | None,
-    rows: int | None, workers: int | None, timeout: float | None, as_json: bool,
+    rows: int | None, division: Division, as_json: bool,
 ) -> None:  # fmt: skip
     """Write shards of the pictures; files that cannot be read are a DataError at the end.
 
-    Under a launcher the first process alone reports.
+    Of several processes with a share each, those alone report that find all shards complete.
     """
-    from mdiff.pipeline.batch import ROWS, Launched, write_shards
+    from mdiff.pipeline.batch import ROWS, write_shards
 
     pictures = _read(source, codec, size)
     done = write_shards(
-        pictures, out, codec=codec, rows=ROWS if rows is None else rows, workers=workers,
-        timeout=timeout, report=message,
+        pictures, out, codec=codec, rows=ROWS if rows is None else rows, division=division,
+        report=message,
     )  # fmt: skip
-    if Launched.here().rank:
+    if done is None:
         return
     message(f"{done.count} pictures: {done.made} shards made, {done.kept} kept")
     if as_json:

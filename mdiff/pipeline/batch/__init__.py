@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from mdiff.pipeline.batch.division import Division as Division
+from mdiff.pipeline.batch.division import Share as Share
 from mdiff.pipeline.batch.encoding import ROWS as ROWS
 from mdiff.pipeline.batch.encoding import write_shards as write_shards
+from mdiff.pipeline.batch.engines import Maker as Maker
+from mdiff.pipeline.batch.engines import leave_with_parent as leave_with_parent
 from mdiff.pipeline.batch.offline import generate_offline as generate_offline
 from mdiff.pipeline.batch.plan import Setting as Setting
-from mdiff.pipeline.batch.volume import Launched as Launched
-from mdiff.pipeline.batch.workers import leave_with_parent as leave_with_parent
+from mdiff.pipeline.batch.runner import Shard as Shard
+from mdiff.pipeline.batch.runner import make_all as make_all

@@ -1,7 +1,7 @@
 """Writing tokenised pictures: in parallel, by atomic writes, and only what is missing.
 
 The header of a shard names the pictures and the codec that made it: a second run over the same
-pictures finds it and leaves it. `volume` divides the work among processes.
+pictures finds it and leaves it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save
 
 from mdiff.errors import CheckpointError, ConfigError
-from mdiff.files import check_tensors, read_tensors, replace_file, sweep
-from mdiff.modalities.image import CODES_KEY, Codec, Report, make_codec, save_codec
+from mdiff.files import check_tensors, locked, read_tensors, replace_file, sweep
+from mdiff.modalities.image import CODES_KEY, Codec, make_codec, save_codec
 from mdiff.modalities.image.data import (
     FORMAT,
     MANIFEST,
@@ -32,8 +32,8 @@ from mdiff.modalities.image.data import (
     fingerprint,
     packed,
 )
-from mdiff.pipeline.batch.jobs import Heartbeat, Job, Make
-from mdiff.pipeline.batch.volume import Launched, check_pool, make_all
+from mdiff.pipeline.batch.division import Division
+from mdiff.pipeline.batch.runner import Report, make_all
 
 SHARD = "shard-{:06d}.safetensors"
 SHARD_NAME = re.compile(r"shard-\d{6,}\.safetensors")
@@ -43,37 +43,25 @@ ORIGIN = "origin"
 # Pictures a shard: a few MB of ids at most.
 ROWS = 4096
 LARGEST_INT16 = 2**15 - 1
+# Characters of a digest that tell codecs apart in a message.
+SHOWN = 12
 
 
 @dataclass(frozen=True)
 class Written:
-    """The result of `write_shards`: pictures in all, shards made and shards that were there.
-
-    Under a launcher, `made` is what this process made; the others' shards count as there.
-    """
+    """The result of `write_shards`: pictures in all, shards made and shards that were there."""
 
     count: int
     made: int
     kept: int
 
 
-@dataclass(frozen=True)
-class PicturePart:
-    """The input of a shard: `pixels` (N, C, H, W) uint8 as a plain array, and the rest.
-
-    `texts` has the columns of strings that there are, `origin` is the entry of the header.
-    """
-
-    path: Path
-    origin: str
-    pixels: np.ndarray
-    labels: list[int] | None
-    texts: dict[str, list[str]]
-
-
 @dataclass(frozen=True, eq=False)
 class PictureShard:
-    """The pictures `first` to `stop` of all of them, and the file of their tokens."""
+    """The pictures `first` to `stop` of all of them, and the file of their tokens.
+
+    It is one item: its pixels (N, C, H, W) uint8, which become ids.
+    """
 
     number: int
     pictures: Pictures
@@ -81,6 +69,7 @@ class PictureShard:
     stop: int
     path: Path
     origin: str
+    count: int = 1
 
     def __str__(self) -> str:
         return self.path.name
@@ -90,68 +79,97 @@ class PictureShard:
         return _header(self.path)[0] == self.origin
 
     def clear(self) -> None:
-        """Remove what killed makers have left, and the file where its content was altered."""
+        """Remove what killed writers have left, and the file where its content was altered."""
         sweep(self.path.parent, f"{self.path.name}.")
         if self.is_complete() and not _is_unaltered(self.path):
             self.path.unlink()
 
-    def part(self) -> PicturePart:
-        """The pictures, sliced on demand: only those of active workers are held twice."""
-        cut = self.pictures.at(torch.arange(self.first, self.stop))
-        return PicturePart(
-            path=self.path, origin=self.origin, pixels=cut.pixels.numpy(),
-            labels=None if cut.labels is None else cut.labels.tolist(),
-            texts={name: texts for name in TEXTS if (texts := vars(cut)[name]) is not None},
-        )  # fmt: skip
+    def cut(self) -> Pictures:
+        """Its pictures."""
+        return self.pictures.at(torch.arange(self.first, self.stop))
 
-    def without(self, item: Hashable, how: str) -> None:
-        """None: pictures of one size cost the same, so no single one causes a crash."""
+    def item(self, number: int) -> np.ndarray:
+        """The pixels, sliced on demand: only those of active workers are held twice."""
+        return self.cut().pixels.numpy()
+
+    def split(self, item: np.ndarray) -> Sequence[np.ndarray]:
+        """Nothing smaller: pictures of one size cost the same, no single one causes a crash."""
+        return ()
+
+    def failure(self, item: np.ndarray, how: str) -> None:
+        """None: the shard is given up."""
+
+    def write(self, results: Sequence[np.ndarray]) -> None:
+        """Write the ids with labels and texts."""
+        cut = self.cut()
+        tensors = {"ids": torch.tensor(results[0])}
+        if cut.labels is not None:
+            tensors["labels"] = cut.labels.to(torch.int64)
+        for name in TEXTS:
+            if (texts := vars(cut)[name]) is not None:
+                tensors[name], tensors[f"{name}.ends"] = packed(texts)
+        origin = f"{self.origin}:{_content_digest(tensors)}"
+        replace_file(self.path, [save(tensors, metadata={ORIGIN: origin})])
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Makes the codec in a worker, from its options and the folder of its weights."""
+    """Makes the codec in a worker, from its options and the content of its files."""
 
     described: dict[str, object]
-    folder: str
+    files: dict[str, bytes] = field(repr=False)
+    gpus: int = 0
 
-    def open(self, worker: int) -> Make:
+    @classmethod
+    def of(cls, codec: Codec) -> Encoder:
+        """What another process needs to make this codec."""
+        with tempfile.TemporaryDirectory() as folder:
+            save_codec(codec, folder)
+            files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        return cls(codec.config(), files)
+
+    def open(self, worker: int) -> Callable[[np.ndarray], np.ndarray]:
         """Make the codec."""
-        return partial(encode_shard, make_codec(self.described, folder=self.folder))
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in self.files.items():
+                Path(folder, name).write_bytes(content)
+            return partial(encoded, make_codec(self.described, folder=folder))
+
+
+def encoded(codec: Codec, pixels: np.ndarray) -> np.ndarray:
+    """The ids of pixels, in the smaller of two types that holds the codebook."""
+    ids = codec.encode(torch.tensor(pixels))
+    small = codec.codebook_size - 1 <= LARGEST_INT16
+    return ids.to(torch.int16 if small else torch.int32).contiguous().numpy()
 
 
 def write_shards(
-    pictures: Pictures, out: Path, *, codec: Codec, rows: int = ROWS, workers: int | None = None,
-    timeout: float | None = None, report: Report | None = None,
-) -> Written:  # fmt: skip
+    pictures: Pictures, out: Path, *, codec: Codec, rows: int = ROWS,
+    division: Division | None = None, report: Report | None = None,
+) -> Written | None:  # fmt: skip
     """Encode the pictures whose shards are not yet in the folder `out`.
 
-    `rows` pictures a shard; `workers` processes (None: one a core) of one thread each, which may
-    take `timeout` seconds for a shard (see `volume.make_all`). Raises ConfigError where `out`
-    holds tokens of another codec or other files, CheckpointError while another process writes
-    there, DataError where the codec refuses the pictures.
+    `rows` pictures a shard; `division` by default one process a core, of one thread each. None
+    where other processes have still to make their share. Raises ConfigError where `out` holds
+    tokens of another codec or other files, CheckpointError while another process makes the same
+    share, DataError where the codec refuses the pictures.
     """
-    launched = Launched.here()
-    if rows < 1 or (workers is not None and workers < 1):
-        raise ConfigError(f"rows={rows}, workers={workers}: need at least 1 of each")
-    usual = os.cpu_count() or 1 if launched.world == 1 else 1
-    count = usual if workers is None else workers
-    check_pool(count, timeout, launched)
+    if rows < 1:
+        raise ConfigError(f"rows={rows}: need at least 1")
     made_by = fingerprint(codec)
     shards = _shards(pictures, out, made_by, rows)
-    count = max(1, min(count, len(shards)))
-    with launched.held(out), tempfile.TemporaryDirectory() as folder:
-        replaced = _begin(shards, out, made_by, launched)
-        if replaced and report is not None:
-            report(f"{replaced} shards of other pictures in {out} are replaced")
-        if count > 1 or timeout is not None:
-            save_codec(codec, folder)
-        job = Job(shards, partial(encode_shard, codec), Encoder(codec.config(), folder), out)
-        made = make_all(
-            job, launched, workers=count, timeout=timeout, report=report or (lambda line: None)
-        )
-        if launched.rank == 0:
-            replace_file(out / MANIFEST, [_manifest(codec, made_by, pictures, shards)])
+    division = division or Division()
+    if division.engine == "local" and division.workers is None:
+        division = replace(division, workers=min(os.cpu_count() or 1, len(shards)))
+    report = report or (lambda line: None)
+    with locked(out, division.share.lock):
+        _begin(shards, out, made_by, division, report)
+        maker = Encoder({}, {}) if division.in_process else Encoder.of(codec)
+        made = make_all(shards, partial(encoded, codec), maker, division, report=report)
+        if not all(shard.is_complete() for shard in shards):
+            report(f"other shards of {out} are not complete yet: their processes go on")
+            return None
+        replace_file(out / MANIFEST, [_manifest(codec, made_by, pictures, shards)])
     return Written(len(pictures), made, len(shards) - made)
 
 
@@ -166,25 +184,28 @@ def _shards(pictures: Pictures, out: Path, made_by: str, rows: int) -> list[Pict
     return found
 
 
-def _begin(shards: Sequence[PictureShard], out: Path, made_by: str, launched: Launched) -> int:
+def _begin(
+    shards: Sequence[PictureShard], out: Path, made_by: str, division: Division, report: Report
+) -> None:
     """Check that the folder may take these shards; remove the manifest of an incomplete one.
 
-    Returns how many shards of other pictures it holds, which are written over or removed.
+    Shards of other pictures, which is reported, are written over, or removed where there are more.
     """
     known = _known(out, made_by)
-    # A later rank checks its own shards alone: when it comes late, the first may have written
-    # the manifest since it checked another's.
-    checked = launched.share(shards) if launched.rank else shards
-    surplus = set(known) - {shard.path.name for shard in shards} if launched.rank == 0 else set()
+    wanted = {shard.path.name: shard.origin for shard in shards}
+    # Another process may have completed its share since this one has looked.
+    checked = division.share.part(shards)
+    surplus = known.keys() - wanted.keys()
     if surplus or any(known.get(shard.path.name) != shard.origin for shard in checked):
         (out / MANIFEST).unlink(missing_ok=True)
-    if launched.rank == 0:
+    if division.share.count == 1:
         sweep(out, MANIFEST)
-        for name in surplus:
-            sweep(out, name)
-            (out / name).unlink()
-    wanted = {shard.path.name: shard.origin for shard in shards}
-    return sum(bool(origin) and wanted.get(name) != origin for name, origin in known.items())
+    for name in surplus:
+        sweep(out, name)
+        (out / name).unlink(missing_ok=True)
+    other = sum(bool(origin) and wanted.get(name) != origin for name, origin in known.items())
+    if other:
+        report(f"{other} shards of other pictures in {out} are replaced")
 
 
 def _known(out: Path, made_by: str) -> dict[str, str]:
@@ -192,7 +213,7 @@ def _known(out: Path, made_by: str) -> dict[str, str]:
 
     Raises ConfigError for another codec's tokens and for a folder of other things.
     """
-    # Listed once: another rank may add to it. A hidden file is a lock or a desktop's own.
+    # Listed once: another process may add to it. A hidden file is a lock or a desktop's own.
     there = {path.name for path in out.iterdir() if not path.name.startswith(".")}
     found = {name for name in there if SHARD_NAME.fullmatch(name)}
     known = {}
@@ -204,8 +225,12 @@ def _known(out: Path, made_by: str) -> dict[str, str]:
             found.discard(name)
     if there - found - {MANIFEST} or (there and not found):
         raise ConfigError(f"{out} holds {min(there - found)}: name a new folder")
-    if any(origin and not origin.startswith(f"{made_by}:") for origin in known.values()):
-        raise ConfigError(f"{out} holds tokens of another codec: name a new folder")
+    others = {origin.partition(":")[0] for origin in known.values() if origin} - {made_by}
+    if others:
+        raise ConfigError(
+            f"{out} holds tokens of another codec, {min(others)[:SHOWN]}, not of "
+            f"{made_by[:SHOWN]}: name a new folder"
+        )
     return known
 
 
@@ -250,19 +275,6 @@ def _digest_of(part: Pictures) -> str:
     rest = [part.names, labels, part.captions, part.groups]
     total.update(json.dumps(rest).encode())
     return total.hexdigest()
-
-
-def encode_shard(codec: Codec, part: PicturePart, heartbeat: Heartbeat) -> None:
-    """Encode one shard and write it atomically."""
-    ids = codec.encode(torch.from_numpy(part.pixels))
-    small = codec.codebook_size - 1 <= LARGEST_INT16
-    tensors = {"ids": ids.to(torch.int16 if small else torch.int32).contiguous()}
-    if part.labels is not None:
-        tensors["labels"] = torch.tensor(part.labels, dtype=torch.int64)
-    for name, texts in part.texts.items():
-        tensors[name], tensors[f"{name}.ends"] = packed(texts)
-    origin = f"{part.origin}:{_content_digest(tensors)}"
-    replace_file(part.path, [save(tensors, metadata={ORIGIN: origin})])
 
 
 def _manifest(

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from mdiff.errors import ConfigError, DataError, MdiffError
-from mdiff.files import MANIFEST, staged, verify
+from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError
+from mdiff.files import MANIFEST, complete, staged, verify, write_json
 from mdiff.modalities.text import HOLE
 from mdiff.pipeline.batch.requests import MOST_TOKENS, Failure, Request, read_requests
 from mdiff.pipeline.generation import Generation
@@ -35,8 +35,8 @@ LINE_BYTES = 8
 # Errors that a request can cause; that of a disk, a memory or a device is not among them.
 REQUEST_ERRORS = (MdiffError, ValueError, TypeError, LookupError, ArithmeticError)
 
-# The requests of a shard, by the batch in which they go through the model together.
-Batches = tuple[tuple[Request, ...], ...]
+# Requests that go through the model together.
+Batch = tuple[Request, ...]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Plan:
     lines: bytes
     requests: list[Request]
     failures: list[Failure]
-    shards: list[Batches]
+    shards: list[tuple[Batch, ...]]
 
 
 def planned(
@@ -172,7 +172,7 @@ def _probe(pipeline: Pipeline, canvas: list[int], setting: Setting) -> None:
 
 def _shards(
     requests: Sequence[Request], sizes: dict[int, int], setting: Setting, *, window: int | None
-) -> list[Batches]:
+) -> list[tuple[Batch, ...]]:
     """Requests in batches of like length, batches in shards."""
 
     def group(request: Request) -> tuple[bool, bool]:
@@ -181,7 +181,7 @@ def _shards(
 
     ordered = sorted(requests, key=lambda r: (group(r), sizes[r.line], r.key))
     most = max(1, setting.batch_size // setting.num_samples)
-    batches: list[tuple[Request, ...]] = []
+    batches: list[Batch] = []
     for _, members in groupby(ordered, key=group):
         alike = list(members)
         batches += [tuple(alike[first : first + most]) for first in range(0, len(alike), most)]
@@ -223,21 +223,29 @@ def failure_of(request: Request, error: BaseException) -> Failure:
     return Failure(request.line, request.id, named)
 
 
-def agree(plan: Plan, out: Path) -> bool:
-    """Whether the folder `out` has this plan; False where it has none yet.
+def agree(plan: Plan, out: Path) -> None:
+    """Check that the folder `out` has this plan; one without a plan gets it.
 
     Raises ConfigError, with the difference, where it has another or holds other things.
     """
     folder = out / PLAN
+    others = [path.name for path in out.iterdir() if not path.name.startswith(".")]
     if not folder.exists():
-        others = [path.name for path in out.iterdir() if not path.name.startswith(".")]
         if others:
             raise ConfigError(f"{out} holds {min(others)} and no plan: name a new folder")
-        return False
+        try:
+            with staged(folder) as new:
+                write_json(new / PLAN_FILE, plan.record)
+                (new / LINES_FILE).write_bytes(plan.lines)
+            return
+        except (CheckpointError, OSError):
+            # The process of another share may have written its plan meanwhile.
+            if not complete(folder):
+                raise
     verify(folder)
     known = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
     if known == plan.record:
-        return True
+        return
     changed = [
         f"{name} was {json.dumps(was)}, now {json.dumps(now)}"
         for name, was, now in _differences(known, plan.record)
@@ -267,14 +275,6 @@ def _other_line(was: bytes, now: bytes) -> str:
         f"the requests differ from line {first // LINE_BYTES + 1} on "
         f"({len(was) // LINE_BYTES} lines then, {len(now) // LINE_BYTES} now)"
     )
-
-
-def write_plan(plan: Plan, out: Path) -> None:
-    """Write the plan, atomically, before anything is made."""
-    with staged(out / PLAN) as folder:
-        text = json.dumps(plan.record, indent=1) + "\n"
-        (folder / PLAN_FILE).write_text(text, encoding="utf-8")
-        (folder / LINES_FILE).write_bytes(plan.lines)
 
 
 def model_digest(folder: Path) -> str:

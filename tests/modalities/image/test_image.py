@@ -16,6 +16,7 @@ from mdiff.modalities.image.data.images import Pictures, split_index
 from mdiff.modalities.image.data.source import PictureSource
 from mdiff.modalities.image.inpainting import box_mask, hidden_share, touched
 from mdiff.modalities.image.modality import image
+from mdiff.pipeline.batch.division import Division
 from mdiff.pipeline.batch.encoding import write_shards
 from mdiff.pipeline.pipeline import Pipeline
 
@@ -277,7 +278,7 @@ def test_a_pil_image_is_as_good_as_an_array():
 
 def test_training_reads_tokens_that_were_written_before(tmp_path):
     data, codec = pictures(), levels(levels=4, step=60)
-    write_shards(data, tmp_path / "tokens", codec=codec, rows=5, workers=1)
+    write_shards(data, tmp_path / "tokens", codec=codec, rows=5, division=Division(workers=1))
     source = {"source": str(tmp_path / "tokens"), "holdout": 0.25, "captions": "data"}
     options = {"size": SIZE, "label": "part", "caption": {"length": 8, "vocab_size": 257}}
     stored, plain = (image(codec=codec, **options) for _ in range(2))

@@ -31,7 +31,10 @@ from mdiff.modalities.image.data.token_shards import (
     packed,
     unpacked,
 )
+from mdiff.pipeline.batch.division import Division, Share
 from mdiff.pipeline.batch.encoding import write_shards
+
+ALONE = Division(workers=1)
 
 
 def pictures(count: int = 23) -> Pictures:
@@ -55,7 +58,7 @@ def codec() -> KMeans:
 @pytest.fixture
 def folder(tmp_path: Path, codec: KMeans) -> Path:
     out = tmp_path / "tokens"
-    write_shards(pictures(), out, codec=codec, rows=10, workers=1)
+    write_shards(pictures(), out, codec=codec, rows=10, division=ALONE)
     return out
 
 
@@ -91,7 +94,7 @@ def test_pictures_without_labels_and_several_codes_a_position_come_back_too(tmp_
 
 def test_a_second_run_makes_only_what_is_missing(folder: Path, codec: KMeans) -> None:
     before = stamps(folder)
-    again = write_shards(pictures(), folder, codec=codec, rows=10, workers=1)
+    again = write_shards(pictures(), folder, codec=codec, rows=10, division=ALONE)
     assert (again.made, again.kept) == (0, 3)
     assert stamps(folder) == before
     lost, cut, kept = sorted(folder.glob("shard-*"))
@@ -101,7 +104,7 @@ def test_a_second_run_makes_only_what_is_missing(folder: Path, codec: KMeans) ->
     (folder / ".shard-000000.safetensors.x.tmp").write_bytes(b"half")
     with pytest.raises(DataError, match="encode again"):
         open_shards(folder)
-    again = write_shards(pictures(), folder, codec=codec, rows=10, workers=1)
+    again = write_shards(pictures(), folder, codec=codec, rows=10, division=ALONE)
     assert (again.made, again.kept) == (2, 1)
     assert stamps(folder)[kept.name] == before[kept.name]
     assert not list(folder.glob(".*.tmp"))
@@ -113,55 +116,56 @@ def test_changed_pictures_are_encoded_again_and_fewer_leave_no_shard(
 ) -> None:
     changed = pictures()
     changed.pixels[12] = 255 - changed.pixels[12]
-    assert write_shards(changed, folder, codec=codec, rows=10, workers=1).made == 1
+    assert write_shards(changed, folder, codec=codec, rows=10, division=ALONE).made == 1
     assert torch.equal(open_shards(folder).ids.long(), codec.encode(changed.pixels))
     few = changed.at(torch.arange(10))
-    assert write_shards(few, folder, codec=codec, rows=10, workers=1).made == 0
+    assert write_shards(few, folder, codec=codec, rows=10, division=ALONE).made == 0
     assert len(list(folder.glob("shard-*"))) == 1
     assert len(open_shards(folder)) == 10
 
 
 def test_several_processes_write_the_same_bytes_as_one(folder: Path, codec: KMeans) -> None:
     parallel = folder.parent / "parallel"
-    done = write_shards(pictures(), parallel, codec=codec, rows=10, workers=2)
+    done = write_shards(pictures(), parallel, codec=codec, rows=10, division=Division(workers=2))
     assert done.made == 3
     for path in sorted(folder.iterdir()):
         assert (parallel / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_ranks_write_the_bytes_of_one_process(tmp_path: Path) -> None:
+def test_shares_write_the_bytes_of_one_process(tmp_path: Path) -> None:
     save_codec(kmeans(codebook_size=8).fit(tiny_pictures(20).pixels), tmp_path / "codec")
     encode(tmp_path / "codec", 20, tmp_path / "one", workers=1)
     encode(tmp_path / "codec", 30, tmp_path / "three", workers=1)
-    # Fewer pictures than before: the first rank takes away what is too much.
-    ranks = [
-        started(encode, tmp_path / "codec", 20, tmp_path / "three", rank=rank, world=3)
-        for rank in (2, 0, 1)
+    # Fewer pictures than before: what is too much is taken away.
+    jobs = [
+        started(encode, tmp_path / "codec", 20, tmp_path / "three", share=Share(number, 3))
+        for number in (3, 1, 2)
     ]
-    for process in ranks:
+    for process in jobs:
         process.join(60)
-    assert [process.exitcode for process in ranks] == [0, 0, 0]
+    assert [process.exitcode for process in jobs] == [0, 0, 0]
     assert content(tmp_path / "three") == content(tmp_path / "one")
 
 
-def test_a_rank_that_comes_late_leaves_the_manifest_where_it_is(tmp_path: Path) -> None:
+def test_a_share_that_comes_late_leaves_the_manifest_where_it_is(tmp_path: Path) -> None:
     save_codec(kmeans(codebook_size=8).fit(tiny_pictures(20).pixels), tmp_path / "codec")
     out = tmp_path / "out"
-    first = encode(tmp_path / "codec", 20, out, rank=0, world=2)
-    assert (first.made, first.kept) == (10, 0)
+    assert encode(tmp_path / "codec", 20, out, share=Share(2, 2)) is None
+    first = encode(tmp_path / "codec", 20, out, share=Share(1, 2))
+    assert (first.made, first.kept) == (5, 5)
     before = content(out)
-    late = encode(tmp_path / "codec", 20, out, rank=1, world=2)
+    late = encode(tmp_path / "codec", 20, out, share=Share(2, 2))
     assert (late.made, late.kept) == (0, 10)
     assert content(out) == before
-    # What the first rank has to make is not its business; before it makes its own shard it takes
+    # What another share has to make is not its business; before it makes its own shard it takes
     # the manifest away.
     (out / "shard-000002.safetensors").unlink()
-    assert encode(tmp_path / "codec", 20, out, rank=1, world=2).made == 0
+    assert encode(tmp_path / "codec", 20, out, share=Share(2, 2)) is None
     assert (out / MANIFEST).exists()
     (out / "shard-000003.safetensors").unlink()
-    assert encode(tmp_path / "codec", 20, out, rank=1, world=2).made == 1
+    assert encode(tmp_path / "codec", 20, out, share=Share(2, 2)) is None
     assert not (out / MANIFEST).exists()
-    encode(tmp_path / "codec", 20, out)
+    encode(tmp_path / "codec", 20, out, workers=1)
     assert content(out) == before
 
 
@@ -175,9 +179,9 @@ def test_an_interrupt_says_what_is_complete_and_the_next_run_goes_on(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt, match="2 of 3 shards are complete; the same command"):
-        write_shards(pictures(), out, codec=codec, rows=10, workers=1, report=report)
+        write_shards(pictures(), out, codec=codec, rows=10, division=ALONE, report=report)
     assert not (out / MANIFEST).exists()
-    assert write_shards(pictures(), out, codec=codec, rows=10, workers=1).made == 1
+    assert write_shards(pictures(), out, codec=codec, rows=10, division=ALONE).made == 1
     assert content(out) == content(folder)
 
 
@@ -189,7 +193,8 @@ def test_a_second_process_on_the_folder_is_refused_by_the_lock(folder: Path, cod
 def test_another_codec_is_refused_for_writing_and_for_reading(folder: Path, codec: KMeans) -> None:
     other = kmeans(codebook_size=16).fit(pictures().pixels, seed=1)
     assert fingerprint(other) != fingerprint(codec)
-    with pytest.raises(ConfigError, match="another codec"):
+    both = f"{fingerprint(codec)[:12]}, not of {fingerprint(other)[:12]}"
+    with pytest.raises(ConfigError, match=f"another codec, {both}"):
         write_shards(pictures(), folder, codec=other)
     with pytest.raises(DataError, match="another codec"):
         open_shards(folder, codec=other)

@@ -32,10 +32,11 @@ from mdiff.cli import run
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files.atomic import locked
 from mdiff.modalities.text.modality import text
-from mdiff.pipeline.batch import offline, workers
+from mdiff.pipeline.batch import engines, offline, plan
+from mdiff.pipeline.batch.division import Share
+from mdiff.pipeline.batch.offline import RequestShard, filled, make_batch
 from mdiff.pipeline.batch.plan import Setting
 from mdiff.pipeline.batch.requests import Failure, Request, read_requests
-from mdiff.pipeline.batch.shards import WRITING, RequestShard, WorkItem, filled, make_shard
 from mdiff.pipeline.pipeline import Pipeline
 
 
@@ -60,7 +61,7 @@ def clean(model, requests, tmp_path_factory):
 @pytest.fixture
 def fast_workers(monkeypatch):
     context = server()
-    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda name: context)
+    monkeypatch.setattr(engines.multiprocessing, "get_context", lambda name: context)
 
 
 def test_there_is_one_result_a_request_in_the_order_of_the_file(clean, requests):
@@ -93,24 +94,61 @@ def test_a_shuffled_file_gives_each_request_the_same_bits(clean, model, requests
     assert list(found) == [line["id"] for line in lines]
 
 
-def test_two_ranks_give_the_same_bytes(clean, model, requests, tmp_path):
+def test_shares_in_processes_of_their_own_give_the_same_bytes(clean, model, requests, tmp_path):
     out = tmp_path / "out"
-    ranks = [started(begin, model, requests, out, rank=rank, world=2) for rank in (1, 0)]
-    for process in ranks:
+    jobs = [started(begin, model, requests, out, share=Share(number, 3)) for number in (3, 1, 2)]
+    for process in jobs:
         process.join(60)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    assert [process.exitcode for process in jobs] == [0, 0, 0]
     assert content(out) == content(clean)
 
 
-def test_the_first_rank_makes_what_a_killed_one_left(clean, model, requests, tmp_path):
+def test_the_last_share_writes_the_results_and_a_run_of_all_what_is_missing(
+    clean, model, requests, tmp_path
+):
+    out, said = tmp_path / "out", []
+    assert begin(model, requests, out, share=Share(2, 2), report=said.append) is None
+    assert "other shards" in said[-1]
+    assert not (out / "results.jsonl").exists()
+    assert len(list((out / "shards").iterdir())) == 10
+    assert begin(model, requests, out, share=Share(1, 2)).samples == 60
+    assert content(out) == content(clean)
+    # The share of a job that was killed is made by any run of all.
+    other = tmp_path / "other"
+    begin(model, requests, other, share=Share(1, 3))
+    begin(model, requests, other)
+    assert content(other) == content(clean)
+
+
+def test_the_same_share_is_made_by_one_process_at_a_time(model, requests, tmp_path):
     out = tmp_path / "out"
-    late = started(begin, model, requests, out, rank=1, world=2)
-    while not (out / ".ranks" / "1" / ".lock").exists():
-        time.sleep(0.01)
-    late.kill()
-    late.join()
-    begin(model, requests, out, rank=0, world=2)
-    assert content(out) == content(clean)
+    with (
+        locked(out, Share(1, 2).lock),
+        pytest.raises(CheckpointError, match=f"process {os.getpid()}"),
+    ):
+        begin(model, requests, out, share=Share(1, 2))
+
+
+def test_a_share_of_another_plan_is_refused(model, requests, tmp_path):
+    begin(model, requests, tmp_path / "out", share=Share(1, 2))
+    other = Setting(seed=4, batch_size=3)
+    with pytest.raises(ConfigError, match="begun with another plan: seed was 3, now 4"):
+        begin(model, requests, tmp_path / "out", share=Share(2, 2), setting=other)
+
+
+def test_two_shares_that_begin_at_once_have_one_plan(clean, model, requests, tmp_path, monkeypatch):
+    """The plan of another process comes between the look for one and the own."""
+    plain, first = plan.staged, []
+
+    def late(path):
+        if not first:
+            first.append(path)
+            begin(model, requests, tmp_path / "out", share=Share(2, 2))
+        return plain(path)
+
+    monkeypatch.setattr(plan, "staged", late)
+    begin(model, requests, tmp_path / "out", share=Share(1, 2))
+    assert content(tmp_path / "out") == content(clean)
 
 
 def deadly(tmp_path, monkeypatch, rows, *positions):
@@ -134,7 +172,8 @@ def test_requests_that_kill_their_workers_fail_alone_and_the_rest_completes(
     for failure in found.failures:
         assert failure.error.startswith("3 workers crashed at it alone, the last by signal 9")
     # Both are of one length and one batch, with a third request.
-    assert sum("it is retried without the work item of the crash" in line for line in said) == 3
+    assert sum("made without it" in line for line in said) == 2
+    assert sum("made in parts" in line for line in said) == 1
     clean = {row["id"]: row for row in results(tmp_path / "clean")}
     made = {row["id"]: row for row in results(tmp_path / "out")}
     assert list(made) == [name for name in clean if "deadly" not in str(name)]
@@ -225,22 +264,21 @@ def test_a_request_that_spoils_its_batch_fails_alone():
             assert [s.seed for s in found[request.id]] == [s.seed for s in alone]
 
 
-def test_each_batch_each_single_request_and_the_writing_is_a_work_item(tmp_path):
+def test_a_batch_is_split_into_requests_and_a_request_into_none(tmp_path):
     modality = text()
     pipeline = Pipeline(HashDenoiser(modality.space), modality.space, modality, window=16)
-    requests = [Request(i, f"q{i}", "prompt", words) for i, words in enumerate("abcd")]
-    batches = (tuple(requests[:1]), tuple(requests[1:]))
-    shard = RequestShard(0, batches, tmp_path / "shard").without(WorkItem(1), "x")
-    shard = shard.without(WorkItem(1, 2), "signal 11")
-    items = []
-    make_shard(pipeline, Setting(length=9), shard, items.append)
-    # Items of earlier crashes come first; the last one is the fault of no request.
-    assert items == [WorkItem(1, 1), WorkItem(1, 3), WorkItem(0), WRITING]
-    assert shard.without(WRITING, "x") is None
-    assert [row["id"] for row in results(shard.path)] == ["q0", "q1", "q3"]
+    batch = tuple(Request(i, f"q{i}", "prompt", words) for i, words in enumerate("abc"))
+    shard = RequestShard(0, (batch[:2], batch[2:]), tmp_path / "shard")
+    parts = shard.split(shard.item(0))
+    assert parts == [(batch[0],), (batch[1],)]
+    assert not any(map(shard.split, (*parts, shard.item(1))))
+    made = [make_batch(pipeline, Setting(length=9), part) for part in (parts[0], shard.item(1))]
+    shard.write([made[0], shard.failure(parts[1], "signal 11"), made[1]])
+    assert [row["id"] for row in results(shard.path)] == ["q0", "q2"]
     failed = json.loads((shard.path / "failures.jsonl").read_text())
-    assert failed["line"] == 2
-    assert failed["error"] == "3 workers crashed at it alone, the last by signal 11"
+    assert failed == {
+        "line": 1, "id": "q1", "error": "3 workers crashed at it alone, the last by signal 11"
+    }  # fmt: skip
 
 
 def test_a_seed_depends_on_the_id_and_the_seed_of_the_run_alone():
@@ -318,6 +356,11 @@ def test_an_interrupt_keeps_what_is_complete(clean, model, requests, tmp_path):
     ("words", "message"),
     [
         (["--workers", "2"], "--workers needs --input"),
+        (["--shard", "1/2"], "--shard needs --input"),
+        (["--engine", "ray"], "--engine needs --input"),
+        (["--input", "IN", "--out", "o", "--shard", "9/8"], "--shard 9/8: expected K/N"),
+        (["--input", "IN", "--out", "o", "--engine", "dask"], "--engine 'dask'"),
+        (["--input", "IN", "--out", "o", "--address", "a:1"], "is for --engine ray"),
         (["--timeout", "9"], "--timeout needs --input"),
         (["--input", "IN", "--out", "o", "--timeout", "-1"], "timeout=-1: expected more than 0"),
         (["--out", "o"], "--out is for models of pictures; one of text takes it with --input"),
@@ -364,16 +407,20 @@ def alive(group):
 
 
 @pytest.mark.slow
-def test_an_interrupted_command_ends_with_130_and_its_workers_with_it(model, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_a_command_that_is_ended_leaves_no_process(model, tmp_path, number, code, whole_group):
     rows = [{"id": i, "prompt": "", "length": 40} for i in range(600)]
     requests = written(tmp_path / "in.jsonl", rows)
     process = command(*volume(model, requests, tmp_path / "out"), "--workers", "2")
     while not list((tmp_path / "out" / "shards").glob("shard-*")):
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
     err = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, err
-    assert "shards are complete; the same command goes on" in err
+    assert process.returncode == code, err
+    if number == signal.SIGINT:
+        assert "shards are complete; the same command goes on" in err
+        assert "Traceback" not in err
     end = time.monotonic() + 30
     while alive(process.pid) and time.monotonic() < end:
         time.sleep(0.1)
@@ -388,5 +435,5 @@ def test_accelerate_launch_gives_the_same_bytes(model, requests, tmp_path):
         "--num_processes", "2", "-m", *volume(model, requests, tmp_path / "two"),
     )  # fmt: skip
     assert process.wait() == 0, process.communicate()
-    assert (tmp_path / "two" / ".ranks" / "1").exists()
+    assert (tmp_path / "two" / ".lock-2-of-2").exists()
     assert content(tmp_path / "two") == content(tmp_path / "one")
