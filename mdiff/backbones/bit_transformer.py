@@ -37,9 +37,6 @@ class BitTransformerConfig(TransformerConfig):
     group is zeros; with `mask_vector` a learned vector of the group's own is added.
     """
 
-    not_offered: ClassVar[frozenset[str]] = TransformerConfig.not_offered | {
-        "bits", "groups", "grid", "causal", "tie",
-    }  # fmt: skip
     bits: int = 1
     groups: int = 1
     embedding: str = "bits"
