@@ -30,8 +30,8 @@ def report_saves() -> None:
     """Say so when a save is complete."""
     write = training.write_checkpoint
 
-    def written(run: Any, out: Path, number: int, state: Any) -> None:
-        write(run, out, number, state)
+    def written(run: Any, out: Path, number: int, *rest: Any) -> None:
+        write(run, out, number, *rest)
         say(f"saved {number}")
 
     training.write_checkpoint = written

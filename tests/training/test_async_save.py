@@ -69,10 +69,10 @@ def test_the_writer_has_a_lower_priority_where_threads_can_and_the_trainer_never
 def test_a_save_that_fails_ends_the_run_soon_and_the_one_before_stays(tmp_path, monkeypatch):
     write = training.write_checkpoint
 
-    def refuse(run, out, number, state):
+    def refuse(run, out, number, state, best):
         if number == 6:
             raise OSError(28, "No space left on device")
-        write(run, out, number, state)
+        write(run, out, number, state, best)
 
     settings = {"steps": 400, "save_every": 3, "keep": 1}
     with monkeypatch.context() as patch:
@@ -93,9 +93,9 @@ def test_what_is_saved_is_the_state_of_its_step_however_long_writing_takes(tmp_p
     """Steps go on while a save is held up: it must not hold what they change."""
     write = training.write_checkpoint
 
-    def late(run, out, number, state):
+    def late(run, out, number, state, best):
         threading.Event().wait(0.2)
-        write(run, out, number, state)
+        write(run, out, number, state, best)
 
     settings = {"steps": 6, "save_every": 2, "keep": None}
     whole = train(recipe(**settings), tmp_path / "whole", **QUIET)

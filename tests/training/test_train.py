@@ -355,7 +355,8 @@ def test_data_that_has_moved_is_the_same_data(tmp_path, monkeypatch):
 FREE = {
     "train.steps", "train.save_every", "train.keep", "train.micro_batch", "train.workers",
     "train.compile", "train.nonfinite", "log.every", "log.trackers", "log.tensorboard",
-    "data.source", "data.field", "data.separator",
+    "data.source", "data.field", "data.separator", "train.validate_every", "train.validate_rows",
+    "train.validate_draws",
 }  # fmt: skip
 # For each type of value another one; of words those that a recipe takes.
 OTHER = {
@@ -364,7 +365,7 @@ OTHER = {
     "objective.weight": "uniform", "objective.schedule.name": "cosine", "modality.name": "marks2",
     "model.name": "backbone2", "objective.given": {"": 1.0}, "objective.ratio": {"mean": 0.4},
     "data.length": 7, "optim.final_lr": 0.5, "objective.max_weight": 5.0, "optim.adam_lr": 0.01,
-    "train.micro_batch": 4, "train.keep": 1, "log.trackers": ["trackio"],
+    "train.micro_batch": 4, "train.keep": 1, "train.validate_every": 2, "log.trackers": ["trackio"],
 }  # fmt: skip
 
 
