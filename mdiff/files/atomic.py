@@ -15,7 +15,6 @@ import re
 import shutil
 import stat
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import TypedDict
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from mdiff.errors import CheckpointError, ConfigError
+from mdiff.errors import CheckpointError, ConfigError, warn
 from mdiff.files.untrusted import inside, is_read, read_json, visible
 
 MANIFEST = "manifest.json"
@@ -161,22 +160,18 @@ def complete(path: Path) -> bool:
     return damage(path) is None
 
 
-def latest(directory: Path, *, say: Callable[[str], None] | None = None) -> Path | None:
+def latest(directory: Path, *, say: Callable[[str], None] = warn) -> Path | None:
     """The newest complete checkpoint `step-NNNNNN` in `directory`, or None.
 
     Steps compare as numbers. Contents are not compared with the manifest; `verify` does that.
-    A newer step that is passed over is said, by a UserWarning unless `say` is given.
+    `say` gets a line for each newer step that is passed over.
     """
     for step in reversed(steps(directory)):
         path = step_path(directory, step)
         problem = damage(path)
         if problem is None:
             return path
-        line = f"{path} is passed over, as it is not complete: {problem}"
-        if say is None:
-            warnings.warn(line, stacklevel=2)
-        else:
-            say(line)
+        say(f"{path} is passed over, as it is not complete: {problem}")
     return None
 
 

@@ -64,7 +64,7 @@ def models(folder: Path) -> None:
     shutil.copy(GOLDEN / "halton_transformer" / "config.json", folder)
     shutil.copy(GOLDEN / "halton_transformer" / "model.safetensors", folder / "last.safetensors")
     for name in ("one", "two"):
-        Image.new("L", (8, 8), 100).save(folder / f"{name}.png")
+        Image.new("L", (8, 8), 120).save(folder / f"{name}.png")
 
 
 def opens(path: Path) -> object:
