@@ -31,13 +31,15 @@ class RayEngine(Generic[Item, Result]):
     def __init__(
         self, maker: Maker[Item, Result], workers: int | None, address: str | None = None
     ) -> None:
-        self.ray = ray = _imported()
+        # What is empty is refused, as any other address that is none.
+        address = os.environ.get("RAY_ADDRESS") if address is None else address
+        self.ray = ray = _imported(joins=address not in (None, "local"))
         # What Ray does not raise of a task is a crash of its process or of its machine.
         self.crashes: tuple[type[Exception], ...] = (ray.exceptions.RayError,)
         self.wanted, self.gpus = workers, maker.gpus
         self.started = not ray.is_initialized()
         if self.started:
-            _connect(ray, address or os.environ.get("RAY_ADDRESS"), workers)
+            _connect(ray, address, workers)
         options = {"num_cpus": 1, "num_gpus": maker.gpus, "max_retries": 0}
         task = ray.remote(_attempt)
         self.task = task.options(**options)
@@ -87,9 +89,12 @@ class RayEngine(Generic[Item, Result]):
             self.ray.shutdown()
 
 
-def _imported() -> ModuleType:
+def _imported(*, joins: bool) -> ModuleType:
     # Ray reports its use to its makers unless this is set.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if joins:
+        # Attempts of 40 s at a server that is no cluster; Ray makes 20.
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
     try:
         ray = import_module("ray")
         import_module("ray.exceptions")
