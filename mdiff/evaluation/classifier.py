@@ -69,7 +69,10 @@ class Classifier(nn.Module):
                 f"(N, {', '.join(map(str, expected))}) uint8"
             )
         self.eval()
-        return torch.cat([function(some) for some in torch.split(pictures, BATCH)])
+        found = torch.cat([function(some) for some in torch.split(pictures, BATCH)])
+        if not bool(found.isfinite().all()):
+            raise CheckpointError("the classifier gave values that are not finite: damaged weights")
+        return found
 
     def save(self, folder: Path | str, *, card: Mapping[str, object]) -> None:
         """Write the weights and the card, with what `load_classifier` needs, into a folder."""

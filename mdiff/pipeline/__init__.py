@@ -19,6 +19,7 @@ from mdiff.pipeline.loading import load_modality as load_modality
 from mdiff.pipeline.options import CallOptions as CallOptions
 from mdiff.pipeline.options import SamplingOptions as SamplingOptions
 from mdiff.pipeline.pipeline import Pipeline as Pipeline
+from mdiff.pipeline.saving import check_finite as check_finite
 from mdiff.pipeline.saving import write_pipeline as write_pipeline
 from mdiff.pipeline.scoring import Progress as Progress
 from mdiff.pipeline.scoring import bound_of_rows as bound_of_rows

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mdiff.denoiser import Denoiser, Saveable, of_peft, unwrapped
 from mdiff.errors import CheckpointError, ConfigError, nearest
@@ -86,7 +86,12 @@ def _check_weights(denoiser: nn.Module) -> None:
     """Raise ConfigError for a model with adapters, CheckpointError for weights of no value."""
     if any(of_peft(module) for module in denoiser.modules()):
         raise ConfigError("the model holds adapters of peft: merge_and_unload() them first")
-    for name, weight in denoiser.named_parameters():
+    check_finite(denoiser.named_parameters())
+
+
+def check_finite(weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise CheckpointError for the first of these named weights that holds NaN or infinities."""
+    for name, weight in weights:
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
             raise CheckpointError(f"{name} holds NaN or infinite numbers: nothing was saved")
 

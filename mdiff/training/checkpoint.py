@@ -28,7 +28,7 @@ from mdiff.files import (
     verify,
     write_json,
 )
-from mdiff.pipeline import write_pipeline
+from mdiff.pipeline import check_finite, write_pipeline
 from mdiff.tokens import Examples, Sliced
 from mdiff.training.build import Run
 from mdiff.training.processes import on_main
@@ -55,8 +55,10 @@ def write_checkpoint(
 ) -> None:
     """Write the captured `state` after step `number`; remove checkpoints beyond `train.keep`.
 
-    The one of the `best` validation is kept, and named once it is complete.
+    The one of the `best` validation is kept, and named once it is complete. Raises
+    CheckpointError, with nothing written, for a state that is not finite.
     """
+    check_finite(state.items())
     schedule = run.recipe.objective.schedule
     with staged(step_path(out, number)) as folder:
         weights = model_weights(run.backbone, state)

@@ -9,6 +9,7 @@ import re
 import warnings
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -149,7 +150,6 @@ def test_a_model_of_several_languages_is_taken_once_one_is_set():
 
 
 def adapted():
-    peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
     return peft.get_peft_model(copy.deepcopy(family("bert")), settings)
 

@@ -375,3 +375,12 @@ def test_calls_that_cannot_be_meant_are_refused():
         plain(tokens, cond={"label": torch.zeros(2, dtype=torch.int64)})
     with pytest.raises(ConfigError, match=r"'colour'.*'label' alone"):
         classy(tokens, cond={"colour": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("build", [transformer, bit_transformer])
+def test_an_unknown_option_is_answered_by_what_a_recipe_may_set(build):
+    with pytest.raises(ConfigError, match="unknown option 'zzz'") as caught:
+        build(zzz=1)
+    offered = str(caught.value).split("known: ")[1].split(", ")
+    assert {"width", "depth"} <= set(offered)
+    assert not {"vocab_size", "mask_id", "max_length", "layout", "classes"} & set(offered)

@@ -359,3 +359,13 @@ def test_text_has_no_picture_metrics(tmp_path, capsys):
     words = ["eval", str(tmp_path / "model"), "--data", str(tmp_path / "story.txt")]
     assert run([*words, "--metrics", "frechet"]) == 2
     assert "bound alone" in capsys.readouterr().err
+
+
+def test_a_damaged_classifier_gives_no_figure():
+    damaged = Classifier(size=SIZE, channels=1, labels=["cat", "ant"]).eval()
+    with torch.no_grad():
+        damaged.inner.weight[0, 0] = torch.nan
+    pictures = torch.zeros(2, 1, *SIZE, dtype=torch.uint8)
+    for figures in (damaged.logits, damaged.features):
+        with pytest.raises(CheckpointError, match="not finite"):
+            figures(pictures)

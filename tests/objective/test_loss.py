@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from folders import GOLDEN
 from scipy import stats
+from toy_training import QUIET, recipe
 from toys import HashDenoiser
 
-from mdiff.denoiser import from_logits
+import mdiff
+from mdiff.denoiser import from_logits, guided
 from mdiff.errors import ConfigError
 from mdiff.objective.bound import nll_bound
 from mdiff.objective.corruption import corrupt, stratified_times
@@ -18,6 +22,7 @@ from mdiff.objective.loss import masked_diffusion_loss
 from mdiff.objective.nll import token_nll
 from mdiff.schedule import SCHEDULES, Cosine, Linear, named_schedule
 from mdiff.tokens import TokenSpace
+from mdiff.training import train
 
 SPACE = TokenSpace(7, mask_id=2, never=(5,))
 every_schedule = pytest.mark.parametrize("name", sorted(SCHEDULES))
@@ -218,3 +223,18 @@ def test_an_option_of_an_unknown_name_is_a_type_error():
         masked_diffusion_loss(
             uniform_denoiser(SPACE), tokens, space=SPACE, schedule=Linear(), seed=0, row=2
         )
+
+
+def test_a_block_model_is_refused_as_its_bound_is_another(tmp_path):
+    model = mdiff.load(GOLDEN / "bd3lm", device="cpu").denoiser
+    space, tokens = TokenSpace(model.vocab_size, mask_id=model.mask_id), torch.zeros(2, 8).long()
+    for denoiser in (model, guided(model, guidance_scale=1.0, hide="given", space=space)):
+        with pytest.raises(
+            ConfigError, match=r"a block model \(block_length=4\) cannot be trained"
+        ):
+            masked_diffusion_loss(denoiser, tokens, space=space, schedule=Linear(), seed=0)
+    described = json.loads((GOLDEN / "bd3lm" / "config.json").read_text())
+    blocks = recipe(model={"name": "bd3lm", "described": described})
+    with pytest.raises(ConfigError, match="a block model"):
+        train(blocks, tmp_path / "run", **QUIET)
+    assert not list(tmp_path.glob("run/step-*"))

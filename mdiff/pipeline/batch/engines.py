@@ -97,8 +97,8 @@ class InProcess(Generic[Item, Result]):
         """There is no other process."""
 
     def recover(self, crash: BaseException) -> str:
-        """Not called: a crash ends this process."""
-        raise NotImplementedError
+        """Raises the crash: there is no other process that could go on."""
+        raise crash
 
     def close(self) -> None:
         """There is no other process."""
