@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # More threads than cores make small models many times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: docs demo test test-all faults check figures rooms gpu clean
+.PHONY: demo test test-all faults check figures docs gallery rooms gpu clean
 
 demo: $(READY)
 	$(BIN)/mdiff demo
@@ -36,6 +36,10 @@ figures: $(READY)
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Makes the pictures of docs/gallery.md again, by its commands.
+gallery: $(READY)
+	$(BIN)/python tests/support/gallery.py
 
 # Draws docs/pictures/rooms.svg, the rooms and their imports.
 rooms: $(READY)

@@ -12,10 +12,13 @@ import tomllib
 from functools import cache
 from types import FunctionType
 
+import gallery
+import numpy as np
 import pages
 import pytest
 import typer
 from folders import ROOT
+from PIL import Image
 
 import mdiff
 from mdiff.cli import UsageError, app, run
@@ -34,7 +37,7 @@ OTHER_FLAGS = {"--main_process_ip", "--set"}
 SOURCES = ("mdiff", "kernels", "samplers", "benchmarks", "examples", "configs", "tests", "docs")
 # What a command will write, and names of other projects that our code does not hold.
 WRITTEN = ("benchmarks/results/gpu.json",)
-THEIRS = ("torch.distributed.fsdp", "fsdp_cpu_ram", "XmodPreTrainedModel")
+THEIRS = ("torch.distributed.fsdp", "fsdp_cpu_ram", "XmodPreTrainedModel", "default_language")
 
 
 @each_page
@@ -248,6 +251,33 @@ def test_the_commands_of_a_page_that_need_nothing_else_run(page, tmp_path, monke
         named = [word for word in words if re.fullmatch(r"[A-Z.]{3,}\w*", word)]
         if len(words) > 2 and words[1].startswith("builtin:") and not named:
             assert run(words) == 0, (words, capsys.readouterr().err)
+
+
+def test_the_pictures_of_the_gallery_are_small_and_named_by_a_command_above_them():
+    files = gallery.shown()
+    assert sum(file.stat().st_size for file in files) <= 300_000
+    for file in files:
+        before = pages.text_of(gallery.PAGE).partition(f"pictures/{file.name}")[0]
+        assert f" {file.name}\n" in before, file
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_gallery_make_its_pictures(tmp_path):
+    """Up to what a rounding on another processor changes: some tiles, not the whole."""
+    gallery.draw(tmp_path)
+    for file in gallery.shown():
+        made = tmp_path / file.name
+        if file.suffix == ".html":
+            assert made.read_text("utf-8").count("\n") == file.read_text("utf-8").count("\n")
+            continue
+        with Image.open(made) as new, Image.open(file) as old:
+            assert (new.size, getattr(new, "n_frames", 1)) == (
+                old.size,
+                getattr(old, "n_frames", 1),
+            )
+            pixels = [np.asarray(each.convert("L"), dtype=float) for each in (new, old)]
+        # Pictures of another seed or other options are 15 levels and more apart.
+        assert np.abs(pixels[0] - pixels[1]).mean() < 8, file
 
 
 @pytest.mark.slow
