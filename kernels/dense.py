@@ -1,7 +1,5 @@
 """Matrix product, norm, attention and dropout, with faster forms where torch is slow on a CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any

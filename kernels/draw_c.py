@@ -3,8 +3,6 @@
 The library is optional: an install without a compiler has none, and `WHY_NOT` says so.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 import struct

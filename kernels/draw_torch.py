@@ -1,7 +1,5 @@
 """The draw in vectorised torch: all tile sums, the cumulative mass and the winner at once."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Triton is imported on the first draw, so that a machine that draws otherwise does not wait for it.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import sys

@@ -4,8 +4,6 @@ N rows, V columns of logits, D features, C rows of a chunk, R rows of a matrix, 
 "Wide" is float64 for float64 logits and else float32.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch

@@ -4,8 +4,6 @@ N rows, V columns of logits, C rows of a chunk. -log p(target) and its smoothed 
 float32, or float64 for float64 logits.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

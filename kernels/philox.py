@@ -4,8 +4,6 @@ There is no generator and no state: the word at (seed, position, sample, step, l
 the same in any batch, on any device and in any order of evaluation.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

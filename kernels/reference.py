@@ -6,8 +6,6 @@ reservoir sampling, Chao 1982), and inverse CDF inside it picks the id. Two unif
 none an element, and the law is exactly softmax.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple, overload
 
 import torch

@@ -1,7 +1,5 @@
 """Which of the drawn tokens stay, and their writing, in vectorised torch without a wait."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -3,8 +3,6 @@
 The kernel is made on the first call, so that importing this file does not import Triton.
 """
 
-from __future__ import annotations
-
 import struct
 
 import torch

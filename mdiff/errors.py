@@ -1,7 +1,5 @@
 """The errors that a user can meet, and the exit code of each."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """From a part's name to the object of that name in its room; no registry, no decorator."""
 
-from __future__ import annotations
-
 import pkgutil
 from importlib import import_module
 from types import ModuleType

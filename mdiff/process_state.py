@@ -1,7 +1,5 @@
 """State of the whole process: what a call changes for a moment and leaves as it was."""
 
-from __future__ import annotations
-
 import random
 import threading
 from collections.abc import Iterator

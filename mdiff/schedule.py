@@ -5,8 +5,6 @@ Its ELBO weight is w(t) = m'(t) / m(t) in closed form (Shi et al. 2024, eq. 4; S
 2024, eq. 10), with no epsilon. All is computed in float64 and returned in the type given.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """aMUSEd's sampler: `confidence` with counts of the whole canvas and noise that is annealed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Ancestral sampling on a grid of times (Sahoo et al. 2024, eq. 6; Shi et al. 2024, eq. 7)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """Reveal the positions in a given order, which does not depend on the logits."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

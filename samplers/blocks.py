@@ -1,7 +1,5 @@
 """Blocks: fill the canvas block after block, each by another sampler (semi-autoregressive)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import signature

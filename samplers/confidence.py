@@ -1,7 +1,5 @@
 """Confidence: draw a token at every hidden position, keep the most confident (MaskGIT, LLaDA)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

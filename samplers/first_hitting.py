@@ -1,7 +1,5 @@
 """First hitting: jump from one reveal to the next (Zheng et al. 2024, algorithm 1)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """Halton: reveal the positions of a grid in a low-discrepancy order (Besnier et al. 2025)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache

@@ -5,8 +5,6 @@ so that tokens that differ in one bit are alike from the start. A position of th
 several groups of bits, each a token of the canvas: hidden, scored and written on its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self, TypeGuard

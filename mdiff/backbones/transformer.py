@@ -4,8 +4,6 @@ RMSNorm, rotary positions in one or two dimensions, SwiGLU, no biases; where the
 time or a class, adaLN that starts as the identity (Peebles & Xie 2023, section 3.2).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version

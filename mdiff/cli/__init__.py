@@ -1,7 +1,5 @@
 """The command line: one file a command; errors become exit codes here."""
 
-from __future__ import annotations
-
 import errno
 import sys
 import warnings

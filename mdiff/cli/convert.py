@@ -1,7 +1,5 @@
 """`mdiff convert`: published weights in the layout that mdiff opens, safetensors and JSON."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Where evaluated data is cut: as the flags say, else as the run that is evaluated was."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

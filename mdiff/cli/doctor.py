@@ -1,7 +1,5 @@
 """`mdiff doctor`: versions, devices and backends, and checks of their results."""
 
-from __future__ import annotations
-
 import os
 import platform
 import time

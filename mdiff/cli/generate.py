@@ -1,7 +1,5 @@
 """`mdiff generate`: samples from prompts, templates or a file of them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated

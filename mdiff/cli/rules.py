@@ -4,8 +4,6 @@ Every option of every command either always has an effect or has a rule here. Th
 asked twice: by `Command` before anything is loaded, and by a command that has loaded its model.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

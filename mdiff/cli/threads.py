@@ -5,8 +5,6 @@ three times the processor time of one. The command lets them sleep instead, unle
 chosen; `import mdiff` changes nothing.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import MutableMapping
 from pathlib import Path

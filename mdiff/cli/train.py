@@ -1,7 +1,5 @@
 """`mdiff train`: a recipe in, checkpoints out."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

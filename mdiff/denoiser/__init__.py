@@ -1,7 +1,5 @@
 """The contract of a model, and the denoisers that wrap another one."""
 
-from __future__ import annotations
-
 from mdiff.denoiser.block_cache import FinishedBlocks as FinishedBlocks
 from mdiff.denoiser.block_cache import finished_blocks as finished_blocks
 from mdiff.denoiser.block_window import BlockWindow as BlockWindow

@@ -1,7 +1,5 @@
 """How a denoiser is called: the rows it is asked for, the part that gives them, and the cost."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import TypeGuard

@@ -1,7 +1,5 @@
 """Classifier-free guidance as a Denoiser."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Evaluation metrics: bounds, image metrics, ranking, probes and the self-test."""
 
-from __future__ import annotations
-
 from mdiff.evaluation.classifier import Classifier as Classifier
 from mdiff.evaluation.classifier import load_classifier as load_classifier
 from mdiff.evaluation.evaluate import Evaluation as Evaluation

@@ -1,7 +1,5 @@
 """A small convolutional classifier of images: the labels of samples, and a feature space."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from itertools import pairwise

@@ -4,8 +4,6 @@ Pictures are (N, ...) uint8, scaled from 0 to 255 to 0 to 1; features are (N, D)
 distance between two pictures is Euclidean over all their values.
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory

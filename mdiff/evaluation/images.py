@@ -1,7 +1,5 @@
 """Evaluation metrics of image models: bounds by what is given, figures of samples, probes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Linear and nearest-neighbour probes of features."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Ranking: which of several candidates for a part of a canvas fits the given parts best."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Self-test: the samplers against an exactly known distribution of 256 states."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

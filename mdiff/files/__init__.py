@@ -1,7 +1,5 @@
 """Reading and writing files: untrusted input, atomic writes, weights, locating a model."""
 
-from __future__ import annotations
-
 from mdiff.files.atomic import MANIFEST as MANIFEST
 from mdiff.files.atomic import complete as complete
 from mdiff.files.atomic import damage as damage

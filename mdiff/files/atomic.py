@@ -6,8 +6,6 @@ the disk and then renamed: a directory of the final name is complete, whenever i
 killed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The entries of a config.json that somebody else wrote, each checked as it is read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 

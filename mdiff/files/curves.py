@@ -1,7 +1,5 @@
 """Curves as an SVG file, both axes logarithmic."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

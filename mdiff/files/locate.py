@@ -1,7 +1,5 @@
 """From a model's name to its checked files: a builtin, a directory or a repository of the Hub."""
 
-from __future__ import annotations
-
 import re
 from importlib.resources import files
 from pathlib import Path

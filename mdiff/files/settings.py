@@ -1,7 +1,5 @@
 """Settings that people write, checked by pydantic; a mistake is one line in one style."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar, get_args
 

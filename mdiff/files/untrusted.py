@@ -4,8 +4,6 @@ Nothing here unpickles, no name leads out of its directory, and every refusal is
 CheckpointError before anything is loaded.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,6 @@ Files are read tensor by tensor into the memory that the module keeps, without a
 and without a second copy, so that a model takes little more memory than its files.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import Counter

@@ -1,7 +1,5 @@
 """YAML for recipes: plain values only, each key once, no aliases, numbers as people write them."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

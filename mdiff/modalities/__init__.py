@@ -1,7 +1,5 @@
 """Media to tokens and back: the contract of a modality and its capabilities."""
 
-from __future__ import annotations
-
 from mdiff.modalities.protocol import Conditional as Conditional
 from mdiff.modalities.protocol import Describes as Describes
 from mdiff.modalities.protocol import Description as Description

@@ -1,7 +1,5 @@
 """Plain token ids: the modality of a model that comes without a tokenizer or codec."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 

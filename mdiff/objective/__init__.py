@@ -1,7 +1,5 @@
 """The training objective: corruption, loss, bounds and condition dropout."""
 
-from __future__ import annotations
-
 from mdiff.objective.bound import Bound as Bound
 from mdiff.objective.bound import nll_bound as nll_bound
 from mdiff.objective.conditioning import JOINED as JOINED

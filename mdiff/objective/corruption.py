@@ -1,7 +1,5 @@
 """Which positions of a canvas are hidden, and at which time: all of it by a seed."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

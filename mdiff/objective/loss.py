@@ -5,8 +5,6 @@ probability zero, and a position that is not hidden costs nothing (SUBS, Sahoo e
 section 3.2.3).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple, TypedDict, Unpack
 

@@ -1,7 +1,5 @@
 """The cost of the clean tokens at hidden positions: -log p, by a denoiser or by its logits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypedDict, Unpack
 

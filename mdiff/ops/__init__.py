@@ -1,7 +1,5 @@
 """The operations of a step; each picks the backend that runs it."""
 
-from __future__ import annotations
-
 from mdiff.kernels.loss import CrossEntropy as CrossEntropy
 from mdiff.kernels.reference import Draw as Draw
 from mdiff.kernels.reveal_torch import Revealed as Revealed

@@ -1,7 +1,5 @@
 """Which backend runs an operation: those that are here, and the choice among them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The categorical draw: one function whichever backend runs it, and its form bound to options."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The cross-entropy of a head at the hidden rows."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

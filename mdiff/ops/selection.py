@@ -1,7 +1,5 @@
 """Which of the drawn tokens are written into the canvas."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from mdiff.kernels.reference import Draw

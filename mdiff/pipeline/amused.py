@@ -3,8 +3,6 @@
 Project huggingface/diffusers, `AmusedPipeline` and `AmusedScheduler`, 0.42 (2026).
 """
 
-from __future__ import annotations
-
 import torch
 
 from mdiff.errors import CheckpointError, ConfigError

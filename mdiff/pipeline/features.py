@@ -1,7 +1,5 @@
 """Features of items: a denoiser's hidden states, averaged over the given positions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The report on a model's files, from its config and headers alone: no weight is read."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From a name or a directory to a model ready for use; every file is checked before it is used."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace

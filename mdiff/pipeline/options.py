@@ -1,7 +1,5 @@
 """The arguments of a call: a loaded model, prompts, the options of sampling, and seeds."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypedDict, TypeVar, runtime_checkable

@@ -4,8 +4,6 @@ On several devices accelerate plans and moves: `infer_auto_device_map` over the 
 weights, `dispatch_model` over the module with them.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path

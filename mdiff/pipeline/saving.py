@@ -1,7 +1,5 @@
 """Writing a model so that `load` reads it: weights, modality and pipeline.json."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The bound of data under a model: items cut into windows, windows scored in batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 

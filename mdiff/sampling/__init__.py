@@ -1,7 +1,5 @@
 """The unmasking loop that samplers share, and running a sampler by its name."""
 
-from __future__ import annotations
-
 from mdiff.sampling.binding import BoundSampler as BoundSampler
 from mdiff.sampling.binding import Sampler as Sampler
 from mdiff.sampling.binding import bind as bind

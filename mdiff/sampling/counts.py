@@ -1,7 +1,5 @@
 """How many positions each sample reveals at each step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Run a sampler to its end, and add up the figures of each sample."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

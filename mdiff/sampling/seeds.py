@@ -1,7 +1,5 @@
 """Seeds as they are given, and the random stream of each sample."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The rows of a step: a function of the seed and the step alone, on any number of machines."""
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 import threading

@@ -1,7 +1,5 @@
 """The parts of a training run, built once from a recipe."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checkpoints of a run: the model's files, and the training state from which a run resumes."""
 
-from __future__ import annotations
-
 import platform
 import shutil
 import tempfile

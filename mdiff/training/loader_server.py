@@ -5,8 +5,6 @@ then saves the current step, for which it needs its loaders, and these end with 
 the server ignores both. It ends with the trainer, by the pipe between them.
 """
 
-from __future__ import annotations
-
 import signal
 
 # The imports of all loaders, once.

@@ -1,7 +1,5 @@
 """Training: a recipe and a directory in, checkpoints out, as if never interrupted."""
 
-from __future__ import annotations
-
 import gc
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Optimisers, learning rates and averaged weights: each rate is a function of the step alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable

@@ -1,7 +1,5 @@
 """The processes of a run, by accelerate: each has the whole model (DDP) or a shard (FSDP2)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """Recipes: the settings of a training run, a YAML file that is checked before anything is built."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -6,8 +6,6 @@ ones again; tensors that are not sharded pass through it alike. Names are flat:
 parameter and the optimiser's key.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 

@@ -1,7 +1,5 @@
 """One training step: the loss of a micro-batch, the global gradient and update."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections import Counter

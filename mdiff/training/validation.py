@@ -1,7 +1,5 @@
 """The bound on validation data while a model trains, and the best checkpoint by it."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Layers and conventions that several backbones share."""
 
-from __future__ import annotations
-
 from mdiff.backbones.layers.backbone import Backbone as Backbone
 from mdiff.backbones.layers.grid import GridModel as GridModel
 from mdiff.backbones.layers.modules import RMSNorm as RMSNorm

@@ -4,8 +4,6 @@ Names and shapes are those of the published files (Sahoo et al. 2024, models/dit
 Peebles & Xie 2023). All norms are LayerNorm with a weight and no bias, in float32.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

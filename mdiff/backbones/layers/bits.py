@@ -1,7 +1,5 @@
 """Ids as bits and back, the most significant bit first, and the other way round."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

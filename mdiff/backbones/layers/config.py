@@ -1,7 +1,5 @@
 """The settings of our own transformer, checked, and how many weights they make."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ The names of the modules are those of Llama, Qwen2 and Qwen3 files. A decoder he
 itself: its attention is as wide as the mask says.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping

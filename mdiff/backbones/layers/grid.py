@@ -1,7 +1,5 @@
 """What generators of other projects over a fixed grid share: class, positions, mask."""
 
-from __future__ import annotations
-
 from typing import Protocol, runtime_checkable
 
 import torch

@@ -4,8 +4,6 @@ Importing this module makes them known to `AutoConfig` and `AutoModelForMaskedLM
 the names of their weights are those of the plain models; nothing else in mdiff needs this module.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, fields
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Modules that several backbones share: matrix, norms, gated layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

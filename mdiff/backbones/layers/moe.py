@@ -1,7 +1,5 @@
 """Mixtures of experts of published models: what their configs may say, and routing by token."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

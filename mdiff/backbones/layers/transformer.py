@@ -1,7 +1,5 @@
 """The layers of our own transformer (`mdiff.backbones.transformer`)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

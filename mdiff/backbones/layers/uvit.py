@@ -3,8 +3,6 @@
 Grids are (B, h, w, C), lines of positions (B, L, C); a 1 x 1 convolution is a map of each position.
 """
 
-from __future__ import annotations
-
 import math
 from typing import TypedDict, Unpack
 

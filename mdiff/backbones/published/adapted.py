@@ -9,8 +9,6 @@ the output at a position predicts the next one; without it DiffuLLaMA's is shift
 are not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import nn

@@ -1,7 +1,5 @@
 """BD3LM (Arriola et al. 2025): block diffusion, kuleshov-group/bd3lm-owt-block_size4 and others."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

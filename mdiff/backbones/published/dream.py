@@ -1,7 +1,5 @@
 """Dream (Ye et al. 2025) and its kin of the same files: Dream-Coder, DiffuCoder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

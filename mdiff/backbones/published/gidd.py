@@ -1,7 +1,5 @@
 """GIDD (von Rütte et al. 2025): masked, or masked and uniform, diffusion; dvruette/gidd-*."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

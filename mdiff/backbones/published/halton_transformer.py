@@ -6,8 +6,6 @@ codebook_size, depth, heads, mlp_dim, nclass, register. Every block is modulated
 tokens follow the canvas. The head has a column for the mask id, which is never generated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """LLaDA (Nie et al. 2025): Base, Instruct and 1.5, a Llama of OLMo's layout and a full mask."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor, nn

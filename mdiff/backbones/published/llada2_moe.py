@@ -1,7 +1,5 @@
 """LLaDA2 (inclusionAI 2025): a block model with a mixture of experts, in its published layout."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar
 

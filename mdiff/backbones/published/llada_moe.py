@@ -1,7 +1,5 @@
 """LLaDA-MoE (inclusionAI 2025): LLaDA with a mixture of experts, in its published layout."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor, nn

@@ -6,8 +6,6 @@ codebook_size, codebook_splits, depth, heads, mlp_dim, nclass, use_prenorm. A po
 the lowest first, and as zeros where hidden. The class follows the last position.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

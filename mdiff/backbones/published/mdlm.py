@@ -1,7 +1,5 @@
 """MDLM (Sahoo et al. 2024): kuleshov-group/mdlm-owt and what has its layout."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

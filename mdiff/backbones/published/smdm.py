@@ -4,8 +4,6 @@ Its files come without a config.json: one is the arguments of lit-gpt's Config, 
 {"name": "Diff_LLaMA_1028M", "n_embd": 1792, ...}.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

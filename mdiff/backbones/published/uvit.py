@@ -4,8 +4,6 @@ ConvNeXt blocks and attention on the grid around a transformer, all conditioned 
 text encoder. Project huggingface/diffusers, `models/unets/uvit_2d.py`, 0.42 (2026).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from functools import partial

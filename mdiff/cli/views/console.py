@@ -1,7 +1,5 @@
 """Output of every command: results to stdout, progress and messages to stderr."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

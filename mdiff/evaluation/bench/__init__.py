@@ -1,7 +1,5 @@
 """`mdiff bench`: the hot loops against what other projects run."""
 
-from __future__ import annotations
-
 from mdiff.evaluation.bench.laws import Law as Law
 from mdiff.evaluation.bench.run import Bench as Bench
 from mdiff.evaluation.bench.timing import DEFAULT as DEFAULT

@@ -6,8 +6,6 @@ int64, `mask_id` where hidden, and returns all positions. Bytes per logit are co
 operations, each array read or written once an operation. Random numbers are torch's global ones.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """The draw timed against the baselines, each on the same logits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Generations timed against the samplers of MDLM, and the time of a step outside the model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 
 import torch

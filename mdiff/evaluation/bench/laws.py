@@ -1,7 +1,5 @@
 """The sides of a comparison of draws, the input that all are given, and the law of each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The loss, forward and backward, against logits of all rows: time, memory and gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from weakref import WeakKeyDictionary, WeakSet
 

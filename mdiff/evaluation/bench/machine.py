@@ -1,7 +1,5 @@
 """The machine of a measurement."""
 
-from __future__ import annotations
-
 import os
 import platform
 from pathlib import Path

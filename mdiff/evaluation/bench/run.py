@@ -1,7 +1,5 @@
 """A run of `mdiff bench`: the machine, the law of both sides, and the rows."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Two sides of a comparison, timed in turns in one process, and the row of the result."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Images: codecs, captions, labels and inpainting."""
 
-from __future__ import annotations
-
 from mdiff.modalities.image.codec import CODES_KEY as CODES_KEY
 from mdiff.modalities.image.codec import PUBLISHED_TENSORS as PUBLISHED_TENSORS
 from mdiff.modalities.image.codec import SETTINGS as SETTINGS

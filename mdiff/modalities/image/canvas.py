@@ -1,7 +1,5 @@
 """The canvas of an image model: its parts, their positions and ids, and what they stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

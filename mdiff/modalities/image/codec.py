@@ -1,7 +1,5 @@
 """The contract of a codec, pictures to grids of ids and back, and the files of one."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Callable, Mapping

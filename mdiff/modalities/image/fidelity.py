@@ -1,7 +1,5 @@
 """How well a codec gives pictures back, and how it uses its codebook."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Inpainting: the tokens that a change of pixels touches, and the pixels that stay unchanged."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

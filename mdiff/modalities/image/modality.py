@@ -1,7 +1,5 @@
 """Images: a codec's ids, with a label and a caption as further parts of the canvas if asked."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A canvas of several parts: their names, positions and ids."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """A text-conditioned image model: the canvas is an image alone, the text a condition."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

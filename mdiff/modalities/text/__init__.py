@@ -1,7 +1,5 @@
 """Text: tokenizers, documents and how rows are packed."""
 
-from __future__ import annotations
-
 from mdiff.modalities.text.documents import Piece as Piece
 from mdiff.modalities.text.documents import Source as Source
 from mdiff.modalities.text.documents import cut_documents as cut_documents

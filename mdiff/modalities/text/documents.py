@@ -1,7 +1,5 @@
 """Where documents come from: text files, JSONL, Parquet, the Hub or the standard library."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

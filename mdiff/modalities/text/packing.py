@@ -1,7 +1,5 @@
 """Documents of tokens cut into rows of one length, each row a function of (row, epoch)."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Decoded text in parts: what each id adds to it, for any decoder, in linear time."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Callable, Sequence
 

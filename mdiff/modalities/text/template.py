@@ -1,7 +1,5 @@
 """Texts with gaps: [MASK] is one token to fill in, [MASK:8] eight."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """What somebody typed into a prompt, a chat or a template: no mask, no special tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Offline generation and encoding over files and processes."""
 
-from __future__ import annotations
-
 from mdiff.pipeline.batch.division import Division as Division
 from mdiff.pipeline.batch.division import Share as Share
 from mdiff.pipeline.batch.encoding import ROWS as ROWS

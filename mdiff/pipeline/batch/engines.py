@@ -5,8 +5,6 @@ is an exception in the item's future, one of the engine's `crashes`; what the ca
 a result, `Raised`. `runner` decides what then becomes of the item.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import re

@@ -3,8 +3,6 @@
 A run that is started again makes only what is missing; another file, model or option is refused.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

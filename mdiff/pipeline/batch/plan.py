@@ -4,8 +4,6 @@ A plan is a function of the file of requests, the model and the options alone: e
 the same, and a run that is started again finds its own.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The engine of several machines: Ray Core, on a cluster or on one that it starts here."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

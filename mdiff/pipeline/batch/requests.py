@@ -1,7 +1,5 @@
 """Requests, one JSON object a line, read so that a bad line is a failure of its own."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

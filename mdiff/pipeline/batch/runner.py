@@ -5,8 +5,6 @@ an engine (see `engines`), and is written by this process when all of them are t
 knows what a shard holds.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import deque

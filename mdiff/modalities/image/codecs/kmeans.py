@@ -1,7 +1,5 @@
 """Patch k-means: a token is the nearest of a few hundred patches of pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Self
 

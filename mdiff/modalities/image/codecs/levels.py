@@ -1,7 +1,5 @@
 """Pixel values as tokens, without loss."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Self
 

@@ -4,8 +4,6 @@ config.json holds the constructor's arguments: codebook_size, codebook_embed_dim
 encoder_ch_mult, decoder_ch_mult, z_channels. Codes and latents are of unit length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch.nn.functional as F

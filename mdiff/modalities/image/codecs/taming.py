@@ -4,8 +4,6 @@ config.json is the `model:` node of the published yaml: {"target", "params": {"e
 "n_embed", "ddconfig": {...}}}. The codebook is searched by Euclidean distance as it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from mdiff.errors import CheckpointError

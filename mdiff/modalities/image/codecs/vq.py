@@ -1,7 +1,5 @@
 """A convolutional VQ autoencoder (van den Oord et al. 2017; the shape of Esser et al. 2021)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 Project huggingface/diffusers, `models/autoencoders/vq_model.py`, 0.42 (2026).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

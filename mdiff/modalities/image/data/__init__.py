@@ -1,7 +1,5 @@
 """Image data sets: readers, examples and tokenised shards."""
 
-from __future__ import annotations
-
 from mdiff.modalities.image.data.examples import PictureRows as PictureRows
 from mdiff.modalities.image.data.images import Pictures as Pictures
 from mdiff.modalities.image.data.images import digest_of as digest_of

@@ -1,7 +1,5 @@
 """Rows of training made of pictures: one canvas a picture, in variants that look alike."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """One image as an array in the channels and the size that are asked for; masks from files."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

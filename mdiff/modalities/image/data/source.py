@@ -1,7 +1,5 @@
 """The `data` section of a recipe for images."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -4,8 +4,6 @@
 written last (`shard_writing`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

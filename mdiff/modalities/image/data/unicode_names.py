@@ -1,7 +1,5 @@
 """What the names of emoji files say: code points, a caption, and the base of its variants."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 

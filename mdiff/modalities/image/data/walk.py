@@ -1,7 +1,5 @@
 """The pictures of a folder as people have them: links, hidden files, endings of any case."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable

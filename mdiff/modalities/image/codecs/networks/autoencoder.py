@@ -4,8 +4,6 @@ The shape of a VQGAN (Esser et al. 2021, table 7) with norms over channels alone
 token reads of the picture is bounded and known: `Encoder.receptive_field_margin`.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """What codecs that are trained here share: a convolutional autoencoder around a quantiser."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ makes the codec of one, without weights. The files are read into `published`, a 
 layers under the names that the family gives them; `codec.load_codec` does both.
 """
 
-from __future__ import annotations
-
 import json
 from abc import abstractmethod
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ One network for the published families: `Shape` says where their layers differ, 
 files name the layers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
