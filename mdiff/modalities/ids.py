@@ -16,12 +16,10 @@ FIELD = "tokens"
 class Ids:
     """Ids as they are; see `ids`. `unit` is "token"."""
 
-    name = "ids"
-    unit = "token"
+    name, unit = "ids", "token"
 
     def __init__(self, vocab_size: int, mask_id: int) -> None:
-        self.vocab_size = vocab_size
-        self.mask_id = mask_id
+        self.vocab_size, self.mask_id = vocab_size, mask_id
 
     @property
     def space(self) -> TokenSpace:
@@ -31,14 +29,13 @@ class Ids:
     def encode(self, written: object) -> list[int]:
         """The ids of "3 1 2", or of a list of them; DataError for anything else."""
         try:
-            if isinstance(written, str):
-                return [int(word) for word in written.split()]
-            if isinstance(written, Iterable):
-                return [int(word) for word in written]
+            words = written.split() if isinstance(written, str) else written
+            if isinstance(words, Iterable):
+                return [int(word) for word in words]
             raise TypeError
         except (TypeError, ValueError):
-            said = repr(written)[:60]
-            raise DataError(f"{said}: this model takes token ids, such as '3 1 2'") from None
+            said = f"{written!r:.60}: this model takes token ids, such as '3 1 2'"
+            raise DataError(said) from None
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The ids, with spaces between; a mask is "_"."""
@@ -60,11 +57,7 @@ class Ids:
         return [self.mask_id if word == MASK else self.encode(word)[0] for word in words]
 
     def examples(
-        self,
-        data: Mapping[str, object] | Source | str,
-        *,
-        length: int | None,
-        split: str = "train",
+        self, data: Mapping[str, object] | Source | str, *, length: int | None, split: str = "train"
     ) -> PackedRows:
         """Rows of `length` ids from rows {"tokens": [3, 1, 2]}; `holdout` cuts by ids."""
         source = Source.of(data)
@@ -74,22 +67,25 @@ class Ids:
         chosen = cut_documents(rows, split, holdout=source.holdout, validation=source.validation)
         check_documents(chosen, self.space, name=f"{split} document")
         return PackedRows(
-            chosen,
-            length=length,
-            shift=split == "train",
-            unit=self.unit,
-            units=1.0,
-            slice_sha256=digest([self.decode(row) for row in chosen]),
-        )
+            chosen, length=length, shift=split == "train", unit=self.unit, units=1.0,
+            slice_sha256=digest(list(map(self.decode, chosen))),
+        )  # fmt: skip
 
     def documents(self, data: Mapping[str, object] | DataSource | str) -> list[list[int]]:
         """The lists of ids of a data section, in its field "tokens" unless that says another.
 
         Raises DataError with file and line where one holds anything else.
         """
-        source = Source.of(data)
+        source, found = Source.of(data), []
         field = FIELD if source.field == Source.field else source.field
-        return [_ids_of(row, field, where) for where, row in source.rows(field, lines=True)]
+        for where, row in source.rows(field, lines=True):
+            ids = row.get(field)
+            if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+                raise DataError(
+                    f"{where}: expected {{{field!r}: [3, 1, 2]}}, got {dict(row)!r:.80}"
+                )
+            found.append(ids)
+        return found
 
     def sizes(self, items: Sequence[object]) -> dict[str, int]:
         """Nothing but tokens is known of ids."""
@@ -101,13 +97,6 @@ class Ids:
 
     def save(self, folder: str | Path) -> None:
         """Nothing to write."""
-
-
-def _ids_of(row: Mapping[str, object], field: str, where: str) -> list[int]:
-    found = row.get(field)
-    if not isinstance(found, list) or not all(type(i) is int and i >= 0 for i in found):
-        raise DataError(f"{where}: expected {{{field!r}: [3, 1, 2]}}, got {dict(row)!r:.80}")
-    return found
 
 
 def ids(*, vocab_size: int, mask_id: int | None = None, folder: str | Path | None = None) -> Ids:

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForMaskedLM
 import mdiff.files.untrusted as files
 import mdiff.modalities.image.data.pixels as picture_files
 import mdiff.modalities.text.documents as sources
+import mdiff.modalities.text.tables as tables
 from mdiff.backbones.transformer import transformer
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files.untrusted import read_json, read_tensors
@@ -25,7 +26,7 @@ from mdiff.pipeline.loading import load
 
 
 def test_an_archive_that_grows_too_much_is_refused_and_a_large_text_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MOST_UNPACKED", 2**20)
+    monkeypatch.setattr(tables, "MOST_UNPACKED", 2**20)
     bomb, text = tmp_path / "bomb.txt.gz", tmp_path / "text.txt.gz"
     bomb.write_bytes(gzip.compress(b"a" * 2**22))
     random_ = np.random.default_rng(0)

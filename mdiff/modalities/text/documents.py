@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from io import BufferedIOBase
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -17,11 +18,10 @@ from mdiff.errors import ConfigError, DataError, nearest
 from mdiff.files import MAX_JSON_VALUES, STRICT, has_too_many_values
 from mdiff.modalities.text.source import HUB, SPLITS, DataSource
 from mdiff.modalities.text.tables import PARQUET, Row, hub_texts, parquet_rows, text_in
+from mdiff.modalities.text.tables import check_growth as check_growth
 from mdiff.modalities.text.tables import hub_rows as hub_rows
 
 STANDARD_LIBRARY = "pydoc_data.topics"
-# Text in .gz shrinks some four times, pictures ten: what grows more, and to more, is a bomb.
-MOST_UNPACKED, MOST_GROWTH = 2**27, 50
 READ_AT_ONCE = 2**20
 GZIP = b"\x1f\x8b"
 TABLES, LINES = (".parquet", ".pq"), (".jsonl", ".ndjson", ".json")
@@ -79,7 +79,9 @@ class Source(DataSource):
 
     def _rows(self, path: str, field: str, *, lines: bool) -> Iterator[Row]:
         if path == STANDARD_LIBRARY:
-            return (("", {field: text}) for text in _standard_library())
+            from pydoc_data.topics import topics
+
+            return (("", {field: topics[name]}) for name in sorted(topics))
         if path.startswith(HUB):
             return hub_texts(path.removeprefix(HUB), self.subset, self.hub_split, field)
         file = Path(path)
@@ -87,7 +89,7 @@ class Source(DataSource):
         if name.endswith(TABLES) or _begins_with(file, PARQUET):
             if not file.is_file():
                 raise DataError(f"{path}: no such file{_neighbour(file)}")
-            return parquet_rows(file, field, check_growth=check_growth)
+            return parquet_rows(file, field)
         ending = Path(name.removesuffix(".gz")).suffix
         if ending in OTHERS:
             raise DataError(f"{path} is {OTHERS[ending]}; known: .txt, .jsonl, .parquet, and .gz")
@@ -110,34 +112,21 @@ def cut_documents(
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}; {nearest(split, SPLITS)}")
-    total = sum(len(document) for document in documents)
+    total = sum(map(len, documents))
     kept = int(total * (1 - holdout))
     chosen = int(kept * (1 - validation))
-    first, stop = {
-        "train": (0, chosen),
-        "validation": (chosen, kept),
-        "holdout": (kept, total),
-    }[split]
+    cuts = (0, chosen, kept, total)
+    first, stop = cuts[SPLITS.index(split) :][:2]
     if first == stop:
-        raise DataError(
-            f"the {split} split of {total} units is empty at holdout={holdout}, "
-            f"validation={validation}"
-        )
-    pieces, start = [], 0
-    for document in documents:
-        piece = document[max(0, first - start) : max(0, stop - start)]
-        start += len(document)
-        if piece:
-            pieces.append(piece)
-    return pieces
+        raise DataError(f"the {split} split of {total} units is empty at {holdout=}, {validation=}")
+    starts = accumulate(map(len, documents), initial=0)
+    cut = (text[max(0, first - at) : max(0, stop - at)] for text, at in zip(documents, starts))
+    return [piece for piece in cut if piece]
 
 
 def digest(documents: list[str]) -> str:
     """SHA-256 of the documents' UTF-8, one after the other; of one document, that of its text."""
-    total = hashlib.sha256()
-    for text in documents:
-        total.update(text.encode())
-    return total.hexdigest()
+    return hashlib.sha256("".join(documents).encode()).hexdigest()
 
 
 def read_text(path: str | Path) -> str:
@@ -210,15 +199,6 @@ def pieces(file: BufferedIOBase, path: Path) -> Iterator[bytes]:
         check_growth(total, path)
 
 
-def check_growth(unpacked: int, path: Path) -> None:
-    """Raise DataError where so many bytes came, or would come, out of a file that is small."""
-    if unpacked > MOST_UNPACKED and unpacked > MOST_GROWTH * path.stat().st_size:
-        raise DataError(
-            f"{path} unpacks to over {MOST_GROWTH} times its size, {unpacked:,} bytes or more: "
-            "unpack it yourself if it is meant"
-        )
-
-
 def _neighbour(path: Path) -> str:
     """The end of the message for a missing file: the name that is nearest beside it."""
     try:
@@ -261,9 +241,3 @@ def numbered_lines(text: str, path: str | Path) -> Iterator[tuple[str, dict[str,
                 raise DataError(f"{where}: expected an object, got {type(row).__name__}")
             yield where, row
         offset += len(line.encode()) + 1
-
-
-def _standard_library() -> Iterator[str]:
-    from pydoc_data.topics import topics
-
-    return (topics[name] for name in sorted(topics))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 
 from mdiff.errors import CheckpointError, ConfigError
@@ -31,23 +31,14 @@ class Text:
     anyone's tokenizer, after the first `examples` (or `fit`) for "char" and "bpe".
     """
 
-    name = "text"
-    unit = "byte"
+    name, unit = "text", "byte"
 
     def __init__(
-        self,
-        kind: str,
-        *,
-        vocab_size: int | None,
-        eos: bool,
-        mask_id: int | None,
+        self, kind: str, *, vocab_size: int | None, eos: bool, mask_id: int | None,
         tokenizer: Tokenizer | None,
-    ) -> None:
-        self.kind = kind
-        self._mask_id = mask_id
-        self.vocab_size = vocab_size
-        self.eos = eos
-        self._tokenizer = tokenizer
+    ) -> None:  # fmt: skip
+        self.kind, self.vocab_size, self.eos = kind, vocab_size, eos
+        self._mask_id, self._tokenizer = mask_id, tokenizer
         # Whether special tokens that are typed in prompts, chats and templates are read as such.
         self.reads_special = False
 
@@ -103,9 +94,8 @@ class Text:
 
         A gap ends a run of bytes: those on its two sides are never one character.
         """
-        shown = ids if whole else ids[: self._end(ids)]
-        decode = self.tokenizer.decode
-        return "".join(decode(run, continues=first > 0) for first, run in self._runs(shown))
+        decode, runs = self.tokenizer.decode, self._runs(ids, whole)
+        return "".join(decode(run, continues=first > 0) for first, run in runs)
 
     def pieces(self, ids: Sequence[int], *, whole: bool = False) -> list[str | None]:
         """The text of each position, None where it is masked; joined, `decode`.
@@ -114,24 +104,23 @@ class Text:
         """
         mask = self.mask_id
         found: list[str | None] = [None if token == mask else "" for token in ids]
-        for first, run in self._runs(ids if whole else ids[: self._end(ids)]):
+        for first, run in self._runs(ids, whole):
             found[first : first + len(run)] = self.tokenizer.pieces(run, continues=first > 0)
         return found
 
-    def _runs(self, ids: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-        """The ids between masks and ends of our own, after the position of their first."""
-        gaps = {self.mask_id, *((self.eos_id,) if self.kind in OWN else ())}
-        first = 0
-        for is_gap, group in groupby(ids, key=gaps.__contains__):
+    def _runs(self, ids: Sequence[int], whole: bool) -> Iterator[tuple[int, list[int]]]:
+        """The ids between masks and ends of our own, after the position of their first.
+
+        Without `whole` those up to the first end of text.
+        """
+        eos, first = self.eos_id, 0
+        gaps = {self.mask_id, *((eos,) if self.kind in OWN else ())}
+        shown = ids if whole or eos is None else takewhile(lambda token: token != eos, ids)
+        for is_gap, group in groupby(shown, key=gaps.__contains__):
             run = list(group)
             if not is_gap:
                 yield first, run
             first += len(run)
-
-    def _end(self, ids: Sequence[int]) -> int:
-        """How many ids come before the end of text."""
-        eos = self.eos_id
-        return len(ids) if eos is None or eos not in ids else list(ids).index(eos)
 
     def canvas(self, prompt: object = "", length: int | None = None) -> list[int]:
         """The prompt's tokens followed by masks, `length` positions in all.
@@ -141,19 +130,17 @@ class Text:
         mask or does not fit, and where there is no template; ConfigError where it holds a special
         token, unless `reads_special`.
         """
-        typed = self._typed()
-        if isinstance(prompt, Mapping):
-            return continued(typed.chat(prompt), length, mask_id=self.mask_id)
-        return continued(typed.prompt(checked_text(prompt)), length, mask_id=self.mask_id)
+        given = self._typed(self.encode).prompt(prompt)
+        return continued(given, length, mask_id=self.mask_id)
 
     def template(self, text: str) -> list[int]:
         """The canvas of a text with gaps; see `template_canvas`."""
+        first, behind = self.encode, partial(self.encode, continues=True)
         return template_canvas(
-            text, self._typed().ids, continued=self._typed(continues=True).ids, mask_id=self.mask_id
+            text, self._typed(first).ids, continued=self._typed(behind).ids, mask_id=self.mask_id
         )
 
-    def _typed(self, *, continues: bool = False) -> Typed:
-        encode = partial(self.encode, continues=True) if continues else self.encode
+    def _typed(self, encode: Callable[[str], list[int]]) -> Typed:
         return Typed(encode, self.tokenizer, self.mask_id, self.reads_special)
 
     def fit(self, documents: Sequence[str]) -> Text:
@@ -184,15 +171,11 @@ class Text:
         end = [] if self.eos_id is None else [self.eos_id]
         rows = [self.encode(document) + end for document in documents]
         check_documents(rows, self.space, name=f"{split} document")
-        tokens = sum(map(len, rows))
         return PackedRows(
-            rows,
-            length=length,
-            shift=split == "train",
-            unit=self.unit,
-            units=sum(len(document.encode()) for document in documents) / max(1, tokens),
+            rows, length=length, shift=split == "train", unit=self.unit,
+            units=self.sizes(documents)["byte"] / max(1, sum(map(len, rows))),
             slice_sha256=digest(documents),
-        )
+        )  # fmt: skip
 
     def documents(self, data: Mapping[str, object] | DataSource | str) -> list[str]:
         """The documents of a data section; DataError with file and line where one is no text."""
@@ -200,10 +183,7 @@ class Text:
 
     def sizes(self, texts: Sequence[str]) -> dict[str, int]:
         """How many characters and UTF-8 bytes the texts have, for figures by each."""
-        return {
-            "char": sum(map(len, texts)),
-            "byte": sum(len(text.encode()) for text in texts),
-        }
+        return {"char": sum(map(len, texts)), "byte": sum(len(text.encode()) for text in texts)}
 
     def config(self) -> dict[str, object]:
         """The settings that `text(**settings, folder=...)` takes back, with the name."""
@@ -227,22 +207,16 @@ class Text:
 
 
 def text(
-    *,
-    tokenizer: str = "byte",
-    vocab_size: int | None = None,
-    alphabet: str | None = None,
-    eos: bool = False,
-    mask_id: int | None = None,
-    folder: str | Path | None = None,
-) -> Text:
+    *, tokenizer: str = "byte", vocab_size: int | None = None, alphabet: str | None = None,
+    eos: bool = False, mask_id: int | None = None, folder: str | Path | None = None,
+) -> Text:  # fmt: skip
     """The text modality.
 
     `tokenizer`: "byte", "char", "bpe" (byte-level, trained on the training split to
     `vocab_size` ids, 512 by default), a folder that `save` wrote, or the path or Hub id of any
-    Hugging Face one. `eos`
-    adds an id that ends each document (anyone's tokenizer brings its own). `alphabet` are the
-    characters of "char" where they are known. `mask_id` is the id that hides a token, where it
-    is not the tokenizer's own or the next free one. `folder` is where `save` wrote.
+    Hugging Face one. `eos` adds an id that ends each document (anyone's tokenizer brings its own).
+    `alphabet` are the characters of "char" where they are known. `mask_id` is the id that hides a
+    token, where it is not the tokenizer's own or the next free one. `folder` is where `save` wrote.
 
     Raises ConfigError for options that do not go together.
 
@@ -251,10 +225,9 @@ def text(
     """
     if not isinstance(eos, bool):
         raise ConfigError(f"modality.eos={eos!r}: expected true or false")
-    if vocab_size is not None and tokenizer != "bpe":
-        raise ConfigError(f"vocab_size is an option of tokenizer 'bpe', not of {tokenizer!r}")
-    if alphabet is not None and tokenizer != "char":
-        raise ConfigError(f"alphabet is an option of tokenizer 'char', not of {tokenizer!r}")
+    for name, given, kind in (("vocab_size", vocab_size, "bpe"), ("alphabet", alphabet, "char")):
+        if given is not None and tokenizer != kind:
+            raise ConfigError(f"{name} is an option of tokenizer {kind!r}, not of {tokenizer!r}")
     if vocab_size is not None and vocab_size < 256 + eos:
         raise ConfigError(f"vocab_size={vocab_size}: a byte-level bpe needs {256 + eos} or more")
     inner: Tokenizer | None = None
@@ -268,8 +241,8 @@ def text(
             raise CheckpointError(
                 f"{folder}: the tokenizer has {inner.size + eos} ids, the settings {vocab_size}"
             )
-    elif (saved := _saved_in(Path(tokenizer).expanduser(), folder)) is not None:
-        return _saved(saved, eos=eos, mask_id=mask_id)
+    elif (saved := _saved(tokenizer, folder, eos=eos, mask_id=mask_id)) is not None:
+        return saved
     elif eos:
         raise ConfigError(f"eos is an option of byte, char and bpe, not of {tokenizer!r}")
     else:
@@ -277,22 +250,17 @@ def text(
     return Text(tokenizer, vocab_size=vocab_size, eos=eos, mask_id=mask_id, tokenizer=inner)
 
 
-def _saved_in(named: Path, folder: str | Path | None) -> Path | None:
-    """The folder of a tokenizer that `save` wrote: the named one, or `folder` for one of OWN."""
-    if folder is None:
-        return named if (named / SETTINGS).exists() else None
-    settings = read_json(Path(folder) / SETTINGS) if (Path(folder) / SETTINGS).exists() else {}
-    return Path(folder) if settings.get("tokenizer") in OWN else None
-
-
-def _saved(folder: Path, *, eos: bool, mask_id: int | None) -> Text:
-    """What `Text.save` wrote."""
-    settings = read_json(folder / SETTINGS)
+def _saved(named: str, folder: str | Path | None, *, eos: bool, mask_id: int | None) -> Text | None:
+    """What `Text.save` wrote into the named folder, or, of OWN, into `folder`; None elsewhere."""
+    written = Path(named).expanduser() if folder is None else Path(folder)
+    settings = read_json(written / SETTINGS) if (written / SETTINGS).exists() else None
+    if settings is None or (folder is not None and settings.get("tokenizer") not in OWN):
+        return None
     if settings.pop("name", None) != Text.name or eos:
-        raise ConfigError(f"{folder} is a text tokenizer of its own: it takes no other options")
+        raise ConfigError(f"{written} is a text tokenizer of its own: it takes no other options")
     if mask_id is not None:
         settings["mask_id"] = mask_id
     try:
-        return text(**settings, folder=folder)
+        return text(**settings, folder=written)
     except (TypeError, ConfigError) as error:
-        raise CheckpointError(f"{folder / SETTINGS} is not valid: {error}") from error
+        raise CheckpointError(f"{written / SETTINGS} is not valid: {error}") from error

@@ -25,47 +25,34 @@ class PackedRows:
     """
 
     def __init__(
-        self,
-        documents: Sequence[Sequence[int]],
-        *,
-        length: int,
-        shift: bool,
-        unit: str,
-        units: float,
-        slice_sha256: str = "",
-    ) -> None:
+        self, documents: Sequence[Sequence[int]], *, length: int, shift: bool, unit: str,
+        units: float, slice_sha256: str = "",
+    ) -> None:  # fmt: skip
         if length < 1:
             raise ConfigError(f"length={length}: need at least 1")
         documents = [document for document in documents if len(document)]
         if not documents:
             raise DataError("the data holds no token")
         sizes = torch.tensor([len(document) for document in documents], dtype=torch.int64)
-        self.tokens = torch.cat(
-            [torch.tensor(document, dtype=torch.int32) for document in documents]
-        )
+        self.tokens = torch.cat([torch.tensor(each, dtype=torch.int32) for each in documents])
         self.length, self.shift, self.unit, self.units = length, shift, unit, units
         self.slice_sha256 = slice_sha256
         self.starts = sizes.cumsum(0) - sizes
-        self.fingerprint = self._fingerprint()
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(f"rows of {self.length}, shift {self.shift};".encode())
+        digest = hashlib.sha256(f"rows of {length}, shift {shift};".encode())
         for tensor in (self.tokens, self.starts):
             digest.update(tensor.numpy().astype("<i8").tobytes())
-        return digest.hexdigest()
+        self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         """How many rows an epoch has, at least 1."""
-        total = len(self.tokens)
-        if self.shift:
-            return max(1, (total - self.length + 1) // self.length)
-        return -(-total // self.length)
+        total, length = len(self.tokens), self.length
+        return max(1, (total - length + 1) // length) if self.shift else -(-total // length)
 
     def offset(self, epoch: Tensor) -> Tensor:
         """Where the first row of each epoch (B,) starts: uniform over the slack, (B,) int64."""
-        slack = max(0, len(self.tokens) - len(self) * self.length)
         if not self.shift:
             return torch.zeros_like(epoch)
+        slack = max(0, len(self.tokens) - len(self) * self.length)
         share = philox.uniform(0, epoch, 0, 0, purpose=philox.SHUFFLE)
         return (share * (slack + 1)).to(torch.int64)
 
@@ -78,11 +65,6 @@ class PackedRows:
         if len(self.starts) > 1:
             documents = torch.searchsorted(self.starts, positions, right=True) - 1
         # Whether padding is reported depends on the data set, not on which rows were asked for.
-        padded = len(self.tokens) < self.length or (
-            not self.shift and len(self.tokens) % self.length != 0
-        )
-        return Batch(
-            tokens=self.tokens[positions].to(torch.int64),
-            valid=valid if padded else None,
-            documents=documents,
-        )
+        padded = len(self) * self.length > len(self.tokens)
+        tokens = self.tokens[positions].to(torch.int64)
+        return Batch(tokens, valid=valid if padded else None, documents=documents)

@@ -54,7 +54,4 @@ def decoded(
 def utf8_pieces(parts: Sequence[bytes]) -> list[str]:
     """The text that each run of bytes completes; joined, the text of them all."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    pieces = [decoder.decode(part) for part in parts]
-    if pieces:
-        pieces[-1] += decoder.decode(b"", final=True)
-    return pieces
+    return [decoder.decode(part, final=i == len(parts)) for i, part in enumerate(parts, start=1)]

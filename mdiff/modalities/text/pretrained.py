@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -57,15 +56,25 @@ class Pretrained:
 
     @staticmethod
     def _loaded(path: Path) -> PreTrainedTokenizerBase:
-        beside = any((path.parent / name).exists() for name in ROLES)
-        if path.is_file() and not beside:
-            from transformers import PreTrainedTokenizerFast
+        import transformers
 
-            return PreTrainedTokenizerFast(tokenizer_file=str(path))
-        # A file with its settings beside it has the roles that they name.
         folder, own = (path.parent, {"tokenizer_file": str(path)}) if path.is_file() else (path, {})
-        with _quiet():
-            return _class_of(folder).from_pretrained(str(folder), trust_remote_code=False, **own)
+        # A file with its settings beside it has the roles that they name.
+        if own and not any((folder / name).exists() for name in ROLES):
+            return transformers.PreTrainedTokenizerFast(**own)
+        settings = folder / SETTINGS
+        named = read_json(settings).get("tokenizer_class") if settings.exists() else None
+        # By its name: transformers loads its classes as they are asked for.
+        kind = getattr(transformers, SAME_AS.get(str(named), "AutoTokenizer"))
+        verbosity = transformers.logging.get_verbosity()
+        # Without the library's warnings on configs of models that it does not know.
+        transformers.logging.set_verbosity_error()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                return kind.from_pretrained(str(folder), trust_remote_code=False, **own)
+        finally:
+            transformers.logging.set_verbosity(verbosity)
 
     def _read_ids(self) -> None:
         """The ids that the tokenizer names; of a damaged one, asking for them may fail."""
@@ -171,8 +180,8 @@ class Pretrained:
             found[i] = part
         return found
 
-    def chat(self, said: str | Sequence[Mapping[str, object]]) -> list[int]:
-        """The ids of what a user said, or of {"role", "content"} messages, up to the answer.
+    def chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
+        """The ids of {"role", "content"} messages, up to the answer.
 
         A last message of the assistant is the beginning of the answer, which goes on. By the
         tokenizer's own template, which its library renders in a sandbox. Raises DataError
@@ -183,10 +192,10 @@ class Pretrained:
         from jinja2 import TemplateError
 
         try:
-            messages = [dict(one) for one in messages_of(said)]
-            begun = bool(messages) and messages[-1].get("role") == "assistant"
+            said = [dict(one) for one in messages]
+            begun = bool(said) and said[-1].get("role") == "assistant"
             ids: list[int] = self.inner.apply_chat_template(
-                messages, add_generation_prompt=not begun, continue_final_message=begun,
+                said, add_generation_prompt=not begun, continue_final_message=begun,
                 tokenize=True, return_dict=False,
             )  # fmt: skip
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -207,11 +216,6 @@ def path_or_id(name: str) -> str:
     return str(path)
 
 
-def messages_of(said: str | Sequence[Mapping[str, object]]) -> Sequence[Mapping[str, object]]:
-    """Messages: of a text, that of a user."""
-    return [{"role": "user", "content": said}] if isinstance(said, str) else said
-
-
 def _indent(text: str) -> str:
     return text[: len(text) - len(text.lstrip())]
 
@@ -227,31 +231,3 @@ def _unprefixed(part: object) -> object:
         return None
     off = {"prepend_scheme": "never", "add_prefix_space": False}
     return {key: off[key] if key in off else _unprefixed(value) for key, value in part.items()}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's warnings on configs of models that it does not know."""
-    from transformers import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _class_of(folder: Path) -> type[PreTrainedTokenizerBase]:
-    """The class of transformers that reads the tokenizer in `folder`."""
-    import transformers
-
-    settings = folder / SETTINGS
-    named = read_json(settings).get("tokenizer_class") if settings.exists() else None
-    # By its name: transformers loads its classes as they are asked for.
-    found: type[PreTrainedTokenizerBase] = getattr(
-        transformers, SAME_AS.get(str(named), "AutoTokenizer")
-    )
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,20 @@ if TYPE_CHECKING:
 Row = tuple[str, Mapping[str, object]]
 PARQUET = b"PAR1"
 ROWS_AT_ONCE = 1024
+# Text in .gz shrinks some four times, pictures ten: what grows more, and to more, is a bomb.
+MOST_UNPACKED, MOST_GROWTH = 2**27, 50
 
 
-def parquet_rows(
-    path: Path, field: str, *, check_growth: Callable[[int, Path], None]
-) -> Iterator[Row]:
+def check_growth(unpacked: int, path: Path) -> None:
+    """Raise DataError where so many bytes came, or would come, out of a file that is small."""
+    if unpacked > MOST_UNPACKED and unpacked > MOST_GROWTH * path.stat().st_size:
+        raise DataError(
+            f"{path} unpacks to over {MOST_GROWTH} times its size, {unpacked:,} bytes or more: "
+            "unpack it yourself if it is meant"
+        )
+
+
+def parquet_rows(path: Path, field: str) -> Iterator[Row]:
     """The rows {field: value} of a Parquet file, read a row group at a time.
 
     Raises DataError where it cannot be read, has no such column or unpacks to too much.

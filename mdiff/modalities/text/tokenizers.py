@@ -25,16 +25,17 @@ class Tokenizer(Protocol):
     `mask_id`, `eos_id` and `pad_id` are its own special ids, None where it has none; `end_ids` all
     that end a text or a turn of a chat; `never` are special ids that no text gives. `continues`
     says that a text or ids stand inside a text, behind something: what a tokenizer adds or leaves
-    out at the start of a text is then neither added nor left out.
+    out at the start of a text is then neither added nor left out. The defaults are those of a
+    tokenizer without special ids.
     """
 
     size: int
-    lossless: bool
-    mask_id: int | None
-    eos_id: int | None
-    pad_id: int | None
-    end_ids: tuple[int, ...]
-    never: tuple[int, ...]
+    lossless: bool = True
+    mask_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    end_ids: tuple[int, ...] = ()
+    never: tuple[int, ...] = ()
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """The ids of a text, with nothing added at either end."""
@@ -47,38 +48,21 @@ class Tokenizer(Protocol):
 
     def special_in(self, ids: Sequence[int]) -> str | None:
         """The first special token among the ids, by its text; None without one."""
+        return None
 
     def no_text(self, columns: int, *, special: bool = True) -> set[int]:
         """The ids below `columns` that it does not have and, with `special`, its special ones.
 
         Ids that end a text are not among them: a model draws one to end.
         """
-
-    def save(self, folder: Path) -> None:
-        """Write what was learned into an existing folder."""
-
-
-class Plain:
-    """A tokenizer without special ids."""
-
-    lossless = True
-    mask_id: int | None = None
-    eos_id: int | None = None
-    pad_id: int | None = None
-    end_ids: tuple[int, ...] = ()
-    never: tuple[int, ...] = ()
-    size: int
-
-    def special_in(self, ids: Sequence[int]) -> str | None:
-        """None: there are none."""
-        return None
-
-    def no_text(self, columns: int, *, special: bool = True) -> set[int]:
-        """The ids from `size` on."""
         return set(range(self.size, columns))
 
+    def save(self, folder: Path) -> None:
+        """Write what was learned into an existing folder; by default nothing."""
+        return None
 
-class Bytes(Plain):
+
+class Bytes(Tokenizer):
     """UTF-8 bytes: 256 ids, nothing to learn, lossless.
 
     >>> Bytes().encode("é")
@@ -88,7 +72,6 @@ class Bytes(Plain):
     size = BYTES
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """The UTF-8 bytes."""
         return list(text.encode())
 
     def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
@@ -99,12 +82,9 @@ class Bytes(Plain):
         """A character appears with the last of its bytes."""
         return utf8_pieces([bytes([i]) for i in ids])
 
-    def save(self, folder: Path) -> None:
-        """Nothing to write."""
 
-
-class Characters(Plain):
-    """One id a character of a fixed alphabet; a character outside it is a DataError."""
+class Characters(Tokenizer):
+    """One id a character of a fixed alphabet, which the settings hold; DataError for another."""
 
     def __init__(self, alphabet: str) -> None:
         if not alphabet or len(set(alphabet)) != len(alphabet):
@@ -119,7 +99,6 @@ class Characters(Plain):
         return cls("".join(sorted(set().union(*documents))))
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """One id a character."""
         try:
             return [self._id[character] for character in text]
         except KeyError as error:
@@ -130,18 +109,13 @@ class Characters(Plain):
             ) from None
 
     def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
-        """The characters."""
         return "".join(self.alphabet[i] for i in ids)
 
     def pieces(self, ids: Sequence[int], *, continues: bool = False) -> list[str]:
-        """The characters, one by one."""
         return [self.alphabet[i] for i in ids]
 
-    def save(self, folder: Path) -> None:
-        """Nothing to write: the alphabet is in the settings."""
 
-
-class BytePairs(Plain):
+class BytePairs(Tokenizer):
     """Byte-level byte-pair encoding (Sennrich et al. 2016; Radford et al. 2019), lossless."""
 
     def __init__(self, inner: Inner) -> None:
@@ -161,10 +135,9 @@ class BytePairs(Plain):
         inner = Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=size,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
+            vocab_size=size, initial_alphabet=alphabet, show_progress=False
         )
         inner.train_from_iterator(documents, trainer)
         return cls(inner)
@@ -184,7 +157,6 @@ class BytePairs(Plain):
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """The ids of the merged byte pairs."""
         ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
         return ids
 

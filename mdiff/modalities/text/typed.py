@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from mdiff.errors import ConfigError, DataError
-from mdiff.modalities.text.pretrained import Pretrained, messages_of
+from mdiff.modalities.text.pretrained import Pretrained
+from mdiff.modalities.text.tables import checked_text
 from mdiff.modalities.text.template import HOLE
 from mdiff.modalities.text.tokenizers import Tokenizer
 
@@ -36,24 +37,28 @@ class Typed(NamedTuple):
             )
         return ids
 
-    def prompt(self, text: str) -> list[int]:
-        """The ids of a text without gaps."""
+    def prompt(self, prompt: object) -> list[int]:
+        """The ids of a text without gaps, or of {"chat": a text or messages}; see `chat`."""
+        if isinstance(prompt, Mapping):
+            return self.chat(prompt)
+        text = checked_text(prompt)
         ids = self.ids(text, "the prompt")
         if hole := HOLE.search(text):
             raise DataError(f"the prompt holds {hole[0]}, {NOT_TEXT}")
         return ids
 
     def chat(self, prompt: Mapping[str, object]) -> list[int]:
-        """The ids of {"chat": a text or messages}, by the tokenizer's template."""
+        """The ids of a chat by the tokenizer's template."""
         said = prompt.get("chat")
         if set(prompt) != {"chat"} or not isinstance(said, str | list):
             raise DataError(f'{dict(prompt)!r}: expected {{"chat": a text or a list of messages}}')
         if not isinstance(self.tokenizer, Pretrained):
             raise DataError("this tokenizer has no chat template: give a plain prompt instead")
-        for number, message in enumerate(messages_of(said), start=1):
+        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+        for number, message in enumerate(messages, start=1):
             for written in _texts(message):
                 self.ids(written, f"message {number} of the chat")
-        ids = self.tokenizer.chat(said)
+        ids = self.tokenizer.chat(messages)
         if self.mask_id in ids:
             raise DataError(f"the chat template puts the mask token, {NOT_TEXT}")
         return ids
@@ -64,9 +69,7 @@ def _texts(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _texts(name)
-            yield from _texts(inner)
+        yield from _texts(list(value.items()))
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _texts(inner)
