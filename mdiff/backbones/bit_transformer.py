@@ -6,24 +6,25 @@ several groups of bits, each a token of the canvas: hidden, scored and written o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar, Self, TypeGuard
+from typing import ClassVar, Literal, Self, TypeGuard
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.bits import bits_of
-from mdiff.backbones.layers.config import TransformerConfig, checked, flag
+from mdiff.backbones.layers.config import TransformerConfig, checked
 from mdiff.backbones.layers.transformer import Projection
 from mdiff.backbones.transformer import Head, Transformer
 from mdiff.denoiser import Cache, Condition
 from mdiff.errors import ConfigError
+from mdiff.files import STRICT
 
 # A group's head has a column for each of its ids.
 MOST_BITS_PER_GROUP = 16
 
 
-@dataclass(frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class BitTransformerConfig(TransformerConfig):
     """The shape of a `BitTransformer`: `TransformerConfig`'s, and that of a position.
 
@@ -37,7 +38,7 @@ class BitTransformerConfig(TransformerConfig):
 
     bits: int = 1
     groups: int = 1
-    embedding: str = "bits"
+    embedding: Literal["bits", "table"] = "bits"
     mask_vector: bool = False
 
     @classmethod
@@ -52,18 +53,12 @@ class BitTransformerConfig(TransformerConfig):
         _agree(given, "vocab_size", 2 ** (bits // groups))
         _agree(given, "mask_id", 2 ** (bits // groups))
         _agree(given, "max_length", sides[0] * sides[1] * groups)
-        embedding = given.get("embedding", "bits")
-        if not isinstance(embedding, str) or embedding not in ("bits", "table"):
-            raise ConfigError(f"embedding={embedding!r}: expected 'bits' or 'table'")
-        mask_vector = flag(given, "mask_vector", default=False)
-        if given.get("causal") or given.get("tie"):
+        config = super().of({**given, "bits": bits, "groups": groups})
+        if config.causal or config.tie:
             raise ConfigError(
                 "causal and tie: a position's groups are written at once, by own heads"
             )
-        return replace(
-            super().of(given), bits=bits, groups=groups, embedding=embedding,
-            mask_vector=mask_vector,
-        )  # fmt: skip
+        return config
 
     @property
     def rows(self) -> int:

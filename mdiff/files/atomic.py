@@ -16,32 +16,35 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 
 from mdiff.errors import CheckpointError, ConfigError, warn
+from mdiff.files.settings import STRICT, parse_settings
 from mdiff.files.untrusted import inside, is_read, read_json, visible
 
 MANIFEST = "manifest.json"
-FORMAT = 1
 # How an error of safetensors names the operating system's.
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 STEP_NAME = re.compile(r"step-(\d{6,})")
 
 
-class FileEntry(TypedDict):
+class FileEntry(BaseModel):
     """What a manifest holds of a file: its bytes, and their SHA-256 in hexadecimal."""
 
+    model_config = STRICT
     size: int
     sha256: str
 
 
-class Manifest(TypedDict):
+class Manifest(BaseModel):
     """What manifest.json holds."""
 
-    format: int
+    model_config = ConfigDict(strict=True)
+    format: Literal[1] = Field(description="format 1")
     files: dict[str, FileEntry]
 
 
@@ -70,8 +73,8 @@ def staged(path: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield folder
-        manifest = {"format": FORMAT, "files": {n: digest(folder / n) for n in _names(folder)}}
-        write_json(folder / MANIFEST, manifest)
+        manifest = Manifest(format=1, files={n: digest(folder / n) for n in _names(folder)})
+        write_json(folder / MANIFEST, manifest.model_dump())
         # Temporary directories and tensor files are private: give them the usual permissions.
         for directory, _, files in os.walk(folder):
             for name in files:
@@ -135,12 +138,11 @@ def verify(path: Path) -> Manifest:
     another size or content, and where one that could be read is not listed; see `is_read`.
     """
     manifest = read_manifest(path)
-    listed = manifest["files"]
-    problem = _shape_problem(path, listed)
+    problem = _shape_problem(path, manifest.files)
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}")
-    for name, entry in listed.items():
-        if digest(path / name)["sha256"] != entry["sha256"]:
+    for name, entry in manifest.files.items():
+        if digest(path / name) != entry:
             raise CheckpointError(f"{path / name} was altered: its SHA-256 is not the manifest's")
     return manifest
 
@@ -148,7 +150,7 @@ def verify(path: Path) -> Manifest:
 def damage(path: Path) -> str | None:
     """What is wrong with the checkpoint's manifest, or the names and sizes of its files."""
     try:
-        return _shape_problem(path, read_manifest(path)["files"])
+        return _shape_problem(path, read_manifest(path).files)
     except CheckpointError as error:
         return str(error)
 
@@ -224,15 +226,12 @@ def read_manifest(path: Path, *, root: Path | None = None) -> Manifest:
     """The manifest of a checkpoint, checked by itself; names may lead anywhere in `root`."""
     if not (path / MANIFEST).exists():
         raise CheckpointError(f"{path} has no {MANIFEST}: it is incomplete or of another tool")
-    manifest = read_json(path / MANIFEST)
-    files = manifest.get("files")
-    if manifest.get("format") != FORMAT or not isinstance(files, dict):
-        raise CheckpointError(f"{path / MANIFEST}: expected format {FORMAT} with files")
-    for name, entry in files.items():
+    manifest = parse_settings(
+        Manifest, read_json(path / MANIFEST), origin=str(path / MANIFEST), error=CheckpointError
+    )
+    for name in manifest.files:
         inside(path, name, root=root)
-        if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
-            raise CheckpointError(f"{path / MANIFEST}: {name[:80]!r} needs size and sha256 alone")
-    return Manifest(format=FORMAT, files=files)
+    return manifest
 
 
 def _shape_problem(path: Path, listed: Mapping[str, FileEntry]) -> str | None:
@@ -244,8 +243,8 @@ def _shape_problem(path: Path, listed: Mapping[str, FileEntry]) -> str | None:
             return f"{name} is missing"
         if not stat.S_ISREG(status.st_mode):
             return f"{name} is not a plain file"
-        if status.st_size != listed[name]["size"]:
-            return f"{name} has {status.st_size} bytes, the manifest says {listed[name]['size']}"
+        if status.st_size != listed[name].size:
+            return f"{name} has {status.st_size} bytes, the manifest says {listed[name].size}"
     for name in _names(path):
         if name not in listed and is_read(path / name):
             return f"{name} is not in the manifest, but could be read as a part of the model"

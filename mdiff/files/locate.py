@@ -111,7 +111,7 @@ def snapshot(folder: Path) -> ModelFiles:
     manifest = None
     if (folder / PIPELINE).exists():
         manifest = read_manifest(folder, root=root)
-        for name, entry in manifest["files"].items():
-            if digest(folder / name)["sha256"] != entry["sha256"]:
+        for name, entry in manifest.files.items():
+            if digest(folder / name) != entry:
                 raise CheckpointError(f"{folder / name} is not the file that the manifest lists")
     return read_model_files(folder, root=root, manifest=manifest)

@@ -1,4 +1,4 @@
-"""Settings that people write, checked by pydantic; a mistake is one line in one style."""
+"""What people and other programs write, checked by pydantic; a mistake is one line in one style."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar, get_args
@@ -7,7 +7,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from mdiff.errors import ConfigError, nearest
+from mdiff.errors import ConfigError, MdiffError, nearest
 
 Settings = TypeVar("Settings")
 # Known names only, and no value is coerced into another type.
@@ -19,6 +19,7 @@ EXPECTED = {
     "bool_type": "true or false",
     "string_type": "a text",
     "list_type": "a list",
+    "dict_type": "a section",
     "model_type": "a section",
     "finite_number": "a finite number",
     "greater_than": "more than {gt}",
@@ -57,17 +58,20 @@ MISSING = ("missing", "missing_argument")
 
 
 def parse_settings(
-    kind: type[Settings], content: Mapping[str, object], *, section: str = ""
-) -> Settings:
+    kind: type[Settings], content: Mapping[str, object], *, section: str = "", origin: str = "",
+    error: type[MdiffError] = ConfigError,
+) -> Settings:  # fmt: skip
     """The `kind`, a model or a dataclass of pydantic, of nested plain values.
 
-    Raises ConfigError: the dotted key, which begins with `section`, and its value with what was
-    expected (the description of a field that has one), or the nearest known key.
+    Raises `error`: `origin`, a file, then the dotted key, which begins with `section`, and its
+    value with what was expected (the description of a field that has one), or the nearest known
+    key.
     """
     try:
         return kind(**{str(key): value for key, value in content.items()})
-    except ValidationError as error:
-        raise ConfigError(_one_line(error, kind, content, section)) from None
+    except ValidationError as fault:
+        line = _one_line(fault, kind, content, section)
+        raise error(f"{origin}: {line}" if origin else line) from None
 
 
 def _one_line(
@@ -86,19 +90,15 @@ def _one_line(
         everywhere = [path for path in _known(kind) if path.split(".")[-1] == location[-1]]
         return f"unknown key {key[:80]!r}; {meant(key[:80], everywhere or known, _known(kind))}"
     if first["type"] in MISSING:
-        return f"{key} is missing: the recipe must give it"
+        return f"{key[:80]} is missing: it must be given"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     expected, value = _expected(first), first["input"]
     field = _fields(kind).get(location[0])
     if field is not None and field.description:
         # Of a list or of several types, pydantic names one part or one type.
-        key, value, expected, more = (
-            prefix + location[0],
-            content[location[0]],
-            field.description,
-            "",
-        )
-    return f"{key}={value!r:.60}: expected {expected}{more}".replace("\n", " ")
+        key, value, more = prefix + location[0], content[location[0]], ""
+        expected = field.description
+    return f"{key[:200]}={value!r:.60}: expected {expected}{more}".replace("\n", " ")
 
 
 def meant(key: str, known: Iterable[str], others: Iterable[str] = ()) -> str:
@@ -122,18 +122,19 @@ def _expected(problem: ErrorDetails) -> str:
     return problem["msg"].removeprefix("Input should be ")
 
 
-def _fields(kind: type) -> Mapping[str, FieldInfo]:
-    """The fields of a model or a dataclass of pydantic; {} for any other type."""
-    found: Mapping[str, FieldInfo] = vars(kind).get("__pydantic_fields__", {})
-    return found
+def _fields(kind: object) -> Mapping[str, FieldInfo]:
+    """The fields of a model or a dataclass of pydantic; {} for anything else."""
+    found = vars(kind).get("__pydantic_fields__") if isinstance(kind, type) else None
+    return found or {}
 
 
-def _kind(kind: type, location: list[str]) -> type:
-    """The type at a location; of a section that may be null, the section."""
+def _kind(kind: object, location: list[str]) -> object:
+    """The type at a location, through lists, mappings and what may be null."""
     for part in location:
-        annotation = _fields(kind)[part].annotation
-        given = (annotation, *get_args(annotation))
-        kind = next((each for each in given if isinstance(each, type)), object)
+        known = _fields(kind)
+        if part in known:
+            given = (known[part].annotation, *get_args(known[part].annotation))
+            kind = next((each for each in given if _fields(each)), None)
     return kind
 
 

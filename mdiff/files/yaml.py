@@ -22,12 +22,10 @@ class SafeRecipeLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """The next node; aliases are refused, as they could expand without bound."""
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
-                None, None, "aliases are not accepted", self.get_mark()
-            )
+            raise yaml.MarkedYAMLError(None, None, "aliases are not accepted", self.get_mark())
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise yaml.composer.ComposerError(
+            raise yaml.MarkedYAMLError(
                 None, None, f"nested deeper than {MAX_DEPTH}", self.get_mark()
             )
         node = super().compose_node(parent, index)
@@ -35,49 +33,36 @@ class SafeRecipeLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping; a key must be text and may occur once."""
-        known: set[str] = set()
-        for key_node, _ in node.value:
+        """The mapping; a key is text, as it is written, and may occur once."""
+        found: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
             key = key_node.value
-            if not isinstance(key_node, yaml.ScalarNode) or not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be a word", key_node.start_mark
+            if not isinstance(key_node, yaml.ScalarNode) or key in found:
+                problem = (
+                    f"the key {key[:80]!r} occurs twice"
+                    if isinstance(key, str)
+                    else "a key must be a word"
                 )
-            if key in known:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key[:80]!r} occurs twice", key_node.start_mark
-                )
-            known.add(key)
-        return {
-            key_node.value: self.construct_object(value_node, deep=True)
-            for key_node, value_node in node.value
-        }
+                raise yaml.MarkedYAMLError(None, None, problem, key_node.start_mark)
+            found[key] = self.construct_object(value_node, deep=True)
+        return found
 
 
-def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """YAML's own rules without its dates and base-60 numbers, and with floats such as 1e-3."""
-    replaced = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "int", "float", "merge")}
-    rules = {
-        first: [(tag, pattern) for tag, pattern in pairs if tag not in replaced]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    numbers = (
-        ("int", r"[-+]?(?:0|[1-9][0-9_]*)"),
-        (
-            "float",
-            r"[-+]?(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-            r"|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.inf|\.nan",
-        ),
+# YAML's own rules without its dates and base-60 numbers, and with floats such as 1e-3.
+_REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", "int", "float", "merge")}
+SafeRecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag not in _REPLACED]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_INT = r"[-+]?(?:0|[1-9][0-9_]*)"
+_FLOAT = (
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.inf|\.nan"
+)
+for _name, _pattern in (("int", _INT), ("float", _FLOAT)):
+    SafeRecipeLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list("-+.0123456789")
     )
-    for name, pattern in numbers:
-        for first in "-+.0123456789":
-            rules.setdefault(first, []).append(
-                (f"tag:yaml.org,2002:{name}", re.compile(f"^(?:{pattern})$"))
-            )
-    return rules
-
-
-SafeRecipeLoader.yaml_implicit_resolvers = _resolvers()
 
 
 def parse_yaml(text: bytes, *, origin: str) -> Any:

@@ -39,9 +39,9 @@ def checkpoint(tmp_path):
 
 
 def test_a_finished_checkpoint_lists_every_file_with_size_and_digest(checkpoint):
-    files = verify(checkpoint)["files"]
+    files = verify(checkpoint).files
     assert sorted(files) == ["config.json", "inner/notes.txt", "model.safetensors"]
-    assert files["config.json"]["size"] == 8
+    assert files["config.json"].size == 8
     assert latest(checkpoint.parent) == checkpoint
     assert [p.name for p in checkpoint.parent.iterdir()] == ["step-000040"]
 
@@ -96,6 +96,13 @@ def _flip(path):
         (lambda p: (p / "link").symlink_to("/etc"), "link is not in the manifest"),
         (lambda p: (p / "manifest.json").write_text("{"), "not JSON"),
         (lambda p: (p / "manifest.json").write_text('{"format": 2, "files": {}}'), "format 1"),
+        (lambda p: (p / "manifest.json").write_text('{"format": 1, "files": []}'), "a section"),
+        (
+            lambda p: (p / "manifest.json").write_text(
+                '{"format": 1, "files": {"a": {"size": 1}}}'
+            ),
+            "files.a.sha256 is missing",
+        ),
     ],
 )
 def test_an_incomplete_checkpoint_is_refused_and_is_not_the_latest(

@@ -18,7 +18,7 @@ def test_builtin_models_are_found_by_name_and_others_refused_with_the_nearest():
     files = locate("builtin:fashion")
     assert files.folder == builtin_models()["fashion"]
     assert files.pipeline["backbone"] == "transformer"
-    assert files.manifest["files"].keys() >= {"config.json", "pipeline.json"}
+    assert files.manifest.files.keys() >= {"config.json", "pipeline.json"}
     with pytest.raises(ConfigError, match="did you mean 'fashion'"):
         locate("builtin:fashon")
     with pytest.raises(ConfigError, match="did you mean builtin:fashion"):

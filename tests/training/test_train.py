@@ -27,7 +27,7 @@ def test_a_checkpoint_has_what_generation_and_resuming_need(tmp_path):
     path = train(recipe(), tmp_path, **QUIET)
     assert path == step_path(tmp_path, 8)
     assert steps(tmp_path) == [3, 6, 8]
-    assert set(verify(path)["files"]) == {
+    assert set(verify(path).files) == {
         "config.json", "marks.json", "model.safetensors", "pipeline.json", "training.json",
         "training.safetensors",
     }  # fmt: skip

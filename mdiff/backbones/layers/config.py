@@ -3,16 +3,26 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import ClassVar, Self, TypeVar
+from dataclasses import fields
+from typing import Annotated, ClassVar, Self, TypeVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from mdiff.errors import ConfigError, nearest
+from mdiff.files import STRICT, parse_settings
 
 TIME_FEATURES = 256
 BYTES_PER_WEIGHT = 4
+# What follows from other options where it is null or not given.
+DERIVED = ("mask_id", "mlp_width")
+Count = Annotated[int, Field(strict=True, ge=1)]
+# Tuples too.
+Sides = Annotated[list[Count], Field(strict=False, min_length=2, max_length=2)]
+Run = Annotated[list[Count], Field(strict=False, min_length=3, max_length=3)]
 
 
-@dataclass(frozen=True)
+@dataclass(config=STRICT, frozen=True)
 class TransformerConfig:
     """The shape of a `Transformer`; `TransformerConfig.of(options)` has the defaults.
 
@@ -30,24 +40,35 @@ class TransformerConfig:
     not_offered: ClassVar[frozenset[str]] = frozenset(
         {"vocab_size", "mask_id", "max_length", "layout", "classes"}
     )
-    vocab_size: int
-    mask_id: int
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
-    grid: list[int] | None
-    layout: list[list[int]] | None
-    max_length: int
-    causal: bool
-    qk_norm: bool
-    tie: bool
-    dropout: float
-    uses_time: bool
-    classes: int
-    condition_width: int
-    rope_base: float
-    init_std: float
+    vocab_size: Count = 256
+    mask_id: Annotated[int, Field(ge=0)] = -1
+    width: Count = 256
+    depth: Count = 6
+    heads: Count = 4
+    mlp_width: Count = 0
+    grid: Annotated[Sides | None, Field(description="two whole numbers of at least 1, h and w")] = (
+        None
+    )
+    layout: Annotated[
+        Annotated[list[Run], Field(strict=False, min_length=1)] | None,
+        Field(description="runs of (h, w, tokens per position), each at least 1"),
+    ] = None
+    max_length: Count = 256
+    causal: bool = False
+    qk_norm: bool = True
+    tie: bool = False
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    uses_time: bool = False
+    classes: Annotated[int, Field(ge=0)] = 0
+    condition_width: Count = 128
+    rope_base: Annotated[float, Field(ge=1)] = 10000.0
+    init_std: Annotated[float, Field(ge=0)] = 0.02
+
+    def __post_init__(self) -> None:
+        if self.mask_id < 0:
+            object.__setattr__(self, "mask_id", self.vocab_size)
+        if self.mlp_width < 1:
+            object.__setattr__(self, "mlp_width", math.ceil(self.width / 6) * 16)
 
     @classmethod
     def of(cls, options: Mapping[str, object]) -> Self:
@@ -55,36 +76,21 @@ class TransformerConfig:
 
         Raises ConfigError for a value that is invalid or contradicts another.
         """
-        vocab_size = whole(options, "vocab_size", 256)
-        width = whole(options, "width", 256)
-        mask_id = whole(options, "mask_id", vocab_size, least=0, derived=True)
-        if mask_id > vocab_size:
-            raise ConfigError(f"mask_id={mask_id}: expected 0 to {vocab_size}")
-        grid, layout = _grid_of(options.get("grid")), _layout_of(options.get("layout"))
-        if grid is not None and layout is not None:
+        given = {field.name: options[field.name] for field in fields(cls) if field.name in options}
+        absent = [name for name in DERIVED if given.get(name) is None]
+        config = parse_settings(cls, {n: v for n, v in given.items() if n not in absent})
+        width, heads, vocab_size = config.width, config.heads, config.vocab_size
+        if config.mask_id > vocab_size:
+            raise ConfigError(f"mask_id={config.mask_id}: expected 0 to {vocab_size}")
+        if config.grid is not None and config.layout is not None:
             raise ConfigError("grid and layout: give one of them")
-        heads = whole(options, "heads", 4)
-        axes = 1 if grid is None and layout is None else 2
+        axes = 1 if config.grid is None and config.layout is None else 2
         if width % (2 * axes * heads):
             raise ConfigError(
                 f"width={width}, heads={heads}: expected a width divisible by "
                 f"{2 * axes} * heads (rotary pairs on {axes} axis or axes)"
             )
-        return cls(
-            vocab_size=vocab_size, mask_id=mask_id, width=width, heads=heads, grid=grid,
-            layout=layout, depth=whole(options, "depth", 6),
-            mlp_width=whole(options, "mlp_width", math.ceil(width / 6) * 16, derived=True),
-            max_length=whole(options, "max_length", 256),
-            causal=flag(options, "causal", default=False),
-            qk_norm=flag(options, "qk_norm", default=True),
-            tie=flag(options, "tie", default=False),
-            dropout=_number(options, "dropout", 0.0, least=0.0, below=1.0),
-            uses_time=flag(options, "uses_time", default=False),
-            classes=whole(options, "classes", 0, least=0),
-            condition_width=whole(options, "condition_width", 128),
-            rope_base=_number(options, "rope_base", 10000.0, least=1.0),
-            init_std=_number(options, "init_std", 0.02, least=0.0),
-        )  # fmt: skip
+        return config
 
     @property
     def rows(self) -> int:
@@ -139,55 +145,3 @@ def checked(kind: type[Config], options: Mapping[str, object], label: str) -> Co
             f"this machine has {memory / 2**30:,.0f} GiB: reduce width or depth"
         )
     return config
-
-
-def whole(
-    options: Mapping[str, object], name: str, default: int, *, least: int = 1,
-    derived: bool = False,
-) -> int:  # fmt: skip
-    """A whole number of at least `least`; None stands for a default that is `derived`."""
-    value = options.get(name, default)
-    return _at_least(name, default if derived and value is None else value, least)
-
-
-def flag(options: Mapping[str, object], name: str, *, default: bool) -> bool:
-    """True or false."""
-    value = options.get(name, default)
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r}: expected true or false")
-    return value
-
-
-def _number(
-    options: Mapping[str, object], name: str, default: float, *, least: float,
-    below: float = math.inf,
-) -> float:  # fmt: skip
-    value = options.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name}={value!r}: expected a number")
-    if not least <= value < below:
-        raise ConfigError(f"{name}={value}: expected at least {least} and below {below}")
-    return value
-
-
-def _at_least(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r}: expected a whole number of at least {least}")
-    return value
-
-
-def _grid_of(value: object) -> list[int] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ConfigError(f"grid={value!r}: expected two whole numbers, h and w")
-    return [_at_least("grid", side, 1) for side in value]
-
-
-def _layout_of(value: object) -> list[list[int]] | None:
-    if value is None:
-        return None
-    runs = value if isinstance(value, list | tuple) else []
-    if not runs or not all(isinstance(run, list | tuple) and len(run) == 3 for run in runs):
-        raise ConfigError(f"layout={value!r}: expected runs of (h, w, tokens per position)")
-    return [[_at_least("layout", n, 1) for n in run] for run in runs]
