@@ -99,10 +99,14 @@ def sample_figures(samples: Sequence[Generated]) -> dict[str, object]:
         "calls": sum(sample.calls for sample in samples) / count,
         "seconds": sum(sample.seconds for sample in samples),
         "draw_entropy_nats": sum(sample.entropy for sample in samples) / count,
-        "unigram_entropy_bits": sum(map(_entropy_bits, (s.tokens for s in samples))) / count,
+        "unigram_entropy_bits": sum(_entropy_bits(sample.tokens) for sample in samples) / count,
     }
     for size in range(1, LONGEST_NGRAM + 1):
-        grams = [gram for sample in samples for gram in _ngrams(sample.tokens, size)]
+        grams = [
+            tuple(sample.tokens[i : i + size])
+            for sample in samples
+            for i in range(len(sample.tokens) - size + 1)
+        ]
         found[f"distinct_{size}"] = len(set(grams)) / len(grams) if grams else None
     return found
 
@@ -110,7 +114,3 @@ def sample_figures(samples: Sequence[Generated]) -> dict[str, object]:
 def _entropy_bits(tokens: Sequence[int]) -> float:
     total = len(tokens)
     return -sum(n / total * math.log2(n / total) for n in Counter(tokens).values())
-
-
-def _ngrams(tokens: Sequence[int], size: int) -> list[tuple[int, ...]]:
-    return [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]

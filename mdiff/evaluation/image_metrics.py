@@ -23,6 +23,12 @@ INCEPTION = 32
 INCEPTION_NEEDS = ("torchmetrics", "torch_fidelity", "torchvision")
 
 
+def _expect(name: str, tensor: Tensor, expected: str, fits: bool) -> None:
+    """Raise DataError with a tensor's shape and type, and what was expected, unless it fits."""
+    if not fits:
+        raise DataError(f"{name} {tuple(tensor.shape)} {tensor.dtype}: expected {expected}")
+
+
 class Nearest(NamedTuple):
     """Mean distances to the nearest training picture: of samples, and of test pictures."""
 
@@ -41,11 +47,8 @@ def frechet(real: Tensor, fake: Tensor) -> float:
     BackendError without torchmetrics.
     """
     for name, features in (("real", real), ("fake", fake)):
-        if features.dim() != 2 or not features.is_floating_point() or len(features) < 2:
-            raise DataError(
-                f"{name} features {tuple(features.shape)} {features.dtype}: expected (N, D) "
-                "floats, N at least 2"
-            )
+        fits = features.dim() == 2 and features.is_floating_point() and len(features) >= 2
+        _expect(f"{name} features", features, "(N, D) floats, N at least 2", fits)
         if not bool(features.isfinite().all()):
             raise DataError(f"{name} features hold values that are not finite")
     if real.shape[1] != fake.shape[1]:
@@ -86,14 +89,12 @@ def diversity(real: Tensor, fake: Tensor, *, real_labels: Tensor, fake_labels: T
     Raises DataError where such a class has fewer than two pictures on either side.
     """
     _check_alike(real=real, fake=fake)
-    for pictures, labels in ((real, real_labels), (fake, fake_labels)):
-        if labels.dtype != torch.int64 or labels.shape != pictures.shape[:1]:
-            raise DataError(
-                f"labels {tuple(labels.shape)} {labels.dtype}: expected ({len(pictures)},) int64"
-            )
-    classes = sorted(set(fake_labels.tolist()))
-    spread = []
-    for name, pictures, labels in (("real", real, real_labels), ("fake", fake, fake_labels)):
+    sides = (("real", real, real_labels), ("fake", fake, fake_labels))
+    for _, pictures, labels in sides:
+        fits = labels.dtype == torch.int64 and labels.shape == pictures.shape[:1]
+        _expect("labels", labels, f"({len(pictures)},) int64", fits)
+    classes, spread = sorted(set(fake_labels.tolist())), []
+    for name, pictures, labels in sides:
         each = []
         for label in classes:
             members = _flat(pictures[labels == label])
@@ -122,10 +123,8 @@ def pixel_features(pictures: Tensor, *, side: int = 8) -> Tensor:
 
     (N, C * side * side) float32 in 0 to 1; sides below `side` are kept.
     """
-    if pictures.dim() != 4 or pictures.dtype != torch.uint8 or 0 in pictures.shape:
-        raise DataError(
-            f"pictures {tuple(pictures.shape)} {pictures.dtype}: expected (N, C, H, W) uint8"
-        )
+    fits = pictures.dim() == 4 and pictures.dtype == torch.uint8 and 0 not in pictures.shape
+    _expect("pictures", pictures, "(N, C, H, W) uint8", fits)
     size = (min(side, pictures.shape[2]), min(side, pictures.shape[3]))
     return nn.functional.adaptive_avg_pool2d(pictures.float() / WHITE, size).flatten(1)
 
@@ -137,10 +136,8 @@ def inception_features(pictures: Tensor, *, weights: str) -> Tensor:
     tensors, by torch-fidelity's names, as safetensors. Raises BackendError where a package is
     not installed, CheckpointError for a file that does not hold the tensors.
     """
-    if pictures.dim() != 4 or pictures.dtype != torch.uint8 or pictures.shape[1] not in (1, 3):
-        raise DataError(
-            f"pictures {tuple(pictures.shape)} {pictures.dtype}: expected (N, 1 or 3, H, W) uint8"
-        )
+    fits = pictures.dim() == 4 and pictures.dtype == torch.uint8 and pictures.shape[1] in (1, 3)
+    _expect("pictures", pictures, "(N, 1 or 3, H, W) uint8", fits)
     require_inception()
     network = _inception(read_tensors(Path(weights)), weights)
     with torch.no_grad():
@@ -174,8 +171,7 @@ def _inception(tensors: dict[str, Tensor], origin: str) -> nn.Module:
 
 def _to_nearest(pictures: Tensor, others: Tensor) -> float:
     """The mean distance of each picture to the nearest of the others."""
-    flat = _flat(others)
-    least = []
+    flat, least = _flat(others), []
     for some in map(_flat, torch.split(pictures, ROWS)):
         # cdist expands the square: good enough to find the nearest, but not 0 for a copy.
         closest = flat[torch.cdist(some, flat).argmin(1)]
@@ -189,12 +185,9 @@ def _flat(pictures: Tensor) -> Tensor:
 
 def _check_alike(**named: Tensor) -> None:
     """Raise DataError where one is not (N, ...) uint8 or the shapes of a picture differ."""
-    shapes = {tuple(pictures.shape[1:]) for pictures in named.values()}
     for name, pictures in named.items():
-        if pictures.dtype != torch.uint8 or pictures.dim() < 2 or 0 in pictures.shape:
-            raise DataError(
-                f"{name} {tuple(pictures.shape)} {pictures.dtype}: expected (N, ...) uint8"
-            )
-    if len(shapes) > 1:
+        fits = pictures.dtype == torch.uint8 and pictures.dim() >= 2 and 0 not in pictures.shape
+        _expect(name, pictures, "(N, ...) uint8", fits)
+    if len({pictures.shape[1:] for pictures in named.values()}) > 1:
         shown = ", ".join(f"{name} {tuple(p.shape[1:])}" for name, p in named.items())
         raise DataError(f"pictures of different shapes: {shown}")

@@ -71,18 +71,16 @@ def conditional_bounds(
             scored = sum(len(range(*modality.span(name).indices(rows.length))) for name in of)
             units = {"token": scored * len(rows), "picture": len(rows)}
             if of == ["image"]:
-                units |= _pixel_units(modality, len(rows))
+                # Pixel values where they are the tokens, else the pixels that codes stand for.
+                pixels = len(rows) * modality.size[0] * modality.size[1]
+                codec = modality.codec
+                units |= (
+                    {"dim": pixels * codec.channels} if codec.lossless else {"code_pixel": pixels}
+                )
             figures = Evaluation.of(pipeline, bound, units, estimator=estimator, draws=draws)
             conditions = JOINED.join([*given, *rows.cond])
             found.append({"of": JOINED.join(of), "given": conditions} | figures.as_dict())
     return found
-
-
-def _pixel_units(modality: ImageModality, count: int) -> dict[str, int]:
-    """How many values `count` pictures have, or how many pixels their codes stand for."""
-    pixels = count * modality.size[0] * modality.size[1]
-    codec = modality.codec
-    return {"dim": pixels * codec.channels} if codec.lossless else {"code_pixel": pixels}
 
 
 def draw_pictures(pipeline: Pipeline, count: int, **options: Unpack[CallOptions]) -> Drawn:
@@ -93,9 +91,7 @@ def draw_pictures(pipeline: Pipeline, count: int, **options: Unpack[CallOptions]
     modality = image_modality(pipeline.modality)
     names = (modality.labels or []) if modality.label != "none" else []
     labels = torch.arange(count) % max(1, len(names))
-    prompts: list[dict[str, object] | str] = (
-        [{"label": names[i]} for i in labels.tolist()] if names else [""] * count
-    )
+    prompts = [{"label": names[i]} if names else "" for i in labels.tolist()]
     made = pipeline.generate(prompts, length=modality.length, **options)
     return Drawn(
         pictures=modality.shown(torch.tensor([sample.tokens for sample in made])),

@@ -53,7 +53,4 @@ def probe(
     known, truth = train_labels.numpy(), test_labels.numpy()
     linear = LogisticRegression(max_iter=SOLVER_STEPS)
     near = KNeighborsClassifier(min(NEIGHBOURS, len(known)))
-    return Probe(
-        linear=float(linear.fit(learnt, known).score(unseen, truth)),
-        neighbours=float(near.fit(learnt, known).score(unseen, truth)),
-    )
+    return Probe(*(float(kind.fit(learnt, known).score(unseen, truth)) for kind in (linear, near)))

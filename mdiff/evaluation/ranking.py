@@ -48,16 +48,14 @@ def _nats(
     pipeline: Pipeline, rows: Tensor, where: slice, *, draws: int, seed: int, batch_size: int
 ) -> Tensor:
     """The bound of the positions `where` of each row (N, L), every row with the same masks."""
-    found = []
-    for some in torch.split(rows, batch_size):
+    found, device = [], pipeline.device
+    for some in torch.split(rows.to(device), batch_size):
         may_hide = torch.zeros_like(some, dtype=torch.bool)
         may_hide[:, where] = True
         bound = nll_bound(
-            pipeline.denoiser, some.to(pipeline.device), space=pipeline.space,
-            schedule=pipeline.schedule, draws=draws, seed=seed,
-            estimator="time" if pipeline.denoiser.uses_time else "any_order",
-            may_hide=may_hide.to(pipeline.device),
-            sample=torch.zeros(len(some), dtype=torch.int64, device=pipeline.device),
+            pipeline.denoiser, some, space=pipeline.space, schedule=pipeline.schedule, draws=draws,
+            seed=seed, estimator="time" if pipeline.denoiser.uses_time else "any_order",
+            may_hide=may_hide, sample=torch.zeros(len(some), dtype=torch.int64, device=device),
         )  # fmt: skip
         found.append(bound.nats.cpu())
     return torch.cat(found)

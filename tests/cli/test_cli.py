@@ -240,8 +240,8 @@ def test_doctor_passes_and_a_wrong_sampler_fails_it(
     from mdiff.evaluation import selftest
 
     # Two tokens from one call are drawn independently, which is another law.
-    wrong = (("first_hitting", {"per_call": 2}),)
-    monkeypatch.setattr(selftest, "EXACT", wrong)
+    wrong = (("first_hitting", {"per_call": 2}, True),)
+    monkeypatch.setattr(selftest, "SETTINGS", wrong)
     assert run(["doctor"]) == 7
     assert "FAIL first_hitting(per_call=2)" in capsys.readouterr().out
 

@@ -1,9 +1,9 @@
 """The draw timed against the baselines, each on the same logits."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from mdiff.evaluation.bench.laws import (
     AMUSED,
@@ -20,7 +20,14 @@ from mdiff.evaluation.bench.laws import (
     sides,
 )
 from mdiff.evaluation.bench.machine import last_cache_bytes
-from mdiff.evaluation.bench.timing import Row, Size, cuda_seconds, interleaved, times_faster
+from mdiff.evaluation.bench.timing import (
+    Row,
+    Size,
+    cuda_seconds,
+    interleaved,
+    ratios,
+    times_faster,
+)
 from mdiff.ops import draw
 
 # How many times faster at least, by backend and vocabulary.
@@ -45,15 +52,14 @@ def draw_rows(
     for vocab, rows in ((size.vocab, size.rows), (size.small, size.small_rows)):
         case = make_case(rows, vocab, dtype=torch.float32)
         say(f"draw, V = {vocab:,}, {rows} rows")
-        tasks = {name: _task(found[name], case) for name in backends + others}
-        timings = interleaved(tasks, repeats=size.repeats)
+        tasks = {name: partial(found[name], case) for name in backends + others}
+        timings, hidden = interleaved(tasks, repeats=size.repeats), len(case.requested)
         for ours in backends:
             for other in others:
                 yield times_faster(
                     "draw",
-                    f"draw by {ours}, V = {vocab:,}, {len(case.requested)} rows, against {other}, "
-                    f"{rows:,} rows",
-                    timings[ours], timings[other], rows=(len(case.requested), rows),
+                    f"draw by {ours}, V = {vocab:,}, {hidden} rows, against {other}, {rows:,} rows",
+                    timings[ours], timings[other], rows=(hidden, rows),
                     target=TARGETS.get((ours, vocab), {}).get(other),
                     note=failures(checked, ours, other),
                 )  # fmt: skip
@@ -72,23 +78,20 @@ def pass_row(backend: str, size: Size) -> Row:
     logits_NV = make_case(rows, size.vocab, dtype=torch.float32).logits
     flat = logits_NV.flatten()
     readers: dict[str, Callable[[], object]] = {
-        "sum": flat.sum,
-        "amax": flat.amax,
-        "dot": lambda: torch.dot(flat, flat),
-    }
+        "sum": flat.sum, "amax": flat.amax, "dot": partial(torch.dot, flat, flat)
+    }  # fmt: skip
     tasks = {"draw": lambda: draw(logits_NV, seed=1, backend=backend), **readers}
     # Cheap enough to repeat more often than the rest.
     timings = interleaved(tasks, repeats=PASS_REPEATS)
-    reader = min(readers, key=lambda name: timings[name].minimum)
+    reader = min(readers, key=lambda name: min(timings[name]))
     ours, read = timings["draw"], timings[reader]
     return Row(
         "draw", f"draw by {backend}, V = {size.vocab:,}: share of the read bandwidth",
-        100 * read.minimum / ours.minimum, 100 * read.median / ours.median, unit="%",
-        target=READ_SHARE,
+        *ratios(read, ours, 100), unit="%", target=READ_SHARE,
         detail={
-            "mdiff": {"seconds": ours.seconds, "rows": rows}, "read_by": reader,
-            "other": {"seconds": read.seconds, "rows": rows}, "buffer_bytes": BYTES * flat.numel(),
-            "last_cache_bytes": cache, "read_bytes_per_second": BYTES * flat.numel() / read.minimum,
+            "mdiff": {"seconds": ours, "rows": rows}, "read_by": reader,
+            "other": {"seconds": read, "rows": rows}, "buffer_bytes": BYTES * flat.numel(),
+            "last_cache_bytes": cache, "read_bytes_per_second": BYTES * flat.numel() / min(read),
         },
     )  # fmt: skip
 
@@ -113,7 +116,7 @@ def gpu_rows(
     tasks: dict[str, Callable[[], object]] = {
         # Without the write into the canvas, which is small only relative to the others.
         ours: lambda: draw(case.requested, seed=1, backend=ours),
-        **{name: _task(found[name], case) for name in (LLADA, MDLM)},
+        **{name: partial(found[name], case) for name in (LLADA, MDLM)},
     }
     try:
         timings = interleaved(tasks, repeats=GPU_REPEATS, seconds=seconds)
@@ -126,7 +129,3 @@ def gpu_rows(
             timings[ours], timings[other], rows=(size.rows, size.rows),
             target=GPU_TARGETS[other], note=failures(checked, ours, other),
         )  # fmt: skip
-
-
-def _task(side: Side, case: Case) -> Callable[[], Tensor]:
-    return lambda: side(case)

@@ -1,6 +1,8 @@
 """Generations timed against the samplers of MDLM, and the time of a step outside the model."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from statistics import mean, median
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from mdiff.backbones.transformer import transformer
 from mdiff.denoiser import HasHead
 from mdiff.evaluation.bench.baselines import mdlm_draw, mdlm_probabilities, mdlm_sampler
 from mdiff.evaluation.bench.laws import MDLM, MDLM_FLOAT32, Law, failures
-from mdiff.evaluation.bench.timing import CLOCKS, Row, Size, Timing, cpu_seconds
+from mdiff.evaluation.bench.timing import CLOCKS, Row, Size, cpu_seconds, ratios
 from mdiff.ops import backend_name
 from mdiff.samplers.first_hitting import first_hitting
 from mdiff.tokens import TokenSpace, hidden_canvas
@@ -44,11 +46,6 @@ class Timed:
         """The logits of features."""
         return self._timed(lambda: self.model.head(x))
 
-    def taken(self) -> tuple[float, ...]:
-        """The seconds by each clock since the last call of this."""
-        seconds, self.seconds = self.seconds, [0.0] * len(CLOCKS)
-        return tuple(seconds)
-
     def _timed(self, run: Callable[[], Tensor]) -> Tensor:
         begun = [clock() for clock in CLOCKS.values()]
         result = run()
@@ -71,13 +68,12 @@ def step_seconds(
     with torch.inference_mode():
         begun = [clock() for clock in CLOCKS.values()]
         for _ in first_hitting(model, hidden_canvas(samples, length, space=space), space=space):
-            steps.append(tuple(c() - b for c, b in zip(CLOCKS.values(), begun)))
-            inside.append(model.taken())
+            steps.append([c() - b for c, b in zip(CLOCKS.values(), begun)])
+            inside.append(model.seconds)
+            model.seconds = [0.0] * len(CLOCKS)
             begun = [clock() for clock in CLOCKS.values()]
-    return {
-        name: ([s[i] for s in steps[WARM:]], [s[i] for s in inside[WARM:]])
-        for i, name in enumerate(CLOCKS)
-    }
+    by_clock = zip(CLOCKS, zip(*steps[WARM:]), zip(*inside[WARM:]))
+    return {name: (list(whole), list(within)) for name, whole, within in by_clock}
 
 
 def overhead_row(size: Size, say: Callable[[str], None]) -> Row:
@@ -86,11 +82,9 @@ def overhead_row(size: Size, say: Callable[[str], None]) -> Row:
     torch.manual_seed(0)
     whole, inside = step_seconds(vocab=size.vocab, length=size.length)["thread"]
     outside = [w - i for w, i in zip(whole, inside)]
-    step, rest = Timing(tuple(whole)), Timing(tuple(outside))
     return Row(
         "overhead", f"outside the model, V = {size.vocab:,}, L = {size.length}: share of a step",
-        100 * rest.minimum / step.minimum, 100 * rest.median / step.median, unit="%",
-        target=OUTSIDE_TARGET, at_least=False,
+        *ratios(outside, whole, 100), unit="%", target=OUTSIDE_TARGET, at_least=False,
         detail={"backend": backend_name(), "step_seconds": whole, "outside_seconds": outside},
     )  # fmt: skip
 
@@ -160,15 +154,9 @@ class Generation:
                 cached=False,
             )  # fmt: skip
             return cpu_seconds(lambda: next(sampler))
+        known = partial(mdlm_probabilities, mask_id=mask_id, dtype=torch.float32)
         found: list[Tensor] = []
-
-        def call() -> None:
-            logits = self.model(canvas)[0]
-            found.append(
-                mdlm_probabilities(logits, canvas[0], mask_id=mask_id, dtype=torch.float32)
-            )
-
-        called = cpu_seconds(call)
+        called = cpu_seconds(lambda: found.append(known(self.model(canvas)[0], canvas[0])))
         drawn = cpu_seconds(
             lambda: torch.equal(mdlm_draw(found[0], canvas[0], mask_id=mask_id, t=t, s=s), canvas)
         )
@@ -187,7 +175,11 @@ def expected_calls(steps: int, length: int) -> float:
 def generation_rows(
     size: Size, checked: Mapping[str, Law], say: Callable[[str], None]
 ) -> Iterator[Row]:
-    """First hitting against 1,000 ancestral steps, and against those with a cache of the call."""
+    """First hitting against 1,000 ancestral steps, and against those with a cache of the call.
+
+    Stretches are not repeats (the cost of a step depends on the time), so that the figure is of
+    their total, not of minima.
+    """
     run = Generation(size)
     baseline = run.stretch if size.full else run.one_step
     seconds: dict[str, list[float]] = {"ours": [], MDLM: [], MDLM_FLOAT32: []}
@@ -200,39 +192,26 @@ def generation_rows(
             seconds[MDLM].append(baseline(number, cached=False))
             seconds[MDLM_FLOAT32].append(baseline(number, cached=True))
     expected = round(expected_calls(size.steps, size.length))
+    how, ours = "" if size.full else f" ({size.timed} timed)", seconds["ours"]
     for name, label, calls, target in (
         (MDLM, "ancestral float64 steps", size.steps, ANCESTRAL_TARGET),
         (MDLM_FLOAT32, "cached float32 steps", expected, CACHED_TARGET),
     ):
-        yield _generation_row(
-            size, label, seconds["ours"], seconds[name], target=target,
-            calls=run.calls[name == MDLM_FLOAT32] if size.full else calls,
+        calls = run.calls[name == MDLM_FLOAT32] if size.full else calls
+        sides = ((ours, size.length), (seconds[name], size.steps))
+        whole = [mean(each) * steps for each, steps in sides]
+        middle = [median(each) * steps for each, steps in sides]
+        yield Row(
+            "generation",
+            f"generation, V = {size.vocab:,}, L = {size.length}, against {size.steps:,} "
+            f"{label}{how}",
+            whole[1] / whole[0], middle[1] / middle[0], target=target,
             note=failures(checked, backend_name(), name),
+            detail={
+                "backend": backend_name(), "extrapolated": not size.full,
+                "steps_timed": size.steps if size.full else size.timed, "whole_seconds": whole,
+                "calls": (size.length, calls), "rows_of_head": (size.length, calls * size.length),
+                "rows_drawn": (size.length, size.steps * size.length),
+                "mdiff": {"seconds_a_call": ours}, "other": {"seconds_a_step": seconds[name]},
+            },
         )  # fmt: skip
-
-
-def _generation_row(
-    size: Size, label: str, ours: list[float], other: list[float], *, note: str, target: float,
-    calls: int,
-) -> Row:  # fmt: skip
-    """The row of one baseline, from seconds a step in each stretch.
-
-    Stretches are not repeats (the cost of a step depends on the time), so that the figure is of
-    their total, not of minima.
-    """
-    how = "" if size.full else f" ({size.timed} timed)"
-    steps = size.length, size.steps
-    whole = [sum(each) / len(each) * n for each, n in zip((ours, other), steps)]
-    middle = [Timing(tuple(each)).median * n for each, n in zip((ours, other), steps)]
-    return Row(
-        "generation",
-        f"generation, V = {size.vocab:,}, L = {size.length}, against {size.steps:,} {label}{how}",
-        whole[1] / whole[0], middle[1] / middle[0], target=target, note=note,
-        detail={
-            "backend": backend_name(), "extrapolated": not size.full,
-            "steps_timed": size.steps if size.full else size.timed, "whole_seconds": whole,
-            "calls": (size.length, calls), "rows_of_head": (size.length, calls * size.length),
-            "rows_drawn": (size.length, size.steps * size.length),
-            "mdiff": {"seconds_a_call": ours}, "other": {"seconds_a_step": other},
-        },
-    )  # fmt: skip

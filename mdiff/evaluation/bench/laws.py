@@ -100,9 +100,7 @@ def sides(device: str = "cpu", ours: tuple[str, ...] = OURS) -> tuple[dict[str, 
     found[AMUSED] = lambda case: amused_step(case.logits, case.tokens, mask_id=case.mask_id)[1]
     try:
         diffusers_amused_step(0)
-        found[DIFFUSERS] = lambda case: diffusers_amused_step(case.mask_id)(
-            case.logits, case.tokens
-        )[1]
+        found[DIFFUSERS] = lambda c: diffusers_amused_step(c.mask_id)(c.logits, c.tokens)[1]
     except BackendError as error:
         missing.append(str(error))
     return found, missing
@@ -140,12 +138,10 @@ def law(name: str, side: Side, case: Case) -> Law:
     p_V[case.mask_id] = stays
     hidden_N = case.hidden
     observed_V = torch.bincount(drawn_N[hidden_N], minlength=len(p_V)).double()
-    impossible = p_V == 0
-    if bool((observed_V[impossible] > 0).any()):
-        p_value = 0.0
-    else:
+    possible, p_value = p_V > 0, 0.0
+    if not bool((observed_V[~possible] > 0).any()):
         expected_V = p_V * hidden_N.sum()
-        p_value = chi_square_p(observed_V[~impossible].cpu(), expected_V[~impossible].cpu())
+        p_value = chi_square_p(observed_V[possible].cpu(), expected_V[possible].cpu())
     return Law(name, p_value, torch.equal(drawn_N[~hidden_N], case.tokens[~hidden_N]))
 
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -14,13 +15,10 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 def machine() -> dict[str, object]:
     """Processor, threads, GPU and versions."""
-    cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = lines[0].partition(":")[2].strip() if lines else cpu
+    named = re.search(r"^model name.*?:(.*)", info.read_text() if info.exists() else "", re.M)
     return {
-        "cpu": cpu,
+        "cpu": named[1].strip() if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -69,10 +69,9 @@ class Bench:
             "generation": lambda: generation_rows(self.size, self.laws, self.say),
             "overhead": lambda: iter([overhead_row(self.size, self.say)]),
         }
-        for name in SECTIONS:
-            if name in sections:
-                with one_thread():
-                    yield from measure[name]()
+        for name in (name for name in SECTIONS if name in sections):
+            with one_thread():
+                yield from measure[name]()
 
     def _draw(self) -> Iterator[Row]:
         for why in self.missing:

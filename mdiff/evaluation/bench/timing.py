@@ -1,9 +1,9 @@
 """Two sides of a comparison, timed in turns in one process, and the row of the result."""
 
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 
 import torch
 
@@ -33,10 +33,7 @@ class Size:
 
 
 # The clocks of a step of the toolkit: processor time of the thread, and wall time.
-CLOCKS: Mapping[str, Callable[[], float]] = {
-    "thread": time.thread_time,
-    "clock": time.perf_counter,
-}
+CLOCKS: Mapping[str, Callable[[], float]] = {"thread": time.thread_time, "clock": time.perf_counter}
 
 # About 5 ms of a GPU, longer than Python takes to launch the timed kernels.
 BUSY_CYCLES = 10_000_000
@@ -44,23 +41,6 @@ BUSY_CYCLES = 10_000_000
 DEFAULT = Size()
 FULL = Size(full=True)
 QUICK = Size(rows=64, small_rows=512, repeats=2, loss_repeats=1, length=32, timed=4)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of each repeat."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def minimum(self) -> float:
-        """The fastest repeat."""
-        return min(self.seconds)
-
-    @property
-    def median(self) -> float:
-        """The median repeat."""
-        return statistics.median(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -119,33 +99,30 @@ def cuda_seconds(run: Callable[[], object]) -> float:
 
 
 def interleaved(
-    tasks: Mapping[str, Callable[[], object]],
-    *,
-    repeats: int,
+    tasks: Mapping[str, Callable[[], object]], *, repeats: int,
     seconds: Callable[[Callable[[], object]], float] = cpu_seconds,
-) -> dict[str, Timing]:
-    """The timing of each task: all once to warm up, then `repeats` rounds of all in turn."""
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds of each task's repeats: all once to warm up, then `repeats` rounds of all in turn."""
     for task in tasks.values():
         task()
     rounds = [{name: seconds(task) for name, task in tasks.items()} for _ in range(repeats)]
-    return {name: Timing(tuple(each[name] for each in rounds)) for name in tasks}
+    return {name: [each[name] for each in rounds] for name in tasks}
+
+
+def ratios(over: Sequence[float], under: Sequence[float], scale: float = 1) -> tuple[float, float]:
+    """`scale` times the ratio of two sides' minima, and times that of their medians."""
+    return scale * min(over) / min(under), scale * median(over) / median(under)
 
 
 def times_faster(
-    section: str, what: str, ours: Timing, other: Timing, *, rows: tuple[int, int] | None = None,
-    target: float | None = None, note: str = "", **detail: object,
+    section: str, what: str, ours: Sequence[float], other: Sequence[float], *,
+    rows: tuple[int, int], target: float | None = None, note: str = "", **detail: object,
 ) -> Row:  # fmt: skip
     """The row of how many times faster `ours` is; `rows` are the rows that each side worked on."""
-    sides: dict[str, dict[str, object]] = {
-        "mdiff": {"seconds": ours.seconds},
-        "other": {"seconds": other.seconds},
-    }
-    figure = other.minimum / ours.minimum
-    per_row = None
-    if rows is not None:
-        sides["mdiff"]["rows"], sides["other"]["rows"] = rows
-        per_row = figure * rows[0] / rows[1]
+    figure, middle = ratios(other, ours)
+    sides = {"mdiff": (ours, rows[0]), "other": (other, rows[1])}
+    found = {name: {"seconds": seconds, "rows": count} for name, (seconds, count) in sides.items()}
     return Row(
-        section, what, figure, other.median / ours.median, target=target, per_row=per_row,
-        note=note, detail={**sides, **detail},
+        section, what, figure, middle, target=target, per_row=figure * rows[0] / rows[1],
+        note=note, detail={**found, **detail},
     )  # fmt: skip
