@@ -77,7 +77,7 @@ def test_the_schedule_has_the_weight_of_its_curve(parts):
     model = from_logits(lambda tokens: torch.zeros(*tokens.shape, 7, dtype=torch.float64))
     bound = nll_bound(
         model, torch.zeros(1, 5, dtype=torch.int64), space=TokenSpace(7, mask_id=7),
-        schedule=schedule, estimator="time", draws=4000, seed=1,
+        schedule=schedule, estimator="time", draws=400, seed=1,
     )  # fmt: skip
     assert abs(float(bound.nats[0]) - 5 * np.log(7)) < 6 * float(bound.stderr[0])
 

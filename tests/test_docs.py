@@ -6,8 +6,6 @@ import ast
 import importlib
 import inspect
 import re
-import subprocess
-import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -16,6 +14,7 @@ from types import FunctionType
 import gallery
 import numpy as np
 import pages
+import processes
 import pytest
 import typer
 from folders import ROOT
@@ -135,10 +134,9 @@ def test_every_block_of_python_is_python_and_imports_what_there_is(page):
                 assert module
             if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("mdiff."):
                 assert resolves(ast.unparse(node)), ast.unparse(node)
-        found = subprocess.run(
-            [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"],
-            input=block.text, text=True, capture_output=True, check=False,
-        )  # fmt: skip
+        found = processes.python(
+            "-m", "ruff", "check", "--isolated", "--select", "F821", "-", input=block.text
+        )
         assert found.returncode == 0, found.stdout
 
 
@@ -291,10 +289,9 @@ def test_the_commands_of_the_gallery_make_its_pictures(tmp_path):
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path):
     pytest.importorskip("mkdocs", reason="the extra docs is not installed")
-    subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
-        cwd=ROOT, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    processes.python(
+        "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path, cwd=ROOT, check=True
+    )
     made = [path for path in tmp_path.rglob("*") if path.suffix in (".html", ".css")]
     assert len(made) > len(pages.NAMES)
     for page in made:

@@ -9,6 +9,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.utils import get_int_from_env, patch_environment
 
 from mdiff.errors import BackendError, ConfigError, MdiffError
+from mdiff.pipeline.batch import leave_with_launcher
 
 # How launchers count processes, and where these meet.
 WORLDS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
@@ -17,7 +18,7 @@ SHARDED = "accelerate launch --config_file configs/accelerate/fsdp2.yaml"
 
 
 def started() -> Accelerator:
-    """The Accelerator of this process, as the launcher set it up.
+    """The Accelerator of this process, as the launcher set it up; the process ends with it.
 
     Raises ConfigError for engines other than DDP and FSDP2, BackendError where the processes
     cannot find each other.
@@ -27,6 +28,7 @@ def started() -> Accelerator:
             raise ConfigError(
                 f"ACCELERATE_USE_{engine}=true: expected FSDP2 for a sharded model: {SHARDED}"
             )
+    leave_with_launcher()
     plugin = None
     if _asked_for("FSDP"):
         # Weights are every process's own, by the seed. accelerate's launcher would have the first

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -230,9 +228,7 @@ def test_a_saved_model_loads_by_its_directory_in_a_new_process(tmp_path):
     save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
     folders = [str(tmp_path / "pipeline"), str(tmp_path / "bare")]
     files = [tmp_path / "tokens.safetensors", tmp_path / "logits.safetensors"]
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, *files, *folders], check=True, capture_output=True, text=True
-    )
+    done = processes.python("-c", LOAD, *files, *folders, check=True)
     assert done.stdout.split() == ["BitTransformer"] * 2
     found = load_file(tmp_path / "logits.safetensors")
     for folder in folders:

@@ -6,22 +6,23 @@ import errno
 import json
 import os
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mdiff.backbones.transformer import transformer
-from mdiff.cli import run
+from mdiff.cli import demo, run
 from mdiff.cli.options import RENAMED
 from mdiff.cli.views.trace import Record, page
 from mdiff.modalities.text.modality import text
+from mdiff.pipeline.loading import load
 from mdiff.pipeline.pipeline import Pipeline
 
 WINDOW = 64
@@ -203,6 +204,14 @@ def test_text_on_the_page_never_becomes_markup() -> None:
 # eval, inspect, doctor, tokenizer, demo
 
 
+def shorter(name: str) -> Pipeline:
+    """The model, of text with a quarter of its window."""
+    pipeline = load(name)
+    if name == demo.MODEL:
+        pipeline.window //= 4
+    return pipeline
+
+
 def test_eval_reports_bits_by_every_unit_with_errors(
     model: str, story: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,13 +279,22 @@ def test_a_model_names_its_tokenizer(model: str, capsys: pytest.CaptureFixture[s
     assert lines(capsys) == [{"tokens": [104, 105], "pieces": ["h", "i"]}]
 
 
+@pytest.mark.parametrize(
+    "share", [pytest.param(1, id="short"), pytest.param(8, id="whole", marks=pytest.mark.slow)]
+)
 def test_the_demo_prints_words_and_writes_its_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], share: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if share == 1:
+        # A quarter of a page of text, and an eighth of the steps for a tenth of the pictures.
+        monkeypatch.setattr("mdiff.pipeline.load", shorter)
+        changed = {"LEAST_WORDS": 7, "COUNT": 2, "VARIANTS": 1, "OPTIONS": {"steps": 6}}
+        for name, value in changed.items():
+            monkeypatch.setattr(demo, name, value)
     assert run(["demo"]) == 0
     out = capsys.readouterr().out
-    assert len(out.split()) > 80
+    assert len(out.split()) > 10 * share
     assert "What say you," in out
     assert "log-probability" in out
     assert out.splitlines()[-1] == str(tmp_path / "demo.html")
@@ -478,32 +496,20 @@ def test_any_command_line_ends_with_an_exit_code_and_at_most_a_line(
 # Processes
 
 
-def mdiff(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from mdiff.cli import main; main()", *words],
-        capture_output=True, text=True, timeout=120, check=False, **options,
-    )  # fmt: skip
-
-
 def test_help_and_version_import_nothing_heavy() -> None:
     heavy = ["torch", "transformers", "datasets", "accelerate", "triton", "numpy", "pydantic"]
     script = (
         "import sys; from mdiff.cli import run; code = run(['--help']);"
         f"assert not set({heavy}) & set(sys.modules); sys.exit(code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "generate" in done.stdout
-    assert mdiff("--version").stdout.strip() == "0.1.0"
+    assert "generate" in processes.python("-c", script, check=True).stdout
+    version = processes.python("-c", "from mdiff.cli import main; main()", "--version")
+    assert version.stdout.strip() == "0.1.0"
 
 
 def test_a_closed_pipe_is_no_error() -> None:
     command = f"(sleep 0.2; {sys.executable} -c 'from mdiff.cli import main; main()' --help) | true"
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
-    )
+    done = processes.run(["bash", "-o", "pipefail", "-c", command])
     assert done.returncode == 0
     assert done.stderr == ""
 
@@ -518,8 +524,7 @@ def test_a_builtins_bare_name_and_a_misspelt_directory_are_not_looked_for_on_the
 
 def test_streams_that_are_closed_change_no_exit_code() -> None:
     code = "import sys; sys.stdout = sys.stderr = None; from mdiff.cli import main; main()"
-    words = [sys.executable, "-c", code, "train", "/nowhere.yaml", "--out", "x"]
-    assert subprocess.run(words, check=False).returncode == 2
+    assert processes.python("-c", code, "train", "/nowhere.yaml", "--out", "x").returncode == 2
 
 
 def test_text_that_is_not_unicode_is_refused(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from torch import nn
@@ -114,7 +113,5 @@ def test_only_the_command_changes_the_environment():
         "except SystemExit: print(json.dumps([same, os.environ.get('OMP_WAIT_POLICY')]))"
     )
     environ = {name: value for name, value in os.environ.items() if name not in threads.WAITING}
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
-    )
+    found = processes.python("-c", code, env=environ, check=True)
     assert json.loads(found.stdout.splitlines()[-1]) == [True, "PASSIVE"]

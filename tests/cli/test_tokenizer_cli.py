@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import torch
-from folders import ROOT
+from folders import ACCELERATE, ROOT
 from PIL import Image
 from volume_runs import content
 
@@ -170,16 +168,8 @@ def test_encoding_under_accelerate_launch_gives_the_same_bytes(
 ) -> None:
     words = ["tokenizer", "encode", codec, str(faces), "--rows", "2", "--out"]
     assert run([*words, str(tmp_path / "one"), "--workers", "1"]) == 0
-    root = ROOT
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-        "configs/accelerate/cpu.yaml", "--num_processes", "2", "-m", "mdiff", *words,
-    ]  # fmt: skip
-    done = subprocess.run(
-        [*launch, str(tmp_path / "two")], cwd=root, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    launcher = processes.launcher(ACCELERATE / "cpu.yaml", "-m")
+    done = processes.run([*launcher, "mdiff", *words, tmp_path / "two"], cwd=ROOT, check=True)
     assert done.stdout.strip() == str(tmp_path / "two")
     assert (tmp_path / "two" / ".ranks" / "1").exists()
     assert content(tmp_path / "two") == content(tmp_path / "one")

@@ -6,14 +6,13 @@ They are times: run them where nothing else runs (`make faults` does, one test a
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 from figures import record
 from folders import ACCELERATE
@@ -22,9 +21,6 @@ from mdiff.files.atomic import latest, verify
 
 COSTS = Path(__file__).parent / "costs.py"
 CPU = ACCELERATE / "cpu.yaml"
-LAUNCH = (
-    "-m", "accelerate.commands.launch", "--config_file", str(CPU), "--main_process_port", "0",
-)  # fmt: skip
 # 49 million weights of ten layers, in one row of 64 bytes: the shortest steps such a model has.
 LARGE = {"width": 640, "depth": 10, "length": 64, "batch_size": 1, "ema": 0.99}
 SAVE_EVERY = 100
@@ -32,27 +28,22 @@ SAVE_EVERY = 100
 AFTER = 15
 
 
-def started(out, settings, *launcher):
-    """A training process of one thread a process."""
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(COSTS), str(out), json.dumps(settings)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def training(out, settings, launcher=(sys.executable,)):
+    """The words of a training process of one thread a process."""
+    return [*launcher, COSTS, out, json.dumps(settings)]
 
 
-def times_of(process):
+def times_of(words):
     """When each step ended, seconds by its number."""
-    said, errors = process.communicate()
-    assert process.returncode == 0, errors[-2000:]
-    rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    done = processes.run(words, timeout=1200, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {row["step"]: row["at"] for row in rows if "step" in row}
 
 
 @pytest.mark.faults
 def test_a_save_stalls_the_steps_by_at_most_5_percent(tmp_path):
     settings = LARGE | {"steps": 2 * SAVE_EVERY, "save_every": SAVE_EVERY}
-    at = times_of(started(tmp_path / "run", settings))
+    at = times_of(training(tmp_path / "run", settings))
     took = {step: at[step] - at[step - 1] for step in at if step > 1}
     usual = statistics.median(took[s] for s in range(SAVE_EVERY + AFTER, 2 * SAVE_EVERY))
     waited = sum(took[s] - usual for s in range(SAVE_EVERY + 1, SAVE_EVERY + AFTER))
@@ -66,14 +57,15 @@ def test_a_sigterm_ends_in_a_whole_checkpoint_within_30_seconds(tmp_path):
     took = []
     for after in (3, 6):
         out = tmp_path / f"{after}"
-        process = started(out, LARGE | {"steps": 10**6, "save_every": 10**6})
-        for line in process.stdout:
-            if json.loads(line).get("step") == after:
-                break
-        asked = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        process.communicate()
-        took.append(time.monotonic() - asked)
+        words = training(out, LARGE | {"steps": 10**6, "save_every": 10**6})
+        with processes.running(words) as process:
+            for line in process.stdout:
+                if json.loads(line).get("step") == after:
+                    break
+            asked = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            process.communicate()
+            took.append(time.monotonic() - asked)
         verify(latest(out))
     record("SIGTERM to the end, 49 million weights", {"seconds": took})
     assert max(took) <= 30
@@ -84,8 +76,8 @@ def test_two_processes_have_1_6_times_the_throughput_of_one(tmp_path):
     settings = {"width": 256, "depth": 8, "length": 192, "batch_size": 24, "steps": 16,
                 "save_every": 100}  # fmt: skip
     seconds = {}
-    for name, launcher in (("one", ()), ("two", LAUNCH)):
-        at = times_of(started(tmp_path / name, settings, *launcher))
+    for name, launcher in (("one", [sys.executable]), ("two", processes.launcher(CPU))):
+        at = times_of(training(tmp_path / name, settings, launcher))
         # The first steps warm up, the last one saves.
         took = [at[step] - at[step - 1] for step in range(4, 16)]
         seconds[name] = statistics.median(took)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import processes
 import pytest
 from command_lines import COMMANDS, left_by, models
 from figures import record
@@ -85,11 +84,10 @@ def test_no_variable_of_the_environment_ends_in_an_unexpected_error(tmp_path: Pa
         for name, value in given.items():
             if value is None:
                 environment.pop(name, None)
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER, words], cwd=here, env=environment, timeout=500,
-            capture_output=True, check=False,
-        )  # fmt: skip
-        err = done.stderr.decode(errors="replace")
+        done = processes.python(
+            "-c", DRIVER, words, cwd=here, env=environment, timeout=500, errors="replace"
+        )
+        err = done.stderr
         if not (here / "codes.json").exists():
             return [f"{given}: exit code {done.returncode}: {err[-500:]}"]
         codes = json.loads((here / "codes.json").read_text())

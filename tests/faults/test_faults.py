@@ -7,15 +7,13 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import toy_medium
-from folders import SUPPORT
 from safetensors import SafetensorError
-from toy_training import QUIET, recipe, same, tensors
+from toy_training import QUIET, recipe, same, tensors, training
 
 import mdiff.files.atomic as atomic
 import mdiff.training.checkpoint as checkpoint
@@ -54,11 +52,11 @@ def test_a_disk_that_refuses_a_save_leaves_the_one_before(tmp_path, monkeypatch,
     goes_on(out, whole, 3)
 
 
-LIMITED = (
-    "import json, sys; sys.path.insert(0, sys.argv[1])\n"
-    "from toy_training import recipe; from mdiff.training.loop import train\n"
-    "train(recipe(), sys.argv[2], report=lambda line: None)\n"
-)
+def limited(out):
+    """Train while no file may grow above 1,500 bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+    train(recipe(), out, **QUIET)
 
 
 def test_files_that_may_not_grow_leave_the_checkpoint_before(tmp_path):
@@ -66,17 +64,11 @@ def test_files_that_may_not_grow_leave_the_checkpoint_before(tmp_path):
     out = tmp_path / "run"
     train(recipe(steps=3), out, **QUIET)
 
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
-
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(SUPPORT), str(out)], preexec_fn=limit,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    with processes.forked(limited, str(out)) as done:
+        _, errors = done.communicate()
     assert done.returncode != 0
     # As the system says it, whether Python wrote or safetensors.
-    assert "OSError: [Errno 27] File too large" in done.stderr
+    assert "OSError: [Errno 27] File too large" in errors
     goes_on(out, whole, 3)
 
 
@@ -139,13 +131,10 @@ def test_a_killed_loader_is_named_and_the_run_resumes_without(tmp_path):
 
 def test_a_second_process_on_a_run_is_refused_by_the_command_line(tmp_path, capsys):
     out = tmp_path / "run"
-    with atomic.locked(out):
-        child = subprocess.run(
-            [sys.executable, "-c", LIMITED, str(SUPPORT), str(out)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    assert child.returncode != 0
-    assert f"is being written by process {os.getpid()}" in child.stderr
+    with atomic.locked(out), training(out, {}) as child:
+        _, errors = child.communicate()
+    assert child.returncode == 1
+    assert f"is being written by process {os.getpid()}" in errors
     assert steps(out) == []
 
 
@@ -184,10 +173,7 @@ def test_checks_that_matter_hold_under_optimised_python(tmp_path):
     (tmp_path / "broken").mkdir()
     found = []
     for flag in ([], ["-O"]):
-        child = subprocess.run(
-            [sys.executable, *flag, "-c", OPTIMISED, str(tmp_path / "broken")],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        child = processes.python(*flag, "-c", OPTIMISED, tmp_path / "broken", check=True)
         found.append(json.loads(child.stdout))
     assert [each.pop("optimised") for each in found] == [False, True]
     assert found[0] == found[1]

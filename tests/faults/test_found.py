@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import psutil
 import pytest
 import torch
-from folders import SUPPORT
+from folders import ACCELERATE
 from PIL import Image
 from safetensors.torch import save_file
-from toy_training import LAUNCH, QUIET, recipe, same, tensors
+from toy_training import QUIET, launched, recipe, same, tensors, wait_for_line
 from transformers import BertConfig, BertForMaskedLM
 
 import mdiff.files.atomic as checkpoint
@@ -175,25 +175,30 @@ def test_a_picture_with_half_a_character_in_its_words_is_a_problem_of_its_own(tm
     assert len(read_pictures(str(tmp_path), channels=3, strict=False).problems) == 1
 
 
-def test_loader_processes_end_with_a_trainer_that_is_killed(tmp_path):
-    script = tmp_path / "launch.py"
-    script.write_text(LAUNCH)
+LAUNCHER = "import subprocess, sys; subprocess.run(sys.argv[1:], start_new_session=True)"
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        # What torch's launcher does for each of its processes.
+        [sys.executable, "-c", LAUNCHER, sys.executable],
+        pytest.param(processes.launcher(ACCELERATE / "cpu.yaml"), marks=pytest.mark.slow),
+    ],
+    ids=["trainer", "launcher", "accelerate"],
+)
+def test_all_processes_end_with_a_trainer_or_launcher_that_is_killed(tmp_path, launcher):
     settings = {"steps": 10**6, "save_every": 10**6, "workers": 2, "log__every": 1}
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(SUPPORT), str(tmp_path / "run"), json.dumps(settings)],
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    next(line for line in process.stderr if line.startswith("step 2/"))
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert len(family) >= 3
-    process.kill()
-    # Not `communicate`: what is left would hold its pipe open.
-    process.wait()
-    process.stderr.close()
-    _, left = psutil.wait_procs(family, timeout=20)
-    for each in left:
-        each.kill()
-    assert left == []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if launcher:
+        environment["TORCHELASTIC_RUN_ID"] = "none"
+    with launched(tmp_path / "run", settings, *launcher, env=environment) as process:
+        wait_for_line(process, "step 2/")
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 3
+        process.kill()
+        assert psutil.wait_procs(family, timeout=20)[1] == []
 
 
 def test_a_step_that_is_a_link_or_a_file_ends_no_run(tmp_path):

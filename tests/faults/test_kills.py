@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import processes
 import pytest
 from figures import record
 from toy_training import QUIET, log, recipe, same, tensors
@@ -27,11 +28,8 @@ LONGEST = 0.4
 class Trainer:
     """Runs in forks of a child that has imported everything; see trainer.py."""
 
-    def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "trainer.py")], stdin=subprocess.PIPE, text=True,
-            stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+    def __init__(self, process):
+        self.process = process
 
     def killed(self, out, seconds):
         """Start a run, kill it after `seconds` of steps; what it said."""
@@ -53,10 +51,6 @@ class Trainer:
             said.append((word, rest))
         raise AssertionError("the trainer died")
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
 
 def newest(out):
     found = latest(out)
@@ -64,9 +58,16 @@ def newest(out):
 
 
 def killed_often(tmp_path, trials):
+    """What `killed_by` returns of a trainer of its own."""
+    words = [sys.executable, HERE / "trainer.py"]
+    with processes.running(words, stdin=subprocess.PIPE, stderr=None) as process:
+        return killed_by(Trainer(process), tmp_path, trials)
+
+
+def killed_by(trainer, tmp_path, trials):
     """Kill runs in one directory after another; how many trials died within the training."""
     whole = train(recipe(**SETTINGS), tmp_path / "whole", **QUIET)
-    trainer, chance = Trainer(), random.Random(7)
+    chance = random.Random(7)
     died = finished = amid = stepped = 0
     out, last = tmp_path / "0", 0
     while died < trials:
@@ -91,7 +92,6 @@ def killed_often(tmp_path, trials):
         for step in steps(out):
             verify(step_path(out, step))
         last = found
-    trainer.close()
     resumed = train(recipe(**SETTINGS), out, **QUIET)
     assert same(tensors(whole), tensors(resumed))
     assert not [path for path in out.iterdir() if path.name.endswith(".tmp")]

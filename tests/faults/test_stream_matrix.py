@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
+import processes
 import pytest
 from command_lines import COMMANDS, STREAMS, left_by, models
 from figures import record
@@ -28,7 +28,7 @@ def run(words: list[str], cwd: Path, kind: str, where: tuple[int, ...]) -> tuple
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if kind == "ascii":
         environment["PYTHONIOENCODING"] = "ascii"
-    opened = {1: subprocess.PIPE, 2: subprocess.PIPE}
+    opened = {1: PIPE, 2: PIPE}
     handles = []
     for number in where:
         if kind == "gone":
@@ -44,9 +44,9 @@ def run(words: list[str], cwd: Path, kind: str, where: tuple[int, ...]) -> tuple
         for number in where if kind == "closed" else ():
             os.close(number)
 
-    done = subprocess.run(
-        [sys.executable, "-m", "mdiff", *words], cwd=cwd, env=environment, preexec_fn=close,
-        stdin=subprocess.DEVNULL, stdout=opened[1], stderr=opened[2], timeout=500, check=False,
+    done = processes.python(
+        "-m", "mdiff", *words, cwd=cwd, env=environment, preexec_fn=close, stdin=DEVNULL,
+        stdout=opened[1], stderr=opened[2], timeout=500, text=False,
     )  # fmt: skip
     for handle in handles:
         os.close(handle)

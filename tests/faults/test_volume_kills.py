@@ -138,10 +138,10 @@ def killed_worker(pids: Path) -> bool:
     return False
 
 
-def test_20_kills_of_encoding_leave_the_folder_of_one_clean_run(encoding, tmp_path):
-    met = killed_often(encoding, tmp_path, 20, seed=11)
+def test_8_kills_of_encoding_leave_the_folder_of_one_clean_run(encoding, tmp_path):
+    met = killed_often(encoding, tmp_path, 8, seed=11)
     record("kills of encoding, short", met)
-    assert met["amid the shards"] > 10
+    assert met["amid the shards"] > 3
     assert met["workers alone"] > 0
 
 

@@ -6,9 +6,9 @@ import errno
 import itertools
 import os
 import re
-import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -69,7 +69,7 @@ def test_what_a_killed_writer_left_is_not_a_checkpoint_and_is_swept(tmp_path):
         "with staged(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').write_text('x'); os.kill(os.getpid(), 9)\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "step-000001")], check=False)
+    processes.python("-c", script, tmp_path / "step-000001")
     assert len(list(tmp_path.iterdir())) == 1
     assert latest(tmp_path) is None
     sweep(tmp_path)
@@ -259,9 +259,7 @@ HOLD = (
 
 
 def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path):
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as holder:
+    with processes.running([sys.executable, "-c", HOLD, tmp_path]) as holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(CheckpointError, match=f"process {holder.pid}"), locked(tmp_path):
             pass
@@ -277,6 +275,8 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     with locked(tmp_path):
         child = os.fork()
         if child == 0:
+            # Its read ends when the parent does.
+            os.close(tell_done)
             os.write(tell_ready, b"x")
             os.read(done, 1)
             os._exit(0)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
+import processes
 import pytest
 import torch
 from folders import ROOT
@@ -106,9 +105,7 @@ def test_generating_text_imports_nothing_of_images_training_or_transformers() ->
         "print(*{'PIL', 'transformers', 'datasets', 'sklearn', 'pyarrow', 'accelerate',"
         " 'torch._dynamo', 'rich', 'typer'} & set(sys.modules))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    done = processes.python("-c", script, cwd=ROOT, check=True)
     assert done.stdout.split() == []
 
 

@@ -1,6 +1,6 @@
 """Compile the Triton kernels for an H100 or H200, sm_90, without one: prints their PTX as JSON.
 
-    python tests/support/compiled.py
+    python tests/support/compiled.py [FORM...]
 
 Run by tests/kernels/test_draw_triton.py in a process of its own, where Triton does not interpret.
 """
@@ -8,6 +8,7 @@ Run by tests/kernels/test_draw_triton.py in a process of its own, where Triton d
 from __future__ import annotations
 
 import json
+import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -57,18 +58,18 @@ def ptx(kernel, kind, constants, warps):
 
 
 def main():
-    """Print {name: PTX} of the draw, the loss and the reveal in several forms."""
+    """Print {name: PTX} of the draw, the loss and the reveal in all forms, or in those named."""
     alone = dict.fromkeys(OPTIONAL)
     plain = {**PLAIN, **alone, **dict.fromkeys((*LISTS, "levels"))}
-    found = {
-        "plain bf16": ptx(draw_kernel, "bf16", plain, 4),
-        "top_p bf16": ptx(draw_kernel, "bf16", {**PLAIN, **alone, "TOP_P": True}, 8),
-        "every option fp32": ptx(draw_kernel, "fp32", {**PLAIN, **FILTERS, "levels": None}, 8),
-        "loss bf16": ptx(loss_kernel, "bf16", {**LOSS, "span": None, "next_id": None}, 8),
-        "loss, every option fp32": ptx(loss_kernel, "fp32", {**LOSS, "SMOOTHED": True}, 8),
-        "reveal": ptx(reveal_kernel, "fp32", {"POSITIONS": 1024, "BY_THRESHOLD": True}, 8),
+    forms = {
+        "plain bf16": (draw_kernel, "bf16", plain, 4),
+        "top_p bf16": (draw_kernel, "bf16", {**PLAIN, **alone, "TOP_P": True}, 8),
+        "every option fp32": (draw_kernel, "fp32", {**PLAIN, **FILTERS, "levels": None}, 8),
+        "loss bf16": (loss_kernel, "bf16", {**LOSS, "span": None, "next_id": None}, 8),
+        "loss, every option fp32": (loss_kernel, "fp32", {**LOSS, "SMOOTHED": True}, 8),
+        "reveal": (reveal_kernel, "fp32", {"POSITIONS": 1024, "BY_THRESHOLD": True}, 8),
     }
-    print(json.dumps(found))
+    print(json.dumps({name: ptx(*forms[name]) for name in sys.argv[1:] or forms}))
 
 
 if __name__ == "__main__":

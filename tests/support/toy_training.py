@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import torch
+from processes import forked, running
 
 from mdiff.files.untrusted import read_tensors
+from mdiff.training.loop import train
 from mdiff.training.recipe import parse_recipe
 
 SECTIONS = ("data", "model", "objective", "optim")
@@ -49,9 +52,29 @@ def largest_difference(one, two):
     return max(float((one[k].double() - two[k].double()).abs().max()) for k in one)
 
 
-LAUNCH = (
-    "import json, sys; sys.path.insert(0, sys.argv[1])\n"
-    "from toy_training import recipe; from mdiff.training.loop import train\n"
-    "if __name__ == '__main__':\n"
-    "    train(recipe(**json.loads(sys.argv[3])), sys.argv[2])\n"
-)
+def trained(out, settings):
+    """Train the toy recipe with these settings into `out`."""
+    train(recipe(**settings), out)
+
+
+def training(out, settings):
+    """A process that does so; see `forked`."""
+    return forked(trained, str(out), settings)
+
+
+def launched(out, settings, *launcher, **options):
+    """The same of a launcher, whose words come before the script; see `running`."""
+    words = [*(launcher or [sys.executable]), __file__, out, json.dumps(settings)]
+    return running(words, **options)
+
+
+def wait_for_line(process, start):
+    """Read what a process reports up to a line with this start."""
+    for line in process.stderr:
+        if line.startswith(start):
+            return
+    raise AssertionError(f"no line {start!r}")
+
+
+if __name__ == "__main__":
+    trained(sys.argv[1], json.loads(sys.argv[2]))

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from processes import server
 
 from mdiff.backbones.transformer import transformer
 from mdiff.modalities.image.codec import load_codec
@@ -30,21 +31,9 @@ from mdiff.pipeline.batch.runner import make_all
 from mdiff.pipeline.loading import load
 from mdiff.pipeline.pipeline import Pipeline
 
-# The server looks for modules where its interpreter does: not beside the tests.
-PRELOADED = [
-    "mdiff.pipeline.batch.offline", "mdiff.backbones.transformer", "mdiff.modalities.text.modality",
-    "mdiff.pipeline.batch.encoding", "mdiff.modalities.image.codecs.kmeans",
-]  # fmt: skip
 SETTING = Setting(seed=3, batch_size=3)
 WINDOW = 48
 DEADLY = "xxxxxx"
-
-
-def server():
-    """The context of such processes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
 
 
 def serve_workers(address):

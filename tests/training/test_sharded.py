@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import fsdp_run
+import processes
 import pytest
 import torch
 from accelerate.commands import launch
@@ -128,14 +127,9 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("toy", "bert")]
 
 
 def two_processes(*jobs):
-    """Runs of two sharded processes on the CPU; see fsdp_run.py."""
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-         str(ACCELERATE / "fsdp2.yaml"), "--main_process_port", "0",
-         str(SUPPORT / "fsdp_run.py"), json.dumps(jobs)],
-        capture_output=True, text=True, timeout=400, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    """Runs of two sharded processes of `accelerate launch` on the CPU; see fsdp_run.py."""
+    launcher = processes.launcher(ACCELERATE / "fsdp2.yaml")
+    return processes.run([*launcher, SUPPORT / "fsdp_run.py", json.dumps(jobs)])
 
 
 @pytest.fixture(scope="module", params=["tied", *SLOW])
@@ -144,12 +138,12 @@ def runs(request, tmp_path_factory):
     settings, layer = MODELS[request.param]
     out = tmp_path_factory.mktemp("runs")
     train(recipe(**settings), out / "one", **QUIET)
-    done = two_processes(
+    jobs = [
         (str(out / "two"), "none", settings, 0),
         (str(out / "again"), str(step_path(out / "two", 20)), settings, 0),
         (str(out / "more"), str(step_path(out / "one", 20)), settings, 0),
-    )
-    assert done.returncode == 0, done.stderr
+    ]
+    processes.together(ACCELERATE / "fsdp2.yaml", fsdp_run.main, json.dumps(jobs))
     return out, settings, layer
 
 
@@ -234,15 +228,12 @@ def test_a_model_that_sharded_processes_trained_generates(tmp_path, tie):
     changes = [
         "train.steps=4", "model.width=32", "model.depth=2", "data.length=32", f"model.tie={tie}"
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-         "configs/accelerate/fsdp2.yaml", "--main_process_port", "0", "-m", "mdiff", "train",
-         "configs/text/tiny.yaml", "--out", str(tmp_path),
+    done = processes.run(
+        [*processes.launcher(ACCELERATE / "fsdp2.yaml", "-m"), "mdiff", "train",
+         "configs/text/tiny.yaml", "--out", tmp_path,
          *(word for change in changes for word in ("--set", change))],
-        capture_output=True, text=True, timeout=400, check=False, cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT, check=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     # stdout carries the path alone.
     assert done.stdout == f"{step_path(tmp_path, 4)}\n"
     samples = mdiff.load(str(step_path(tmp_path, 4))).generate(length=8, n=2, seed=0)

@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
+import processes
 import pytest
 import torch
+import watched_run
 from accelerate import Accelerator
-from folders import ACCELERATE, SUPPORT
-from toy_training import LAUNCH, QUIET, largest_difference, log, recipe, same, tensors
+from folders import ACCELERATE
+from toy_training import (
+    QUIET,
+    largest_difference,
+    log,
+    recipe,
+    same,
+    tensors,
+    training,
+    wait_for_line,
+)
 
 import mdiff.training.checkpoint as checkpoint
 from mdiff.errors import CheckpointError, ConfigError, DataError
@@ -93,16 +102,6 @@ def test_gradients_are_those_of_the_global_mean_over_maskable_tokens(tmp_path):
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in zip(*gradients))
 
 
-def launch(tmp_path, out, settings, *launcher, **options):
-    script = tmp_path / "launch.py"
-    script.write_text(LAUNCH)
-    command = [*launcher, str(script), str(SUPPORT), str(out), json.dumps(settings)]
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
-    )  # fmt: skip
-
-
 BY_TWO = {
     "precision": "fp64", "model__dropout": 0.0, "optim__name": "adamw", "micro_batch": 3,
     "steps": 50, "save_every": 25, "batch_size": 8, "data__count": 20,
@@ -114,15 +113,10 @@ def twice(tmp_path_factory):
     """A run of two processes and one from its step 25 on, each with what its processes noted."""
     folder = tmp_path_factory.mktemp("by_two")
     run, again = folder / "run", folder / "again"
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-         str(ACCELERATE / "cpu.yaml"), "--main_process_port", "0",
-         str(SUPPORT / "watched_run.py"), json.dumps(BY_TWO), str(run), "none", str(again),
-         str(step_path(run, 25))],
-        capture_output=True, text=True, timeout=400, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    processes.together(
+        ACCELERATE / "cpu.yaml", watched_run.main, json.dumps(BY_TWO), str(run), "none",
+        str(again), str(step_path(run, 25)),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     return [
         (out, [json.loads(out.with_name(f"{out.name}-{rank}.json").read_text()) for rank in (0, 1)])
         for out in (run, again)
@@ -194,23 +188,16 @@ def test_one_of_two_processes_writes(by_two):
     assert second["changed"] == []
 
 
-def wait_for_line(process, start):
-    for line in process.stderr:
-        if line.startswith(start):
-            return
-    raise AssertionError(f"no line {start!r}")
-
-
 def test_a_killed_run_goes_on_from_its_last_complete_checkpoint(tmp_path):
     settings = {"steps": 120, "save_every": 10, "log__every": 1}
     whole = train(recipe(**settings), tmp_path / "whole", **QUIET)
     out = tmp_path / "killed"
     for _ in range(2):
-        process = launch(tmp_path, out, settings, sys.executable)
-        wait_for_line(process, "step ")
-        time.sleep(0.1)
-        process.kill()
-        process.communicate()
+        with training(out, settings) as process:
+            wait_for_line(process, "step ")
+            time.sleep(0.1)
+            process.kill()
+            process.communicate()
         found = latest(out)
         if found is not None:
             verify(found)
@@ -223,10 +210,10 @@ def test_a_killed_run_goes_on_from_its_last_complete_checkpoint(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_its_step_and_says_so(tmp_path, number):
     settings = {"steps": 10**6, "save_every": 10**6, "log__every": 1, "optim__schedule": "constant"}
-    process = launch(tmp_path, tmp_path / "run", settings, sys.executable)
-    wait_for_line(process, "step 2/")
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=200)
+    with training(tmp_path / "run", settings) as process:
+        wait_for_line(process, "step 2/")
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=200)
     assert process.returncode != 0
     assert "--resume auto goes on" in errors.splitlines()[-1]
     found = latest(tmp_path / "run")
@@ -243,11 +230,11 @@ def test_a_stop_sent_to_a_whole_group_of_processes_saves_the_step_too(tmp_path, 
         "steps": 10**6, "save_every": 10**6, "log__every": 1, "optim__schedule": "constant",
         "workers": 1, "data__slow": True,
     }  # fmt: skip
-    process = launch(tmp_path, tmp_path / "run", settings, sys.executable, start_new_session=True)
-    wait_for_line(process, "step 2/")
-    # It waits for rows now, which the loader still has to bring.
-    os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=200)
+    with training(tmp_path / "run", settings) as process:
+        wait_for_line(process, "step 2/")
+        # It waits for rows now, which the loader still has to bring.
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=200)
     assert "--resume auto goes on" in errors.splitlines()[-1]
     verify(latest(tmp_path / "run"))
     done = steps(tmp_path / "run")[-1]

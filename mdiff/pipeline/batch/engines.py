@@ -10,12 +10,14 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from ctypes import c_bool
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import wait
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -32,6 +34,8 @@ Made = TypeVar("Made", covariant=True)
 ATTEMPTS = 3
 # Seconds that workers have to end by themselves.
 GRACE = 10.0
+# Seconds between looks whether the launcher still runs: a system call, on every system.
+POLL = 0.5
 
 
 class Maker(Protocol[Given, Made]):
@@ -234,6 +238,24 @@ def leave_with_parent() -> None:
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
+
+
+@cache
+def leave_with_launcher() -> None:
+    """End this process with the one of `accelerate launch` or torchrun that started it.
+
+    The launcher starts its processes in sessions of their own: where it is killed, nothing else
+    ends them, and they may wait for each other for ever.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_leave_orphaned, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_orphaned(parent: int) -> None:
+    """End this process when it has another parent."""
+    while os.getppid() == parent:
+        time.sleep(POLL)
+    os._exit(1)
 
 
 def portable(error: Exception) -> Exception:

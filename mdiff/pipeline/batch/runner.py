@@ -15,7 +15,15 @@ from typing import Generic, Protocol
 
 from mdiff.errors import MdiffError
 from mdiff.pipeline.batch.division import Division
-from mdiff.pipeline.batch.engines import ATTEMPTS, Engine, Item, Maker, Raised, Result
+from mdiff.pipeline.batch.engines import (
+    ATTEMPTS,
+    Engine,
+    Item,
+    Maker,
+    Raised,
+    Result,
+    leave_with_launcher,
+)
 
 Report = Callable[[str], None]
 
@@ -59,6 +67,7 @@ def make_all(
     To be called by one process a share. Raises MdiffError where workers keep crashing, and what
     making an item raises; KeyboardInterrupt states what is complete.
     """
+    leave_with_launcher()
     share = division.share.part(shards)
     for shard in share:
         shard.clear()

@@ -150,20 +150,24 @@ def test_shares_write_the_bytes_of_one_process(tmp_path: Path) -> None:
 def test_a_share_that_comes_late_leaves_the_manifest_where_it_is(tmp_path: Path) -> None:
     save_codec(kmeans(codebook_size=8).fit(tiny_pictures(20).pixels), tmp_path / "codec")
     out = tmp_path / "out"
-    assert encode(tmp_path / "codec", 20, out, share=Share(2, 2)) is None
-    first = encode(tmp_path / "codec", 20, out, share=Share(1, 2))
+
+    def share(number: int) -> Any:
+        return encode(tmp_path / "codec", 20, out, share=Share(number, 2), workers=1)
+
+    assert share(2) is None
+    first = share(1)
     assert (first.made, first.kept) == (5, 5)
     before = content(out)
-    late = encode(tmp_path / "codec", 20, out, share=Share(2, 2))
+    late = share(2)
     assert (late.made, late.kept) == (0, 10)
     assert content(out) == before
     # What another share has to make is not its business; before it makes its own shard it takes
     # the manifest away.
     (out / "shard-000002.safetensors").unlink()
-    assert encode(tmp_path / "codec", 20, out, share=Share(2, 2)) is None
+    assert share(2) is None
     assert (out / MANIFEST).exists()
     (out / "shard-000003.safetensors").unlink()
-    assert encode(tmp_path / "codec", 20, out, share=Share(2, 2)) is None
+    assert share(2) is None
     assert not (out / MANIFEST).exists()
     encode(tmp_path / "codec", 20, out, workers=1)
     assert content(out) == before

@@ -6,13 +6,13 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 
+import processes
 import psutil
 import pytest
-from folders import ROOT
+from folders import ACCELERATE, ROOT
 from toys import HashDenoiser
 from volume_runs import (
     DEADLY,
@@ -379,61 +379,41 @@ def test_bad_options_of_volume_are_one_line(
     assert err.count("\n") == 1
 
 
-def command(*words):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", *words], env=environment, cwd=ROOT, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 def volume(model, requests, out):
     return [
-        "mdiff", "generate", model, "--input", str(requests), "--out", str(out), "--seed", "3",
+        "mdiff", "generate", model, "--input", requests, "--out", out, "--seed", "3",
         "--batch-size", "3", "--length", "40",
     ]  # fmt: skip
 
 
-def alive(group):
-    """The processes of a group that run; one that has ended may stay listed for a while."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.cmdline())
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-    return found
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGKILL, -9)]
+)
 @pytest.mark.parametrize("whole_group", [True, False])
 def test_a_command_that_is_ended_leaves_no_process(model, tmp_path, number, code, whole_group):
     rows = [{"id": i, "prompt": "", "length": 40} for i in range(600)]
     requests = written(tmp_path / "in.jsonl", rows)
-    process = command(*volume(model, requests, tmp_path / "out"), "--workers", "2")
-    while not list((tmp_path / "out" / "shards").glob("shard-*")):
-        time.sleep(0.01)
-    (os.killpg if whole_group else os.kill)(process.pid, number)
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == code, err
+    words = [sys.executable, "-m", *volume(model, requests, tmp_path / "out"), "--workers", "2"]
+    with processes.running(words, cwd=ROOT) as process:
+        while not list((tmp_path / "out" / "shards").glob("shard-*")):
+            time.sleep(0.01)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 2
+        (os.killpg if whole_group else os.kill)(process.pid, number)
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == code, err
+        assert psutil.wait_procs(family, timeout=30)[1] == []
     if number == signal.SIGINT:
         assert "shards are complete; the same command goes on" in err
         assert "Traceback" not in err
-    end = time.monotonic() + 30
-    while alive(process.pid) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not alive(process.pid)
 
 
 @pytest.mark.slow
 def test_accelerate_launch_gives_the_same_bytes(model, requests, tmp_path):
-    assert command(*volume(model, requests, tmp_path / "one")).wait() == 0
-    process = command(
-        "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml",
-        "--num_processes", "2", "-m", *volume(model, requests, tmp_path / "two"),
-    )  # fmt: skip
-    assert process.wait() == 0, process.communicate()
+    processes.python("-m", *volume(model, requests, tmp_path / "one"), cwd=ROOT, check=True)
+    launcher = processes.launcher(ACCELERATE / "cpu.yaml", "-m")
+    words = [*launcher, *volume(model, requests, tmp_path / "two")]
+    processes.run(words, cwd=ROOT, check=True)
     assert (tmp_path / "two" / ".lock-2-of-2").exists()
     assert content(tmp_path / "two") == content(tmp_path / "one")

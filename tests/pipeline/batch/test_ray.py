@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
 
+import processes
 import pytest
 from folders import ROOT, SUPPORT
 from toy_job import TIMEOUT, journal, run, there
@@ -124,10 +124,8 @@ def test_a_server_that_is_no_cluster_is_named_soon(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         words = ["generate", model, "--input", str(requests), "--out", str(tmp_path / "out")]
-        done = subprocess.run(
-            [sys.executable, "-m", "mdiff", *words, "--engine", "ray", "--address", address],
-            capture_output=True, text=True, timeout=120, cwd=ROOT,
-        )  # fmt: skip
+        words += ["--engine", "ray", "--address", address]
+        done = processes.python("-m", "mdiff", *words, cwd=ROOT, timeout=120)
     assert done.returncode == 5
     assert f"error: no Ray cluster answers at {address}" in done.stderr
 
