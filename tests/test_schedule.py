@@ -14,6 +14,7 @@ from mdiff.objective.bound import nll_bound
 from mdiff.schedule import (
     MIN_TIME,
     SCHEDULES,
+    STEEPEST,
     Arccos,
     Cosine,
     Exponential,
@@ -125,8 +126,9 @@ def test_names_are_found_in_any_case_and_unknown_ones_get_the_nearest():
         named_schedule("cosin")
     with pytest.raises(ConfigError, match="does not take"):
         named_schedule("linear", power=2)
-    with pytest.raises(ConfigError, match="lo < hi"):
-        Geometric(2.0, 1.0)
+    for hi in (1.0, 2.0):
+        with pytest.raises(ConfigError, match="lo < hi"):
+            Geometric(2.0, hi)
 
 
 @pytest.mark.parametrize(("name", "options"), [
@@ -137,3 +139,9 @@ def test_a_schedule_without_an_inverse_at_1_is_refused(name, options):
         named_schedule(name, **options)
     for schedule in FORMS:
         assert 0.99 < float(schedule.time_at(1.0)) <= 1 + 1e-9
+
+
+def test_the_steepest_schedules_are_taken():
+    assert float(Exponential(STEEPEST).mask_prob(1.0)) == 1
+    # The difference of both ends counts.
+    assert float(Geometric(10.0, 10 + STEEPEST).mask_prob(1.0)) == 1

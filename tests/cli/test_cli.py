@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -207,9 +208,7 @@ def test_text_on_the_page_never_becomes_markup() -> None:
 def shorter(name: str) -> Pipeline:
     """The model, of text with a quarter of its window."""
     pipeline = load(name)
-    if name == demo.MODEL:
-        pipeline.window //= 4
-    return pipeline
+    return replace(pipeline, window=pipeline.window // 4) if name == demo.MODEL else pipeline
 
 
 def test_eval_reports_bits_by_every_unit_with_errors(

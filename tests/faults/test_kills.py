@@ -103,8 +103,8 @@ def killed_by(trainer, tmp_path, trials):
     }
 
 
-def test_20_kills_lose_nothing(tmp_path):
-    record("kills, short", killed_often(tmp_path, 20))
+def test_8_kills_lose_nothing(tmp_path):
+    record("kills, short", killed_often(tmp_path, 8))
 
 
 @pytest.mark.faults

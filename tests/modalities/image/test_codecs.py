@@ -516,9 +516,9 @@ def test_gradients_reach_the_encoder_through_the_quantiser(options: dict[str, An
 
 
 def test_fitting_bits_lowers_the_error_below_that_of_the_mean() -> None:
-    images = toy_pictures(128, 1)
+    images = toy_pictures(64, 1)
     said: list[str] = []
-    codec = bits(channels=1, stride=4, bits=8, width=16, steps=100, batch_size=32)
+    codec = bits(channels=1, stride=4, bits=8, width=8, steps=40, batch_size=16)
     codec.fit(images, seed=0, report=said.append)
     error = (codec.decode(codec.encode(images)).float() - images).square().mean()
     assert float(error) < 0.5 * float(images.float().var())
