@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import processes
 import pytest
 from figures import record
 from toy_training import QUIET, log, recipe, same, tensors
+from trainer import reported
 
 from mdiff.files.atomic import latest, step_path, steps, verify
 from mdiff.training.loop import train
 
-HERE = Path(__file__).parent
 SETTINGS = {"steps": 100, "save_every": 4, "keep": 3, "log__every": 1000}
 # A run of the toy takes a fraction of this; the moment of the kill is spread over it.
 LONGEST = 0.4
 
 
-class Trainer:
-    """Runs in forks of a child that has imported everything; see trainer.py."""
-
-    def __init__(self, process):
-        self.process = process
-
-    def killed(self, out, seconds):
-        """Start a run, kill it after `seconds` of steps; what it said."""
-        self.process.stdin.write(json.dumps({"out": str(out), "settings": SETTINGS}) + "\n")
-        self.process.stdin.flush()
-        pid, said, timer = None, [], None
-        for line in self.process.stdout:
+def killed(out, seconds):
+    """Start a run, kill it after `seconds` of steps; what it said, by lines of two words."""
+    said, timer = [], None
+    with processes.forked(reported, str(out), SETTINGS) as process:
+        for line in process.stderr:
             word, _, rest = line.strip().partition(" ")
-            if word == "started":
-                pid = int(rest)
             # One in five is killed while it is being built, the others among their steps.
-            if word == ("started" if seconds < LONGEST / 5 else "first"):
-                timer = threading.Timer(seconds, os.kill, (pid, signal.SIGKILL))
+            if timer is None and word == ("started" if seconds < LONGEST / 5 else "first"):
+                timer = threading.Timer(seconds, process.kill)
                 timer.start()
-            if word in ("done", "failed") and timer is not None:
+            if word == "done" and timer is not None:
                 timer.cancel()
-            if word == "ended":
-                return said
             said.append((word, rest))
-        raise AssertionError("the trainer died")
+        process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), said
+    return said
 
 
 def newest(out):
@@ -58,22 +44,14 @@ def newest(out):
 
 
 def killed_often(tmp_path, trials):
-    """What `killed_by` returns of a trainer of its own."""
-    words = [sys.executable, HERE / "trainer.py"]
-    with processes.running(words, stdin=subprocess.PIPE, stderr=None) as process:
-        return killed_by(Trainer(process), tmp_path, trials)
-
-
-def killed_by(trainer, tmp_path, trials):
     """Kill runs in one directory after another; how many trials died within the training."""
     whole = train(recipe(**SETTINGS), tmp_path / "whole", **QUIET)
     chance = random.Random(7)
     died = finished = amid = stepped = 0
     out, last = tmp_path / "0", 0
     while died < trials:
-        said = trainer.killed(out, chance.uniform(0, LONGEST))
+        said = killed(out, chance.uniform(0, LONGEST))
         words = dict(said)
-        assert "failed" not in words, words["failed"]
         if "first" in words:
             # It went on from the last completed save; of a finished run it names the last step.
             assert int(words["first"]) == min(last + 1, SETTINGS["steps"])

@@ -34,7 +34,7 @@ ROUNDS = 1000
 PRELOADED = [
     "mdiff.pipeline.batch.offline", "mdiff.backbones.transformer", "mdiff.modalities.text.modality",
     "mdiff.pipeline.batch.encoding", "mdiff.modalities.image.codecs.kmeans", "mdiff.training.loop",
-    "mdiff.backbones.masked_lm",
+    "mdiff.backbones.masked_lm", "pytest",
 ]  # fmt: skip
 
 
