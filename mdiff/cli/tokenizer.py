@@ -262,7 +262,7 @@ def opened(name: str) -> Text | Codec:
         if isinstance(found, ShowsImages):
             return found.codec
         raise ConfigError(f"{name} is a model of {found.name}, which has no tokenizer")
-    from mdiff.modalities.image import holds_codec, load_codec
+    from mdiff.modalities.image import holds_codec, load_codec, unknown_codec
 
     if holds_codec(path):
         from mdiff.files import MANIFEST, verify
@@ -273,7 +273,8 @@ def opened(name: str) -> Text | Codec:
         return codec
     from mdiff.modalities.text import text
 
-    if path.is_dir() and not any(any(path.glob(each)) for each in TEXT_FILES):
+    of_text = any(any(path.glob(each)) for each in TEXT_FILES)
+    if path.is_dir() and (not of_text or unknown_codec(path)):
         # Refused in its own words, which name the codecs that are known.
         return load_codec(path)
     if name in ("char", "bpe", *names("codecs")):

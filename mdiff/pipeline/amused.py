@@ -5,7 +5,7 @@ Project huggingface/diffusers, `AmusedPipeline` and `AmusedScheduler`, 0.42 (202
 
 import torch
 
-from mdiff.errors import CheckpointError, ConfigError
+from mdiff.errors import CheckpointError
 from mdiff.files import (
     CONFIG,
     MODEL_INDEX,
@@ -18,6 +18,7 @@ from mdiff.files import (
 )
 from mdiff.modalities.image import ARCHITECTURE, load_text_encoder, text_to_image
 from mdiff.modalities.image.codecs.vq_diffusers import VQDiffusers, vq_diffusers
+from mdiff.pipeline.options import check_mask_id
 from mdiff.pipeline.pipeline import Pipeline
 from mdiff.pipeline.published import load_published
 from mdiff.tokens import TokenSpace
@@ -65,8 +66,7 @@ def load_directory(
             f"{folder}: codes, states and vector of the codec and the text encoder: {got}; the "
             f"transformer is for {wanted}"
         )
-    if mask_id not in (None, denoiser.vocab_size):
-        raise ConfigError(f"mask_id={mask_id}: this model's is {denoiser.vocab_size}")
+    check_mask_id(mask_id, denoiser.vocab_size)
     side = int(config["sample_size"]) * codec.stride
     kept = {
         part: {name: (folder / part / name).read_bytes()}

@@ -33,7 +33,14 @@ from mdiff.files import (
     read_tensors,
     staged,
 )
-from mdiff.modalities.image import holds_codec, load_codec, published_codec_of, published_codecs
+from mdiff.modalities.image import (
+    codec_kind,
+    holds_codec,
+    load_codec,
+    no_codec,
+    published_codec_of,
+    published_codecs,
+)
 from mdiff.pipeline.loading import CODEC_FOLDER
 from mdiff.pipeline.published import built, family_of, load_published, published_backbones
 
@@ -102,7 +109,7 @@ def convert(
     if out.exists():
         raise CheckpointError(f"{out} exists already: name a new folder")
     if codec is not None and not holds_codec(codec):
-        raise CheckpointError(f"--codec {codec}: expected the folder of a codec")
+        raise CheckpointError(f"--codec: expected the folder of a codec: {no_codec(codec)}")
     name, described = _described(source, config, family)
     content = _content(source, from_pickle=from_pickle)
     tensors, dropped = weights_in(content, ema=ema, names=_parameters(name, described))
@@ -239,11 +246,8 @@ def _described(
     path = config or next((path for path in beside if path.is_file()), None)
     if path is None:
         raise ConfigError(f"{source}: no config beside it: give --config FILE")
-    found: object = (
-        parse_yaml(path.read_bytes(), origin=str(path))
-        if path.suffix in (".yaml", ".yml")
-        else read_json(path)
-    )
+    is_yaml = path.suffix in (".yaml", ".yml")
+    found: object = parse_yaml(path.read_bytes(), origin=str(path)) if is_yaml else read_json(path)
     named = [(family_of(node) or published_codec_of(node), node) for node in _nodes(found)]
     claims = [(name, node) for name, node in named if name is not None]
     if family is not None:
@@ -252,7 +256,8 @@ def _described(
         if not claims and claim is not None and claim.architectures and isinstance(found, dict):
             return family, found | {"architectures": [claim.architectures[0]]}
     if len(claims) != 1:
-        what = " or ".join(name for name, _ in claims) or "no known family"
+        kind = codec_kind(found) if isinstance(found, dict) else ""
+        what = " or ".join(name for name, _ in claims) or kind or "no known family"
         raise CheckpointError(f"{path} is of {what}: give --family, one of {', '.join(families())}")
     return claims[0]
 

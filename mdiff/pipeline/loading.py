@@ -16,9 +16,9 @@ from mdiff.files import PIPELINE, DeviceMap, ModelFiles, locate
 from mdiff.find import find
 from mdiff.modalities import Modality
 from mdiff.modalities.text import Pretrained, Text
-from mdiff.pipeline.options import never_generated
+from mdiff.pipeline.options import check_mask_id, never_generated
 from mdiff.pipeline.pipeline import Pipeline
-from mdiff.pipeline.published import AUTO, codec_alone, load_backbone, unsupported
+from mdiff.pipeline.published import AUTO, codec_alone, load_backbone, own_backbone, unsupported
 from mdiff.pipeline.saving import FORMAT, fits
 from mdiff.schedule import named_schedule
 from mdiff.tokens import TokenSpace
@@ -61,9 +61,9 @@ def load(
     Hugging Face masked language model. `dtype` is a torch.dtype or its name; None keeps what is
     stored. `device` is by default the first GPU, if there is one; "auto" spreads another
     project's model that is larger over all devices, and a mapping {part: device} as it says.
-    `mask_id` and `block_length` override the files. Without a tokenizer the modality is plain
-    token ids; `tokenizer` is a directory, a file or a Hub id for a model of another project
-    whose directory has none.
+    `mask_id` is for published models of text that state none, `block_length` overrides the files.
+    Without a tokenizer the modality is plain token ids; `tokenizer` is a directory, a file or a
+    Hub id for a model of another project whose directory has none.
 
     A tokenizer's special tokens, but for those that end a text, are not generated, and are refused
     where they are typed in a prompt, unless `special_tokens` is "drawn", "typed" or "all" (both;
@@ -132,10 +132,8 @@ def _own(
         _check_part(folder, backbone)
         if window is not None and (type(window) is not int or window < 1):
             raise CheckpointError(f"{folder / PIPELINE}: length={window!r}: expected a number")
-        if mask_id is not None:
-            space = replace(space, mask_id=mask_id)
-            settings["mask_id"] = mask_id
         modality = _modality(folder, medium, settings)
+    check_mask_id(mask_id, space.mask_id)
     if not fits(modality, space, never):
         raise DataError(
             f"{folder}: the modality has {modality.space.vocab_size} ids, the model "
@@ -196,6 +194,8 @@ def _foreign(
     folder, module = files.folder, load_backbone(files, dtype=dtype, device=device)
     if module is None and (fault := unsupported(files)) is not None:
         raise codec_alone(folder) or fault
+    if module is not None and (isinstance(module, GridModel) or own_backbone(files)):
+        check_mask_id(mask_id, module.mask_id)
     if module is not None and mask_id is None:
         mask_id = module.mask_id
     text = _text_of(folder, mask_id, tokenizer)

@@ -69,6 +69,15 @@ class Model:
         return torch.device("cpu") if first is None else first.device
 
 
+def check_mask_id(given: int | None, stated: int | None) -> None:
+    """Raise ConfigError for a mask id other than the one that the model itself states."""
+    if given not in (None, stated):
+        raise ConfigError(
+            f"mask_id={given}: this model states its own mask id {stated}; --mask-id is for "
+            "published text models without one"
+        )
+
+
 def never_generated(
     model: Model, special_tokens: str | bool, *, published: bool
 ) -> tuple[int, ...]:

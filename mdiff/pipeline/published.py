@@ -88,7 +88,11 @@ def supported() -> list[str]:
 
 def unsupported(files: ModelFiles) -> CheckpointError | None:
     """Why no backbone opens a model that none recognises; None for a masked LM of transformers."""
+    from mdiff.modalities.image import unknown_codec
+
     named = _architectures(files.config, str(files.folder / CONFIG))
+    if (fault := unknown_codec(files.folder)) is not None:
+        return fault
     if not named:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -108,11 +112,11 @@ def unsupported(files: ModelFiles) -> CheckpointError | None:
 
 
 def codec_alone(folder: Path) -> CheckpointError | None:
-    """The error for the folder of a codec; None for any other."""
-    from mdiff.modalities.image import holds_codec
+    """The error for the folder of a codec, known or not; None for any other."""
+    from mdiff.modalities.image import holds_codec, unknown_codec
 
     if not holds_codec(folder):
-        return None
+        return unknown_codec(folder)
     return CheckpointError(f"{folder} is a codec, not a model: see mdiff tokenizer")
 
 

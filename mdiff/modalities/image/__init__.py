@@ -1,17 +1,20 @@
 """Images: codecs, captions, labels and inpainting."""
 
 from mdiff.modalities.image.codec import CODES_KEY as CODES_KEY
-from mdiff.modalities.image.codec import PUBLISHED_TENSORS as PUBLISHED_TENSORS
-from mdiff.modalities.image.codec import SETTINGS as SETTINGS
 from mdiff.modalities.image.codec import TENSORS as TENSORS
 from mdiff.modalities.image.codec import Codec as Codec
 from mdiff.modalities.image.codec import Report as Report
-from mdiff.modalities.image.codec import holds_codec as holds_codec
 from mdiff.modalities.image.codec import load_codec as load_codec
 from mdiff.modalities.image.codec import make_codec as make_codec
-from mdiff.modalities.image.codec import published_codec_of as published_codec_of
-from mdiff.modalities.image.codec import published_codecs as published_codecs
 from mdiff.modalities.image.codec import save_codec as save_codec
+from mdiff.modalities.image.codec_files import PUBLISHED_TENSORS as PUBLISHED_TENSORS
+from mdiff.modalities.image.codec_files import SETTINGS as SETTINGS
+from mdiff.modalities.image.codec_files import codec_kind as codec_kind
+from mdiff.modalities.image.codec_files import holds_codec as holds_codec
+from mdiff.modalities.image.codec_files import no_codec as no_codec
+from mdiff.modalities.image.codec_files import published_codec_of as published_codec_of
+from mdiff.modalities.image.codec_files import published_codecs as published_codecs
+from mdiff.modalities.image.codec_files import unknown_codec as unknown_codec
 from mdiff.modalities.image.fidelity import fidelity as fidelity
 from mdiff.modalities.image.inpainting import GREY as GREY
 from mdiff.modalities.image.inpainting import Edits as Edits

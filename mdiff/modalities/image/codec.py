@@ -20,15 +20,20 @@ from mdiff.files import (
     read_tensors,
     without_memory,
 )
-from mdiff.find import find, module_of, names
+from mdiff.find import find
+from mdiff.modalities.image.codec_files import (
+    PUBLISHED_CONFIG,
+    PUBLISHED_TENSORS,
+    SETTINGS,
+    no_codec,
+    published_codec_of,
+    published_codecs,
+)
 
-SETTINGS = "codec.json"
 # What files and recipes call codes_per_position. It is still written: fingerprints of token
 # folders hash the settings, and older readers know no other name.
 CODES_KEY = "splits"
 TENSORS = "codec.safetensors"
-# What a codec of another project consists of.
-PUBLISHED_CONFIG, PUBLISHED_TENSORS = "config.json", "model.safetensors"
 Report = Callable[[str], None]
 
 
@@ -129,10 +134,8 @@ def make_codec(
     option, CheckpointError for files that do not fit.
     """
     if isinstance(described, str | Path):
-        if any((Path(described) / name).exists() for name in (SETTINGS, PUBLISHED_CONFIG)):
-            return load_codec(described)
         if len(Path(described).parts) != 1 or Path(described).exists():
-            raise CheckpointError(f"{described}: there is no codec: expected {SETTINGS} in it")
+            return load_codec(described)
         described = {"name": str(described)}
     options = dict(described)
     if CODES_KEY in options and "codes_per_position" not in options:
@@ -197,7 +200,7 @@ def load_codec(folder: Path | str) -> Codec:
 
     Raises CheckpointError where its files are not valid.
     """
-    if not (Path(folder) / SETTINGS).exists() and (Path(folder) / PUBLISHED_CONFIG).exists():
+    if not (Path(folder) / SETTINGS).exists():
         return _published(Path(folder))
     settings = read_json(Path(folder) / SETTINGS)
     name = settings.get("name")
@@ -210,42 +213,13 @@ def load_codec(folder: Path | str) -> Codec:
         raise CheckpointError(f"{Path(folder) / SETTINGS} is not valid: {error}") from error
 
 
-def published_codecs() -> list[str]:
-    """The codecs of other projects."""
-    return [name for name in names("codecs") if "recognises" in vars(module_of("codecs", name))]
-
-
-def published_codec_of(described: Mapping[str, object]) -> str | None:
-    """The name of the codec whose config.json this is; None where no file claims it.
-
-    Raises CheckpointError where more than one does.
-    """
-    claims = [
-        name for name in published_codecs() if module_of("codecs", name).recognises(described)
-    ]
-    if len(claims) > 1:
-        raise CheckpointError(f"config.json could be of {' or of '.join(claims)}")
-    return claims[0] if claims else None
-
-
-def holds_codec(folder: Path | str) -> bool:
-    """Whether the folder holds a codec of ours, or one of another project that is known here."""
-    if (Path(folder) / SETTINGS).exists():
-        return True
-    config = Path(folder) / PUBLISHED_CONFIG
-    return config.is_file() and published_codec_of(read_json(config)) is not None
-
-
 def _published(folder: Path) -> Codec:
     """A codec of another project: every tensor is accounted for, then read as float32."""
-    described = read_json(folder / PUBLISHED_CONFIG)
+    config = folder / PUBLISHED_CONFIG
+    described = read_json(config) if config.exists() else {}
     name = published_codec_of(described)
     if name is None:
-        raise CheckpointError(
-            f"{folder / PUBLISHED_CONFIG}: no codec known here has the keys "
-            f"{', '.join(sorted(described))[:200]}; known: taming (params.ddconfig), llamagen "
-            "(codebook_embed_dim, encoder_ch_mult), maskbit (quantizer_type, hidden_channels)"
-        )
+        raise no_codec(folder)
     path = folder / PUBLISHED_TENSORS
     header = check_tensors(path)
     with without_memory():

@@ -12,8 +12,8 @@ from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import read_json
 from mdiff.modalities.image.canvas import ImageCanvas
 from mdiff.modalities.image.captions import Captions, check_unicode, warn_of_cuts
-from mdiff.modalities.image.codec import SETTINGS as CODEC_SETTINGS
 from mdiff.modalities.image.codec import Codec, load_codec, make_codec, save_codec
+from mdiff.modalities.image.codec_files import SETTINGS as CODEC_SETTINGS
 from mdiff.modalities.image.data.examples import PictureRows, open_items, variants
 from mdiff.modalities.image.data.images import Pictures, digest_of, read_pictures, split_of
 from mdiff.modalities.image.data.pixels import as_array

@@ -13,6 +13,8 @@ from mdiff.files import MOST_IDS, Fields
 from mdiff.modalities.image.codecs.networks.published import VQGANCodec, widths_of
 from mdiff.modalities.image.codecs.networks.vqgan import LLAMAGEN, Shape
 
+# By which its config.json is known.
+KEYS = ("codebook_embed_dim", "encoder_ch_mult")
 # Fixed in the published class.
 CHANNELS, WIDTH, BLOCKS = 3, 128, 2
 # Past ids that training kept, to say how much of the codebook is in use.
@@ -33,11 +35,6 @@ class LlamaGen(VQGANCodec):
     def optional(self) -> dict[str, tuple[int, ...]]:
         """The training's record of used ids."""
         return {"quantize.codebook_used": (USED,)}
-
-
-def recognises(described: Mapping[str, object]) -> bool:
-    """Whether these are the arguments of LlamaGen's tokenizer."""
-    return "codebook_embed_dim" in described and "encoder_ch_mult" in described
 
 
 def llamagen(*, config: Mapping[str, object]) -> LlamaGen:

@@ -26,6 +26,8 @@ from mdiff.modalities.image.codecs.networks.published import (
 )
 from mdiff.modalities.image.codecs.networks.vqgan import MASKBIT, Names, Shape
 
+# By which its config.json is known.
+KEYS = ("quantizer_type", "hidden_channels")
 # An id of a position, and of a group of its bits, is to fit in memory as a table.
 MOST_BITS = 24
 
@@ -90,11 +92,6 @@ class MaskBit(PublishedCodec):
         """The tables of bits; a quantiser of signs has nothing to learn."""
         table = (1 << self.bits, self.bits)
         return {"quantize.bits_to_indices": (self.bits,), "quantize.codebook": table}
-
-
-def recognises(described: Mapping[str, object]) -> bool:
-    """Whether this is the `vq_model` node of MaskBit."""
-    return "quantizer_type" in described and "hidden_channels" in described
 
 
 def maskbit(*, config: Mapping[str, object], codes_per_position: int = 1) -> MaskBit:

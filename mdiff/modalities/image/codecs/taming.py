@@ -11,6 +11,8 @@ from mdiff.files import MOST_IDS, MOST_WIDTH, Fields
 from mdiff.modalities.image.codecs.networks.published import MOST_BLOCKS, VQGANCodec, widths_of
 from mdiff.modalities.image.codecs.networks.vqgan import TAMING, Shape
 
+# By which its config.json is known.
+KEYS = ("params.ddconfig",)
 TARGETS = ("taming.models.vqgan.VQModel",)
 EXPECTED = "params.ddconfig, params.embed_dim, params.n_embed"
 
@@ -19,12 +21,6 @@ class Taming(VQGANCodec):
     """The codec; see `taming`. Pixels are -1 to 1 inside."""
 
     name = "taming"
-
-
-def recognises(described: Mapping[str, object]) -> bool:
-    """Whether this is the `model:` node of a taming VQGAN's yaml."""
-    params = described.get("params")
-    return isinstance(params, dict) and "ddconfig" in params
 
 
 def taming(*, config: Mapping[str, object]) -> Taming:

@@ -1,7 +1,7 @@
 """What the codecs of other projects share: their config.json, their pixels, their files.
 
-A family has one file in codecs/: `recognises` says which config.json is its own, and its function
-makes the codec of one, without weights. The files are read into `published`, a tree of the same
+A family has one file in codecs/: `KEYS` are those of its config.json, and its function makes the
+codec of one, without weights. The files are read into `published`, a tree of the same
 layers under the names that the family gives them; `codec.load_codec` does both.
 """
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files import CONFIG, Fields
 from mdiff.modalities.image.codec import (
-    PUBLISHED_TENSORS,
     Report,
     check_ids,
     check_pictures,
     finite,
 )
+from mdiff.modalities.image.codec_files import PUBLISHED_TENSORS
 from mdiff.modalities.image.codecs.networks.fit import check_state
 from mdiff.modalities.image.codecs.networks.vqgan import (
     GROUPS,
