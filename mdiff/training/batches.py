@@ -97,7 +97,7 @@ class StepRows(Dataset[list[MicroBatch]]):
             batch_size=None,
             sampler=range(first, self.train.steps + 1),
             num_workers=self.train.workers,
-            collate_fn=_as_is,
+            collate_fn=list,
             multiprocessing_context="forkserver" if self.train.workers else None,
             worker_init_fn=_leave_signals_to_the_trainer,
             # The loader seeds its workers from a generator: not from the global one.
@@ -113,10 +113,6 @@ class StepRows(Dataset[list[MicroBatch]]):
                 f"a process that prepares rows died ({str(error).splitlines()[0]}); the last "
                 "checkpoint is intact: --resume auto goes on, train.workers=0 needs no such process"
             ) from error
-
-
-def _as_is(batch: list[MicroBatch]) -> list[MicroBatch]:
-    return batch
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

@@ -96,10 +96,14 @@ def _loss(recipe: Recipe, modality: Modality, examples: Examples, schedule: Sche
     """The backbone with its initial weights, and the objective."""
     space = modality.space
     torch.manual_seed(int(philox.derive(recipe.train.seed)))
+    of_medium = (
+        {"layout": modality.layout, "classes": modality.classes}
+        if isinstance(modality, HasLayout) else {}
+    )  # fmt: skip
     backbone: nn.Module = _part(
         find("backbones", recipe.model.name), recipe.model, section="model",
         vocab_size=space.vocab_size, mask_id=space.mask_id, max_length=examples.length,
-        **_of_modality(modality),
+        **{name: value for name, value in of_medium.items() if value},
     )  # fmt: skip
     if not isinstance(backbone, Denoiser) or not isinstance(backbone, Saveable):
         raise ConfigError(
@@ -112,18 +116,10 @@ def _loss(recipe: Recipe, modality: Modality, examples: Examples, schedule: Sche
     if recipe.objective.given is not None:
         names = modality.part_names if isinstance(modality, HasParts) else ()
         given = GivenParts.of(recipe.objective.given, space=space, part_names=names)
-    null = modality.null_condition if isinstance(modality, Conditional) else None
+    null = modality.null_condition if isinstance(modality, Conditional) else {}
     return LossOf(
         backbone, recipe, space=space, schedule=schedule, null_condition=null, given=given
     )
-
-
-def _of_modality(modality: Modality) -> dict[str, object]:
-    """The options of a backbone that its modality sets."""
-    if not isinstance(modality, HasLayout):
-        return {}
-    found = {"layout": modality.layout, "classes": modality.classes}
-    return {name: value for name, value in found.items() if value}
 
 
 def _part(

@@ -27,7 +27,7 @@ from mdiff.files import (
     write_json,
 )
 from mdiff.pipeline import check_finite, write_pipeline
-from mdiff.tokens import Examples, Sliced
+from mdiff.tokens import Sliced
 from mdiff.training.build import Run
 from mdiff.training.processes import on_main
 from mdiff.training.recipe import differences, parse_recipe
@@ -71,7 +71,23 @@ def write_checkpoint(
             schedule={"name": schedule.name} | schedule.options,
         )
         save_file(state, folder / TENSORS)
-        write_json(folder / TRAINING, _training(run, number))
+        examples = run.examples
+        # What names the data: a resumed run must have the same, an evaluation looks for it.
+        data = {"fingerprint": examples.fingerprint, "rows": len(examples)}
+        sliced = {"sha256": examples.slice_sha256} if isinstance(examples, Sliced) else {}
+        write_json(folder / TRAINING, {
+            "format": FORMAT,
+            "step": number,
+            "recipe": run.recipe.model_dump(mode="json"),
+            "data": data | sliced,
+            "processes": run.accelerator.num_processes,
+            "versions": {
+                "mdiff": __version__, "python": platform.python_version(),
+                "torch": torch.__version__,
+                # Not by an import: of transformers it takes seconds.
+                **{name: version(name) for name in ("transformers", "accelerate")},
+            },
+        })  # fmt: skip
     if best is not None and best.step == number:
         write_best(out, best)
     keep = run.recipe.train.keep
@@ -85,31 +101,6 @@ def write_checkpoint(
         else:
             # The new checkpoint is complete: what cannot be removed is left to the next start.
             shutil.rmtree(gone, ignore_errors=True)
-
-
-def _training(run: Run, number: int) -> dict[str, object]:
-    """The content of training.json."""
-    return {
-        "format": FORMAT,
-        "step": number,
-        "recipe": run.recipe.model_dump(mode="json"),
-        "data": _of_data(run.examples),
-        "processes": run.accelerator.num_processes,
-        "versions": {
-            "mdiff": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            # Not by an import: of transformers it takes seconds.
-            "transformers": version("transformers"),
-            "accelerate": version("accelerate"),
-        },
-    }
-
-
-def _of_data(examples: Examples) -> dict[str, object]:
-    """What names the data: a resumed run must have the same, an evaluation looks for it."""
-    found = {"fingerprint": examples.fingerprint, "rows": len(examples)}
-    return found | ({"sha256": examples.slice_sha256} if isinstance(examples, Sliced) else {})
 
 
 def checkpoint_to_resume(out: Path, resume: str, *, report: Callable[[str], None]) -> Path | None:
@@ -151,10 +142,8 @@ def resume_from(run: Run, source: Path, *, report: Callable[[str], None]) -> int
         recipe = parse_recipe(training["recipe"])
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{source / TRAINING} is not of format {FORMAT}: {error}") from None
-    changed = {
-        key: f"{key}: {old!r} -> {new!r}"
-        for key, (old, new) in differences(recipe, run.recipe, ignore=FREE).items()
-    }
+    differs = differences(recipe, run.recipe, ignore=FREE).items()
+    changed = {key: f"{key}: {old!r} -> {new!r}" for key, (old, new) in differs}
     moved = "; ".join(changed.pop(key) for key in LOCATION if key in changed)
     if changed:
         raise ConfigError(f"the recipe is not that of {source}: {'; '.join(changed.values())}")
@@ -167,20 +156,20 @@ def resume_from(run: Run, source: Path, *, report: Callable[[str], None]) -> int
     if moved:
         report(f"{moved}: it is the same data")
     tensors: dict[str, Tensor] = {}
+    parts = run.backbone, run.optimizers, run.averaged
 
     def read() -> None:
         tensors.update(read_tensors(source / TENSORS))
-        check(tensors, run.backbone, run.optimizers, run.averaged)
+        check(tensors, *parts)
 
     on_main(run.accelerator, read)
-    restore(tensors, run.backbone, run.optimizers, run.averaged)
+    restore(tensors, *parts)
     return int(step)
 
 
 def clear_later_steps(out: Path, start: int, report: Callable[[str], None]) -> None:
     """Move damaged checkpoints after step `start` aside; ConfigError for a complete one."""
-    for step in (step for step in steps(out) if step > start):
-        path = step_path(out, step)
+    for path in (step_path(out, step) for step in steps(out) if step > start):
         problem = damage(path)
         if problem is None:
             raise ConfigError(

@@ -62,10 +62,8 @@ class Journal:
 
     def step(self, outcome: Outcome) -> None:
         """Log one step."""
-        json.dump(outcome.as_json(self.unit), self._file)
-        self._file.write("\n")
-        self._file.flush()
         step = outcome.step
+        self._write(outcome.as_json(self.unit))
         if outcome.bad_rows:
             self.report(f"step {step}/{self.steps} skipped: not finite in rows {outcome.bad_rows}")
         else:
@@ -75,9 +73,7 @@ class Journal:
 
     def validated(self, found: Validation, *, is_best: bool) -> None:
         """Log the bound of the validation rows."""
-        json.dump(found.as_json(self.unit), self._file)
-        self._file.write("\n")
-        self._file.flush()
+        self._write(found.as_json(self.unit))
         self.report(
             f"step {found.step}/{self.steps}  validation {found.bits:.4f} ± {found.stderr:.4f} "
             f"bits/{self.unit}{', the best so far' if is_best else ''}"
@@ -96,6 +92,10 @@ class Journal:
             self.path.with_name(CURVE), x="step", y=f"bits per {self.unit}",
         )  # fmt: skip
 
+    def _write(self, record: Mapping[str, object]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
     def _line(self, step: int) -> None:
         if not self._window:
             return
@@ -111,8 +111,7 @@ class Journal:
         )
         last = self._window[-1]
         shown = {"loss": loss, f"bits_per_{self.unit}": bits, "lr": last.lr}
-        shown |= {"grad_norm": last.grad_norm, "tokens_per_second": speed}
-        self._track(shown, step)
+        self._track(shown | {"grad_norm": last.grad_norm, "tokens_per_second": speed}, step)
         self._window, self._window_began = [], now
 
     def _track(self, shown: Mapping[str, float], step: int) -> None:
@@ -180,9 +179,8 @@ def tracker_classes(settings: Log) -> dict[str, type[GeneralTracker]]:
 
 
 def start_trackers(
-    kinds: Mapping[str, type[GeneralTracker]], directory: Path, *, start: int,
-    settings: Mapping[str, object],
-) -> list[GeneralTracker]:  # fmt: skip
+    log: Log, directory: Path, *, start: int, settings: Mapping[str, object]
+) -> list[GeneralTracker]:
     """Trackers of the run in `directory` from after step `start`; `settings` are its recipe's."""
     run = directory.resolve()
     options: dict[str, dict[str, object]] = {
@@ -193,11 +191,11 @@ def start_trackers(
     }
     made = []
     with _quiet():
-        for name, kind in kinds.items():
+        for name, kind in tracker_classes(log).items():
             given = options.get(name, {"run_name": run.name})
-            tracker = kind(
-                **given, **{"logging_dir": run} if kind.requires_logging_directory else {}
-            )
+            if kind.requires_logging_directory:
+                given["logging_dir"] = run
+            tracker = kind(**given)
             tracker.start()
             if not start:
                 plain = {k: str(v) if isinstance(v, list) else v for k, v in settings.items()}

@@ -22,10 +22,10 @@ from mdiff.training.checkpoint import (
     write_checkpoint,
 )
 from mdiff.training.log import Journal, start_trackers, to_stderr, tracker_classes
-from mdiff.training.processes import on_main, on_main_says, started
+from mdiff.training.processes import on_main, started
 from mdiff.training.recipe import Recipe, values
 from mdiff.training.state import capture, is_sharded
-from mdiff.training.validation import Validation, Validator, best_so_far
+from mdiff.training.validation import Validation, Validator
 
 # What asks a run to save its step and end: Ctrl-C, a launcher, a terminal that closes.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -79,9 +79,7 @@ def _train(
             return source, False
         journal = None
         if accelerator.is_main_process:
-            trackers = start_trackers(
-                tracker_classes(recipe.log), out, start=start, settings=values(recipe)
-            )
+            trackers = start_trackers(recipe.log, out, start=start, settings=values(recipe))
             journal = Journal(
                 out, start=start, steps=recipe.train.steps, every=recipe.log.every,
                 unit=run.examples.unit, trackers=trackers, report=report,
@@ -93,38 +91,13 @@ def _train(
         return _loop(run, out, start=start, journal=journal, writer=writer, interrupted=interrupted)
 
 
-class _Best:
-    """The validation of a run and its best step so far; without `train.validate_every` none."""
-
-    def __init__(self, run: Run, out: Path, start: int, journal: Journal | None) -> None:
-        self.run, self.journal = run, journal
-        self.validator = Validator(run) if run.recipe.train.validate_every else None
-        self.found = best_so_far(out, start) if self.validator is not None else None
-
-    def after(self, step: int) -> bool:
-        """Measure and log where a step is to be validated; whether it is the best so far."""
-        every, last = self.run.recipe.train.validate_every, self.run.recipe.train.steps
-        if self.validator is None or not every or (step % every and step != last):
-            return False
-        found = self.validator.measure(step)
-        # The first process decides: rounding may differ between machines.
-        better = on_main_says(
-            self.run.accelerator, self.found is None or found.bits < self.found.bits
-        )
-        if better:
-            self.found = found
-        if self.journal is not None:
-            self.journal.validated(found, is_best=better)
-        return better
-
-
 def _loop(
     run: Run, out: Path, *, start: int, journal: Journal | None, writer: Writer,
     interrupted: Callable[[], bool],
 ) -> tuple[Path, bool]:  # fmt: skip
     """Steps `start` + 1 to the last, saved as the recipe says; see `_train`."""
     settings = run.recipe.train
-    path, best = step_path(out, start), _Best(run, out, start, journal)
+    path, validator = step_path(out, start), Validator(run, out, start)
     for number, rows in enumerate(run.rows.steps(start + 1), start=start + 1):
         # A save that failed stops all processes; the next save then raises its exception.
         outcome = run.stepper.step(number, rows, stopping=lambda: interrupted() or writer.failed)
@@ -136,15 +109,18 @@ def _loop(
             )
         if journal is not None:
             journal.step(outcome)
-        is_best = best.after(number)
+        found = validator.after(number)
+        is_best = found is not None and found is validator.best
+        if journal is not None and found is not None:
+            journal.validated(found, is_best=is_best)
         is_due = number % settings.save_every == 0 or number == settings.steps
         if is_best or is_due or outcome.stop:
-            path = _save(run, out, number, writer, best.found)
+            path = _save(run, out, number, writer, validator.best)
         if outcome.stop:
             break
     on_main(run.accelerator, writer.finish)
-    if journal is not None and best.validator is not None:
-        journal.curve(best.found)
+    if journal is not None and settings.validate_every:
+        journal.curve(validator.best)
     return path, number < settings.steps
 
 

@@ -48,10 +48,9 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
-                buffer = state["momentum_buffer"]
+                if not self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight.grad)
+                buffer = self.state[weight]["momentum_buffer"]
                 buffer.mul_(group["momentum"]).add_(weight.grad)
                 ahead = weight.grad.add(buffer, alpha=group["momentum"])
                 self.move(weight, ahead, group)
@@ -61,28 +60,19 @@ class Muon(torch.optim.Optimizer):
 
         A matrix that is sharded over processes is gathered, and sharded again afterwards.
         """
+        parts = group["parts"]
+        whole = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
+        update = torch.cat([orthogonalised(part) for part in whole.chunk(parts)])
         if isinstance(ahead, DTensor):
-            whole = orthogonal_parts(ahead.full_tensor(), group["parts"])
-            update: Tensor = distribute_tensor(
-                whole, ahead.device_mesh, ahead.placements, src_data_rank=None
+            update = distribute_tensor(
+                update, ahead.device_mesh, ahead.placements, src_data_rank=None
             )
-        else:
-            update = orthogonal_parts(ahead, group["parts"])
+        rows, columns = math.ceil(weight.shape[0] / parts), weight.shape[1]
+        size = ADAMW_RMS * math.sqrt(max(rows, columns))
+        if not group["rms"]:
+            size = math.sqrt(max(1.0, rows / columns))
         weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(update.to(weight.dtype), alpha=-group["lr"] * update_size(weight.shape, group))
-
-
-def update_size(shape: torch.Size, group: dict[str, Any]) -> float:
-    """The factor s of O, for a weight (rows, columns) of `group["parts"]` matrices."""
-    rows, columns = math.ceil(shape[0] / group["parts"]), shape[1]
-    if group["rms"]:
-        return ADAMW_RMS * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns))
-
-
-def orthogonal_parts(weight: Tensor, parts: int) -> Tensor:
-    """The weight with each of its `parts` stacked matrices made orthogonal."""
-    return torch.cat([orthogonalised(part) for part in weight.chunk(parts)])
+        weight.add_(update.to(weight.dtype), alpha=-group["lr"] * size)
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
@@ -111,26 +101,20 @@ def optimizers(model: nn.Module, settings: Optim) -> list[torch.optim.Optimizer]
     layers inside the model are Muon's; embeddings, the head, vectors and the rest AdamW's.
     """
     outside = _embeddings_and_heads(model)
-    decayed, plain, hidden = [], [], []
+    groups = {name: list[nn.Parameter]() for name in ("muon", "adamw", "plain")}
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        matrix = parameter.dim() == 2 and id(parameter) not in outside
-        if matrix and settings.name == "muon":
-            hidden.append(parameter)
-        elif matrix:
-            decayed.append(parameter)
-        else:
-            plain.append(parameter)
+        if parameter.requires_grad:
+            is_matrix = parameter.dim() == 2 and id(parameter) not in outside
+            groups[settings.name if is_matrix else "plain"].append(parameter)
     made: list[torch.optim.Optimizer] = []
-    if hidden:
+    if groups["muon"]:
         made.append(Muon(
-            hidden, lr=settings.lr, momentum=settings.momentum,
+            groups["muon"], lr=settings.lr, momentum=settings.momentum,
             weight_decay=settings.weight_decay, scale=settings.muon_scale,
         ))  # fmt: skip
-    groups = [(decayed, settings.weight_decay), (plain, 0.0)]
+    decays = (("adamw", settings.weight_decay), ("plain", 0.0))
     rate = settings.lr if settings.name == "adamw" else settings.adam_lr or settings.lr
-    adam = [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+    adam = [{"params": groups[name], "weight_decay": each} for name, each in decays if groups[name]]
     if adam:
         made.append(torch.optim.AdamW(adam, lr=rate, betas=settings.betas, eps=settings.eps))
     for optimizer in made:
@@ -196,7 +180,5 @@ class AveragedWeights:
     def update(self, parameters: Mapping[str, Tensor], *, step: int) -> None:
         """Move the average towards the parameters after step 1, 2, ..."""
         keep = min(self.decay, (1 + step) / (10 + step))
-        averages = list(self.tensors.values())
-        torch._foreach_lerp_(
-            averages, [parameters[name].detach() for name in self.tensors], 1 - keep
-        )
+        towards = [parameters[name].detach() for name in self.tensors]
+        torch._foreach_lerp_(list(self.tensors.values()), towards, 1 - keep)

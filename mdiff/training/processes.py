@@ -54,8 +54,14 @@ def _joining() -> Iterator[None]:
     """To join the processes of a launcher in; a process that is the only one joins none.
 
     Job scripts and notebooks name a rank and a world of one, without an address to meet at.
+    Raises ConfigError where a launcher's rank is no number below its count of processes.
     """
-    _check_ranks()
+    try:
+        rank, world = (int(os.environ.get(*name)) for name in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    except ValueError:
+        raise ConfigError("RANK and WORLD_SIZE: expected whole numbers") from None
+    if not 0 <= rank < world:
+        raise ConfigError(f"RANK={rank}, WORLD_SIZE={world}: expected less of both")
     missing = [name for name in MEETING if not os.environ.get(name)]
     try:
         alone = get_int_from_env(WORLDS, 1) == 1 and bool(missing)
@@ -70,17 +76,6 @@ def _joining() -> Iterator[None]:
         raise BackendError(
             f"the processes of a launcher ({given}) cannot find each other{lack}: {error}"
         ) from error
-
-
-def _check_ranks() -> None:
-    """Raise ConfigError where a launcher's rank is no number below its count of processes."""
-    try:
-        rank = int(os.environ.get("RANK", "0"))
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError:
-        raise ConfigError("RANK and WORLD_SIZE: expected whole numbers") from None
-    if not 0 <= rank < world:
-        raise ConfigError(f"RANK={rank}, WORLD_SIZE={world}: expected less of both")
 
 
 def _asked_for(engine: str) -> bool:

@@ -190,42 +190,39 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """The dotted keys whose values differ, with both; `ignore` names keys or sections."""
     before, after = values(old), values(new)
-    ignored = tuple(ignore)
+    ignored = tuple(f"{name}." for name in ignore)
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before | after)
-        if before.get(key) != after.get(key)
-        and not any(key == name or key.startswith(f"{name}.") for name in ignored)
+        if before.get(key) != after.get(key) and not f"{key}.".startswith(ignored)
     }
 
 
 def values(recipe: Recipe) -> dict[str, Any]:
     """The dotted keys of a recipe with their values, of types that JSON has."""
-    return dict(_leaves(recipe.model_dump(mode="json")))
+    return dict(_leaves("", recipe.model_dump(mode="json")))
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield prefix, value
-        return
-    for key, child in value.items():
-        yield from _leaves(child, f"{prefix}.{key}" if prefix else key)
+def _leaves(prefix: str, section: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _leaves(f"{prefix}{key}.", value)
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _overridden(content: dict[str, Any], override: str) -> dict[str, Any]:
     """A copy of `content` with "a.b=value" set, the value read as YAML."""
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"override {override[:80]!r}: expected section.key=value")
-    value = parse_yaml(text.encode(), origin=f"override {override[:80]!r}")
-    changed = dict(content)
-    inner = changed
-    for part in parts[:-1]:
+    origin, (key, equals, text) = f"override {override[:80]!r}", override.partition("=")
+    *sections, last = key.strip().split(".")
+    if not equals or not all((*sections, last)):
+        raise ConfigError(f"{origin}: expected section.key=value")
+    changed = inner = dict(content)
+    value = parse_yaml(text.encode(), origin=origin)
+    for part in sections:
         child = inner.get(part)
         if child is not None and not isinstance(child, dict):
-            raise ConfigError(f"override {override[:80]!r}: {part} is not a section")
-        inner[part] = dict(child or {})
-        inner = inner[part]
-    inner[parts[-1]] = value
+            raise ConfigError(f"{origin}: {part} is not a section")
+        inner[part] = inner = dict(child or {})
+    inner[last] = value
     return changed

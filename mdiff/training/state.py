@@ -49,7 +49,7 @@ def capture(
     All processes must call this; the result of all but the first is empty. `into` is the result
     of an earlier call, whose memory is overwritten: allocating takes twice as long as copying.
     """
-    live = dict(_live(model, averaged)) | dict(_states(model, optimizers))
+    live = dict(_live(model, averaged, optimizers))
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole = cast(dict[str, Tensor], get_model_state_dict(_numbered(live.values()), options=options))
     # What a GPU held is new memory already.
@@ -83,9 +83,8 @@ def check(
         if not number.isdecimal() or int(number) >= len(optimizers) or owner not in named:
             raise CheckpointError(f"training state: {name!r} belongs to no parameter here")
         if tensors[name].dim() and tensors[name].shape != named[owner].shape:
-            raise CheckpointError(
-                f"training state: {name!r} has shape {tuple(tensors[name].shape)}"
-            )
+            shape = tuple(tensors[name].shape)
+            raise CheckpointError(f"training state: {name!r} has shape {shape}")
 
 
 def restore(
@@ -110,11 +109,11 @@ def restore(
             like = named[owner] if dim else torch.empty(())
             state = optimizers[int(number)].state[named[owner]]
             state[key] = torch.zeros_like(like, dtype=dtype)
-    live = dict(_live(model, averaged)) | dict(_states(model, optimizers))
+    live = dict(_live(model, averaged, optimizers))
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=shared)
-    wholes: dict[str, ValueType] = (
-        {str(i): tensors[name] for i, name in enumerate(live)} if tensors else {}
-    )
+    wholes: dict[str, ValueType] = {}
+    if tensors:
+        wholes = {str(i): tensors[name] for i, name in enumerate(live)}
     set_model_state_dict(_numbered(live.values()), wholes, options=options)
 
 
@@ -139,8 +138,13 @@ def model_weights(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     return {name: tensor for name, tensor in published.items() if tensor is not None}
 
 
-def _live(model: nn.Module, averaged: AveragedWeights | None) -> Iterator[tuple[str, Tensor]]:
-    """The weights, the saved buffers and the averages themselves, sharded or not."""
+def _live(
+    model: nn.Module, averaged: AveragedWeights | None, optimizers: Optimizers = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights, saved buffers, averages and optimisers' states themselves, sharded or not.
+
+    Not by torch's `get_optimizer_state_dict`: where no step was taken it takes one.
+    """
     for name, parameter in parameters(model).items():
         yield f"weights/{name}", parameter.detach()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -148,18 +152,11 @@ def _live(model: nn.Module, averaged: AveragedWeights | None) -> Iterator[tuple[
             yield f"weights/{name}", tensor
     for name, tensor in averaged.tensors.items() if averaged is not None else ():
         yield f"averaged/{name}", tensor
-
-
-def _states(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, Tensor]]:
-    """The optimisers' states themselves.
-
-    Not by torch's `get_optimizer_state_dict`: where no step was taken it takes one.
-    """
     names = {id(parameter): name for name, parameter in parameters(model).items()}
     for index, optimizer in enumerate(optimizers):
-        for parameter, state in optimizer.state.items():
+        for owner, state in optimizer.state.items():
             for key, value in state.items():
-                yield f"optim/{index}/{names[id(parameter)]}/{key}", value
+                yield f"optim/{index}/{names[id(owner)]}/{key}", value
 
 
 def _state_name(name: str) -> tuple[str, str, str]:

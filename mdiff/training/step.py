@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -73,6 +73,13 @@ class LossOf(nn.Module):
         chosen = self.given.may_hide(seed=seed, sample=sample)
         return chosen if batch.may_hide is None else chosen & batch.may_hide
 
+    def maskable(self, batch: Batch, *, sample: Tensor, seed: int) -> Tensor:
+        """How many tokens of these rows may be hidden, a scalar int64."""
+        return maskable_positions(
+            batch.tokens, space=self.space, valid=batch.valid,
+            may_hide=self.may_hide(batch, sample=sample, seed=seed),
+        ).sum()  # fmt: skip
+
     def times(self, sample: Tensor, *, seed: int) -> Tensor:
         """The rows' times (B,) float64, stratified over the global batch."""
         objective = self.recipe.objective
@@ -121,15 +128,9 @@ def _uses(module: nn.Module) -> Counter[int]:
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device."""
-
-    def move(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device, non_blocking=True)
-
-    return Batch(
-        batch.tokens.to(device, non_blocking=True), valid=move(batch.valid),
-        documents=move(batch.documents), may_hide=move(batch.may_hide),
-        cond={name: tensor.to(device) for name, tensor in batch.cond.items()},
-    )  # fmt: skip
+    held = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    rows = {name: tensor.to(device, non_blocking=True) for name, tensor in held.items()}
+    return replace(batch, **rows, cond={name: t.to(device) for name, t in batch.cond.items()})
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,9 @@ class Stepper:
         """
         accelerator, train = self.accelerator, self.recipe.train
         seed = int(philox.derive(train.seed, number))
-        counts = torch.stack([
-            self._maskable_tokens(batch, sample=sample, seed=seed) for sample, batch in rows
-        ]).sum()  # fmt: skip
-        total = accelerator.reduce(counts.to(accelerator.device), "sum").clamp(min=1)
+        maskable = self.whole.maskable
+        counts = torch.stack([maskable(batch, sample=each, seed=seed) for each, batch in rows])
+        total = accelerator.reduce(counts.sum().to(accelerator.device), "sum").clamp(min=1)
         loss, bounds = self._gradients(number, rows, total=total, seed=seed)
         stop = torch.full_like(loss, float(stopping()))
         sums = accelerator.reduce(torch.stack([loss, bounds.sum(), stop]), "sum").tolist()
@@ -192,9 +192,8 @@ class Stepper:
             accelerator.clip_grad_norm_(self.loss_of.parameters(), optim.grad_clip or torch.inf)
         )
         rate = rate_at(number, steps=train.steps, settings=optim)
-        tokens = int(total)
-        bad = torch.empty(0, dtype=torch.int64)
-        if all(torch.isfinite(torch.tensor([sums[0], norm])).tolist()):
+        tokens, bad = int(total), torch.empty(0, dtype=torch.int64)
+        if bool(torch.isfinite(torch.tensor([sums[0], norm])).all()):
             self._update(number, rate)
         else:
             finite = accelerator.gather(torch.isfinite(bounds).to(torch.int64)).cpu()
@@ -208,13 +207,6 @@ class Stepper:
             bits=sums[1] / tokens / math.log(2) / self.rows.examples.units, tokens=tokens,
             lr=optim.lr * rate, grad_norm=norm, stop=sums[2] > 0,
         )  # fmt: skip
-
-    def _maskable_tokens(self, batch: Batch, *, sample: Tensor, seed: int) -> Tensor:
-        whole = self.whole
-        may_hide = whole.may_hide(batch, sample=sample, seed=seed)
-        return maskable_positions(
-            batch.tokens, space=whole.space, may_hide=may_hide, valid=batch.valid
-        ).sum()
 
     def _gradients(
         self, number: int, rows: list[MicroBatch], *, total: Tensor, seed: int
@@ -230,14 +222,11 @@ class Stepper:
             )  # fmt: skip
             torch.manual_seed(int(noise[0]) << 31 ^ int(noise[1]))
             last = index == len(rows) - 1
-            wait = contextlib.nullcontext() if last else accelerator.no_sync(self.loss_of)
-            with wait:
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.loss_of):
                 value, bound = self.loss_of(
-                    on_device(batch, accelerator.device),
-                    sample=sample.to(accelerator.device),
-                    total=total,
-                    seed=seed,
-                )
+                    on_device(batch, accelerator.device), sample=sample.to(accelerator.device),
+                    total=total, seed=seed,
+                )  # fmt: skip
                 accelerator.backward(value * accelerator.num_processes)
             losses.append(value.detach().double())
             bounds.append(bound)

@@ -14,8 +14,8 @@ from mdiff.denoiser import Cache, Condition, Denoiser
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import complete, read_json, replace_file, step_path
 from mdiff.objective import maskable_positions, nll_bound
-from mdiff.schedule import named_schedule
 from mdiff.training.build import Run
+from mdiff.training.processes import on_main_says
 from mdiff.training.state import parameters
 from mdiff.training.step import on_device
 
@@ -38,35 +38,47 @@ class Validation:
 
 
 class Validator:
-    """Measures the first `train.validate_rows` rows of the validation split.
+    """Measures the first `train.validate_rows` rows of the validation split, where it is due.
 
     They are hidden in the same ways each time, so that bounds of two steps, or of two runs over
-    the same data, differ by their models alone. The weights are those that a checkpoint publishes:
+    the same data, differ by their models alone. `best` is the best validation of the run so far,
+    before step `start` too. The weights are those that a checkpoint publishes:
     the averaged ones where there are any. Training is the same to the bit as without it.
     """
 
-    def __init__(self, run: Run) -> None:
-        options = run.recipe.data.options
+    def __init__(self, run: Run, out: Path, start: int) -> None:
+        self.run, options = run, run.recipe.data.options
+        self.best: Validation | None = None
+        if not run.recipe.train.validate_every:
+            return
         if not options.get("validation"):
             raise ConfigError(
                 "train.validate_every needs rows to measure: set data.validation, the share of "
                 "the data for it, such as 0.05"
             )
-        self.run = run
+        self.best = best_so_far(out, start)
         self.examples = run.modality.examples(
             options, length=run.recipe.data.length, split="validation"
         )
-        noise = run.recipe.objective.schedule
-        self.schedule = named_schedule(noise.name, **noise.options)
         self.rows = torch.arange(min(len(self.examples), run.recipe.train.validate_rows))
+
+    def after(self, step: int) -> Validation | None:
+        """The validation of a step for which one is due, `best` where it is; None for others."""
+        every, last = self.run.recipe.train.validate_every, self.run.recipe.train.steps
+        if not every or (step % every and step != last):
+            return None
+        found = self.measure(step)
+        # The first process decides: rounding may differ between machines.
+        if on_main_says(self.run.accelerator, self.best is None or found.bits < self.best.bits):
+            self.best = found
+        return found
 
     def measure(self, step: int) -> Validation:
         """The bound after a step; DataError where it is not finite."""
-        nats = variance = tokens = 0.0
+        size = self.run.recipe.train.micro_batch or BATCH
         with _published(self.run):
-            for rows in torch.split(self.rows, self.run.recipe.train.micro_batch or BATCH):
-                sums = self._sums(rows)
-                nats, variance, tokens = nats + sums[0], variance + sums[1], tokens + sums[2]
+            sums = [self._sums(rows) for rows in torch.split(self.rows, size)]
+        nats, variance, tokens = map(sum, zip(*sums))
         scale = max(tokens, 1) * self.examples.units * math.log(2)
         if not math.isfinite(nats):
             raise DataError(f"step {step}: the bound of the validation rows is not finite")
@@ -74,25 +86,23 @@ class Validator:
 
     def _sums(self, rows: Tensor) -> tuple[float, float, float]:
         """Nats, variance of their estimate and maskable tokens of some rows."""
-        run, space = self.run, self.run.space
+        run, model = self.run, self.run.backbone
         batch = on_device(self.examples.batch(rows, torch.zeros_like(rows)), run.accelerator.device)
-        model = run.backbone
         if not isinstance(model, Denoiser):
             raise ConfigError("train.validate_every: this model is not a Denoiser")
         bound = nll_bound(
             model if batch.documents is None else _OfDocuments(model, batch.documents),
-            batch.tokens, space=space, schedule=self.schedule,
+            batch.tokens, space=run.space, schedule=run.stepper.whole.schedule,
             estimator="time" if model.uses_time else "any_order",
             draws=run.recipe.train.validate_draws, seed=run.recipe.train.seed,
             may_hide=batch.may_hide, valid=batch.valid, cond=batch.cond or None,
             sample=rows.to(batch.tokens.device),
         )  # fmt: skip
         maskable = maskable_positions(
-            batch.tokens, space=space, may_hide=batch.may_hide, valid=batch.valid
+            batch.tokens, space=run.space, may_hide=batch.may_hide, valid=batch.valid
         )
-        return (
-            float(bound.nats.sum()), float(bound.stderr.square().sum()), float(maskable.sum()),
-        )  # fmt: skip
+        nats, variance, tokens = bound.nats, bound.stderr.square(), maskable
+        return float(nats.sum()), float(variance.sum()), float(tokens.sum())
 
 
 class _OfDocuments:
