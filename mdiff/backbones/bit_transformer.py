@@ -213,18 +213,10 @@ class BitTransformer(Transformer):
             super().initialise(module)
 
     def features(
-        self,
-        tokens: Tensor,
-        *,
-        at: Tensor | None = None,
-        valid: Tensor | None = None,
-        documents: Tensor | None = None,
-        t: Tensor | None = None,
-        cond: Condition | None = None,
-        cache: Cache | None = None,
-        number: int | None = None,
-        layer: int | None = None,
-    ) -> Tensor:
+        self, tokens: Tensor, *, at: Tensor | None = None, valid: Tensor | None = None,
+        documents: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
+        cache: Cache | None = None, number: int | None = None, layer: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """What `head` reads: (B, L, groups D), or the rows `at` (B, L) bool, (N, groups D).
 
         The last part of the network runs on the positions that hold a row of `at`. With

@@ -92,17 +92,10 @@ class MaskedLM(nn.Module):
         return cast("PreTrainedModel", unwrapped(self.model))
 
     def forward(
-        self,
-        tokens: Tensor,
-        *,
-        at: Tensor | None = None,
-        valid: Tensor | None = None,
-        documents: Tensor | None = None,
-        t: Tensor | None = None,
-        cond: Condition | None = None,
-        cache: Cache | None = None,
-        number: int | None = None,
-    ) -> Tensor:
+        self, tokens: Tensor, *, at: Tensor | None = None, valid: Tensor | None = None,
+        documents: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
+        cache: Cache | None = None, number: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits as the Denoiser protocol says; what stands at padding has no meaning.
 
         With `at`, the model's head runs on those rows alone. With `documents`, each gets a
@@ -114,11 +107,8 @@ class MaskedLM(nn.Module):
             raise ConfigError("a masked language model takes neither conditions nor a cache")
         if valid is None and documents is None:
             rows, mask = tokens, None
-            row, position = torch.meshgrid(
-                torch.arange(tokens.shape[0], device=tokens.device),
-                torch.arange(tokens.shape[1], device=tokens.device),
-                indexing="ij",
-            )
+            row = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
+            position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         else:
             row, position = own_rows(tokens, valid, documents)
             rows, mask = self._spread(tokens, valid, row, position)
@@ -135,20 +125,14 @@ class MaskedLM(nn.Module):
         return whole if mask is None else whole[row, position]
 
     def save_pretrained(
-        self,
-        directory: str | Path,
-        *,
-        state_dict: dict[str, Tensor] | None = None,
-        **options: Any,
-    ) -> None:
+        self, directory: str | Path, *, state_dict: dict[str, Tensor] | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         """Write the model as transformers does, to be read by `masked_lm` or transformers.
 
         `state_dict` are weights to write instead of its own, by the names of this module.
         """
         if state_dict is not None:
-            options["state_dict"] = {
-                name.removeprefix("model."): tensor for name, tensor in state_dict.items()
-            }
+            options["state_dict"] = {n.removeprefix("model."): x for n, x in state_dict.items()}
         with TRANSFORMERS:
             self.inner.save_pretrained(directory, **options)
 
@@ -175,13 +159,12 @@ class MaskedLM(nn.Module):
         if self.takes_positions and self.first_position is not None:
             positions = torch.arange(rows.shape[1], device=rows.device) + self.first_position
             options["position_ids"] = positions.expand(rows.shape)
-        if chosen is None or not self.takes_rows:
-            whole: Tensor = self.model(input_ids=rows, **options).logits
-            return whole if chosen is None else whole[chosen]
         # The model's own forward goes on from its trunk to its head, with these rows alone.
-        with only_rows(chosen):
-            logits: Tensor = self.model(input_ids=rows, **options).logits[0]
-        return logits
+        with only_rows(chosen if self.takes_rows else None):
+            logits: Tensor = self.model(input_ids=rows, **options).logits
+        if chosen is None:
+            return logits
+        return logits[0] if self.takes_rows else logits[chosen]
 
     def _by_length(self, rows: Tensor, mask: Tensor, row: Tensor, position: Tensor) -> Tensor:
         """The logits (..., V) at `row` and `position` (...), rows of one length in each call."""
@@ -234,11 +217,9 @@ class MaskedLM(nn.Module):
 
 
 def masked_lm(
-    model: PreTrainedModel | str | Path,
-    *,
-    mask_id: int | None = None,
+    model: PreTrainedModel | str | Path, *, mask_id: int | None = None,
     dtype: torch.dtype | str | None = None,
-) -> MaskedLM:
+) -> MaskedLM:  # fmt: skip
     """A Denoiser over a masked language model of transformers, or over a directory of one.
 
     `model` may be wrapped by torch.compile or peft. `mask_id` is by default the one of the

@@ -106,18 +106,10 @@ class Transformer(Backbone):
         )  # fmt: skip
 
     def features(
-        self,
-        tokens: Tensor,
-        *,
-        at: Tensor | None = None,
-        valid: Tensor | None = None,
-        documents: Tensor | None = None,
-        t: Tensor | None = None,
-        cond: Condition | None = None,
-        cache: Cache | None = None,
-        number: int | None = None,
-        layer: int | None = None,
-    ) -> Tensor:
+        self, tokens: Tensor, *, at: Tensor | None = None, valid: Tensor | None = None,
+        documents: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
+        cache: Cache | None = None, number: int | None = None, layer: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """What `head` reads: (B, L, D), or the rows `at` (B, L) bool in row-major order, (N, D).
 
         With `at`, everything after the last attention runs on those rows alone. With `layer`,

@@ -12,7 +12,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,18 +67,10 @@ NODE_DEPTH = 3
 class Inert:
     """Stands for an object of a run's settings; it takes any arguments and keeps none."""
 
-    def __new__(cls, *_: object, **__: object) -> Inert:
-        """An empty one."""
-        return super().__new__(cls)
-
     def __init__(self, *_: object, **__: object) -> None:
-        """Nothing is kept."""
+        """Nothing is kept, nor of what a pickle sets afterwards."""
 
-    def __setstate__(self, state: object) -> None:
-        """Nothing is kept."""
-
-    def __setitem__(self, key: object, value: object) -> None:
-        """Nothing is kept."""
+    __setstate__ = __setitem__ = __init__
 
 
 @dataclass(frozen=True)
@@ -129,13 +121,10 @@ def families() -> list[str]:
 
 
 def read_pickle(path: Path) -> object:
-    """The content of a pickle, by torch's restricted reader; CheckpointError where it needs more
-    than that.
-    """
-    inert: list[Callable[..., object] | tuple[Callable[..., object], str]]
-    inert = [(Inert, name) for name in INERT]
+    """The content of a pickle, by torch's restricted reader; CheckpointError where that refuses."""
+    inert = torch.serialization.safe_globals([(Inert, name) for name in INERT])
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(inert):
+        with warnings.catch_warnings(), inert:
             # It warns of pickles newer than its own, and reads or refuses them all the same.
             warnings.simplefilter("ignore")
             content: object = torch.load(path, map_location="cpu", weights_only=True)
@@ -211,11 +200,8 @@ def _shadow(
 ) -> dict[str, Tensor]:
     """A list of averages by the names of the parameters, in their order."""
     own = [name for name in found if names is None or name in names]
-    fitting = {
-        name: x
-        for name, x in zip(own, averages)
-        if isinstance(x, Tensor) and x.shape == found[name].shape
-    }
+    pairs = zip(own, averages)
+    fitting = {n: x for n, x in pairs if isinstance(x, Tensor) and x.shape == found[n].shape}
     if not len(fitting) == len(own) == len(averages):
         raise CheckpointError(
             f"--ema: {len(averages)} averages do not fit the {len(own)} parameters in order"

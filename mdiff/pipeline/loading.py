@@ -112,12 +112,9 @@ def _located(name: str) -> ModelFiles:
 
 
 def _own(
-    files: ModelFiles,
-    described: Mapping[str, Any],
-    dtype: torch.dtype | None,
-    mask_id: int | None,
+    files: ModelFiles, described: Mapping[str, Any], dtype: torch.dtype | None, mask_id: int | None,
     device: torch.device | DeviceMap | str,
-) -> Pipeline:
+) -> Pipeline:  # fmt: skip
     """What `Pipeline.save` or training wrote."""
     folder = files.folder
     with _valid(folder):
@@ -182,12 +179,9 @@ def _check_part(folder: Path, name: object) -> None:
 
 
 def _foreign(
-    files: ModelFiles,
-    dtype: torch.dtype | None,
-    mask_id: int | None,
-    device: torch.device | DeviceMap | str,
-    tokenizer: str | Path | None,
-) -> Pipeline:
+    files: ModelFiles, dtype: torch.dtype | None, mask_id: int | None,
+    device: torch.device | DeviceMap | str, tokenizer: str | Path | None,
+) -> Pipeline:  # fmt: skip
     """A model of another project or a Hugging Face masked language model, with its tokenizer or
     without one.
     """

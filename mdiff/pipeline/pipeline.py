@@ -40,18 +40,12 @@ class Pipeline(Model):
     """A loaded model and what can be done with it; see `load`."""
 
     def generate(
-        self,
-        prompt: Prompt | Sequence[Prompt] = "",
-        *,
-        num_samples: int = 1,
-        length: int | None = None,
-        max_new_tokens: int | None = None,
-        seed: Seed | None = None,
+        self, prompt: Prompt | Sequence[Prompt] = "", *, num_samples: int = 1,
+        length: int | None = None, max_new_tokens: int | None = None, seed: Seed | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        negative_prompt: Prompt | None = None,
-        sampler: str | Sampler | None = None,
+        negative_prompt: Prompt | None = None, sampler: str | Sampler | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> list[Generated]:
+    ) -> list[Generated]:  # fmt: skip
         """`num_samples` samples for each prompt, each a canvas that begins with its prompt.
 
         A prompt of a model of text is the text to continue, or {"chat": text or messages} for
@@ -75,7 +69,8 @@ class Pipeline(Model):
             prompts, num_samples=number, length=length, max_new_tokens=max_new_tokens
         )
         # Of a chat the answer alone is shown.
-        options.setdefault("echo", not all(_is_chat(each) for each in prompts))
+        chats = [isinstance(each, Mapping) and "chat" in each for each in prompts]
+        options.setdefault("echo", not all(chats))
         runs = self.runs(
             canvases, conditions=self.conditions(prompts, num_samples=number), sampler=sampler,
             seed=seed, generator=generator, negative_prompt=negative_prompt, **options,
@@ -169,12 +164,10 @@ class Pipeline(Model):
         return repeated(list(map(self.modality.template, asked)), num_samples)
 
     def runs(
-        self,
-        canvases: Sequence[Sequence[int]],
-        *,
+        self, canvases: Sequence[Sequence[int]], *,
         conditions: Sequence[Mapping[str, int | Tensor]] | None = None,
         **options: Unpack[CallOptions],
-    ) -> Iterator[Generation]:
+    ) -> Iterator[Generation]:  # fmt: skip
         """Batches of canvases, each to be iterated over; the options are those of `generate`.
 
         Row 0 has the seed itself and row r a seed derived from it, so that any row can be
@@ -230,7 +223,3 @@ class Pipeline(Model):
             Path(folder), self.denoiser, modality=self.modality, space=self.space,
             schedule=self.schedule, window=self.window, never_generated=self.never_generated,
         )  # fmt: skip
-
-
-def _is_chat(prompt: Prompt) -> bool:
-    return isinstance(prompt, Mapping) and "chat" in prompt

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.attention import Context, Tables, attention, tables_of
+from mdiff.backbones.layers.attention import Context, Tables, attention, frequencies, tables_of
 from mdiff.backbones.layers.backbone import Layout
 from mdiff.backbones.layers.modules import drawn, modulated
 from mdiff.errors import CheckpointError
@@ -81,12 +81,6 @@ class LevelEmbedding(nn.Module):
         return F.silu(self.mlp(waves.to(next(self.mlp.parameters()).dtype)))
 
 
-def frequencies(size: int) -> Tensor:
-    """10000^(-2 k / D) of k = 0, 1, ... below D / 2, float32."""
-    powers = torch.arange(0, size, 2, dtype=torch.float32) / size
-    return 1.0 / torch.pow(torch.tensor(LONGEST, dtype=torch.float32), powers)
-
-
 class Rotary(nn.Module):
     """Rotary frequencies (D / 2,), which the files hold too."""
 
@@ -94,7 +88,7 @@ class Rotary(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", frequencies(size))
+        self.register_buffer("inv_freq", frequencies(size, LONGEST))
 
     def forward(self, positions: Tensor) -> Tables:
         """The tables (..., D) float32 of positions (...)."""

@@ -74,7 +74,7 @@ def attention(
     if context.tables is not None:
         kind = torch.promote_types(query.dtype, torch.float32) if wide else query.dtype
         cos, sin = (table[:, :, None].to(kind) for table in context.tables)
-        query, key = (_rotated(x.to(kind), cos, sin).to(x.dtype) for x in (query, key))
+        query, key = (rotate(x.to(kind), cos, sin).to(x.dtype) for x in (query, key))
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if context.cache is not None:
         key, value = context.cache.joined(layer, key, value)
@@ -144,13 +144,9 @@ def position_before(
 
 
 def rotary_tables(
-    positions: Tensor,
-    size: int,
-    *,
-    grid: Sequence[int] | None = None,
-    axes: Tensor | None = None,
-    base: float,
-) -> Tables:
+    positions: Tensor, size: int, *, grid: Sequence[int] | None = None,
+    axes: Tensor | None = None, base: float,
+) -> Tables:  # fmt: skip
     """The tables (..., size) float32 of positions (...), for `rotate`.
 
     Angles are position * base^(-k / K), k < K = size / 2 (Su et al. 2021, eq. 15). With
@@ -164,6 +160,11 @@ def rotary_tables(
     count = size // 2 // len(on)
     powers = torch.arange(count, dtype=torch.float32, device=positions.device) / count
     return tables_of(torch.cat([axis[..., None] * base**-powers for axis in on], -1))
+
+
+def frequencies(size: int, base: float, device: torch.device | None = None) -> Tensor:
+    """1 / base^(2 k / size) of k = 0, 1, ... below size / 2, float32, as most files mean them."""
+    return 1 / base ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
 
 
 def tables_of(angles: Tensor) -> Tables:
@@ -180,25 +181,18 @@ def layout_axes(layout: Sequence[Sequence[int]]) -> Tensor:
     """
     found, start = [], 0
     for h, w, each in layout:
-        row, column = torch.meshgrid(
-            torch.arange(h, device="cpu"), torch.arange(w, device="cpu"), indexing="ij"
-        )
-        axes = torch.stack([row, column], -1).reshape(-1, 2) + start
-        found.append(axes.repeat_interleave(each, 0))
+        axes = torch.cartesian_prod(torch.arange(h, device="cpu"), torch.arange(w, device="cpu"))
+        found.append((axes + start).repeat_interleave(each, 0))
         start += max(h, w)
     return torch.cat(found)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs (x_k, x_{k + D/2}) of `x` (..., D) turned by their angles."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The pairs (x_k, x_{k + R/2}) of the first R of `x` (..., D) turned by their angles."""
     size = cos.shape[-1]
-    if size == x.shape[-1]:
-        return rotate(x, cos, sin)
-    return torch.cat([rotate(x[..., :size], cos, sin), x[..., size:]], -1)
+    if size < x.shape[-1]:
+        return torch.cat([rotate(x[..., :size], cos, sin), x[..., size:]], -1)
+    return torch.addcmul(x * cos, x.roll(size // 2, -1), sin)
 
 
 def own_rows(

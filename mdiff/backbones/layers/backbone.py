@@ -180,6 +180,12 @@ class SequenceBackbone(Backbone):
     def stream(self, tokens: Tensor, layout: Layout) -> Tensor:
         """What `head` reads (B, L, D)."""
 
+    def time_of(self, layout: Layout) -> Tensor:
+        """The time t (B,) of a call; ConfigError without one."""
+        if layout.t is None:
+            raise ConfigError("this model uses the time: call it with t=")
+        return layout.t
+
     def new_cache(self) -> KeyValues:
         """An empty cache for one batch, see `KeyValues`."""
         return KeyValues()

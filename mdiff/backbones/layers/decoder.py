@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.attention import Context, Tables, attention, tables_of
+from mdiff.backbones.layers.attention import Context, Tables, attention, frequencies, tables_of
 from mdiff.backbones.layers.backbone import Layout, SequenceBackbone
 from mdiff.backbones.layers.modules import GatedMLP, Matrix, RootNorm
 from mdiff.errors import CheckpointError
@@ -39,8 +38,7 @@ class Rotary:
 
     def tables(self, positions: Tensor, size: int) -> Tables:
         """The tables (..., size) float32 of positions (...), for `attention`."""
-        powers = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size
-        frequency = 1 / self.base**powers
+        frequency = frequencies(size, self.base, positions.device)
         if self.bands is None:
             frequency = frequency / self.factor
         else:
@@ -89,10 +87,8 @@ class Shape:
     qk_norm: bool = False
 
     @classmethod
-    def of(
-        cls, fields: Fields, *, qkv_bias: bool, out_bias: bool, mlp_bias: bool, qk_norm: bool
-    ) -> Self:
-        """The sizes by their names in Llama's and Qwen's files."""
+    def of(cls, fields: Fields, **parts: bool) -> Self:
+        """The sizes by their names in Llama's and Qwen's files, with these biases and norms."""
         width, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
         key_heads = key_heads_of(fields)
         given = fields.described.get("head_dim") is not None
@@ -105,10 +101,7 @@ class Shape:
             raise CheckpointError(f"{fields.origin}: a head of {head_width}: expected even")
         fields.choice("hidden_act", ("silu",))
         epsilon = fields.number("rms_norm_eps", most=1.0)
-        return cls(
-            width, heads, key_heads, head_width, epsilon, qkv_bias=qkv_bias,
-            out_bias=out_bias, mlp_bias=mlp_bias, qk_norm=qk_norm,
-        )  # fmt: skip
+        return cls(width, heads, key_heads, head_width, epsilon, **parts)
 
 
 class Attention(nn.Module):
@@ -131,10 +124,8 @@ class Attention(nn.Module):
             matrix(x).unflatten(-1, (-1, self.head_width))
             for matrix in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = attention(
-            self.q_norm(query), self.k_norm(key), value, context, layer=self.layer
-        )  # fmt: skip
-        result: Tensor = self.o_proj(mixed)
+        query, key = self.q_norm(query), self.k_norm(key)
+        result: Tensor = self.o_proj(attention(query, key, value, context, layer=self.layer))
         return result
 
 
@@ -190,8 +181,8 @@ class LayerDecoder(Decoder):
     table_name: ClassVar[str] = "embed_tokens"
 
     def __init__(
-        self, fields: Fields, layers: Iterable[nn.Module], *, width: int, epsilon: float,
-        rotary: Rotary, rotated: int, mask_id: int | None, head: type[nn.Linear] = nn.Linear,
+        self, fields: Fields, shape: Shape, layers: Iterable[nn.Module], *, rotary: Rotary,
+        rotated: int, mask_id: int | None, head: type[nn.Linear] = nn.Linear,
     ) -> None:  # fmt: skip
         ids = fields.whole("vocab_size", most=MOST_IDS)
         super().__init__(
@@ -200,11 +191,11 @@ class LayerDecoder(Decoder):
         )  # fmt: skip
         self.rotary, self.rotated = rotary, rotated
         self.model = nn.ModuleDict({
-            self.table_name: nn.Embedding(ids, width),
+            self.table_name: nn.Embedding(ids, shape.width),
             "layers": nn.ModuleList(layers),
-            "norm": RootNorm(width, epsilon),
+            "norm": RootNorm(shape.width, shape.epsilon),
         })  # fmt: skip
-        self.lm_head = head(width, ids, bias=False)
+        self.lm_head = head(shape.width, ids, bias=False)
 
     def trunk(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """The embedding, the layers and the last norm."""
@@ -218,15 +209,14 @@ class LlamaDecoder(LayerDecoder):
         mlp = partial(Matrix, bias=shape.mlp_bias)
         inner = fields.whole("intermediate_size")
         count = fields.whole("num_hidden_layers", most=MOST_LAYERS)
+        layers = (
+            Layer(shape, Attention(shape, n), GatedMLP(shape.width, inner, matrix=mlp))
+            for n in range(count)
+        )
+        mask_id = mask_of(fields, fields.whole("vocab_size", most=MOST_IDS))
         super().__init__(
-            fields,
-            (
-                Layer(shape, Attention(shape, n), GatedMLP(shape.width, inner, matrix=mlp))
-                for n in range(count)
-            ),
-            width=shape.width, epsilon=shape.epsilon, rotary=Rotary.of(fields),
-            rotated=shape.head_width,
-            mask_id=mask_of(fields, fields.whole("vocab_size", most=MOST_IDS)),
+            fields, shape, layers, rotary=Rotary.of(fields), rotated=shape.head_width,
+            mask_id=mask_id,
         )  # fmt: skip
         self.shifted = shifted
 

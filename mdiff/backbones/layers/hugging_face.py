@@ -106,15 +106,10 @@ class TransformerForMaskedLM(Transformer, PreTrainedModel):  # type: ignore[misc
         return self.head
 
     def forward(
-        self,
-        tokens: Tensor | None = None,
-        *,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-        **options: Any,
-    ) -> Any:
+        self, tokens: Tensor | None = None, *, input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None, labels: Tensor | None = None,
+        return_dict: bool | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
         """Logits of `tokens` (see the Denoiser protocol), or MaskedLMOutput of `input_ids`.
 
         `options` are those of a Denoiser's call. `attention_mask` (B, L) is nonzero at valid

@@ -1,14 +1,14 @@
 """Mixtures of experts of published models: what their configs may say, and routing by token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.attention import Tables, rotary_tables
-from mdiff.backbones.layers.decoder import Rotary
-from mdiff.backbones.layers.modules import GatedMLP
+from mdiff.backbones.layers.decoder import LayerDecoder, Rotary, Shape
+from mdiff.backbones.layers.modules import GatedMLP, Matrix
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_EXPERTS, Fields
 
@@ -44,6 +44,18 @@ class PowerRotary(Rotary):
     def tables(self, positions: Tensor, size: int) -> Tables:
         """See `Rotary`."""
         return rotary_tables(positions, size, base=self.base)
+
+
+class MixtureDecoder(LayerDecoder):
+    """A decoder of inclusionAI's layout; the config may name the mask either way, or not."""
+
+    def __init__(
+        self, fields: Fields, shape: Shape, layers: Iterable[nn.Module], *, rotated: int
+    ) -> None:
+        super().__init__(
+            fields, shape, layers, rotary=PowerRotary(fields.number("rope_theta", least=1.0)),
+            rotated=rotated, mask_id=fields.optional_id("mask_token_id", "mask_id"), head=Matrix,
+        )  # fmt: skip
 
 
 class Mixture(nn.Module):

@@ -188,7 +188,7 @@ def as_when_used(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def only_rows(chosen: tuple[Tensor, Tensor]) -> Iterator[None]:
+def only_rows(chosen: tuple[Tensor, Tensor] | None) -> Iterator[None]:
     """Within, a hooked model runs its head on these rows and positions, (N,) each: (1, N, V)."""
     token = CHOSEN.set(chosen)
     try:

@@ -4,7 +4,8 @@ Grids are (B, h, w, C), lines of positions (B, L, C); a 1 x 1 convolution is a m
 """
 
 import math
-from typing import TypedDict, Unpack
+from collections import OrderedDict
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +22,28 @@ WIDENING = 4
 SLOWEST = 10_000
 
 
-class NormOptions(TypedDict):
-    """The options of every norm of a model."""
+class Parts(NamedTuple):
+    """What the matrices and the norms of a model have: biases, epsilon, weights."""
 
+    bias: bool
     epsilon: float
     affine: bool
+
+    def matrix(self, inputs: int, outputs: int) -> Matrix:
+        """One with a bias or without."""
+        return Matrix(inputs, outputs, bias=self.bias)
+
+    def pointwise(self, inputs: int, outputs: int) -> nn.Module:
+        """A 1 x 1 convolution."""
+        return PointwiseConv(inputs, outputs, 1, bias=self.bias)
+
+    def norm(self, size: int) -> RootNorm:
+        """One of its options."""
+        return RootNorm(size, self.epsilon, affine=self.affine)
 
 
 class PointwiseConv(nn.Conv2d):
     """A 1 x 1 convolution, as the map of each position that it is."""
-
-    def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
-        super().__init__(inputs, outputs, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """The map of `x` (..., inputs)."""
@@ -43,9 +54,9 @@ class PointwiseConv(nn.Conv2d):
 class AdaptiveNorm(nn.Module):
     """(1 + scale) norm(x) + shift, scale and shift read from the condition."""
 
-    def __init__(self, size: int, norm: nn.Module, *, bias: bool) -> None:
+    def __init__(self, size: int, norm: nn.Module, parts: Parts) -> None:
         super().__init__()
-        self.linear = Matrix(size, 2 * size, bias=bias)
+        self.linear = parts.matrix(size, 2 * size)
         self.norm = norm
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -58,20 +69,16 @@ class AdaptiveNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of (B, L, width) to (B, S, width)."""
 
-    def __init__(self, width: int, heads: int, *, bias: bool) -> None:
+    def __init__(self, width: int, heads: int, parts: Parts) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = Matrix(width, width, bias=bias)
-        self.to_k = Matrix(width, width, bias=bias)
-        self.to_v = Matrix(width, width, bias=bias)
-        self.to_out = nn.ModuleList([Matrix(width, width, bias=bias)])
+        self.to_q, self.to_k, self.to_v = (parts.matrix(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([parts.matrix(width, width)])
 
     def forward(self, x: Tensor, states: Tensor) -> Tensor:
         """The attention output (B, L, width) of `x` over all `states`."""
-        query, key, value = (
-            each.unflatten(-1, (self.heads, -1))
-            for each in (self.to_q(x), self.to_k(states), self.to_v(states))
-        )
+        three = (self.to_q(x), self.to_k(states), self.to_v(states))
+        query, key, value = (each.unflatten(-1, (self.heads, -1)) for each in three)
         result: Tensor = self.to_out[0](attention(query, key, value, Context()))
         return result
 
@@ -79,9 +86,9 @@ class Attention(nn.Module):
 class _Gate(nn.Module):
     """value * gelu(gate), both one map of x (Shazeer 2020)."""
 
-    def __init__(self, width: int, inner: int, *, bias: bool) -> None:
+    def __init__(self, width: int, inner: int, parts: Parts) -> None:
         super().__init__()
-        self.proj = Matrix(width, 2 * inner, bias=bias)
+        self.proj = parts.matrix(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, -1)
@@ -92,21 +99,18 @@ class _Gate(nn.Module):
 class TransformerLayer(nn.Module):
     """Attention to itself, to the states, and a gated layer, each behind an adaptive norm."""
 
-    def __init__(
-        self, width: int, heads: int, inner: int, *, bias: bool, **norm: Unpack[NormOptions]
-    ) -> None:
+    def __init__(self, width: int, heads: int, inner: int, parts: Parts) -> None:
         super().__init__()
-        root = [RootNorm(width, **norm) for _ in range(2)]
-        self.norm1 = AdaptiveNorm(width, root[0], bias=bias)
-        self.attn1 = Attention(width, heads, bias=bias)
-        self.norm2 = AdaptiveNorm(width, root[1], bias=bias)
-        self.attn2 = Attention(width, heads, bias=bias)
+        self.norm1 = AdaptiveNorm(width, parts.norm(width), parts)
+        self.attn1 = Attention(width, heads, parts)
+        self.norm2 = AdaptiveNorm(width, parts.norm(width), parts)
+        self.attn2 = Attention(width, heads, parts)
         # The third norm alone takes the mean off.
-        centred = nn.LayerNorm(width, norm["epsilon"], norm["affine"], bias)
-        self.norm3 = AdaptiveNorm(width, centred, bias=bias)
+        centred = nn.LayerNorm(width, parts.epsilon, parts.affine, parts.bias)
+        self.norm3 = AdaptiveNorm(width, centred, parts)
         # The files leave number 1 empty, for dropout.
-        gate = _Gate(width, inner, bias=bias)
-        net = nn.Sequential(gate, nn.Identity(), Matrix(inner, width, bias=bias))
+        gate = _Gate(width, inner, parts)
+        net = nn.Sequential(gate, nn.Identity(), parts.matrix(inner, width))
         self.ff = nn.ModuleDict({"net": net})
 
     def forward(self, x: Tensor, states: Tensor, condition: Tensor) -> Tensor:
@@ -137,16 +141,14 @@ class ResponseNorm(nn.Module):
 class ConvBlock(nn.Module):
     """A ConvNeXt block, then shifted and scaled by the condition (B, `conditions`)."""
 
-    def __init__(
-        self, width: int, conditions: int, *, bias: bool, **norm: Unpack[NormOptions]
-    ) -> None:
+    def __init__(self, width: int, conditions: int, parts: Parts) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=bias)
-        self.norm = RootNorm(width, **norm)
-        self.channelwise_linear_1 = Matrix(width, WIDENING * width, bias=bias)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=parts.bias)
+        self.norm = parts.norm(width)
+        self.channelwise_linear_1 = parts.matrix(width, WIDENING * width)
         self.channelwise_norm = ResponseNorm(WIDENING * width)
-        self.channelwise_linear_2 = Matrix(WIDENING * width, width, bias=bias)
-        self.cond_embeds_mapper = Matrix(conditions, 2 * width, bias=bias)
+        self.channelwise_linear_2 = parts.matrix(WIDENING * width, width)
+        self.cond_embeds_mapper = parts.matrix(conditions, 2 * width)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """The grid `x` (B, h, w, width) after this block."""
@@ -161,14 +163,14 @@ class ConvBlock(nn.Module):
 class CrossBlock(nn.Module):
     """Twice attention to the states, which are mapped to this width where they have another."""
 
-    def __init__(self, width: int, heads: int, conditions: int, *, bias: bool) -> None:
+    def __init__(self, width: int, heads: int, conditions: int, parts: Parts) -> None:
         super().__init__()
         mapped = conditions != width
-        self.kv_mapper = Matrix(conditions, width, bias=bias) if mapped else None
+        self.kv_mapper = parts.matrix(conditions, width) if mapped else None
         self.norm1 = RootNorm(width, BLOCK_EPSILON)
-        self.attn1 = Attention(width, heads, bias=bias)
+        self.attn1 = Attention(width, heads, parts)
         self.norm2 = RootNorm(width, BLOCK_EPSILON)
-        self.attn2 = Attention(width, heads, bias=bias)
+        self.attn2 = Attention(width, heads, parts)
 
     def forward(self, x: Tensor, states: Tensor) -> Tensor:
         """The stream `x` (B, L, width) after this block; `states` (B, S, `conditions`)."""
@@ -182,13 +184,11 @@ class CrossBlock(nn.Module):
 class Resize(nn.Module):
     """A norm, then a convolution of 2 x 2: halves the sides of a grid, or doubles them."""
 
-    def __init__(
-        self, width: int, *, halves: bool, bias: bool, **norm: Unpack[NormOptions]
-    ) -> None:
+    def __init__(self, width: int, parts: Parts, *, halves: bool) -> None:
         super().__init__()
-        self.norm = RootNorm(width, **norm)
+        self.norm = parts.norm(width)
         kind = nn.Conv2d if halves else nn.ConvTranspose2d
-        self.conv = kind(width, width, 2, stride=2, bias=bias)
+        self.conv = kind(width, width, 2, stride=2, bias=parts.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """The grid `x` (B, h, w, width) at the other size."""
@@ -204,18 +204,16 @@ class GridBlock(nn.Module):
     """
 
     def __init__(
-        self, width: int, *, depth: int, heads: int, conditions: int, halves: bool, doubles: bool,
-        bias: bool, **norm: Unpack[NormOptions],
+        self, width: int, parts: Parts, *, depth: int, heads: int, conditions: int, halves: bool,
+        doubles: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.downsample = Resize(width, halves=True, bias=bias, **norm) if halves else None
-        self.res_blocks = nn.ModuleList(
-            ConvBlock(width, conditions, bias=bias, **norm) for _ in range(depth)
-        )
+        self.downsample = Resize(width, parts, halves=True) if halves else None
+        self.res_blocks = nn.ModuleList(ConvBlock(width, conditions, parts) for _ in range(depth))
         self.attention_blocks = nn.ModuleList(
-            CrossBlock(width, heads, conditions, bias=bias) for _ in range(depth)
+            CrossBlock(width, heads, conditions, parts) for _ in range(depth)
         )
-        self.upsample = Resize(width, halves=False, bias=bias, **norm) if doubles else None
+        self.upsample = Resize(width, parts, halves=False) if doubles else None
 
     def forward(self, x: Tensor, states: Tensor, condition: Tensor) -> Tensor:
         """The grid `x` (B, h, w, width); `states` (B, S, C), `condition` (B, C)."""
@@ -226,18 +224,9 @@ class GridBlock(nn.Module):
         return x if self.upsample is None else self.upsample(x)
 
 
-class ConditionEmbedding(nn.Module):
-    """Two maps with a silu between them."""
-
-    def __init__(self, inputs: int, width: int, *, bias: bool) -> None:
-        super().__init__()
-        self.linear_1 = Matrix(inputs, width, bias=bias)
-        self.linear_2 = Matrix(width, width, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The condition (B, width) of `x` (B, inputs)."""
-        condition: Tensor = self.linear_2(F.silu(self.linear_1(x)))
-        return condition
+def chain(**modules: nn.Module) -> nn.Sequential:
+    """The modules one after another, under these names."""
+    return nn.Sequential(OrderedDict(modules))
 
 
 def waves(numbers: Tensor, size: int) -> Tensor:

@@ -30,15 +30,7 @@ ARCHITECTURES = tuple(LAYOUTS)
 class Adapted(LlamaDecoder):
     """The model of the files; see `adapted`. With a `block_length` it is a block model."""
 
-    def __init__(self, fields: Fields, shape: Shape, *, shifted: bool) -> None:
-        super().__init__(fields, shape, shifted=shifted)
-        self.block_length: int | None = None
-
-
-class Tied(Adapted):
-    """The same, of files whose output matrix may be the embedding's."""
-
-    tied: Mapping[str, str] = {"lm_head.weight": "model.embed_tokens.weight"}
+    block_length: int | None = None
 
 
 class DiffuLLaMA(Adapted):
@@ -91,5 +83,7 @@ def adapted(described: Mapping[str, object]) -> Adapted:
     if name == DIFFULLAMA:
         fields.choice("tie_word_embeddings", (False,), default=False)
         return DiffuLLaMA(fields, shape, shifted=shifted)
-    kind = Tied if fields.flag("tie_word_embeddings", default=False) else Adapted
-    return kind(fields, shape, shifted=shifted)
+    model = Adapted(fields, shape, shifted=shifted)
+    if fields.flag("tie_word_embeddings", default=False):
+        model.tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    return model

@@ -27,8 +27,7 @@ def dream(described: Mapping[str, object]) -> Dream:
     fields.choice("tie_word_embeddings", (False,), default=False)
     # Dream's own code has another default than the number that follows from the width.
     fields.whole("num_key_value_heads")
-    shape = Shape.of(fields, qkv_bias=True, out_bias=False, mlp_bias=False, qk_norm=False)
-    return Dream(fields, shape, shifted=True)
+    return Dream(fields, Shape.of(fields, qkv_bias=True), shifted=True)
 
 
 def dream_counts(hidden: Tensor, *, steps: int, epsilon: float = 1e-3) -> Tensor:

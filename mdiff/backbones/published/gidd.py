@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.adaln import Sizes, Trunk, frequencies
-from mdiff.backbones.layers.attention import Tables
+from mdiff.backbones.layers.adaln import LONGEST, Sizes, Trunk
+from mdiff.backbones.layers.attention import Tables, frequencies
 from mdiff.backbones.layers.backbone import Layout, SequenceBackbone
 from mdiff.errors import ConfigError
 from mdiff.files import MOST_IDS, MOST_LAYERS, MOST_WIDTH, Fields
@@ -24,7 +24,7 @@ class StoredRotary(nn.Module):
 
     def __init__(self, length: int, size: int) -> None:
         super().__init__()
-        angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies(size)
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies(size, LONGEST)
         angles = torch.cat([angles, angles], 1)[None, :, None, None].repeat(1, 1, KINDS, 1, 1)
         # Values are not rotated.
         angles[:, :, KINDS - 1] = 0
@@ -42,50 +42,40 @@ class GIDD(Trunk, SequenceBackbone):
     """MDLM's transformer, conditioned on t itself, inside [t_eps, 1 - t_eps] as in training.
 
     With `p_uniform` above 0 the noise also writes random tokens, so that every position is to be
-    predicted: its logits are here, that noise is not.
+    predicted: its logits are here, that noise is not. The mask is the last id. Source:
+    dvruette/gidd, models/modeling_dit.py, and the defaults of configuration_dit.py.
     """
 
     no_split = ("AdaLNBlock",)
     head_name = "output_layer.linear"
     uses_time = True
 
-    def __init__(
-        self, described: Mapping[str, object], sizes: Sizes, *, window: int, edge: float,
-        p_uniform: float,
-    ) -> None:  # fmt: skip
+    def __init__(self, described: Mapping[str, object]) -> None:
+        fields = Fields(described)
+        window = fields.whole("max_seq_len", most=MOST_IDS, default=1024)
+        sizes = Sizes(
+            vocab_size=fields.whole("vocab_size", least=2, most=MOST_IDS, default=50258),
+            width=fields.whole("hidden_size", most=MOST_WIDTH, default=768),
+            layers=fields.whole("num_hidden_layers", most=MOST_LAYERS, default=12),
+            heads=fields.whole("num_attention_heads", default=12),
+            condition_width=fields.whole("timestep_cond_dim", default=128),
+        )
         SequenceBackbone.__init__(
             self, described, vocab_size=sizes.vocab_size, mask_id=sizes.vocab_size - 1,
             window=window,
         )  # fmt: skip
-        self.edge, self.longest = edge, window
+        self.longest, self.edge = window, fields.number("t_eps", most=0.5, default=1e-4)
+        p_uniform = fields.number("p_uniform", most=1.0, default=0.0)
         if p_uniform > 0:
             self.refused = f"uniform noise (p_uniform={p_uniform:g}) does not exist here"
         self.build(sizes, StoredRotary(window, sizes.width // sizes.heads))
 
     def stream(self, tokens: Tensor, layout: Layout) -> Tensor:
         """What `head` reads (B, L, D); ConfigError without `t` or for too long a canvas."""
-        if layout.t is None:
-            raise ConfigError("this model uses the time: call it with t=")
+        t = self.time_of(layout)
         if tokens.shape[1] > self.longest:
             raise ConfigError(f"{tokens.shape[1]} tokens: this model has {self.longest} positions")
-        return self.run(tokens, layout, level=layout.t.clamp(self.edge, 1 - self.edge))
+        return self.run(tokens, layout, level=t.clamp(self.edge, 1 - self.edge))
 
 
-def gidd(described: Mapping[str, object]) -> GIDD:
-    """The model of a config.json; its mask is the last id.
-
-    Source: dvruette/gidd, models/modeling_dit.py, and the defaults of configuration_dit.py.
-    """
-    fields = Fields(described)
-    window = fields.whole("max_seq_len", most=MOST_IDS, default=1024)
-    sizes = Sizes(
-        vocab_size=fields.whole("vocab_size", least=2, most=MOST_IDS, default=50258),
-        width=fields.whole("hidden_size", most=MOST_WIDTH, default=768),
-        layers=fields.whole("num_hidden_layers", most=MOST_LAYERS, default=12),
-        heads=fields.whole("num_attention_heads", default=12),
-        condition_width=fields.whole("timestep_cond_dim", default=128),
-    )
-    return GIDD(
-        described, sizes, window=window, edge=fields.number("t_eps", most=0.5, default=1e-4),
-        p_uniform=fields.number("p_uniform", most=1.0, default=0.0),
-    )  # fmt: skip
+gidd = GIDD

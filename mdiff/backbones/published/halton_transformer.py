@@ -14,13 +14,7 @@ from torch import Tensor, nn
 from mdiff.backbones.layers.attention import Context, attention
 from mdiff.backbones.layers.backbone import Backbone, Call
 from mdiff.backbones.layers.grid import class_of, grid_layout
-from mdiff.backbones.layers.modules import (
-    GatedMLP,
-    RootNorm,
-    modulated,
-    root_normal,
-    unbiased,
-)
+from mdiff.backbones.layers.modules import GatedMLP, RootNorm, modulated, root_normal, unbiased
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
 
@@ -68,56 +62,44 @@ class Block(nn.Module):
         return result
 
 
-class Transformer(nn.Module):
-    """The blocks, one after another."""
-
-    def __init__(self, width: int, depth: int, heads: int, inner: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block(width, heads, inner) for _ in range(depth))
-
-    def forward(self, x: Tensor, condition: Tensor, context: Context) -> Tensor:
-        """(B, L, D); `condition` (B, 1, D)."""
-        for block in self.layers:
-            x = block(x, condition, context)
-        return x
-
-
-class LastNorm(nn.Module):
-    """The norm before the head, shifted and scaled by the class."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm_final = RootNorm(width, EPSILON, bias=True)
-        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, L, D); `condition` (B, 1, D)."""
-        shift, scale = self.mlp(condition).chunk(2, dim=-1)
-        return modulated(self.norm_final(x), shift, scale)
-
-
 class HaltonTransformer(Backbone):
-    """The denoiser; see `halton_transformer`. cond {"label": (B,)}; `classes` is the null label."""
+    """The denoiser of the transformer's arguments; CheckpointError for what is not supported.
+
+    Its canvas is the grid of input_size x input_size positions, row by row; cond {"label": (B,)},
+    of which `classes` is the null label.
+    """
 
     tied: Mapping[str, str] = {"head.weight": "tok_emb.weight"}
     no_split = ("Block",)
     codes_per_position = 1
     head: nn.Module
 
-    def __init__(
-        self, described: Mapping[str, object], *, side: int, width: int, codebook_size: int,
-        depth: int, heads: int, inner: int, classes: int, registers: int,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            described, vocab_size=codebook_size + 1, mask_id=codebook_size, window=side**2
-        )
+    def __init__(self, described: Mapping[str, object]) -> None:
+        fields = Fields(described)
+        fields.choice("proj", (1,), default=1)
+        fields.choice("tome_keep_ratio", (1, 1.0), default=1)
+        width, heads = fields.whole("hidden_dim"), fields.whole("heads")
+        if heads > width:
+            raise CheckpointError(f"config.json: heads={heads}: more than hidden_dim={width}")
+        inner = max(1, -(-(2 * fields.whole("mlp_dim") // 3) // MULTIPLE)) * MULTIPLE
+        side = fields.whole("input_size", most=MOST_SIDE)
+        codes = fields.whole("codebook_size", most=MOST_IDS)
+        depth = fields.whole("depth", most=MOST_LAYERS)
+        classes = fields.whole("nclass", most=MOST_IDS)
+        registers = fields.whole("register", least=0, most=MOST_REGISTERS)
+        super().__init__(described, vocab_size=codes + 1, mask_id=codes, window=side**2)
         self.latent_grid, self.classes = (side, side), classes
-        self.cls_emb = nn.Embedding(classes + 1, width)
-        self.tok_emb = nn.Embedding(codebook_size + 1, width)
+        self.cls_emb = nn.Embedding(self.classes + 1, width)
+        self.tok_emb = nn.Embedding(codes + 1, width)
         self.pos_emb = nn.Embedding(side**2, width)
-        self.transformer = Transformer(width, depth, heads, inner)
-        self.last_norm = LastNorm(width)
-        self.head = nn.Linear(width, codebook_size + 1)
+        blocks = nn.ModuleList(Block(width, heads, inner) for _ in range(depth))
+        self.transformer = nn.ModuleDict({"layers": blocks})
+        # Shifted and scaled by the class.
+        self.last_norm = nn.ModuleDict({
+            "norm_final": RootNorm(width, EPSILON, bias=True),
+            "mlp": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)),
+        })  # fmt: skip
+        self.head = nn.Linear(width, codes + 1)
         self.reg_tokens = nn.Embedding(registers, width) if registers else None
 
     def hidden(self, tokens: Tensor, call: Call) -> Tensor:
@@ -132,9 +114,10 @@ class HaltonTransformer(Backbone):
         x = self.tok_emb(tokens) + self.pos_emb(positions)
         if self.reg_tokens is not None:
             x = torch.cat([x, self.reg_tokens.weight.expand(len(x), -1, -1)], 1)
-        x = self.transformer(x, condition, Context(mask=mask))
-        result: Tensor = self.last_norm(x[:, :length], condition)
-        return result
+        for block in self.transformer["layers"].children():
+            x = block(x, condition, Context(mask=mask))
+        shift, scale = self.last_norm["mlp"](condition).chunk(2, dim=-1)
+        return modulated(self.last_norm["norm_final"](x[:, :length]), shift, scale)
 
 
 def recognises(described: Mapping[str, object]) -> bool:
@@ -142,23 +125,4 @@ def recognises(described: Mapping[str, object]) -> bool:
     return {"register", "input_size", "nclass", "mlp_dim"} <= set(described)
 
 
-def halton_transformer(described: Mapping[str, object]) -> HaltonTransformer:
-    """The denoiser of the transformer's arguments; CheckpointError for what is not supported.
-
-    Its canvas is the grid of input_size x input_size positions, row by row.
-    """
-    fields = Fields(described)
-    fields.choice("proj", (1,), default=1)
-    fields.choice("tome_keep_ratio", (1, 1.0), default=1)
-    width, heads = fields.whole("hidden_dim"), fields.whole("heads")
-    if heads > width:
-        raise CheckpointError(f"config.json: heads={heads}: more than hidden_dim={width}")
-    gated = 2 * fields.whole("mlp_dim") // 3
-    return HaltonTransformer(
-        described, side=fields.whole("input_size", most=MOST_SIDE), width=width,
-        codebook_size=fields.whole("codebook_size", most=MOST_IDS),
-        depth=fields.whole("depth", most=MOST_LAYERS), heads=heads,
-        inner=max(1, -(-gated // MULTIPLE)) * MULTIPLE,
-        classes=fields.whole("nclass", most=MOST_IDS),
-        registers=fields.whole("register", least=0, most=MOST_REGISTERS),
-    )  # fmt: skip
+halton_transformer = HaltonTransformer

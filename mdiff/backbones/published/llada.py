@@ -51,14 +51,29 @@ class _Block(nn.Module):
 
 
 class LLaDA(Decoder):
-    """The model of the files; see `llada`."""
+    """The model of a LLaDA config.json: full attention, row i predicts token i.
+
+    RMS norms, rotary positions rotated in float32, a gated layer of SiLU and no bias; the logits
+    have `embedding_size` columns. No position attends to padding, on whichever side it is: files
+    before October 2025 came with code that ignored it.
+
+    Raises CheckpointError for sizes out of range and for options that no LLaDA has.
+    """
 
     no_split = ("_Block",)
     head_name = "model.transformer.ff_out"
 
     def __init__(self, described: Mapping[str, object]) -> None:
         fields = Fields(described)
-        _refuse_unused(fields)
+        for name in UNUSED:
+            if described.get(name) is not None:
+                fields.choice(name, (False,))
+        fields.choice("activation_type", ("silu",))
+        fields.choice("block_type", ("llama",))
+        fields.choice("block_group_size", (1,), default=1)
+        fields.choice("layer_norm_type", ("rms",))
+        fields.choice("rope", (True,))
+        fields.choice("rope_full_precision", (True,), default=True)
         width, heads = fields.whole("d_model"), fields.whole("n_heads")
         key_heads = fields.whole("n_kv_heads", default=heads)
         if width % (2 * heads) or heads % key_heads:
@@ -94,26 +109,4 @@ class LLaDA(Decoder):
         return table, layers, norm
 
 
-def _refuse_unused(fields: Fields) -> None:
-    """Raise CheckpointError for an option of OLMo's that changes the computation."""
-    for name in UNUSED:
-        if fields.described.get(name) is not None:
-            fields.choice(name, (False,))
-    fields.choice("activation_type", ("silu",))
-    fields.choice("block_type", ("llama",))
-    fields.choice("block_group_size", (1,), default=1)
-    fields.choice("layer_norm_type", ("rms",))
-    fields.choice("rope", (True,))
-    fields.choice("rope_full_precision", (True,), default=True)
-
-
-def llada(described: Mapping[str, object]) -> LLaDA:
-    """The model of a LLaDA config.json: full attention, row i predicts token i.
-
-    RMS norms, rotary positions rotated in float32, a gated layer of SiLU and no bias; the logits
-    have `embedding_size` columns. No position attends to padding, on whichever side it is: files
-    before October 2025 came with code that ignored it.
-
-    Raises CheckpointError for sizes out of range and for options that no LLaDA has.
-    """
-    return LLaDA(described)
+llada = LLaDA

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.attention import Context, attention
-from mdiff.backbones.layers.decoder import Layer, LayerDecoder, Shape, key_heads_of
+from mdiff.backbones.layers.decoder import Layer, Shape, key_heads_of
 from mdiff.backbones.layers.modules import GatedMLP, Matrix, RootNorm, drawn
-from mdiff.backbones.layers.moe import Mixture, PowerRotary, expert_counts, only, router_logits
+from mdiff.backbones.layers.moe import Mixture, MixtureDecoder, expert_counts, only, router_logits
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_IDS, MOST_LAYERS, MOST_WIDTH, Fields
 
@@ -56,8 +56,7 @@ class Router(nn.Module):
                 f"{fields.origin}: {count} experts in n_group={self.groups} groups, of which "
                 f"topk_group={self.kept} are kept, do not give num_experts_per_tok={self.used}"
             )
-        self.scale = fields.number("routed_scaling_factor")
-        self.of_any_type = True
+        self.scale, self.of_any_type = fields.number("routed_scaling_factor"), True
         self.weight = drawn(count, width)
         self.register_buffer("expert_bias", torch.zeros(count))
 
@@ -72,9 +71,8 @@ class Router(nn.Module):
         best = score.topk(min(BEST_OF_GROUP, score.shape[2]), 2).values.sum(2)
         kept = torch.zeros_like(best, dtype=torch.bool)
         kept = kept.scatter(1, best.topk(self.kept, 1).indices, True)
-        chosen = (
-            score.masked_fill(~kept[..., None], -torch.inf).flatten(1).topk(self.used, 1).indices
-        )
+        score = score.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+        chosen = score.topk(self.used, 1).indices
         weights = affinity.gather(1, chosen)
         if self.used > 1:
             # As published: sigmoids that all underflow weigh nothing.
@@ -82,7 +80,7 @@ class Router(nn.Module):
         return chosen, weights * self.scale
 
 
-class LLaDA2(LayerDecoder):
+class LLaDA2(MixtureDecoder):
     """Positions attend to their own block of `block_length` and those before it."""
 
     table_name: ClassVar[str] = "word_embeddings"
@@ -106,16 +104,11 @@ def llada2_moe(described: Mapping[str, object]) -> LLaDA2:
     if dense < count:
         expert_counts(fields, count - dense)
     named = "block_length" if "block_length" in described else "block_size"
-    model = LLaDA2(
-        fields,
-        (
-            Layer(shape, FusedAttention(shape, n), _mlp(fields, n >= dense), name="attention")
-            for n in range(count)
-        ),
-        width=shape.width, epsilon=shape.epsilon, rotated=rotated,
-        rotary=PowerRotary(fields.number("rope_theta", least=1.0)),
-        mask_id=fields.optional_id("mask_token_id", "mask_id"), head=Matrix,
-    )  # fmt: skip
+    layers = (
+        Layer(shape, FusedAttention(shape, n), _mlp(fields, n >= dense), name="attention")
+        for n in range(count)
+    )
+    model = LLaDA2(fields, shape, layers, rotated=rotated)
     model.block_length = fields.whole(named, most=MOST_IDS, default=BLOCK_LENGTH)
     return model
 

@@ -4,15 +4,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.decoder import (
-    Attention,
-    Layer,
-    LayerDecoder,
-    Shape,
-    key_heads_of,
-)
-from mdiff.backbones.layers.modules import GatedMLP, Matrix, drawn
-from mdiff.backbones.layers.moe import Mixture, PowerRotary, expert_counts, only, router_logits
+from mdiff.backbones.layers.decoder import Attention, Layer, Shape, key_heads_of
+from mdiff.backbones.layers.modules import GatedMLP, drawn
+from mdiff.backbones.layers.moe import Mixture, MixtureDecoder, expert_counts, only, router_logits
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_LAYERS, Fields
 
@@ -25,8 +19,7 @@ class Router(nn.Module):
 
     def __init__(self, width: int, count: int, used: int) -> None:
         super().__init__()
-        self.used = used
-        self.of_any_type = True
+        self.used, self.of_any_type = used, True
         self.weight = drawn(count, width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,7 +28,7 @@ class Router(nn.Module):
         return chosen, weights
 
 
-class LLaDAMoE(LayerDecoder):
+class LLaDAMoE(MixtureDecoder):
     """Full attention. The published config does not say which id is the mask."""
 
 
@@ -68,29 +61,20 @@ def llada_moe(described: Mapping[str, object]) -> LLaDAMoE:
         inner = fields.whole("expert_intermediate_size")
         return Mixture(Router(width, count, used), count, width=width, inner=inner)
 
-    return LLaDAMoE(
-        fields,
-        (Layer(shape, Attention(shape, n), mlp(sparse=s)) for n, s in enumerate(sparse)),
-        width=width, epsilon=shape.epsilon,
-        rotary=PowerRotary(fields.number("rope_theta", least=1.0)),
-        rotated=shape.head_width, mask_id=fields.optional_id("mask_token_id", "mask_id"),
-        head=Matrix,
-    )  # fmt: skip
+    layers = (Layer(shape, Attention(shape, n), mlp(sparse=s)) for n, s in enumerate(sparse))
+    return LLaDAMoE(fields, shape, layers, rotated=shape.head_width)
 
 
 def _sparse_layers(fields: Fields) -> list[bool]:
     """Which layers have experts; CheckpointError for what cannot be a list of them."""
     count = fields.whole("num_hidden_layers", most=MOST_LAYERS)
     sparse = fields.described.get("moe_layer_freq", [1] * count)
-    if (
-        not isinstance(sparse, list)
-        or len(sparse) != count
-        or any(n not in (0, 1) for n in sparse)
-    ):  # fmt: skip
+    listed = sparse if isinstance(sparse, list) else []
+    if len(listed) != count or any(n not in (0, 1) for n in listed):
         raise CheckpointError(
             f"{fields.origin}: moe_layer_freq={str(sparse)[:80]}: expected a 0 or a 1 for "
             f"each of {count} layers"
         )
-    if any(sparse):
+    if any(listed):
         expert_counts(fields, count)
-    return [bool(n) for n in sparse]
+    return [bool(n) for n in listed]

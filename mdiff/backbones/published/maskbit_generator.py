@@ -69,26 +69,6 @@ class FeedForward(nn.Module):
         return result
 
 
-class Transformer(nn.Module):
-    """The layers: attention and a feed-forward each."""
-
-    def __init__(self, width: int, depth: int, heads: int, inner: int, *, before: bool) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList([
-                Attention(width, heads, before=before), FeedForward(width, inner, before=before)
-            ])
-            for _ in range(depth)
-        )  # fmt: skip
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(B, L, D)."""
-        for layer in self.layers.children():
-            attention, feed_forward = layer.children()
-            x = feed_forward(attention(x, context))
-        return x
-
-
 class GroupHead(nn.Module):
     """One matrix for the heads of all groups, stored one below another.
 
@@ -110,31 +90,58 @@ class GroupHead(nn.Module):
 
 
 class MaskBitGenerator(Backbone):
-    """The denoiser; see `maskbit_generator`. cond {"label": (B,)}; `classes` is the null label."""
+    """The denoiser of LFQBert's arguments; CheckpointError for what is not supported.
+
+    cond {"label": (B,)}, of which `classes` is the null label.
+    """
 
     no_split = ("Attention", "FeedForward")
 
-    def __init__(
-        self, described: Mapping[str, object], *, side: int, width: int, bits: int, groups: int,
-        depth: int, heads: int, inner: int, classes: int, before: bool,
-    ) -> None:  # fmt: skip
-        ids = 1 << bits // groups
+    def __init__(self, described: Mapping[str, object]) -> None:
+        fields = Fields(described)
+        codes = fields.whole("codebook_size", least=2, most=1 << MOST_BITS)
+        bits = codes.bit_length() - 1
+        groups = fields.whole("codebook_splits", most=MOST_BITS, default=1)
+        if codes != 1 << bits or bits % groups or 1 << bits // groups > MOST_IDS:
+            raise CheckpointError(
+                f"config.json: codebook_size={codes} in codebook_splits={groups}: expected a "
+                "power of two whose bits the groups divide"
+            )
+        width, heads = fields.whole("hidden_dim"), fields.whole("heads")
+        if width % heads:
+            raise CheckpointError(f"config.json: heads={heads} do not divide hidden_dim={width}")
+        stride = fields.whole("input_stride", default=16)
+        size = fields.whole("img_size", least=stride, most=MOST_SIDE * stride, default=256)
+        side, ids = size // stride, 1 << bits // groups
         super().__init__(described, vocab_size=ids, mask_id=ids, window=side**2 * groups)
-        self.latent_grid, self.codes_per_position, self.classes = (side, side), groups, classes
-        self.bits_per_token, self.before = bits // groups, before
-        self.class_emb = nn.Embedding(classes + 1, width)
-        self.input_proj = nn.Linear(bits, width)
-        self.pos_emb = drawn(1, side**2 + 1, width)
+        self.latent_grid, self.codes_per_position = (side, side), groups
+        self.bits_per_token = bits // groups
+        self._make(fields, width, heads)
+
+    def _make(self, fields: Fields, width: int, heads: int) -> None:
+        """The layers, in the order of the files."""
+        depth = fields.whole("depth", most=MOST_LAYERS)
+        inner = fields.whole("mlp_dim", most=8 * MOST_WIDTH)
+        self.classes = fields.whole("nclass", most=MOST_IDS, default=1000)
+        self.before = before = fields.flag("use_prenorm", default=False)
+        groups, positions = self.codes_per_position, self.latent_grid[0] ** 2
+        self.class_emb = nn.Embedding(self.classes + 1, width)
+        self.input_proj = nn.Linear(groups * self.bits_per_token, width)
+        self.pos_emb = drawn(1, positions + 1, width)
         self.first_layer = nn.Sequential(nn.LayerNorm(width, eps=EPSILON))
-        self.transformer = Transformer(width, depth, heads, inner, before=before)
+        pairs = (
+            (Attention(width, heads, before=before), FeedForward(width, inner, before=before))
+            for _ in range(depth)
+        )
+        self.transformer = nn.ModuleDict({"layers": nn.ModuleList(map(nn.ModuleList, pairs))})
         if before:
             self.norm_after_transformer = nn.LayerNorm(width, eps=EPSILON)
         self.last_layer = nn.Sequential(
             nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, eps=EPSILON)
         )
-        self.prediction_layer = GroupHead(width, groups, ids)
+        self.prediction_layer = GroupHead(width, groups, self.vocab_size)
         # The value of each bit: stored in the files, and the same in all of them.
-        values = 1 << torch.arange(bits // groups, dtype=torch.int32)
+        values = 1 << torch.arange(self.bits_per_token, dtype=torch.int32)
         self.register_buffer("bits_to_indices", values)
 
     @property
@@ -161,7 +168,9 @@ class MaskBitGenerator(Backbone):
         x = self.input_proj(self._signs(groups)) + self.pos_emb[0, positions]
         condition = self.class_emb(label)[:, None] + self.pos_emb[:, -1:]
         x = self.first_layer(torch.cat([x, condition], 1))
-        x = self.transformer(x, Context(mask=mask))
+        for layer in self.transformer["layers"].children():
+            attention, feed_forward = layer.children()
+            x = feed_forward(attention(x, Context(mask=mask)))
         if self.before:
             x = self.norm_after_transformer(x)
         return self._grouped(self.last_layer(x[:, :-1]))
@@ -187,26 +196,4 @@ def recognises(described: Mapping[str, object]) -> bool:
     return {"codebook_splits", "input_stride", "hidden_dim"} <= set(described)
 
 
-def maskbit_generator(described: Mapping[str, object]) -> MaskBitGenerator:
-    """The denoiser of LFQBert's arguments; CheckpointError for what is not supported."""
-    fields = Fields(described)
-    codes = fields.whole("codebook_size", least=2, most=1 << MOST_BITS)
-    bits = codes.bit_length() - 1
-    groups = fields.whole("codebook_splits", most=MOST_BITS, default=1)
-    if codes != 1 << bits or bits % groups or 1 << bits // groups > MOST_IDS:
-        raise CheckpointError(
-            f"config.json: codebook_size={codes} in codebook_splits={groups}: expected a power of "
-            "two whose bits the groups divide"
-        )
-    width, heads = fields.whole("hidden_dim"), fields.whole("heads")
-    if width % heads:
-        raise CheckpointError(f"config.json: heads={heads} do not divide hidden_dim={width}")
-    stride = fields.whole("input_stride", default=16)
-    side = fields.whole("img_size", least=stride, most=MOST_SIDE * stride, default=256) // stride
-    return MaskBitGenerator(
-        described, side=side, width=width, bits=bits, groups=groups,
-        depth=fields.whole("depth", most=MOST_LAYERS), heads=heads,
-        inner=fields.whole("mlp_dim", most=8 * MOST_WIDTH),
-        classes=fields.whole("nclass", most=MOST_IDS, default=1000),
-        before=fields.flag("use_prenorm", default=False),
-    )  # fmt: skip
+maskbit_generator = MaskBitGenerator

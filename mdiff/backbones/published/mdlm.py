@@ -1,13 +1,13 @@
 """MDLM (Sahoo et al. 2024): kuleshov-group/mdlm-owt and what has its layout."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mdiff.backbones.layers.adaln import Rotary, Sizes, Trunk
 from mdiff.backbones.layers.backbone import Layout, SequenceBackbone
-from mdiff.errors import ConfigError
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
 
 ARCHITECTURES = ("MDLM",)
@@ -21,19 +21,29 @@ class MDLM(SequenceBackbone):
     """MDLM's transformer. Without `time_conditioning` its noise level is 0 at all times.
 
     With it, the level is sigma(t) = -ln(1 - (1 - 0.001) t), the total noise of the log-linear
-    schedule that all of its published checkpoints were trained with.
+    schedule that all of its published checkpoints were trained with. The mask is the last id.
+    Source: kuleshov-group/mdlm, models/dit.py and noise_schedule.py.
     """
 
     no_split = ("AdaLNBlock",)
     head_name = "backbone.output_layer.linear"
+    # The window of a config that leaves it out.
+    default_window: ClassVar[int | None] = None
 
-    def __init__(
-        self, described: Mapping[str, object], sizes: Sizes, *, window: int, uses_time: bool
-    ) -> None:
+    def __init__(self, described: Mapping[str, object]) -> None:
+        fields = Fields(described)
+        sizes = Sizes(
+            vocab_size=fields.whole("vocab_size", least=2, most=MOST_IDS),
+            width=fields.whole("hidden_dim"),
+            layers=fields.whole("n_blocks", most=MOST_LAYERS),
+            heads=fields.whole("n_heads"),
+            condition_width=fields.whole("cond_dim", default=CONDITION_WIDTH),
+        )
+        window = fields.whole("model_length", most=MOST_IDS, default=self.default_window)
         super().__init__(
             described, vocab_size=sizes.vocab_size, mask_id=sizes.vocab_size - 1, window=window
         )
-        self.uses_time = uses_time
+        self.uses_time = fields.flag("time_conditioning", default=False)
         self.backbone = Trunk()
         self.backbone.build(sizes, Rotary(sizes.width // sizes.heads))
 
@@ -43,33 +53,9 @@ class MDLM(SequenceBackbone):
 
     def stream(self, tokens: Tensor, layout: Layout) -> Tensor:
         """What `head` reads (B, L, D); ConfigError where the time is used and `t` is missing."""
-        if not self.uses_time:
-            level = torch.zeros(1, device=tokens.device)
-        elif layout.t is None:
-            raise ConfigError("this model uses the time: call it with t=")
-        else:
-            level = self.level(layout.t)
+        none = torch.zeros(1, device=tokens.device)
+        level = self.level(self.time_of(layout)) if self.uses_time else none
         return self.backbone.run(tokens, layout, level=level)
 
 
-def sizes_of(fields: Fields) -> Sizes:
-    """The sizes by the names that MDLM and BD3LM give them."""
-    return Sizes(
-        vocab_size=fields.whole("vocab_size", least=2, most=MOST_IDS),
-        width=fields.whole("hidden_dim"),
-        layers=fields.whole("n_blocks", most=MOST_LAYERS),
-        heads=fields.whole("n_heads"),
-        condition_width=fields.whole("cond_dim", default=CONDITION_WIDTH),
-    )
-
-
-def mdlm(described: Mapping[str, object]) -> MDLM:
-    """The model of a config.json; its mask is the last id.
-
-    Source: kuleshov-group/mdlm, models/dit.py and noise_schedule.py.
-    """
-    fields = Fields(described)
-    return MDLM(
-        described, sizes_of(fields), window=fields.whole("model_length", most=MOST_IDS),
-        uses_time=fields.flag("time_conditioning", default=False),
-    )  # fmt: skip
+mdlm = MDLM

@@ -6,10 +6,9 @@ Its files come without a config.json: one is the arguments of lit-gpt's Config, 
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.attention import Context, Tables, attention, tables_of
+from mdiff.backbones.layers.attention import Context, Tables, attention, frequencies, tables_of
 from mdiff.backbones.layers.backbone import Layout, SequenceBackbone
 from mdiff.backbones.layers.modules import GatedMLP, RootNorm, unbiased
 from mdiff.errors import CheckpointError
@@ -57,25 +56,44 @@ class SMDMBlock(nn.Module):
 
 
 class SMDM(SequenceBackbone):
-    """SMDM's transformer: one row of the embedding more than there are logits, for the mask."""
+    """SMDM's transformer: one row of the embedding more than there are logits, for the mask.
+
+    Source: ML-GSAI/SMDM, lit_gpt/diffmodel.py, and the defaults of lit_gpt/config.py.
+    """
 
     no_split = ("SMDMBlock",)
 
-    def __init__(
-        self, described: Mapping[str, object], *, vocab_size: int, width: int, layers: int,
-        heads: int, groups: int, inner: int, epsilon: float, window: int, condensed: int,
-    ) -> None:  # fmt: skip
-        super().__init__(described, vocab_size=vocab_size, mask_id=vocab_size, window=window)
-        self.size, self.condensed = width // heads, condensed
-        self.lm_head = unbiased(width, vocab_size)
+    def __init__(self, described: Mapping[str, object]) -> None:
+        fields = Fields(described)
+        fields.choice("_norm_class", ("FusedRMSNorm", "RMSNorm"), default="LayerNorm")
+        fields.choice("_mlp_class", ("LLaMAMLP",), default="GptNeoxMLP")
+        fields.choice("bias", (False,), default=True)
+        fields.choice("parallel_residual", (False,), default=True)
+        fields.choice("shared_attention_norm", (False,), default=False)
+        fields.choice("rotary_percentage", (1.0,), default=0.25)
+        width, heads = fields.whole("n_embd"), fields.whole("n_head")
+        groups = fields.whole("n_query_groups", default=heads)
+        if width % heads or heads % groups or width // heads % 2:
+            raise CheckpointError(
+                f"{fields.origin}: n_embd={width}, n_head={heads}, n_query_groups={groups}: "
+                "expected each to divide the one before, in heads of an even width"
+            )
+        own = fields.whole("vocab_size", least=2, most=MOST_IDS, default=50254)
+        multiple = fields.whole("padding_multiple", default=512)
+        padded = -(-own // multiple) * multiple
+        ids = fields.whole("padded_vocab_size", least=2, most=MOST_IDS, default=padded)
+        layers, inner = fields.whole("n_layer", most=MOST_LAYERS), fields.whole("intermediate_size")
+        epsilon = fields.number("norm_eps", most=1.0, default=1e-5)
+        window = fields.whole("block_size", most=MOST_IDS, default=4096)
+        super().__init__(described, vocab_size=ids, mask_id=ids, window=window)
+        self.size, self.condensed = width // heads, fields.whole("condense_ratio", default=1)
+        self.lm_head = unbiased(width, ids)
         blocks = [SMDMBlock(width, heads, groups, inner, epsilon) for _ in range(layers)]
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(vocab_size + 1, width),
-                "h": nn.ModuleList(blocks),
-                "ln_f": RootNorm(width, epsilon, wide_weight=True),
-            }
-        )
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(ids + 1, width),
+            "h": nn.ModuleList(blocks),
+            "ln_f": RootNorm(width, epsilon, wide_weight=True),
+        })  # fmt: skip
 
     def stream(self, tokens: Tensor, layout: Layout) -> Tensor:
         """What `head` reads (B, L, D)."""
@@ -88,9 +106,8 @@ class SMDM(SequenceBackbone):
 
     def _tables(self, positions: Tensor) -> Tables:
         """The tables (..., D) float32, rounded to bfloat16 as it was trained with."""
-        powers = torch.arange(0, self.size, 2, device=positions.device) / self.size
-        angles = (positions / self.condensed)[..., None] * (1.0 / BASE**powers)
-        cos, sin = tables_of(angles)
+        frequency = frequencies(self.size, BASE, positions.device)
+        cos, sin = tables_of((positions / self.condensed)[..., None] * frequency)
         return cos.bfloat16().float(), sin.bfloat16().float()
 
 
@@ -99,35 +116,4 @@ def recognises(described: Mapping[str, object]) -> bool:
     return str(described.get("name")).startswith(NAMED) and all(k in described for k in KEYS)
 
 
-def smdm(described: Mapping[str, object]) -> SMDM:
-    """The model of lit-gpt's arguments; the mask id is the number of logit columns.
-
-    Source: ML-GSAI/SMDM, lit_gpt/diffmodel.py, and the defaults of lit_gpt/config.py.
-    """
-    fields = Fields(described)
-    fields.choice("_norm_class", ("FusedRMSNorm", "RMSNorm"), default="LayerNorm")
-    fields.choice("_mlp_class", ("LLaMAMLP",), default="GptNeoxMLP")
-    fields.choice("bias", (False,), default=True)
-    fields.choice("parallel_residual", (False,), default=True)
-    fields.choice("shared_attention_norm", (False,), default=False)
-    fields.choice("rotary_percentage", (1.0,), default=0.25)
-    width, heads = fields.whole("n_embd"), fields.whole("n_head")
-    groups = fields.whole("n_query_groups", default=heads)
-    if width % heads or heads % groups or width // heads % 2:
-        raise CheckpointError(
-            f"{fields.origin}: n_embd={width}, n_head={heads}, n_query_groups={groups}: expected "
-            "each to divide the one before, in heads of an even width"
-        )
-    own = fields.whole("vocab_size", least=2, most=MOST_IDS, default=50254)
-    multiple = fields.whole("padding_multiple", default=512)
-    return SMDM(
-        described,
-        vocab_size=fields.whole(
-            "padded_vocab_size", least=2, most=MOST_IDS, default=-(-own // multiple) * multiple
-        ),
-        width=width, layers=fields.whole("n_layer", most=MOST_LAYERS), heads=heads, groups=groups,
-        inner=fields.whole("intermediate_size"),
-        epsilon=fields.number("norm_eps", most=1.0, default=1e-5),
-        window=fields.whole("block_size", most=MOST_IDS, default=4096),
-        condensed=fields.whole("condense_ratio", default=1),
-    )  # fmt: skip
+smdm = SMDM

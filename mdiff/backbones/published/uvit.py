@@ -7,21 +7,12 @@ text encoder. Project huggingface/diffusers, `models/unets/uvit_2d.py`, 0.42 (20
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.backbone import Backbone, Call
-from mdiff.backbones.layers.modules import Matrix, RootNorm
-from mdiff.backbones.layers.uvit import (
-    ConditionEmbedding,
-    GridBlock,
-    NormOptions,
-    PointwiseConv,
-    TransformerLayer,
-    waves,
-)
+from mdiff.backbones.layers.uvit import GridBlock, Parts, TransformerLayer, chain, waves
 from mdiff.denoiser import MICRO, POOLED, STATES, Condition
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
@@ -30,42 +21,11 @@ CLASS_NAME = "UVit2DModel"
 MOST_SIDE = 4096
 
 
-class Embedding(nn.Module):
-    """Each token's vector, normalised and mapped to the width of the grid."""
-
-    def __init__(
-        self, ids: int, inner: int, width: int, *, bias: bool, **norm: Unpack[NormOptions]
-    ) -> None:
-        super().__init__()
-        self.embeddings = nn.Embedding(ids, inner)
-        self.layer_norm = RootNorm(inner, **norm)
-        self.conv = PointwiseConv(inner, width, bias=bias)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """The vectors (..., width) of tokens (...)."""
-        embedded: Tensor = self.conv(self.layer_norm(self.embeddings(tokens)))
-        return embedded
-
-
-class Head(nn.Module):
-    """From a position's vector to its logits; every part of it is a map of the position alone."""
-
-    def __init__(
-        self, width: int, inner: int, ids: int, *, bias: bool, **norm: Unpack[NormOptions]
-    ) -> None:
-        super().__init__()
-        self.conv1 = PointwiseConv(width, inner, bias=bias)
-        self.layer_norm = RootNorm(inner, **norm)
-        self.conv2 = PointwiseConv(inner, ids, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The logits (..., ids) of `x` (..., width)."""
-        logits: Tensor = self.conv2(self.layer_norm(self.conv1(x)))
-        return logits
-
-
 class UVit(Backbone):
-    """The denoiser of a config; see `uvit`.
+    """The denoiser of a config.json of the diffusers layout, `_class_name` UVit2DModel.
+
+    Its condition is that of `text_encoder`: the states of each token of a text, the one vector of
+    it, and the numbers on size and crop of the picture. CheckpointError for an invalid config.
 
     The canvas is a square grid row by row, and its mask is the id after the last code; in the
     table of embeddings that is the last row, which the rows of ids without a code come before.
@@ -112,35 +72,45 @@ class UVit(Backbone):
         for count, size in ((heads, width), (grid_heads, grid)):
             if size % count:
                 raise CheckpointError(f"config.json: {count} heads do not divide {size} channels")
-        bias = fields.flag("use_bias", default=False)
-        norm: NormOptions = {
-            "epsilon": fields.number("layer_norm_eps", most=1, default=1e-6),
-            "affine": fields.flag("ln_elementwise_affine", default=True),
-        }
-        self.encoder_proj = Matrix(self.states_size, width, bias=bias)
-        self.encoder_proj_layer_norm = RootNorm(width, **norm)
-        self.embed = Embedding(rows, inner, grid, bias=bias, **norm)
-        self.cond_embed = ConditionEmbedding(inputs, width, bias=bias)
+        parts = Parts(
+            bias=fields.flag("use_bias", default=False),
+            epsilon=fields.number("layer_norm_eps", most=1, default=1e-6),
+            affine=fields.flag("ln_elementwise_affine", default=True),
+        )
+        self.encoder_proj = parts.matrix(self.states_size, width)
+        self.encoder_proj_layer_norm = parts.norm(width)
+        # Each token's vector, normalised and mapped to the width of the grid.
+        self.embed = chain(
+            embeddings=nn.Embedding(rows, inner), layer_norm=parts.norm(inner),
+            conv=parts.pointwise(inner, grid),
+        )  # fmt: skip
+        self.cond_embed = chain(
+            linear_1=parts.matrix(inputs, width), silu=nn.SiLU(),
+            linear_2=parts.matrix(width, width),
+        )  # fmt: skip
         block = partial(
-            GridBlock, grid, depth=fields.whole("num_res_blocks", most=MOST_LAYERS),
-            heads=grid_heads, conditions=width, bias=bias, **norm,
+            GridBlock, grid, parts, depth=fields.whole("num_res_blocks", most=MOST_LAYERS),
+            heads=grid_heads, conditions=width,
         )  # fmt: skip
         self.down_block = block(halves=self.halved, doubles=False)
-        self.project_to_hidden_norm = RootNorm(grid, **norm)
-        self.project_to_hidden = Matrix(grid, width, bias=bias)
+        self.project_to_hidden_norm = parts.norm(grid)
+        self.project_to_hidden = parts.matrix(grid, width)
         gated = fields.whole("intermediate_size")
         self.transformer_layers = nn.ModuleList(
-            TransformerLayer(width, heads, gated, bias=bias, **norm)
+            TransformerLayer(width, heads, gated, parts)
             for _ in range(fields.whole("num_hidden_layers", most=MOST_LAYERS))
         )
-        self.project_from_hidden_norm = RootNorm(width, **norm)
-        self.project_from_hidden = Matrix(width, grid, bias=bias)
+        self.project_from_hidden_norm = parts.norm(width)
+        self.project_from_hidden = parts.matrix(width, grid)
         self.up_block = block(halves=False, doubles=self.halved)
-        self.mlm_layer = Head(grid, inner, self.vocab_size, bias=bias, **norm)
+        self.mlm_layer = chain(
+            conv1=parts.pointwise(grid, inner), layer_norm=parts.norm(inner),
+            conv2=parts.pointwise(inner, self.vocab_size),
+        )  # fmt: skip
 
     @property
-    def head(self) -> Head:
-        """From a position's vector to its logits."""
+    def head(self) -> nn.Module:
+        """From a position's vector to its logits; every part is a map of the position alone."""
         return self.mlm_layer
 
     def hidden(self, tokens: Tensor, call: Call) -> Tensor:
@@ -169,20 +139,16 @@ class UVit(Backbone):
     def _conditions(self, cond: Condition | None, batch: int) -> tuple[Tensor, Tensor]:
         """The sequence (B, S, D) that is attended to, and the vector (B, D) that scales."""
         given = cond or {}
-        sizes = {
-            STATES: (None, self.states_size), POOLED: (self.pooled_size,),
-            MICRO: (self.micro_count,),
+        sizes: dict[str, tuple[int | str, ...]] = {
+            STATES: (batch, "S", self.states_size), POOLED: (batch, self.pooled_size),
+            MICRO: (batch, self.micro_count),
         }  # fmt: skip
-        for name, expected in sizes.items():
-            got = tuple(given[name].shape) if name in given else None
-            wanted = (batch, *(n or "S" for n in expected))
-            if (
-                got is None
-                or len(got) != len(wanted)
-                or any(isinstance(n, int) and n != m for n, m in zip(wanted, got))
-            ):
+        for name, wanted in sizes.items():
+            got = tuple(given[name].shape) if name in given else ()
+            if len(got) != len(wanted) or any(n not in ("S", m) for n, m in zip(wanted, got)):
                 raise ConfigError(
-                    f"condition {name!r} {got}: expected ({', '.join(map(str, wanted))})"
+                    f"condition {name!r} {got if name in given else None}: expected "
+                    f"({', '.join(map(str, wanted))})"
                 )
         kind = self.encoder_proj.weight.dtype
         states = self.encoder_proj_layer_norm(self.encoder_proj(given[STATES].to(kind)))
@@ -195,12 +161,4 @@ def recognises(described: Mapping[str, object]) -> bool:
     return described.get("_class_name") == CLASS_NAME
 
 
-def uvit(described: Mapping[str, object]) -> UVit:
-    """The denoiser of a config.json of the diffusers layout, `_class_name` UVit2DModel.
-
-    Its condition is that of `text_encoder`: the states of each token of a text, the one vector of
-    it, and the numbers on size and crop of the picture.
-
-    Raises CheckpointError for a config that is invalid.
-    """
-    return UVit(described)
+uvit = UVit
