@@ -104,7 +104,9 @@ def convert(
         raise CheckpointError(f"--codec: expected the folder of a codec: {no_codec(codec)}")
     name, described = _described(source, config, family)
     content = _content(source, from_pickle=from_pickle)
-    tensors, dropped = weights_in(content, ema=ema, names=_parameters(name, described))
+    module = built(name, described) if name in published_backbones() else None
+    names = None if module is None else {each for each, _ in module.named_parameters()}
+    tensors, dropped = weights_in(content, ema=ema, names=names)
     with staged(out) as folder:
         (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         save_file(_apart(tensors), folder / WEIGHTS[0], metadata={"format": "pt"})
@@ -254,13 +256,6 @@ def _nodes(found: object, depth: int = NODE_DEPTH) -> Iterator[dict[str, object]
         yield found
         for value in found.values():
             yield from _nodes(value, depth - 1)
-
-
-def _parameters(family: str, config: Mapping[str, object]) -> set[str] | None:
-    """The names of a backbone's parameters; None for a codec."""
-    if family not in published_backbones():
-        return None
-    return {name for name, _ in built(family, config).named_parameters()}
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

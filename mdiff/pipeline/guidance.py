@@ -94,9 +94,7 @@ class GuidanceOptions:
             without={name: value.to(device) for name, value in null.items()},
             hide=None if null else GIVEN,
         )  # fmt: skip
-        if null:
-            return lambda canvas, valid: (denoiser, {})
-        return lambda canvas, valid: (denoiser, {GIVEN: canvas != space.mask_id})
+        return lambda canvas, valid: (denoiser, {} if null else {GIVEN: canvas != space.mask_id})
 
 
 def null_condition(modality: Modality, negative: Prompt | None = None) -> dict[str, Tensor]:
@@ -110,11 +108,8 @@ def null_condition(modality: Modality, negative: Prompt | None = None) -> dict[s
 
 def _start(model: Model, negative: Prompt, canvases: Sequence[Sequence[int]]) -> Tensor:
     """The tokens (N,) of a negative prompt, which fit in front of the hidden positions."""
-    if (
-        not negative
-        or isinstance(model.modality, HasParts)
-        or isinstance(model.denoiser, GridModel)
-    ):
+    has_grid = isinstance(model.modality, HasParts) or isinstance(model.denoiser, GridModel)
+    if not negative or has_grid:
         raise ConfigError(
             "negative_prompt: expected the beginning of a text; without it the prompt is hidden"
         )

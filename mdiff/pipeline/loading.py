@@ -87,8 +87,7 @@ def load(
         pipeline = load_directory(files, dtype=kind, device=main, mask_id=mask_id)
     else:
         pipeline = _foreign(files, kind, mask_id, target, tokenizer)
-    published = files.pipeline is None
-    never = never_generated(pipeline, special_tokens, published=published)
+    never = never_generated(pipeline, special_tokens, published=files.pipeline is None)
     pipeline = replace(pipeline, never_generated=never)
     denoiser: Any = pipeline.denoiser
     if block_length is not None and not isinstance(denoiser, BlockModel):

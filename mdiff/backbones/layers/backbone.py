@@ -3,7 +3,7 @@
 A backbone of another project has one file in backbones/published. Its module's parameters and
 buffers have the names of the published files, so that weights are read into them as they are and
 saved as they were. The file says which configs are its own by ARCHITECTURES or `recognises`, and
-its function of the file's name makes the module of a config.
+its class or function of the file's name makes the module of a config.
 """
 
 from __future__ import annotations

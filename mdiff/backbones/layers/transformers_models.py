@@ -233,7 +233,6 @@ def _nothing_given(
     tokens, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if tokens is None:
         return output
-    is_given = tokens != module.mask_token_id
-    is_given = is_given if mask is None else is_given & mask.bool()
+    is_given = (tokens != module.mask_token_id) & (True if mask is None else mask.bool())
     arguments |= {"input_ids": None, "inputs_embeds": torch.zeros_like(output)}
     return torch.where(is_given.any(1)[:, None, None], output, module.forward(**arguments))
