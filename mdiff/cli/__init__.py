@@ -35,6 +35,7 @@ def app() -> typer.Typer:
     from mdiff.cli.inspect import inspect
     from mdiff.cli.options import RENAMING
     from mdiff.cli.rules import Command
+    from mdiff.cli.sweep import sweep
     from mdiff.cli.tokenizer import tokenizer
     from mdiff.cli.train import train
 
@@ -52,6 +53,7 @@ def app() -> typer.Typer:
     for name, command in (
         ("eval", evaluate),
         ("train", train),
+        ("sweep", sweep),
         ("inspect", inspect),
         ("convert", convert),
         ("doctor", doctor),

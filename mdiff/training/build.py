@@ -19,6 +19,7 @@ from mdiff.find import find
 from mdiff.kernels import philox
 from mdiff.modalities import Conditional, HasLayout, HasParts, Modality
 from mdiff.objective import GivenParts, refuse_blocks
+from mdiff.process_state import kept_generators
 from mdiff.schedule import Schedule, named_schedule
 from mdiff.tokens import Examples, TokenSpace
 from mdiff.training.batches import StepRows
@@ -76,6 +77,48 @@ def build_run(recipe: Recipe, accelerator: Accelerator, source: Path | None = No
     return Run(
         recipe, accelerator, modality, examples, modality.space, backbone, plain, averaged,
         rows, Stepper(accelerator, prepared, rows, stepped, averaged, recipe),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    """The parameters of a recipe's model, how many of them are embeddings, and tokens a step.
+
+    Embeddings are the weights of `nn.Embedding`s (of tokens, positions and labels) and what is
+    tied to them. Tokens are positions of rows, padding included. `data` and `unit` are those of
+    the examples.
+    """
+
+    parameters: int
+    embeddings: int
+    tokens: int
+    data: str
+    unit: str
+
+
+def medium_of(recipe: Recipe) -> tuple[Modality, Examples]:
+    """The modality of a recipe and its rows to train on; raises as `train` does."""
+    modality = _modality(recipe.modality, None)
+    options = recipe.data.options
+    return modality, modality.examples(options, length=recipe.data.length, split="train")
+
+
+@kept_generators()
+def size_of(recipe: Recipe, modality: Modality, examples: Examples) -> Size:
+    """The size of a recipe's model, which is built for it; raises as `train` does."""
+    noise = recipe.objective.schedule
+    schedule = named_schedule(noise.name, **noise.options)
+    module = _loss(recipe, modality, examples, schedule)
+    embeddings = {
+        id(weight)
+        for layer in module.modules()
+        if isinstance(layer, nn.Embedding)
+        for weight in layer.parameters()
+    }
+    counts = {id(weight): weight.numel() for weight in module.parameters()}
+    return Size(
+        sum(counts.values()), sum(counts[each] for each in embeddings),
+        recipe.train.batch_size * examples.length, examples.fingerprint, examples.unit,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import gc
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -34,7 +34,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @kept_generators()
 def train(
     recipe: Recipe, out: Path | str, *, resume: str = "auto",
-    report: Callable[[str], None] = to_stderr,
+    report: Callable[[str], None] = to_stderr, stops: Sequence[signal.Signals] = STOPS,
 ) -> Path:  # fmt: skip
     """Train as the recipe says; returns the last checkpoint, `out`/step-NNNNNN.
 
@@ -45,13 +45,13 @@ def train(
     numpy and Python are left as they were.
 
     Raises ConfigError, DataError or CheckpointError for what does not fit, before anything is
-    written; DataError at a step whose loss is not finite; KeyboardInterrupt after SIGINT,
-    SIGTERM or SIGHUP, once the checkpoint is complete.
+    written; DataError at a step whose loss is not finite; KeyboardInterrupt after one of the
+    signals `stops` (SIGINT, SIGTERM and SIGHUP), once the checkpoint is complete.
     """
     out = Path(out)
     tracker_classes(recipe.log)
     accelerator = started()
-    path, interrupted = _train(recipe, out, accelerator, resume=resume, report=report)
+    path, interrupted = _train(recipe, out, accelerator, resume=resume, report=report, stops=stops)
     # Gloo's threads abort a process that ends while anything still refers to its group.
     accelerator.free_memory()
     gc.collect()
@@ -63,7 +63,7 @@ def train(
 
 def _train(
     recipe: Recipe, out: Path, accelerator: Accelerator, *, resume: str,
-    report: Callable[[str], None],
+    report: Callable[[str], None], stops: Sequence[signal.Signals],
 ) -> tuple[Path, bool]:  # fmt: skip
     """The last checkpoint, and whether the run was interrupted before its last step."""
     if not accelerator.is_main_process:
@@ -87,7 +87,7 @@ def _train(
             stack.callback(journal.close)
         # Its exit comes before the lock's release: no other run writes while this one still does.
         writer = stack.enter_context(Writer())
-        interrupted = stack.enter_context(_signals())
+        interrupted = stack.enter_context(_signals(stops))
         return _loop(run, out, start=start, journal=journal, writer=writer, interrupted=interrupted)
 
 
@@ -150,8 +150,8 @@ def _claim(stack: ExitStack, out: Path) -> None:
 
 
 @contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Whether one of STOPS has asked for a stop; a second SIGINT stops at once."""
+def _signals(stops: Sequence[signal.Signals]) -> Iterator[Callable[[], bool]]:
+    """Whether one of `stops` has asked for a stop; a second SIGINT stops at once."""
     asked: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -161,7 +161,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
     # Python delivers signals to the main thread and lets no other one set a handler.
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in STOPS if main}
+    before = {number: signal.getsignal(number) for number in stops if main}
     for number, handler in list(before.items()):
         # nohup has SIGHUP ignored; a handler that Python did not set could not be put back.
         if handler is None or (number, handler) == (signal.SIGHUP, signal.SIG_IGN):

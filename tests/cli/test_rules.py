@@ -25,6 +25,7 @@ QUICK = ["--sampler", "halton", "--steps", "1"]
 ALWAYS = {
     "demo": "model pictures seed", "inspect": "model as_json",
     "train": "recipe out overrides resume",
+    "sweep": "recipe grid out overrides seeds fit workers timeout engine address shard as_json",
     "convert": "source out family config ema codec as_json",
     "generate": "model prompt input_file num_samples sampler steps temperature threshold "
     "block_length order option guidance_scale end seed batch_size device dtype mask_id "
@@ -119,6 +120,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["tokenizer", "inspect", "byte", "--size", "8x8"], "--size"),
         (["convert", "x.safetensors", "out", "--from-pickle"], "--from-pickle is for pickles"),
         (["demo", "--out", "x.png"], "ends in .html"),
+        (["sweep", "x.yaml", "--out", "x", "--grid", "optim.lr=1", "--samples", "3"],
+         "--samples needs an option of sampling"),
     ],
 )  # fmt: skip
 def test_an_option_without_an_effect_is_refused_and_says_what_to_do(

@@ -24,8 +24,7 @@ FLOORS: list[set[str]] = [
     {"samplers"},
     {"pipeline"},
     {"training", "evaluation"},
-    # Of the server to come.
-    set(),
+    {"sweeps"},
     {"cli"},
 ]
 # Entries of a folder beside its __init__.py; rooms whose files are parts or commands hold more.

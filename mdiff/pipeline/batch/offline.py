@@ -259,7 +259,7 @@ def generate_offline(
     with locked(out, division.share.lock):
         if division.share.count == 1:
             sweep(out)
-        agree(plan, out)
+        agree(plan.record, out, lines=plan.lines)
         make_all(shards, partial(make_batch, pipeline, setting), maker, division, report=report)
         if not all(shard.is_complete() for shard in shards):
             report(f"other shards of {out} are not complete yet: their processes go on")

@@ -221,10 +221,11 @@ def failure_of(request: Request, error: BaseException) -> Failure:
     return Failure(request.line, request.id, named)
 
 
-def agree(plan: Plan, out: Path) -> None:
-    """Check that the folder `out` has this plan; one without a plan gets it.
+def agree(record: Mapping[str, object], out: Path, *, lines: bytes | None = None) -> None:
+    """Check that the folder `out` has the plan `record`; one without a plan gets it.
 
-    Raises ConfigError, with the difference, where it has another or holds other things.
+    `lines` are the digests of a file of requests. Raises ConfigError, with the difference, where
+    it has another or holds other things.
     """
     folder = out / PLAN
     others = [path.name for path in out.iterdir() if not path.name.startswith(".")]
@@ -233,8 +234,9 @@ def agree(plan: Plan, out: Path) -> None:
             raise ConfigError(f"{out} holds {min(others)} and no plan: name a new folder")
         try:
             with staged(folder) as new:
-                write_json(new / PLAN_FILE, plan.record)
-                (new / LINES_FILE).write_bytes(plan.lines)
+                write_json(new / PLAN_FILE, record)
+                if lines is not None:
+                    (new / LINES_FILE).write_bytes(lines)
             return
         except (CheckpointError, OSError):
             # The process of another share may have written its plan meanwhile.
@@ -242,15 +244,17 @@ def agree(plan: Plan, out: Path) -> None:
                 raise
     verify(folder)
     known = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
-    if known == plan.record:
+    if known == record:
         return
     changed = [
         f"{name} was {json.dumps(was)}, now {json.dumps(now)}"
-        for name, was, now in _differences(known, plan.record)
+        for name, was, now in _differences(known, record)
         if not name.startswith("requests.")
     ]
-    if known.get("requests") != plan.record["requests"]:
-        changed.insert(0, _other_line((folder / LINES_FILE).read_bytes(), plan.lines))
+    if lines is not None and known.get("requests") != record["requests"]:
+        known_lines = folder / LINES_FILE
+        was_lines = known_lines.read_bytes() if known_lines.exists() else b""
+        changed.insert(0, _other_line(was_lines, lines))
     raise ConfigError(
         f"{out} was begun with another plan: {'; '.join(changed)}; give the same, or another --out"
     )
