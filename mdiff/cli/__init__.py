@@ -25,6 +25,7 @@ UsageError: type = typer.BadParameter.__mro__[1]
 
 def app() -> typer.Typer:
     """The command line with every command; heavy modules are imported when one runs."""
+    from mdiff.cli import tokenizer
     from mdiff.cli.bench import bench
     from mdiff.cli.convert import convert
     from mdiff.cli.demo import demo
@@ -33,10 +34,8 @@ def app() -> typer.Typer:
     from mdiff.cli.generate import generate
     from mdiff.cli.images.edit import edit
     from mdiff.cli.inspect import inspect
-    from mdiff.cli.options import RENAMING
-    from mdiff.cli.rules import Command
+    from mdiff.cli.options import add_command
     from mdiff.cli.sweep import sweep
-    from mdiff.cli.tokenizer import tokenizer
     from mdiff.cli.train import train
 
     line = typer.Typer(
@@ -47,20 +46,14 @@ def app() -> typer.Typer:
         pretty_exceptions_enable=False,
         no_args_is_help=False,
     )
-    line.command("demo", cls=Command)(demo)
-    line.command("generate", cls=Command, context_settings=RENAMING)(generate)
-    line.command("edit", cls=Command, context_settings=RENAMING)(edit)
-    for name, command in (
-        ("eval", evaluate),
-        ("train", train),
-        ("sweep", sweep),
-        ("inspect", inspect),
-        ("convert", convert),
-        ("doctor", doctor),
-        ("bench", bench),
-    ):
-        line.command(name, cls=Command)(command)
-    line.add_typer(tokenizer, name="tokenizer")
+    for command in (
+        demo, generate, edit, evaluate, train, sweep, inspect, convert, doctor, bench,
+    ):  # fmt: skip
+        add_command(line, "eval" if command is evaluate else command.__name__, command)
+    own = typer.Typer(help="Train, encode, decode and inspect tokenizers.", rich_markup_mode=None)
+    for each in (tokenizer.train, tokenizer.encode, tokenizer.decode, tokenizer.inspect):
+        add_command(own, each.__name__, each)
+    line.add_typer(own, name="tokenizer")
     line.callback()(_top)
     return line
 

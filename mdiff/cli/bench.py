@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdiff.cli.options import OneObject
 from mdiff.cli.views.console import message, result, result_json, writable
 from mdiff.cli.views.streams import unread
 from mdiff.errors import ConfigError, nearest
@@ -23,17 +24,11 @@ WIDTH, LINE = 86, 100
 
 
 def bench(
-    only: Annotated[
-        str | None, typer.Option(help=f"Of {','.join(NAMES)}; several with commas.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Under 20 s, on cases too small for the targets.")
-    ] = False,
-    full: Annotated[
-        bool, typer.Option("--full", help="Every step of the generations: half an hour.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-    out: Annotated[Path | None, typer.Option(help="A JSON file to write as well.")] = None,
+    only: Annotated[str | None, f"Of {','.join(NAMES)}; several with commas."] = None,
+    quick: Annotated[bool, "Under 20 s, on cases too small for the targets."] = False,
+    full: Annotated[bool, "Every step of the generations: half an hour."] = False,
+    as_json: OneObject = False,
+    out: Annotated[Path | None, "A JSON file to write as well."] = None,
 ) -> None:
     """Time the hot loops against public samplers and losses, on one thread."""
     sections = chosen(only)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mdiff.cli.options import OneObject
 from mdiff.cli.views.console import message, result, result_json
 
 # So many names of what was left out are shown; the rest are counted.
@@ -14,20 +15,12 @@ SHOWN = 8
 def convert(
     source: Annotated[Path, typer.Argument(help="A .pth, .ckpt or .safetensors file.")],
     out: Annotated[Path, typer.Argument(help="A new folder.")],
-    from_pickle: Annotated[
-        bool, typer.Option("--from-pickle", help="Open a pickle, in torch's restricted reader.")
-    ] = False,
-    family: Annotated[
-        str | None, typer.Option(help="Backbone or codec, where the config does not say.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="JSON or YAML of its sizes; one beside it if not given.")
-    ] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights.")] = False,
-    codec: Annotated[
-        Path | None, typer.Option(help="A codec's folder, to lie beside a generator.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    from_pickle: Annotated[bool, "Open a pickle, in torch's restricted reader."] = False,
+    family: Annotated[str | None, "Backbone or codec, where the config does not say."] = None,
+    config: Annotated[Path | None, "JSON or YAML of its sizes; one beside it if not given."] = None,
+    ema: Annotated[bool, "Take the averaged weights."] = False,
+    codec: Annotated[Path | None, "A codec's folder, to lie beside a generator."] = None,
+    as_json: OneObject = False,
 ) -> None:
     """Write config.json and model.safetensors of a published file; print the folder."""
     from mdiff.pipeline import convert as converted

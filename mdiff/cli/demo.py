@@ -37,10 +37,10 @@ SCALE = 3
 
 
 def demo(
-    seed: Annotated[int, typer.Option(help="Same seed, same text and pictures.")] = 0,
-    out: Annotated[Path, typer.Option(help="The page to write; the grid is beside it.")] = PAGE,
-    model: Annotated[str, typer.Option(help="Another model of text.")] = MODEL,
-    pictures: Annotated[str, typer.Option(help="Another model of pictures.")] = PICTURES,
+    seed: Annotated[int, "Same seed, same text and pictures."] = 0,
+    out: Annotated[Path, "The page to write; the grid is beside it."] = PAGE,
+    model: Annotated[str, "Another model of text."] = MODEL,
+    pictures: Annotated[str, "Another model of pictures."] = PICTURES,
 ) -> None:
     """Generate text and pictures, and fill in one of each; write a page that replays it."""
     from mdiff.cli.views.trace import page

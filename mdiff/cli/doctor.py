@@ -5,10 +5,11 @@ import platform
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from mdiff.cli.options import OneObject
 from mdiff.cli.threads import usable_cpus
 from mdiff.cli.views.console import result, result_json
 
@@ -19,9 +20,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
+def doctor(as_json: OneObject = False) -> None:
     """Show versions, device and backends, and test the samplers against an exact law."""
     from mdiff.errors import BackendError
     from mdiff.evaluation import check_samplers

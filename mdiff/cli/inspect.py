@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mdiff.cli.options import Model
+from mdiff.cli.options import Model, OneObject
 from mdiff.cli.tokenizer import inspect as inspect_codec
 from mdiff.cli.views.console import result, result_json
 from mdiff.errors import ConfigError, MdiffError
@@ -24,13 +24,10 @@ if TYPE_CHECKING:
     from mdiff.pipeline import TensorReport
 
 
-def inspect(
-    model: Model,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
+def inspect(context: typer.Context, model: Model, as_json: OneObject = False) -> None:
     """Show a model's kind, sizes, types, mask id and tensors; or a codec, by its folder."""
     if is_codec(model):
-        inspect_codec(model, data=None, size=None, resize=False, as_json=as_json)
+        inspect_codec(context, model, as_json=as_json)
         return
     from mdiff.files import at_home, locate
     from mdiff.pipeline import is_foreign, loose, report

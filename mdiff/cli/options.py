@@ -1,14 +1,17 @@
-"""Options that several commands share, and how their values become arguments of the library."""
+"""Options that several commands share, and how a function becomes a command of its parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from mdiff.cli.rules import OF_A_CALL
+from mdiff.cli.rules import OF_A_CALL, Command, flag
 from mdiff.cli.threads import fit_threads
 from mdiff.cli.views.console import message
 from mdiff.errors import ConfigError, DataError, nearest
@@ -31,112 +34,153 @@ def current_flag(name: str) -> str:
     return RENAMED.get(name, name)
 
 
-# For the commands with such a flag.
-RENAMING = {"token_normalize_func": current_flag}
+def add_command(line: typer.Typer, name: str, function: Callable[..., None]) -> None:
+    """Add a function as a command, with its parameters as arguments and options.
 
-# The flags that say who makes the shards of a job.
-DIVISION = ("workers", "timeout", "engine", "address", "shard")
+    `Annotated[type, help, further names]` is an option, and a dataclass stands for its fields.
+    """
+    parameters, groups = [], {}
+    for parameter, (kind, default) in _parameters(function).items():
+        if isinstance(kind, type) and is_dataclass(kind):
+            own = _parameters(kind)
+            groups[parameter] = kind, list(own)
+            parameters += [_for_typer(each, *own[each]) for each in own]
+        else:
+            parameters.append(_for_typer(parameter, kind, default))
+
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        for group, (kind, names) in groups.items():
+            given[group] = kind(**{each: given.pop(each) for each in names})
+        function(**given)
+
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    vars(command)["__signature__"] = inspect.Signature(parameters)
+    renamed = {flag(each.name)[2:] for each in parameters} & set(RENAMED.values())
+    settings = {"token_normalize_func": current_flag} if renamed else {}
+    line.command(name, cls=Command, context_settings=settings)(command)
+
+
+def _parameters(of: Callable[..., object]) -> dict[str, tuple[Any, object]]:
+    """The type and the default of each parameter of a function, or field of a dataclass."""
+    hints = get_type_hints(of, include_extras=True)
+    found = inspect.signature(of).parameters.values()
+    return {each.name: (hints[each.name], each.default) for each in found}
+
+
+def _for_typer(name: str, kind: Any, default: object) -> inspect.Parameter:
+    first, *words = get_args(kind) or (None,)
+    if words and isinstance(words[0], str):
+        kind = Annotated[first, typer.Option(flag(name), *words[1:], help=words[0])]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+
 
 Model = Annotated[str, typer.Argument(help="builtin:NAME, a directory or a Hub id.")]
-SamplerName = Annotated[str, typer.Option("--sampler", help="A name from samplers/.")]
-OwnSampler = Annotated[
-    str | None,
-    typer.Option("--sampler", help="A name from samplers/; default: the model's, first_hitting."),
-]
-NumSamples = Annotated[
-    int, typer.Option("--num-samples", "--n", help="Samples for each prompt or picture.")
-]
-Steps = Annotated[int | None, typer.Option(help="Steps of the sampler, one model call each.")]
-Temperature = Annotated[float | None, typer.Option(help="Of the draw; 0 takes the likeliest.")]
-TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")]
-TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest of this total mass.")]
-MinP = Annotated[
-    float | None, typer.Option(help="Draw from those at least this share of the likeliest.")
-]
-Threshold = Annotated[
-    float | None, typer.Option(help="Of confidence: tokens at least this likely are all revealed.")
-]
-Pairs = Annotated[
-    list[str] | None, typer.Option("--option", "-o", help="Any option of the sampler, k=v.")
-]
-GuidanceScale = Annotated[
-    float | None, typer.Option(help="Scale of classifier-free guidance; 1 is none.")
-]
-NegativePrompt = Annotated[
-    str | None,
-    typer.Option(help="Replaces the prompt or condition in guidance's unconditional branch."),
-]
-GuidanceSchedule = Annotated[
-    str | None, typer.Option(help="constant, linear or cosine: how the scale grows.")
-]
-GuidanceInterval = Annotated[
-    str | None, typer.Option(help="LO,HI: guide only while this share of tokens is hidden.")
-]
-Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
-BatchSize = Annotated[int, typer.Option(help="Samples that go through the model together.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...")]
-MaskId = Annotated[int | None, typer.Option(help="The mask's id, where no file names it.")]
-TokenizerName = Annotated[
-    str | None,
-    typer.Option("--tokenizer", help="A path or Hub id, for a checkpoint without a tokenizer."),
-]
-SpecialTokens = Annotated[
-    str,
-    typer.Option(help="Of the tokenizer: none, drawn (generated), typed (in prompts), or all."),
-]
-Timeout = Annotated[
-    float | None,
-    typer.Option(help="Seconds of silence after which a worker is killed; default: never."),
-]
-EngineName = Annotated[
-    str | None, typer.Option("--engine", help="local: processes here (default); ray: a cluster.")
-]
-Address = Annotated[
-    str | None,
-    typer.Option(help="Of a Ray cluster: HOST:PORT or auto; else RAY_ADDRESS, or one made here."),
-]
-ShardName = Annotated[
-    str | None,
-    typer.Option("--shard", help="K/N: make the K-th of N parts alone, as a job of an array."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a sample.")]
-Trace = Annotated[
-    Path | None,
-    typer.Option(help="An HTML page that replays the reveals; of pictures also a .gif."),
-]
+NumSamples = Annotated[int, "Samples for each prompt or picture.", "--n"]
+Trace = Annotated[Path | None, "An HTML page that replays the reveals; of pictures also a .gif."]
 Out = Annotated[
-    Path | None,
-    typer.Option(help="Pictures: one grid.png, or a folder of PNGs. Text of --input: a folder."),
+    Path | None, "Pictures: one grid.png, or a folder of PNGs. Text of --input: a folder."
 ]
 ScaleUp = Annotated[
-    int | None,
-    typer.Option(help="Side in screen pixels of each pixel; default: as fits a grid, 1 of one."),
+    int | None, "Side in screen pixels of each pixel; default: as fits a grid, 1 of one."
 ]
-
-Resize = Annotated[bool, typer.Option("--resize", help="Crop and scale pictures of another size.")]
-
-
-def loaded(
-    model: str, device: str | None, dtype: str | None, mask_id: int | None,
-    tokenizer: str | None, special_tokens: str,
-) -> Pipeline:  # fmt: skip
-    """The model that the flags name, with as many threads as it pays for."""
-    from mdiff.pipeline import load
-
-    pipeline = load(
-        model, device=device, dtype=dtype, mask_id=mask_id, tokenizer=tokenizer,
-        special_tokens=special_tokens,
-    )  # fmt: skip
-    fit_threads(pipeline.denoiser)
-    return pipeline
+Resize = Annotated[bool, "Crop and scale pictures of another size."]
+Steps = Annotated[int | None, "Steps of the sampler, one model call each."]
+Temperature = Annotated[float | None, "Of the draw; 0 takes the likeliest."]
+Pairs = Annotated[list[str] | None, "Any option of the sampler, k=v.", "-o"]
+GuidanceScale = Annotated[float | None, "Scale of classifier-free guidance; 1 is none."]
+Seed = Annotated[int, "Same seed, same result."]
+OneObject = Annotated[bool, "One JSON object."]
+AsJson = Annotated[bool, "One JSON object a sample."]
 
 
-def refuse(flags: Mapping[str, object], why: str, *names: str) -> None:
-    """Raise ConfigError for the first of these flags that was given."""
-    for name in names:
-        if flags[name] is not None and flags[name] is not False:
-            raise ConfigError(f"--{name.replace('_', '-')} {why}")
+@dataclass(frozen=True)
+class Drawing:
+    """How samples are drawn."""
+
+    sampler: Annotated[
+        str | None, "A name from samplers/; default: the model's, first_hitting."
+    ] = None
+    steps: Steps = None
+    temperature: Temperature = None
+    top_k: Annotated[int | None, "Draw from the k likeliest tokens."] = None
+    top_p: Annotated[float | None, "Draw from the likeliest of this total mass."] = None
+    min_p: Annotated[float | None, "Draw from those at least this share of the likeliest."] = None
+    option: Pairs = None
+    guidance_scale: GuidanceScale = None
+    negative_prompt: Annotated[
+        str | None, "Replaces the prompt or condition in guidance's unconditional branch."
+    ] = None
+    guidance_schedule: Annotated[str | None, "constant, linear or cosine: how the scale grows."] = (
+        None
+    )
+    guidance_interval: Annotated[
+        str | None, "LO,HI: guide only while this share of tokens is hidden."
+    ] = None
+    seed: Seed = 0
+    batch_size: Annotated[int, "Samples that go through the model together."] = 32
+
+    def options(self) -> CallOptions:
+        """The options of a call; ConfigError for one that is given twice or is none."""
+        rest = dict(vars(self))
+        guidance = (rest.pop(f"guidance_{each}") for each in ("scale", "schedule", "interval"))
+        call: Any = {name: rest.pop(name) for name in ("sampler", "seed", "batch_size")}
+        options = sampling_options(rest.pop("option"), **rest)
+        options |= guidance_options(*guidance)
+        options |= call
+        return options
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a model runs, and in which type."""
+
+    device: Annotated[str | None, "auto, cpu, cuda, ..."] = None
+    dtype: Annotated[str | None, "float32, bfloat16, ..."] = None
+
+    def load(self, model: str, **changed: Any) -> Pipeline:
+        """The model of this name, with as many threads as it pays for."""
+        from mdiff.pipeline import load
+
+        pipeline = load(model, **{**vars(self), **changed})
+        fit_threads(pipeline.denoiser)
+        return pipeline
+
+
+@dataclass(frozen=True)
+class Loading(Device):
+    """How a model is loaded, with what its files do not say."""
+
+    mask_id: Annotated[int | None, "The mask's id, where no file names it."] = None
+    tokenizer: Annotated[str | None, "A path or Hub id, for a checkpoint without a tokenizer."] = (
+        None
+    )
+    special_tokens: Annotated[
+        str, "Of the tokenizer: none, drawn (generated), typed (in prompts), or all."
+    ] = "none"
+
+
+@dataclass(frozen=True)
+class Dividing:
+    """Who makes the shards of a job, beside the number of workers."""
+
+    timeout: Annotated[
+        float | None, "Seconds of silence after which a worker is killed; default: never."
+    ] = None
+    engine: Annotated[str | None, "local: processes here (default); ray: a cluster."] = None
+    address: Annotated[
+        str | None, "Of a Ray cluster: HOST:PORT or auto; else RAY_ADDRESS, or one made here."
+    ] = None
+    shard: Annotated[str | None, "K/N: make the K-th of N parts alone, as a job of an array."] = (
+        None
+    )
+
+    def division(self, workers: int | None) -> Division:
+        """With so many workers; ConfigError for invalid flags."""
+        from mdiff.pipeline.batch import Division, Share
+
+        engine = self.engine or "local"
+        return Division(workers, self.timeout, engine, self.address, Share.of(self.shard))
 
 
 def input_rows(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, dict[str, object]]]:
@@ -186,11 +230,6 @@ def sampling_options(pairs: list[str] | None, **flags: object) -> CallOptions:
     return options
 
 
-def call_options(sampler: str | None, seed: int, batch_size: int) -> CallOptions:
-    """The options of a call that every command has."""
-    return {"sampler": sampler, "seed": seed, "batch_size": batch_size}
-
-
 def check_sampler(options: CallOptions) -> None:
     """Raise ConfigError for an unknown sampler or for an option that it does not take."""
     from mdiff.sampling import bind
@@ -229,13 +268,3 @@ def guidance_options(
 def title_of(model: str, sampler: str | None) -> str:
     """The title of a page: the model, and the sampler where one was named."""
     return model if sampler is None else f"{model} · {sampler}"
-
-
-def division(
-    workers: int | None, timeout: float | None, engine: str | None, address: str | None,
-    shard: str | None,
-) -> Division:  # fmt: skip
-    """Who makes the shards of a job, by its flags; ConfigError for invalid ones."""
-    from mdiff.pipeline.batch import Division, Share
-
-    return Division(workers, timeout, engine or "local", address, Share.of(shard))

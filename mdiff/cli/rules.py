@@ -14,8 +14,9 @@ from typing import Any
 import typer
 
 from mdiff.errors import ConfigError
+from mdiff.find import names
 
-PICTURES, IDS = "pictures", "ids"
+PICTURES, TEXT = "pictures", "text"
 # The names by which flags go that are not those of their parameters.
 FLAGS = {"input_file": "input", "as_json": "json", "overrides": "set"}
 # Options of a call, which no sampler has: -o would not set them.
@@ -166,6 +167,13 @@ RULES = (
          "needs an option of sampling in the grid, such as --grid sample.temperature=0.7,1"),
     Rule("tokenizer-train", "vocab_size", lambda a: a.is_("kind", "char"),
          "is for --kind bpe: char has the characters that occur"),
+    Rule("tokenizer-train", "vocab_size eos field", lambda a: a.pictures,
+         "is for --kind char, bpe, not for {model}"),
+    Rule("tokenizer-train", "size resize captions channels codebook_size stride steps option seed",
+         lambda a: a.other, "is for --kind {codecs}, not for {model}"),
+    Rule("tokenizer-encode tokenizer-decode tokenizer-inspect",
+         "out size captions rows resize n workers timeout engine address shard",
+         lambda a: a.other, "is for pictures, {model} is a tokenizer of text"),
     Rule("tokenizer-inspect", "size resize", lambda a: not a.has("data"), "needs --data"),
     Rule("convert", "from_pickle", lambda a: a.suffix("source") == ".safetensors",
          "is for pickles; {source} is none"),
@@ -222,7 +230,7 @@ def refuse(asked: Asked, model: str = "", medium: str = "") -> None:
             if rule.when(asked):
                 why = rule.why.format(
                     model=model, medium=medium, name=name, value=asked.given[name],
-                    source=asked.given.get("source"),
+                    source=asked.given.get("source"), codecs=", ".join(names("codecs")),
                 )  # fmt: skip
                 raise ConfigError(f"{flag(name)} {why}")
 

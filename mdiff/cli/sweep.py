@@ -14,33 +14,25 @@ FITS = ("scaling",)
 
 def sweep(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, such as configs/text/sweep.yaml.")],
+    *,
     grid: Annotated[
         list[str],
-        typer.Option(
-            help="Values of a key, as in model.width=64,128; sample.KEY is an option of sampling "
-            "from the trained models. May be repeated."
-        ),
+        "Values of a key, as in model.width=64,128; sample.KEY is an option of sampling "
+        "from the trained models. May be repeated.",
     ],
-    out: Annotated[Path, typer.Option(help="The directory of the sweep.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Replace a value of the recipe.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each combination, from train.seed on.")] = 1,
-    fit: Annotated[str | None, typer.Option(help="scaling: fit L = E + A / N^a + B / D^b.")] = None,
-    samples: Annotated[int, typer.Option(help="Samples for each setting of sample.KEY.")] = 32,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes that train, of one thread each.")
-    ] = None,
-    timeout: ask.Timeout = None,
-    engine: ask.EngineName = None,
-    address: ask.Address = None,
-    shard: ask.ShardName = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what sweep.json holds.")] = False,
+    out: Annotated[Path, "The directory of the sweep."],
+    overrides: Annotated[list[str] | None, "Replace a value of the recipe."] = None,
+    seeds: Annotated[int, "Runs of each combination, from train.seed on."] = 1,
+    fit: Annotated[str | None, "scaling: fit L = E + A / N^a + B / D^b."] = None,
+    samples: Annotated[int, "Samples for each setting of sample.KEY."] = 32,
+    workers: Annotated[int | None, "Processes that train, of one thread each."] = None,
+    dividing: ask.Dividing,
+    as_json: Annotated[bool, "Print what sweep.json holds."] = False,
 ) -> None:
     """Train what is missing of a grid; print bounds with standard errors."""
     if fit is not None and fit not in FITS:
         raise ConfigError(f"--fit {fit!r}; {nearest(fit, FITS)}")
-    division = ask.division(workers, timeout, engine, address, shard)
+    division = dividing.division(workers)
 
     from mdiff.sweeps import planned, run_sweep, table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mdiff.cli.options import input_rows
 from mdiff.cli.views.console import message, result, result_json
@@ -14,7 +14,6 @@ from mdiff.errors import DataError
 
 if TYPE_CHECKING:
     from mdiff.pipeline import CallOptions, Generated, Pipeline
-    from mdiff.pipeline.batch import Division
 
 KINDS = ("prompt", "infill", "chat")
 
@@ -109,34 +108,23 @@ def _filled(
 
 
 def generate_at_volume(
-    pipeline: Pipeline, requests: Path, out: Path, *, model: str, num_samples: int,
-    length: int | None, max_new_tokens: int | None, seed: int, batch_size: int,
-    options: CallOptions, dtype: str | None, device: str | None, mask_id: int | None,
-    division: Division, as_json: bool, special_tokens: str,
-) -> None:  # fmt: skip
+    pipeline: Pipeline, requests: Path, out: Path, *, as_json: bool, **options: Any
+) -> None:
     """Generate what is missing in the folder; print the path of the results.
 
-    Raises DataError at the end where a request failed.
+    `options` are those of `generate_offline`. Raises DataError at the end where a request failed.
     """
-    from mdiff.pipeline.batch import Setting, generate_offline
+    from mdiff.pipeline.batch import generate_offline
 
-    rest = options.copy()
-    del rest["seed"], rest["batch_size"]
-    setting = Setting(
-        seed=seed, num_samples=num_samples, length=length, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, options=rest,
-    )  # fmt: skip
     start = time.monotonic()
-    outcome = generate_offline(
-        pipeline, requests, out, model=model, setting=setting, dtype=dtype, device=device,
-        mask_id=mask_id, special_tokens=special_tokens, division=division, report=message,
-    )  # fmt: skip
+    outcome = generate_offline(pipeline, requests, out, report=message, **options)
     if outcome is None:
         return
     failed = outcome.failures
     if as_json:
-        counts = {"samples": outcome.samples, "failed": len(failed)}
-        result_json({"file": str(outcome.results), **counts})
+        result_json({
+            "file": str(outcome.results), "samples": outcome.samples, "failed": len(failed),
+        })  # fmt: skip
     else:
         result(str(outcome.results))
     message(f"{time.monotonic() - start:.1f} s in this run")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import mdiff.cli.options as ask
-from mdiff.cli.rules import Command
+from mdiff.cli.rules import PICTURES, TEXT, refuse
 from mdiff.cli.views.console import message, result, result_json, writable
 from mdiff.errors import ConfigError, DataError, nearest
 from mdiff.find import names
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from mdiff.modalities.image.data import PictureSource
     from mdiff.modalities.text import Text
 
-tokenizer = typer.Typer(
-    help="Train, encode, decode and inspect tokenizers.", no_args_is_help=False,
-    rich_markup_mode=None, add_completion=False,
-)  # fmt: skip
-
 KINDS = ("byte", "char", "bpe")
 Name = Annotated[
     str, typer.Argument(help="byte, a folder, a model (builtin:NAME, a directory) or a Hub id.")
@@ -32,56 +27,50 @@ Written = Annotated[
     list[str] | None, typer.Argument(metavar="[TEXT | PICTURES...]", help="Default: stdin.")
 ]
 Ids = Annotated[list[str] | None, typer.Argument(metavar="[IDS... | DIR]", help="Default: stdin.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
-Size = Annotated[str | None, typer.Option(help="Pictures' HEIGHTxWIDTH; else the first one's.")]
-Resize = Annotated[bool, typer.Option("--resize", help="Crop and scale pictures to the size.")]
-Captions = Annotated[str | None, typer.Option(help="Pictures' captions: none, data or unicode.")]
+Size = Annotated[str | None, "Pictures' HEIGHTxWIDTH; else the first one's."]
+Resize = Annotated[bool, "Crop and scale pictures to the size."]
+Captions = Annotated[str | None, "Pictures' captions: none, data or unicode."]
 SHOWN = 12
 TEXT_FILES = ("*token*", "*vocab*", "*.model", "*.tiktoken")  # any tokenizer of text has one
 VOCAB_SIZE = 512
-# The flags of training by the kinds that take them: numbers are options of a codec.
-OF_TEXT = ("vocab_size", "eos", "field")
-NUMBERS = ("channels", "codebook_size", "stride", "steps")
-OF_PICTURES = ("size", "resize", "captions", *NUMBERS, "option", "seed")
 
 
-@tokenizer.command(cls=Command)
 def train(
+    context: typer.Context,
     data: Annotated[
         list[str], typer.Argument(help="Text files (.txt, .jsonl, .parquet; .gz), or pictures.")
     ],
-    out: Annotated[Path, typer.Option(help="A new folder for the tokenizer.")],
-    kind: Annotated[str, typer.Option(help="bpe, char; kmeans, vq, bits, levels.")] = "bpe",
-    vocab_size: Annotated[int | None, typer.Option(help="Ids of bpe (512).")] = None,
-    eos: Annotated[bool, typer.Option("--eos", help="An id that ends a document.")] = False,
-    holdout: Annotated[float, typer.Option(help="Share at the end that is not read.")] = 0.1,
-    field: Annotated[str | None, typer.Option(help="Column of JSONL or Parquet (text).")] = None,
+    out: Annotated[Path, "A new folder for the tokenizer."],
+    kind: Annotated[str, "bpe, char; kmeans, vq, bits, levels."] = "bpe",
+    vocab_size: Annotated[int | None, "Ids of bpe (512)."] = None,
+    eos: Annotated[bool, "An id that ends a document."] = False,
+    holdout: Annotated[float, "Share at the end that is not read."] = 0.1,
+    field: Annotated[str | None, "Column of JSONL or Parquet (text)."] = None,
     size: Size = None,
     resize: Resize = False,
     captions: Captions = None,
-    channels: Annotated[int | None, typer.Option(help="1 grey, 3 colour.")] = None,
-    codebook_size: Annotated[int | None, typer.Option(help="Ids of kmeans and vq.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Pixels a token, each way.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of training vq or bits.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", help="Any option of the codec, k=v.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of a codec's fit (0).")] = None,
+    channels: Annotated[int | None, "1 grey, 3 colour."] = None,
+    codebook_size: Annotated[int | None, "Ids of kmeans and vq."] = None,
+    stride: Annotated[int | None, "Pixels a token, each way."] = None,
+    steps: Annotated[int | None, "Steps of training vq or bits."] = None,
+    option: Annotated[list[str] | None, "Any option of the codec, k=v.", "-o"] = None,
+    seed: Annotated[int | None, "Of a codec's fit (0)."] = None,
 ) -> None:
     """Train a tokenizer on the training split of the data; print the folder."""
-    flags: dict[str, object] = dict(locals())
     codecs = names("codecs")
     if kind not in (*KINDS, *codecs):
         raise ConfigError(f"--kind {kind!r}; {nearest(kind, (*KINDS, *codecs))}")
-    other, kinds = (OF_TEXT, KINDS[1:]) if kind in codecs else (OF_PICTURES, codecs)
-    ask.refuse(flags, f"is for --kind {', '.join(kinds)}, not for {kind}", *other)
+    refuse(context.obj, kind, PICTURES if kind in codecs else TEXT)
     if out.exists():
         raise ConfigError(f"{out} exists already: name a new folder")
     writable(out)
     if kind in codecs:
         from mdiff.cli.images.codec import parsed_size, train_codec
 
-        given = {name: flags[name] for name in NUMBERS if flags[name] is not None}
+        sizes = {
+            "channels": channels, "codebook_size": codebook_size, "stride": stride, "steps": steps,
+        }  # fmt: skip
+        given = {name: value for name, value in sizes.items() if value is not None}
         train_codec(
             _pictures(data, resize=resize, captions=captions, holdout=holdout), out,
             described={"name": kind, **given, **ask.parsed_options(option)},
@@ -101,24 +90,21 @@ def train(
     result(str(out))
 
 
-@tokenizer.command(cls=Command, context_settings=ask.RENAMING)
 def encode(
+    context: typer.Context,
     name: Name,
     written: Written = None,
-    out: Annotated[Path | None, typer.Option(help="A folder for pictures' tokens.")] = None,
+    *,
+    out: Annotated[Path | None, "A folder for pictures' tokens."] = None,
     size: Size = None,
     resize: Resize = False,
     captions: Captions = None,
-    rows: Annotated[int | None, typer.Option(help="Pictures a shard (4096).")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
-    timeout: ask.Timeout = None,
-    engine: ask.EngineName = None,
-    address: ask.Address = None,
-    shard: ask.ShardName = None,
-    as_json: AsJson = False,
+    rows: Annotated[int | None, "Pictures a shard (4096)."] = None,
+    workers: Annotated[int | None, "Processes; by default one a core."] = None,
+    dividing: ask.Dividing,
+    as_json: ask.OneObject = False,
 ) -> None:
     """Print the ids of a text, or write those of pictures; a rerun writes what is missing."""
-    flags: dict[str, object] = dict(locals())
     from mdiff.modalities.text import Text
 
     made = opened(name)
@@ -130,10 +116,10 @@ def encode(
         encode_pictures(
             made, _pictures(written, resize=resize, captions=captions), out,
             size=parsed_size(size), rows=rows, as_json=as_json,
-            division=ask.division(workers, timeout, engine, address, shard),
+            division=dividing.division(workers),
         )  # fmt: skip
         return
-    _refuse_pictures(flags, "out", "size", "captions", "rows", "resize", *ask.DIVISION)
+    refuse(context.obj, name, TEXT)
     if written and len(written) > 1:
         raise ConfigError(f"expected one text, got {len(written)} words: put it in quotes")
     ids = made.encode(_input(written[0] if written else None))
@@ -141,16 +127,15 @@ def encode(
     result(" ".join(map(str, ids))) if found is None else result_json(found)
 
 
-@tokenizer.command(cls=Command)
 def decode(
+    context: typer.Context,
     name: Name,
     ids: Ids = None,
-    out: Annotated[Path | None, typer.Option(help="Pictures: one grid.png, or a folder.")] = None,
-    n: Annotated[int | None, typer.Option(help="The first n; a grid shows 64.")] = None,
-    as_json: AsJson = False,
+    out: Annotated[Path | None, "Pictures: one grid.png, or a folder."] = None,
+    n: Annotated[int | None, "The first n; a grid shows 64."] = None,
+    as_json: ask.OneObject = False,
 ) -> None:
     """Print the text of ids, or write the pictures of a folder of tokens."""
-    flags: dict[str, object] = dict(locals())
     from mdiff.modalities.text import Text
 
     made = opened(name)
@@ -161,7 +146,7 @@ def decode(
             raise ConfigError(f"{name} decodes pictures: expected a folder of tokens, and --out")
         decode_tokens(made, Path(ids[0]), out, count=n)
         return
-    _refuse_pictures(flags, "out", "n")
+    refuse(context.obj, name, TEXT)
     words = " ".join(ids) if ids else _input(None)
     try:
         tokens = [int(word) for word in words.replace(",", " ").split()]
@@ -178,24 +163,22 @@ def decode(
         result(text)
 
 
-@tokenizer.command(cls=Command)
 def inspect(
+    context: typer.Context,
     name: Name,
     data: Annotated[
-        list[str] | None,
-        typer.Option(help="Files, for characters a token or reconstruction metrics of pictures."),
+        list[str] | None, "Files, for characters a token or reconstruction metrics of pictures."
     ] = None,
     size: Size = None,
     resize: Resize = False,
-    as_json: AsJson = False,
+    as_json: ask.OneObject = False,
 ) -> None:
     """Show the size and special ids of a tokenizer or codec; with data, metrics on it."""
-    flags: dict[str, object] = dict(locals())
     from mdiff.modalities.text import Text
 
     made = opened(name)
     if isinstance(made, Text):
-        _refuse_pictures(flags, "size", "resize")
+        refuse(context.obj, name, TEXT)
         report = _text_report(made, data)
     else:
         from mdiff.cli.images.codec import codec_report, parsed_size
@@ -240,10 +223,6 @@ def _pictures(
         "source": list(paths), "resize": resize, "captions": captions or "none",
         "holdout": holdout,
     })  # fmt: skip
-
-
-def _refuse_pictures(flags: dict[str, object], *names: str) -> None:
-    ask.refuse(flags, f"is for pictures, {flags['name']} is a tokenizer of text", *names)
 
 
 def opened(name: str) -> Text | Codec:

@@ -10,14 +10,11 @@ from mdiff.cli.views.console import result
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, such as configs/text/tiny.yaml.")],
-    out: Annotated[Path, typer.Option(help="The directory of the run.")],
+    out: Annotated[Path, "The directory of the run."],
     overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Replace a value, as in train.steps=40; may be repeated."),
+        list[str] | None, "Replace a value, as in train.steps=40; may be repeated."
     ] = None,
-    resume: Annotated[
-        str, typer.Option(help="auto (the newest complete checkpoint), none, or a directory.")
-    ] = "auto",
+    resume: Annotated[str, "auto (the newest complete checkpoint), none, or a directory."] = "auto",
 ) -> None:
     """Train a model; print the path of its last checkpoint."""
     from mdiff.training import load_recipe

@@ -12,13 +12,12 @@ import mdiff.cli.options as ask
 from mdiff.cli.images.generate import Wanted, fill_in, report, shows_pictures
 from mdiff.cli.images.requests import (
     Request,
-    combined,
+    given_parts,
     refuse_problems,
     refuse_unknown,
     with_pictures,
 )
 from mdiff.cli.rules import PICTURES, refuse
-from mdiff.cli.threads import fit_threads
 from mdiff.cli.views.console import message
 from mdiff.errors import ConfigError, DataError
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from mdiff.cli.views.gif import Finish
     from mdiff.modalities.image import Edits, ImageModality
-    from mdiff.pipeline import Generation, Pipeline
+    from mdiff.pipeline import Generation
 
 # A mask that was scaled is regenerated where it is brighter than this.
 HALF = 127
@@ -37,63 +36,39 @@ def edit(
     context: typer.Context,
     model: ask.Model,
     pictures: Annotated[list[Path], typer.Argument(help="The files; each has its own variants.")],
-    mask: Annotated[
-        str | None, typer.Option(help="ROWS,COLUMNS to regenerate, half-open: 8:24,8:24.")
-    ] = None,
+    *,
+    mask: Annotated[str | None, "ROWS,COLUMNS to regenerate, half-open: 8:24,8:24."] = None,
     mask_file: Annotated[
-        Path | None,
-        typer.Option(help="A file of the same size, white where to regenerate; clear is black."),
+        Path | None, "A file of the same size, white where to regenerate; clear is black."
     ] = None,
-    keep: Annotated[
-        str | None, typer.Option(help="ROWS,COLUMNS to keep; all around it is regenerated.")
-    ] = None,
-    strength: Annotated[float, typer.Option(help="Share of the tokens to regenerate.")] = 1.0,
+    keep: Annotated[str | None, "ROWS,COLUMNS to keep; all around it is regenerated."] = None,
+    strength: Annotated[float, "Share of the tokens to regenerate."] = 1.0,
     resize: ask.Resize = False,
-    prompt: Annotated[
-        str | None, typer.Option(help="Its caption, where the model takes one.")
-    ] = None,
-    label: Annotated[str | None, typer.Option(help="Its label, of the model's names.")] = None,
+    prompt: Annotated[str | None, "Its caption, where the model takes one."] = None,
+    label: Annotated[str | None, "Its label, of the model's names."] = None,
     num_samples: ask.NumSamples = 1,
     out: ask.Out = None,
     scale_up: ask.ScaleUp = None,
-    sampler: ask.OwnSampler = None,
-    steps: ask.Steps = None,
-    temperature: ask.Temperature = None,
-    top_k: ask.TopK = None,
-    top_p: ask.TopP = None,
-    min_p: ask.MinP = None,
-    option: ask.Pairs = None,
-    guidance_scale: ask.GuidanceScale = None,
-    negative_prompt: ask.NegativePrompt = None,
-    guidance_schedule: ask.GuidanceSchedule = None,
-    guidance_interval: ask.GuidanceInterval = None,
-    seed: ask.Seed = 0,
-    batch_size: ask.BatchSize = 32,
-    device: ask.Device = None,
-    dtype: ask.Dtype = None,
+    drawing: ask.Drawing,
+    device: ask.Device,
     trace: ask.Trace = None,
     as_json: ask.AsJson = False,
 ) -> None:
     """Regenerate a part of pictures; not one pixel outside the mask changes."""
     from mdiff.kernels.philox import derive
-    from mdiff.pipeline import load
+    from mdiff.modalities.image import image_modality
 
-    options = ask.sampling_options(
-        option, steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        negative_prompt=negative_prompt,
-    )  # fmt: skip
-    options |= ask.guidance_options(guidance_scale, guidance_schedule, guidance_interval)
-    options |= ask.call_options(sampler, seed, batch_size)
+    options = drawing.options()
     options["num_samples"] = num_samples
-    wanted = Wanted(out, scale_up, trace, as_json, ask.title_of(model, sampler))
+    wanted = Wanted(out, scale_up, trace, as_json, ask.title_of(model, drawing.sampler))
 
-    pipeline = load(model, device=device, dtype=dtype)
-    fit_threads(pipeline.denoiser)
-    modality = _modality(model, pipeline)
+    pipeline = device.load(model)
+    if not shows_pictures(pipeline):
+        raise ConfigError(f"{model} is a model of {pipeline.modality.name}, not of pictures")
+    modality = image_modality(pipeline.modality)
     refuse(context.obj, model, PICTURES)
-    (given,) = combined(
-        None if label is None else [label], None if prompt is None else [prompt], None
-    )
+    words = {"label": label, "caption": prompt}
+    given = given_parts({name: word for name, word in words.items() if word is not None})
     refuse_unknown(modality, [given])
     region = region_of(
         mask, mask_file, keep, size=modality.size, pictures=pictures if resize else ()
@@ -103,7 +78,7 @@ def edit(
 
     def runs() -> Iterator[tuple[Generation, Finish]]:
         for number, request in enumerate(read):
-            options["seed"] = seed if number == 0 else int(derive(seed, number))
+            options["seed"] = int(derive(drawing.seed, number)) if number else drawing.seed
             edits, batches = pipeline.edit_runs(
                 request.given["image"], region, given=given, strength=strength, **options
             )
@@ -119,14 +94,6 @@ def edit(
     requests = [Request(given, each.source) for each in read for _ in range(num_samples)]
     report(modality, samples, requests, wanted)
     refuse_problems(problems, len(read))
-
-
-def _modality(model: str, pipeline: Pipeline) -> ImageModality:
-    from mdiff.modalities.image import image_modality
-
-    if not shows_pictures(pipeline):
-        raise ConfigError(f"{model} is a model of {pipeline.modality.name}, not of pictures")
-    return image_modality(pipeline.modality)
 
 
 def regenerated(modality: ImageModality, edits: Edits, strength: float) -> str:

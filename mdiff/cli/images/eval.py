@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mdiff.cli.options import check_sampler
+import mdiff.cli.options as ask
+from mdiff.cli.rules import OF_SAMPLES, flag
 from mdiff.cli.views.console import message, result
-from mdiff.errors import ConfigError, DataError
+from mdiff.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from mdiff.cli.cut import Cut
@@ -19,113 +21,162 @@ if TYPE_CHECKING:
 CONFIDENCE = 1.96
 
 
+METRICS = ("bound", "frechet", "classifier", "diversity", "nearest", "probe")
+CHARACTERS = 20_000
+PICTURES = 1_000
+TEXT_SAMPLES, PICTURE_SAMPLES = 4, 100
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """What to measure: `metrics` by name, on `split`, at most `limit` pictures of it (0: all).
+    """What to measure, on which data; what is None is by the kind of the model."""
 
-    `sampling` are options of `Pipeline.generate` for the `samples`; `classifier` a folder,
-    `inception` a file of weights; `mask_ratio` and `layer` those of the probe's features.
-    """
+    metrics: Annotated[str, f"Of {','.join(METRICS)}; bound alone for text."] = "bound"
+    split: Annotated[
+        str | None,
+        "all, train, validation or holdout.  [default: text all, pictures holdout]",
+    ] = None
+    holdout: Annotated[float | None, "Share held out.  [default: the run's own; 0.1]"] = None
+    validation: Annotated[
+        float | None, "Share of the rest for validation.  [default: the run's own; 0]"
+    ] = None
+    limit: Annotated[
+        int | None,
+        "Characters or pictures to evaluate; 0 takes all.  "
+        f"[default: {CHARACTERS:,}, {PICTURES:,}]",
+    ] = None
+    field: Annotated[str, "Column of JSONL or Parquet."] = "text"
+    separator: Annotated[str | None, "Cuts a text file in documents."] = None
+    subset: Annotated[str | None, "Subset of a data set of the Hub."] = None
+    hub_split: Annotated[str, "Split of a data set of the Hub."] = "train"
+    captions: Annotated[str, "Of pictures: none, data, or unicode (names of files)."] = "none"
+    draws: Annotated[int, "Draws of the bound for each window."] = 64
+    estimator: Annotated[str | None, "any_order, time, exact or left_to_right."] = None
+    window: Annotated[int | None, "Tokens of a window."] = None
+    samples: Annotated[
+        int | None,
+        "Samples to evaluate; 0 for none.  "
+        f"[default: {TEXT_SAMPLES}, of pictures {PICTURE_SAMPLES}]",
+    ] = None
+    sampler: Annotated[str, "A name from samplers/."] = "first_hitting"
+    steps: ask.Steps = None
+    temperature: ask.Temperature = None
+    option: ask.Pairs = None
+    guidance_scale: ask.GuidanceScale = None
+    classifier: Annotated[Path | None, "Folder of a classifier of pictures."] = None
+    inception: Annotated[Path | None, "Inception's weights: Frechet distances are then FIDs."] = (
+        None
+    )
+    mask_ratio: Annotated[float, "Share of tokens hidden from a probe."] = 0.0
+    layer: Annotated[int | None, "Layer of the probe; else the last."] = None
+    seed: ask.Seed = 0
+    batch_size: Annotated[int, "Windows at a time."] = 32
 
-    metrics: tuple[str, ...]
-    split: str
-    limit: int
-    draws: int
-    estimator: str | None
-    samples: int
-    seed: int
-    batch_size: int
-    sampling: CallOptions
-    classifier: str | None = None
-    inception: str | None = None
-    mask_ratio: float = 0.0
-    layer: int | None = None
+    def check(self) -> None:
+        """Raise ConfigError for a number below its least, an unknown metric or sampler option."""
+        least = {"limit": 0, "samples": 0, "batch_size": 1, "draws": 2, "window": 1}
+        for name, most in least.items():
+            value = vars(self)[name]
+            if value is not None and value < most:
+                raise ConfigError(f"{flag(name)} {value}: need at least {most}")
+        for name in self.asked:
+            if name not in METRICS:
+                raise ConfigError(f"unknown metric {name!r}; {nearest(name, METRICS)}")
+        self.sampling()
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The metrics, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.metrics.split(",")))
 
     @property
     def of_samples(self) -> list[str]:
         """The metrics of samples."""
-        from mdiff.evaluation import OF_SAMPLES
+        return [name for name in self.asked if name in OF_SAMPLES]
 
-        return [name for name in self.metrics if name in OF_SAMPLES]
+    @property
+    def of_pictures(self) -> int:
+        """The number of samples of pictures."""
+        return PICTURE_SAMPLES if self.samples is None else self.samples
+
+    def sampling(self) -> CallOptions:
+        """Options of `Pipeline.generate` for the samples."""
+        return ask.sampling_options(
+            self.option, steps=self.steps, temperature=self.temperature,
+            guidance_scale=self.guidance_scale, sampler=self.sampler,
+        )  # fmt: skip
+
+    def call(self) -> CallOptions:
+        """The same, with the seed and the size of a batch."""
+        return {**self.sampling(), "seed": self.seed, "batch_size": self.batch_size}
 
 
 def evaluate_pictures(
     pipeline: Pipeline, source: PictureSource, wanted: Wanted, cut: Cut
 ) -> dict[str, object]:
     """The report of every metric that is asked for; a line where `cut` is not the run's."""
-    from mdiff.evaluation import probe_figures, spread, with_model_labels
+    import mdiff.evaluation as by
     from mdiff.modalities.image import image_modality
     from mdiff.modalities.image.data import digest_of, holds_shards, read_pictures
 
     modality = image_modality(pipeline.modality)
-    classifier = _checked(pipeline, wanted)
+    classifier, split = _checked(wanted), wanted.split or "holdout"
+    limit = PICTURES if wanted.limit is None else wanted.limit
     if any(holds_shards(path) for path in source.paths):
-        if wanted.metrics != ("bound",):
+        if wanted.asked != ("bound",):
             raise DataError("tokens have no pixels: only metric bound can be had of them")
-        rows = modality.examples(source, split=wanted.split)
+        rows = modality.examples(source, split=split)
         return {"bounds": _bounds(pipeline, rows, wanted)}
     read = read_pictures(source, channels=modality.codec.channels, size=modality.size)
-    if read.labels is None and modality.label != "none" and "bound" in wanted.metrics:
+    if read.labels is None and modality.label != "none" and "bound" in wanted.asked:
         raise DataError(
             "metric bound: the pictures have no labels, which this model is given: name them by "
             "folders, metadata.jsonl or y, or ask for --metrics nearest"
         )
-    if cut.digest is not None and wanted.split != "all":
+    if cut.digest is not None and split != "all":
         cut.compare(digest_of(read.split("train", **cut.shares)))
-    everything = with_model_labels(read, modality)
-    test = everything.split(wanted.split, **cut.shares)
-    few = spread(test, wanted.limit)
+    everything = by.with_model_labels(read, modality)
+    test = everything.split(split, **cut.shares)
+    few = by.spread(test, limit)
     report: dict[str, object] = {"pictures": len(few)}
-    if "bound" in wanted.metrics:
+    if "bound" in wanted.asked:
         report["bounds"] = _bounds(pipeline, modality.examples(few, split="all"), wanted)
         report |= _codec_figures(modality, few)
-    if wanted.metrics == ("bound",):
+    if wanted.asked == ("bound",):
         return report
     # Metrics of samples and probes compare with the training split.
     train = everything.split("train", **cut.shares)
-    if "probe" in wanted.metrics:
+    if "probe" in wanted.asked:
         message("reading features")
-        report["probe"] = probe_figures(
-            pipeline, train=spread(train, wanted.limit), test=few, mask_ratio=wanted.mask_ratio,
+        report["probe"] = by.probe_figures(
+            pipeline, train=by.spread(train, limit), test=few, mask_ratio=wanted.mask_ratio,
             layer=wanted.layer, seed=wanted.seed, batch_size=wanted.batch_size,
         )  # fmt: skip
     if wanted.of_samples:
-        report["of_samples"] = _of_samples(pipeline, train, test, wanted, classifier)
+        message(f"drawing {wanted.of_pictures} samples")
+        drawn = by.draw_pictures(pipeline, wanted.of_pictures, **wanted.call())
+        report["of_samples"] = {**wanted.sampling()} | by.figures_of(
+            drawn, pipeline, train=train, test=test, metrics=wanted.of_samples,
+            classifier=classifier, limit=limit,
+            inception=wanted.inception and str(wanted.inception),
+        )  # fmt: skip
     return report
 
 
-def _checked(pipeline: Pipeline, wanted: Wanted) -> Classifier | None:
+def _checked(wanted: Wanted) -> Classifier | None:
     """The classifier; ConfigError for options that would be refused after a long computation."""
     from mdiff.evaluation import load_classifier, require_inception
 
-    classifier = None if wanted.classifier is None else load_classifier(wanted.classifier)
-    check_sampler(wanted.sampling)
-    of_samples = wanted.of_samples
-    if of_samples and wanted.samples < 2:
-        raise ConfigError(f"--samples {wanted.samples}: metric {of_samples[0]} needs at least 2")
-    if "classifier" in wanted.metrics and classifier is None:
+    classifier = None if wanted.classifier is None else load_classifier(str(wanted.classifier))
+    ask.check_sampler(wanted.sampling())
+    of_samples, count = wanted.of_samples, wanted.of_pictures
+    if of_samples and count < 2:
+        raise ConfigError(f"--samples {count}: metric {of_samples[0]} needs at least 2")
+    if "classifier" in wanted.asked and classifier is None:
         raise ConfigError("metric classifier needs --classifier FOLDER")
     if wanted.inception is not None:
         require_inception()
     return classifier
-
-
-def _of_samples(
-    pipeline: Pipeline, train: Pictures, test: Pictures, wanted: Wanted,
-    classifier: Classifier | None,
-) -> dict[str, object]:  # fmt: skip
-    """The metrics of samples, which are drawn here."""
-    from mdiff.evaluation import draw_pictures, figures_of
-
-    message(f"drawing {wanted.samples} samples")
-    options: CallOptions = {
-        **wanted.sampling, "seed": wanted.seed, "batch_size": wanted.batch_size
-    }  # fmt: skip
-    drawn = draw_pictures(pipeline, wanted.samples, **options)
-    return {**wanted.sampling} | figures_of(
-        drawn, pipeline, train=train, test=test, metrics=wanted.of_samples, classifier=classifier,
-        inception=wanted.inception, limit=wanted.limit,
-    )  # fmt: skip
 
 
 def _bounds(pipeline: Pipeline, rows: PictureRows, wanted: Wanted) -> list[dict[str, object]]:
