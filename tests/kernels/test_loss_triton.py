@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from interpreted import LOSS, interpreter  # noqa: F401 (a fixture that pytest finds by name)
-from test_masked_cross_entropy import COLUMNS, HEADS, OPTIONS, WIDTH, head_of, relative, rows_of
+from loss_cases import COLUMNS, HEADS, OPTIONS, WIDTH, head_of, relative, rows_of
 from torch import nn
 
 from mdiff.errors import BackendError

@@ -1,4 +1,4 @@
-"""Run under accelerate: `fsdp_run.py JOBS` trains one recipe of test_train after another.
+"""Run under accelerate: `fsdp_run.py JOBS` trains one toy recipe after another.
 
 JOBS is a JSON list of (out, resume, settings, deadly): a process kills itself within step
 `deadly`; 0 is never. Prints, on each process, what the model was sharded by.

@@ -12,8 +12,9 @@ import pytest
 import torch
 from folders import GOLDEN
 from PIL import Image
-from test_codecs import CASES, fitted, toy_pictures
+from test_codecs import CASES, fitted
 from torch import Tensor
+from toy_pictures import toy_pictures
 
 import mdiff
 from mdiff.cli import run
