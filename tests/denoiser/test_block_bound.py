@@ -11,6 +11,7 @@ from test_block_cache import GOLDEN, SPACE, Plain, golden_model, random_model
 from toys import make_toy
 
 import mdiff
+import mdiff.objective.bound as bounds
 from mdiff.errors import ConfigError
 from mdiff.objective.bound import nll_bound
 from mdiff.schedule import Linear
@@ -160,3 +161,15 @@ def test_a_pipeline_scores_a_block_model_by_its_blocks():
         draws=16, seed=2,
     )  # fmt: skip
     torch.testing.assert_close(scored.nats, plain.nats, atol=1e-4, rtol=0)
+
+
+def test_each_block_and_each_draw_is_hidden_by_a_seed_of_its_own(monkeypatch):
+    plain, seeds = bounds.corrupt, []
+
+    def corrupt(*given, seed, **options):
+        seeds.append(int(seed))
+        return plain(*given, seed=seed, **options)
+
+    monkeypatch.setattr(bounds, "corrupt", corrupt)
+    bound(IDEAL, EVERY[:2], draws=4)
+    assert len(seeds) == len(set(seeds)) == 3 * 4

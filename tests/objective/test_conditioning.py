@@ -129,3 +129,15 @@ def test_a_ratio_of_its_own_with_the_weight_of_the_bound_is_refused():
 def test_leaving_out_a_condition_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match="has no condition"):
         loss_of(cond_drop=0.1)
+
+
+def test_what_is_left_out_and_what_is_given_are_drawn_apart():
+    sample, share = torch.arange(ROWS), 0.5
+    given = GivenParts.of({"": 1, "a": 1}, space=SPACE, part_names=NAMES)
+    none = given.may_hide(seed=3, sample=sample).all(1)
+    labels = {"label": torch.zeros(ROWS, dtype=torch.int64)}
+    lost = drop_condition(
+        labels, null_condition={"label": torch.tensor([7])}, share=share, seed=3, sample=sample
+    )["label"] == 7  # fmt: skip
+    both = int((none & lost).sum())
+    assert abs(both - ROWS / 4) < SIGMAS * math.sqrt(ROWS * 3 / 16)

@@ -16,11 +16,12 @@ from toys import HashDenoiser
 import mdiff
 from mdiff.denoiser import from_logits, guided
 from mdiff.errors import ConfigError
+from mdiff.objective import corruption
 from mdiff.objective.bound import nll_bound
 from mdiff.objective.corruption import corrupt, stratified_times
 from mdiff.objective.loss import masked_diffusion_loss
 from mdiff.objective.nll import token_nll
-from mdiff.schedule import SCHEDULES, Cosine, Linear, named_schedule
+from mdiff.schedule import MIN_TIME, SCHEDULES, Cosine, Linear, named_schedule
 from mdiff.tokens import TokenSpace
 from mdiff.training import train
 
@@ -238,3 +239,23 @@ def test_a_block_model_is_refused_as_its_bound_is_another(tmp_path):
     with pytest.raises(ConfigError, match="a block model"):
         train(blocks, tmp_path / "run", **QUIET)
     assert not list(tmp_path.glob("run/step-*"))
+
+
+def test_an_exact_count_hides_only_what_may_be_hidden():
+    tokens, row = torch.zeros(64, 12, dtype=torch.int64), torch.arange(64)
+    may_hide = (row[:, None] + torch.arange(12)) % 3 == 0
+    count = row % 7
+    noisy = corrupt(
+        tokens, torch.ones(64), space=SPACE, schedule=Linear(), may_hide=may_hide, count=count,
+        seed=2,
+    )  # fmt: skip
+    hidden = noisy == SPACE.mask_id
+    assert not bool((hidden & ~may_hide).any())
+    assert torch.equal(hidden.sum(1), count.minimum(may_hide.sum(1)))
+
+
+def test_no_time_is_below_the_smallest(monkeypatch):
+    """A schedule's weight is finite from MIN_TIME on."""
+    least = torch.tensor([MIN_TIME], dtype=torch.float64)
+    monkeypatch.setattr(corruption.philox, "uniform", lambda *_, **__: least.expand(4))
+    assert float(stratified_times(torch.arange(4), 4, seed=1).min()) == MIN_TIME

@@ -11,7 +11,9 @@ from toys import make_toy
 
 import mdiff
 from mdiff.errors import ConfigError, MdiffError
-from mdiff.sampling import plain_seed, row_seeds
+from mdiff.find import find
+from mdiff.samplers.first_hitting import first_hitting
+from mdiff.sampling import plain_seed, row_seeds, streams
 from mdiff.schedule import Cosine
 from mdiff.tokens import hidden_canvas
 
@@ -114,3 +116,32 @@ def test_seeds_of_rows_are_the_seed_then_others() -> None:
     assert seeds[0] == 7
     assert len(set(seeds)) == 100
     assert row_seeds(7, 3).tolist() == seeds[:3]
+
+
+@pytest.mark.parametrize(
+    ("seed", "held"),
+    [(-1, -1), (2**63 - 1, 2**63 - 1), (2**63, -(2**63)), (2**64 - 1, -1), (2**64 + 5, 5)],
+)
+def test_a_seed_counts_modulo_2_to_the_64(seed: int, held: int) -> None:
+    assert streams(seed, 2, torch.device("cpu"))[0].tolist() == [held, held]
+    assert int(row_seeds(seed, 2)[0]) == held
+
+
+@pytest.mark.parametrize("sampler", ["any_order", "confidence", "halton"])
+def test_a_canvas_with_one_hidden_position_starts_at_time_1(sampler: str) -> None:
+    canvas = toy_canvas(1)
+    canvas[0, 1:] = 0
+    (state,) = find("samplers", sampler)(TOY.denoiser(), canvas, space=TOY.space)
+    assert state.t.tolist() == pytest.approx([1.0])
+
+
+def test_each_block_has_a_seed_of_its_own() -> None:
+    seeds: list[int] = []
+
+    def inner(denoiser: Any, canvas: torch.Tensor, **options: Any) -> Any:
+        seeds.append(int(torch.as_tensor(options["seed"]).flatten()[0]))
+        return first_hitting(denoiser, canvas, **options)
+
+    options = {"inner": inner, "block_length": 1}
+    mdiff.sample(TOY.denoiser(), toy_canvas(1), space=TOY.space, sampler="blocks", **options)
+    assert len(seeds) == len(set(seeds)) == TOY.length

@@ -303,6 +303,7 @@ def test_before_the_first_step_taking_a_state_takes_none():
         (lambda s: s.update({"weights/unused": torch.ones(3)}), r"is \(3,\) torch.float32, expec"),
         (lambda s: s.update({"weights/unused": torch.ones(2).double()}), "float64, expected"),
         (lambda s: s.update({"optim/7/unused/x": torch.ones(2)}), "belongs to no parameter"),
+        (lambda s: s.update({"optim/2/unused/x": torch.ones(2)}), "belongs to no parameter"),
         (lambda s: s.update({"optim/-1/unused/x": torch.ones(2)}), "belongs to no parameter"),
         (lambda s: s.update({"optim/0/none/x": torch.ones(2)}), "belongs to no parameter"),
         (lambda s: s.update({"optim/0": torch.ones(2)}), "belongs to no parameter"),
