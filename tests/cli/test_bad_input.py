@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from text_commands import refused
 
 from mdiff.cli import run
-
-
-def refused(words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(words) == code, words
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert re.search(message, captured.err), captured.err
-    assert captured.out == ""
 
 
 @pytest.mark.parametrize(

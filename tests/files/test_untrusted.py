@@ -17,7 +17,7 @@ from mdiff.errors import CheckpointError
 from mdiff.files.untrusted import inside, parse_json, read_json, read_tensors
 
 
-@pytest.mark.parametrize("name", ["", "/etc/passwd", "../x", "a/../../x", "a\\b", "a\0b"])
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "../x", "a/../../x", "a/../b", "a\\b", "a\0b"])
 def test_names_that_leave_the_directory_are_refused(tmp_path, name):
     with pytest.raises(CheckpointError, match="plain name inside"):
         inside(tmp_path, name)
@@ -147,3 +147,15 @@ def test_mutated_tensor_files_load_completely_or_not_at_all(tmp_path_factory, po
 def test_any_bytes_are_an_object_or_a_checkpoint_error(data):
     with contextlib.suppress(CheckpointError):
         assert isinstance(parse_json(data, origin="x"), dict)
+
+
+def test_json_is_read_up_to_its_bounds_and_no_further(tmp_path):
+    nested = [b'{"a": ' + b"[" * more + b"]" * more + b"}" for more in (63, 64)]
+    assert parse_json(nested[0], origin="x")
+    with pytest.raises(CheckpointError, match="nested deeper than 64"):
+        parse_json(nested[1], origin="x")
+    path = tmp_path / "x.json"
+    path.write_bytes(nested[0])
+    assert read_json(path, max_bytes=len(nested[0]))
+    with pytest.raises(CheckpointError, match="at most"):
+        read_json(path, max_bytes=len(nested[0]) - 1)

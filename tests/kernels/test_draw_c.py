@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exactness import counters
 
 from mdiff import ops
 from mdiff.cli import doctor
@@ -23,11 +24,6 @@ needs_the_library = pytest.mark.skipif(
 )
 # What float32 may move the edge of a cumulative distribution by.
 ROUNDING = 2e-6
-
-
-def counters(rows):
-    zero = torch.zeros(rows, dtype=torch.int64)
-    return {"seed": zero + 9, "sample": zero, "step": zero, "position": torch.arange(rows)}
 
 
 def normal(rows, vocab, seed=0):

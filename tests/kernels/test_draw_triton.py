@@ -8,6 +8,7 @@ import os
 import processes
 import pytest
 import torch
+from exactness import counters
 from folders import SUPPORT
 from interpreted import ONEPASS, interpreter  # noqa: F401 (a fixture that pytest finds by name)
 
@@ -34,11 +35,6 @@ OPTIONS = [
     {"measure": "drawn", "temperature": 0.0, "top_k": 3}, {"temperature": 0.0, "min_p": 0.5},
     {"measure": "drawn", "temperature": 0.8, "min_p": 0.02}, {"top_k": 680, "top_p": 1.0},
 ]  # fmt: skip
-
-
-def counters(rows):
-    zero = torch.zeros(rows, dtype=torch.int64)
-    return {"seed": zero + 9, "sample": zero, "step": zero, "position": torch.arange(rows)}
 
 
 def normal(rows=2, vocab=VOCAB, seed=0):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from toys import HashDenoiser, make_toy
+from toys import HashDenoiser, make_toy, uniform_denoiser
 
 from mdiff.denoiser import from_logits
 from mdiff.errors import ConfigError
@@ -19,10 +19,6 @@ from mdiff.tokens import TokenSpace
 TOY = make_toy(3, 4, seed=5)
 SPACE = TokenSpace(7, mask_id=2, never=(5,))
 every_schedule = pytest.mark.parametrize("name", sorted(SCHEDULES))
-
-
-def uniform_denoiser(space):
-    return from_logits(lambda tokens: torch.zeros(*tokens.shape, space.vocab_size).double())
 
 
 def lopsided_denoiser(length=5, vocab=4, seed=1):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from folders import GOLDEN
 from scipy import stats
 from toy_training import QUIET, recipe
-from toys import HashDenoiser
+from toys import HashDenoiser, uniform_denoiser
 
 import mdiff
 from mdiff.denoiser import from_logits, guided
@@ -27,10 +27,6 @@ from mdiff.training import train
 
 SPACE = TokenSpace(7, mask_id=2, never=(5,))
 every_schedule = pytest.mark.parametrize("name", sorted(SCHEDULES))
-
-
-def uniform_denoiser(space):
-    return from_logits(lambda tokens: torch.zeros(*tokens.shape, space.vocab_size).double())
 
 
 @every_schedule

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from exactness import TOTAL_VARIATION, distributions, figures_agree, total_variation
+from exactness import TOTAL_VARIATION, counters, distributions, figures_agree, total_variation
 from scipy import stats
 
 from mdiff.errors import BackendError, ConfigError
@@ -38,11 +38,6 @@ def logits_like(kind, rows=24, vocab=3000, seed=0):
     if kind == "peaked":
         return noise + 12 * (torch.arange(vocab) == 17)
     return 3 * noise
-
-
-def counters(rows):
-    zero = torch.zeros(rows, dtype=torch.int64)
-    return {"seed": zero + 9, "sample": zero, "step": zero, "position": torch.arange(rows)}
 
 
 def differs_only_at_near_ties(logits, one, two, **counter):

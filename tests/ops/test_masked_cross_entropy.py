@@ -9,6 +9,7 @@ import torch
 from loss_cases import (
     COLUMNS,
     HEADS,
+    OPTIONS,
     WIDTH,
     both,
     head_of,
@@ -21,16 +22,6 @@ from torch import nn
 from mdiff.backbones.transformer import Head
 from mdiff.kernels import loss_heads
 from mdiff.ops import masked_cross_entropy
-
-OPTIONS = {
-    "plain": {},
-    "never": {"never": (0, 7, 22)},
-    "smoothing": {"label_smoothing": 0.1},
-    "never and smoothing": {"never": (7,), "label_smoothing": 0.3},
-    "spans": {"spans": True},
-    "all": {"spans": True, "never": (0, 7, 22), "label_smoothing": 0.1},
-}
-
 
 every_head = pytest.mark.parametrize("name", sorted(HEADS))
 

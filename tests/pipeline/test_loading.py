@@ -9,26 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_text import WINDOW, tiny
 from transformers import BertConfig, BertForMaskedLM
 
-from mdiff.backbones.transformer import transformer
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError
 from mdiff.files.locate import snapshot
-from mdiff.modalities.text.modality import text
 from mdiff.pipeline.loading import load
-from mdiff.pipeline.pipeline import Pipeline
 from mdiff.schedule import Polynomial
 from mdiff.tokens import TokenSpace
-
-WINDOW = 32
-
-
-def tiny(*, eos: bool = False, **options: Any) -> Pipeline:
-    torch.manual_seed(0)
-    modality = text(eos=eos)
-    size = modality.space.vocab_size
-    model = transformer(vocab_size=size, width=16, depth=1, heads=2, max_length=WINDOW, **options)
-    return Pipeline(model.eval(), modality.space, modality, Polynomial(3.0), WINDOW)
 
 
 @pytest.fixture(scope="module")

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import processes
 import pytest
 import torch
 from folders import ROOT
+from tiny_text import WINDOW, tiny
 from toys import make_toy
 
 import mdiff
-from mdiff.backbones.transformer import transformer
 from mdiff.errors import ConfigError
 from mdiff.evaluation.evaluate import evaluate, sample_figures
 from mdiff.modalities.text.modality import text
 from mdiff.pipeline.pipeline import Pipeline
 from mdiff.pipeline.scoring import bound_of_rows
-from mdiff.schedule import Polynomial
 from mdiff.tokens import Windows
 
 TOY = make_toy()
-WINDOW = 32
-
-
-def tiny(*, eos: bool = False, **options: Any) -> Pipeline:
-    torch.manual_seed(0)
-    modality = text(eos=eos)
-    size = modality.space.vocab_size
-    model = transformer(vocab_size=size, width=16, depth=1, heads=2, max_length=WINDOW, **options)
-    return Pipeline(model.eval(), modality.space, modality, Polynomial(3.0), WINDOW)
 
 
 def test_a_sample_can_be_had_again_alone_from_its_seed() -> None:

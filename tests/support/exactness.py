@@ -45,3 +45,9 @@ def figures_agree(drawn, logits):
     assert (drawn.entropy.double() - entropy).abs().max() < ENTROPY
     assert (drawn.log_prob.double() - own).abs().max() < LOG_PROB
     assert (drawn.margin.double() - (top[:, 0] - top[:, 1])).abs().max() < LOG_PROB
+
+
+def counters(rows):
+    """Counters of one stream, a row a position."""
+    zero = torch.zeros(rows, dtype=torch.int64)
+    return {"seed": zero + 9, "sample": zero, "step": zero, "position": torch.arange(rows)}

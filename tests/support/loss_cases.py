@@ -87,3 +87,13 @@ def both(head, data, options, *, chunk=None, factor=1.7):
 def relative(ours, theirs):
     ours, theirs = ours.detach().double(), theirs.detach().double()
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
+
+
+OPTIONS = {
+    "plain": {},
+    "never": {"never": (0, 7, 22)},
+    "smoothing": {"label_smoothing": 0.1},
+    "never and smoothing": {"never": (7,), "label_smoothing": 0.3},
+    "spans": {"spans": True},
+    "all": {"spans": True, "never": (0, 7, 22), "label_smoothing": 0.1},
+}

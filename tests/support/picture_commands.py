@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +52,6 @@ by_name = functools.cache(load)
 def in_greys(path: Path) -> None:
     """The picture in the four greys that the grey model's codec knows."""
     Image.fromarray(array(path)[..., 0] // 64 * 60).save(path)
-
-
-def lines(capsys: Captured) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
 def array(path: Path) -> Any:

@@ -240,11 +240,11 @@ def test_a_model_that_sharded_processes_trained_generates(tmp_path, tie):
     assert [len(sample.tokens) for sample in samples] == [8, 8]
 
 
-def taken_step(model, name="muon"):
-    """Optimisers of the model after one step, in which `unused` had no gradient."""
+def taken_step(model, name="muon", without=("unused",)):
+    """Optimisers of the model after one step, in which some parameters had no gradient."""
     made = optimizers(model, Optim(name=name))
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter) if parameter is not model.unused else None
+    for owner, parameter in model.named_parameters():
+        parameter.grad = None if owner in without else torch.ones_like(parameter)
     for optimizer in made:
         optimizer.step()
     return made
@@ -280,6 +280,11 @@ def test_a_state_comes_back_as_it_was_taken_and_a_parameter_without_state_stays_
     restore(state, other, fresh, averages)
     assert same(kept, capture(other, fresh, averages))
     assert other.head.weight is other.table.weight
+    # A parameter whose state is not in what is restored has none after it.
+    full = taken_step(other, optimizer, without=())
+    assert len(capture(other, full, averages)) > len(kept)
+    restore(state, other, full, averages)
+    assert same(kept, capture(other, full, averages))
     # What was taken has memory of its own, and gives it to the next.
     for parameter in other.parameters():
         parameter.data.zero_()

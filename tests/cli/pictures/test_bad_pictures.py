@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import struct
 import zlib
 from pathlib import Path
@@ -17,17 +16,9 @@ from picture_commands import (
     in_greys,
 )
 from PIL import Image
+from text_commands import refused
 
 from mdiff.cli import run
-
-
-def refused(words: list[str], code: int, expected: str, capsys: Captured) -> None:
-    assert run(words) == code, words
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert re.search(expected, captured.err), captured.err
-    assert captured.out == ""
 
 
 def png(width: int, height: int) -> bytes:

@@ -18,9 +18,9 @@ from picture_commands import (
     Captured,
     array,
     in_greys,
-    lines,
 )
 from PIL import Image
+from text_commands import lines
 
 from mdiff.cli import run
 from mdiff.cli.images.edit import region_of

@@ -16,9 +16,9 @@ from picture_commands import (
     SIDE,
     Captured,
     array,
-    lines,
 )
 from PIL import Image
+from text_commands import lines
 
 from mdiff.cli import run
 from mdiff.cli.images.requests import combined

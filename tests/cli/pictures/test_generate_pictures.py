@@ -16,9 +16,9 @@ from picture_commands import (
     Captured,
     array,
     kept,
-    lines,
 )
 from PIL import Image
+from text_commands import lines
 
 from mdiff.cli import demo, run
 from mdiff.cli.doctor import environment, picture_checks

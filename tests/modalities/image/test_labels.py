@@ -236,3 +236,16 @@ def test_the_checks_of_one_label():
     assert checked(np.uint8(3), "y") == 3
     with pytest.raises(DataError, match="x = 65536: expected less than 65,536"):
         checked(MOST_LABELS, "x")
+
+
+def test_numbers_are_labels_up_to_their_bounds():
+    assert checked(MOST_LABELS - 1, "x") == MOST_LABELS - 1
+    # A tenth of a thousand numbers, and one fewer.
+    enough = [*range(99), 999]
+    assert len(numbered(enough, [str(i) for i in enough])[1]) == 1000
+    with pytest.raises(DataError, match="99 of the 1,000 labels"):
+        numbered(enough[1:], [str(i) for i in enough[1:]])
+    names = Labels.of(["cat", "dog"])
+    assert names.number(1) == 1
+    with pytest.raises(DataError, match="unknown label 2"):
+        names.number(2)

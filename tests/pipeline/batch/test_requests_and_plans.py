@@ -8,6 +8,7 @@ import time
 import pytest
 from toys import HashDenoiser
 from volume_runs import (
+    WINDOW,
     begin,
     content,
     results,
@@ -18,8 +19,9 @@ from mdiff.cli import run
 from mdiff.errors import ConfigError, DataError
 from mdiff.modalities.text.modality import text
 from mdiff.pipeline.batch.offline import RequestShard, filled, make_batch
-from mdiff.pipeline.batch.plan import Setting
+from mdiff.pipeline.batch.plan import Setting, canvas_of, planned
 from mdiff.pipeline.batch.requests import Failure, Request, read_requests
+from mdiff.pipeline.loading import load
 from mdiff.pipeline.pipeline import Pipeline
 
 INVALID = [
@@ -181,3 +183,30 @@ def test_bad_options_of_volume_are_one_line(
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def batches_of(model, rows, **setting):
+    """The batches of a plan, each as the lengths of its requests."""
+    content = "\n".join(map(json.dumps, rows)).encode()
+    plan = planned(load(model, device="cpu"), content, Setting(**setting), model="", fixed={})
+    return [[request.length for request in batch] for shard in plan.shards for batch in shard]
+
+
+def test_a_batch_holds_as_many_samples_as_are_allowed(model):
+    rows = [{"prompt": "", "length": 20}] * 5
+    for samples, sizes in ((1, [4, 1]), (2, [2, 2, 1]), (4, [1] * 5), (9, [1] * 5)):
+        found = batches_of(model, rows, batch_size=4, num_samples=samples)
+        assert [len(batch) for batch in found] == sizes
+
+
+def test_a_canvas_of_the_window_is_in_no_batch_with_a_longer_one(model):
+    rows = [{"prompt": "", "length": WINDOW + more} for more in (0, 1, 0, 1)]
+    found = batches_of(model, rows, options={"sampler": "blocks", "context": WINDOW})
+    assert found == [[WINDOW] * 2, [WINDOW + 1] * 2]
+
+
+def test_a_request_s_own_length_goes_before_the_new_tokens_of_all(model):
+    pipeline, setting = load(model, device="cpu"), Setting(max_new_tokens=5)
+    for length, found in ((30, 30), (None, 2 + 5)):
+        request = Request(1, "x", "prompt", "ab", length=length)
+        assert len(canvas_of(pipeline, request, setting)) == found
