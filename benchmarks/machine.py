@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mdiff.evaluation.bench.machine import machine
+from mdiff.evaluation.bench.timing import machine
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -51,11 +51,10 @@ class Journal:
         self, directory: Path, *, start: int, steps: int, every: int, unit: str,
         trackers: Sequence[GeneralTracker] = (), report: Callable[[str], None] = to_stderr,
     ) -> None:  # fmt: skip
-        self.steps, self.every, self.unit, self.report = steps, every, unit, report
-        self.start = start
+        self.start, self.steps, self.every = start, steps, every
+        self.unit, self.report, self._trackers = unit, report, trackers
         self.path = directory / LOG
         _truncate(self.path, start)
-        self._trackers = trackers
         self._file = self.path.open("a", encoding="utf-8")
         self._window: list[Outcome] = []
         self._began = self._window_began = time.perf_counter()
@@ -102,8 +101,7 @@ class Journal:
         now, count = time.perf_counter(), len(self._window)
         loss = sum(each.loss for each in self._window) / count
         bits = sum(each.bits for each in self._window) / count
-        tokens = sum(each.tokens for each in self._window)
-        speed = tokens / max(now - self._window_began, 1e-9)
+        speed = sum(each.tokens for each in self._window) / max(now - self._window_began, 1e-9)
         left = (now - self._began) / (step - self.start) * (self.steps - step)
         self.report(
             f"step {step}/{self.steps}  loss {loss:.4f} nats/token  {bits:.3f} bits/{self.unit}  "
@@ -130,13 +128,11 @@ class Journal:
 def _points(path: Path, name: str) -> list[tuple[float, float]]:
     """(step, value) of the lines of a log with that name; a training value is a running mean."""
     found: list[tuple[float, float]] = []
-    mean = 0.0
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if name in record and record[name] > 0:
-            smoothed = name.startswith("bits")
-            mean = mean + (record[name] - mean) * SMOOTHING if smoothed and found else record[name]
-            found.append((float(record["step"]), mean))
+    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        value = record.get(name, 0)
+        if value > 0:
+            mean = found[-1][1] if found and name.startswith("bits") else value
+            found.append((float(record["step"]), mean + (value - mean) * SMOOTHING))
     return found
 
 

@@ -194,7 +194,12 @@ class Stepper:
         rate = rate_at(number, steps=train.steps, settings=optim)
         tokens, bad = int(total), torch.empty(0, dtype=torch.int64)
         if bool(torch.isfinite(torch.tensor([sums[0], norm])).all()):
-            self._update(number, rate)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * rate
+                optimizer.step()
+            if self.averaged is not None:
+                self.averaged.update(self.parameters, step=number)
         else:
             finite = accelerator.gather(torch.isfinite(bounds).to(torch.int64)).cpu()
             bad = (finite == 0).nonzero()[:, 0]
@@ -231,11 +236,3 @@ class Stepper:
             losses.append(value.detach().double())
             bounds.append(bound)
         return torch.stack(losses).sum(), torch.cat(bounds)
-
-    def _update(self, number: int, rate: float) -> None:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate
-            optimizer.step()
-        if self.averaged is not None:
-            self.averaged.update(self.parameters, step=number)

@@ -24,9 +24,15 @@ from mdiff.evaluation.bench.generation import (
 )
 from mdiff.evaluation.bench.laws import MDLM_FLOAT32, laws, sides
 from mdiff.evaluation.bench.loss import PeakBytes, Problem, loss_rows
-from mdiff.evaluation.bench.machine import last_cache_bytes
 from mdiff.evaluation.bench.run import SECTIONS, Bench, one_thread
-from mdiff.evaluation.bench.timing import Row, Size, cpu_seconds, interleaved, times_faster
+from mdiff.evaluation.bench.timing import (
+    Row,
+    Size,
+    cpu_seconds,
+    interleaved,
+    last_cache_bytes,
+    times_faster,
+)
 
 TINY = Size(
     rows=8, vocab=67, small=41, small_rows=8, repeats=2, loss_repeats=1, length=10, width=16,

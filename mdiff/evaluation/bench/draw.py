@@ -19,12 +19,12 @@ from mdiff.evaluation.bench.laws import (
     make_case,
     sides,
 )
-from mdiff.evaluation.bench.machine import last_cache_bytes
 from mdiff.evaluation.bench.timing import (
     Row,
     Size,
     cuda_seconds,
     interleaved,
+    last_cache_bytes,
     ratios,
     times_faster,
 )

@@ -1,6 +1,6 @@
 """Generations timed against the samplers of MDLM, and the time of a step outside the model."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import mean, median
 
@@ -98,24 +98,26 @@ class Generation:
 
     def __init__(self, size: Size) -> None:
         torch.manual_seed(0)
-        self.size = size
+        self.size, self.calls, self.mask_id = size, {False: 0, True: 0}, size.vocab - 1
         # The mask is a column, as MDLM has it; our draw forbids it.
-        self.space = TokenSpace(size.vocab, mask_id=size.vocab - 1)
+        self.space = TokenSpace(size.vocab, mask_id=self.mask_id)
         self.model = transformer(
-            vocab_size=size.vocab, mask_id=size.vocab - 1, width=size.width, depth=size.depth,
+            vocab_size=size.vocab, mask_id=self.mask_id, width=size.width, depth=size.depth,
             max_length=size.length,
         ).eval()  # fmt: skip
         self.start = hidden_canvas(1, size.length, space=self.space)
         times = torch.linspace(1, 0, size.steps + 1, dtype=torch.float64).tolist()
         self.ours = first_hitting(self.model, self.start, space=self.space)
-        self.whole = {
-            cached: mdlm_sampler(
-                self.model, self.start, mask_id=self.space.mask_id, times=times, dtype=dtype,
-                cached=cached,
-            )
-            for cached, dtype in ((False, torch.float64), (True, torch.float32))
-        }  # fmt: skip
-        self.calls = {False: 0, True: 0}
+        self.whole = {cached: self.baseline(self.start, times, cached) for cached in self.calls}
+
+    def baseline(
+        self, canvas: Tensor, times: Sequence[float], cached: bool
+    ) -> Iterator[tuple[Tensor, bool]]:
+        """MDLM's sampler over these times, in float64 or with the cache in float32."""
+        dtype = torch.float32 if cached else torch.float64
+        return mdlm_sampler(
+            self.model, canvas, mask_id=self.mask_id, times=times, dtype=dtype, cached=cached
+        )
 
     def our_calls(self, stretch: int) -> int:
         """How many of the L calls of first hitting fall into a stretch."""
@@ -142,17 +144,14 @@ class Generation:
 
         Of the cached one, the draw, which every step has, and the call as often as it is expected.
         """
-        size, mask_id = self.size, self.space.mask_id
+        size, mask_id = self.size, self.mask_id
         t = 1 - (number + 0.5) / size.timed
         s = t - 1 / size.steps
         canvas = self.start.clone()
         given = torch.randperm(size.length)[round(t * size.length) :]
         canvas[0, given] = torch.randint(mask_id, (len(given),))
         if not cached:
-            sampler = mdlm_sampler(
-                self.model, canvas, mask_id=mask_id, times=(t, s), dtype=torch.float64,
-                cached=False,
-            )  # fmt: skip
+            sampler = self.baseline(canvas, (t, s), cached)
             return cpu_seconds(lambda: next(sampler))
         known = partial(mdlm_probabilities, mask_id=mask_id, dtype=torch.float32)
         found: list[Tensor] = []
@@ -182,23 +181,24 @@ def generation_rows(
     """
     run = Generation(size)
     baseline = run.stretch if size.full else run.one_step
-    seconds: dict[str, list[float]] = {"ours": [], MDLM: [], MDLM_FLOAT32: []}
+    ours: list[float] = []
+    others: dict[bool, list[float]] = {False: [], True: []}
     with torch.inference_mode():
-        for cached in (False, True):
+        for cached in others:
             run.one_step(0, cached=cached)
         for number in range(size.timed):
             say(f"generation, stretch {number + 1} of {size.timed}")
-            seconds["ours"].append(run.first_hitting(number))
-            seconds[MDLM].append(baseline(number, cached=False))
-            seconds[MDLM_FLOAT32].append(baseline(number, cached=True))
+            ours.append(run.first_hitting(number))
+            for cached, other in others.items():
+                other.append(baseline(number, cached=cached))
     expected = round(expected_calls(size.steps, size.length))
-    how, ours = "" if size.full else f" ({size.timed} timed)", seconds["ours"]
-    for name, label, calls, target in (
-        (MDLM, "ancestral float64 steps", size.steps, ANCESTRAL_TARGET),
-        (MDLM_FLOAT32, "cached float32 steps", expected, CACHED_TARGET),
+    how = "" if size.full else f" ({size.timed} timed)"
+    for cached, name, label, calls, target in (
+        (False, MDLM, "ancestral float64 steps", size.steps, ANCESTRAL_TARGET),
+        (True, MDLM_FLOAT32, "cached float32 steps", expected, CACHED_TARGET),
     ):
-        calls = run.calls[name == MDLM_FLOAT32] if size.full else calls
-        sides = ((ours, size.length), (seconds[name], size.steps))
+        calls = run.calls[cached] if size.full else calls
+        sides = ((ours, size.length), (others[cached], size.steps))
         whole = [mean(each) * steps for each, steps in sides]
         middle = [median(each) * steps for each, steps in sides]
         yield Row(
@@ -212,6 +212,6 @@ def generation_rows(
                 "steps_timed": size.steps if size.full else size.timed, "whole_seconds": whole,
                 "calls": (size.length, calls), "rows_of_head": (size.length, calls * size.length),
                 "rows_drawn": (size.length, size.steps * size.length),
-                "mdiff": {"seconds_a_call": ours}, "other": {"seconds_a_step": seconds[name]},
+                "mdiff": {"seconds_a_call": ours}, "other": {"seconds_a_step": others[cached]},
             },
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
@@ -12,8 +12,7 @@ from mdiff.evaluation.bench.draw import draw_rows, gpu_rows
 from mdiff.evaluation.bench.generation import generation_rows, overhead_row
 from mdiff.evaluation.bench.laws import OURS, Law, Side, laws, sides
 from mdiff.evaluation.bench.loss import loss_rows
-from mdiff.evaluation.bench.machine import machine
-from mdiff.evaluation.bench.timing import Row, Size
+from mdiff.evaluation.bench.timing import Row, Size, machine
 from mdiff.ops import backend_name
 
 SECTIONS = ("draw", "loss", "generation", "overhead")
@@ -45,10 +44,9 @@ class Bench:
         with one_thread():
             on = machine()
         for name in ("triton", "diffusers"):
-            try:
+            with suppress(PackageNotFoundError):
                 on[name] = version(name)
-            except PackageNotFoundError:
-                on[name] = None
+            on.setdefault(name, None)
         on["platform"] = platform.platform()
         return {"machine": on, "method": METHOD, "size": asdict(self.size)}
 

@@ -15,9 +15,8 @@ from mdiff.modalities.text.packing import PackedRows
 from mdiff.modalities.text.pretrained import Pretrained, path_or_id
 from mdiff.modalities.text.source import DataSource
 from mdiff.modalities.text.tables import checked_text
-from mdiff.modalities.text.template import template_canvas
 from mdiff.modalities.text.tokenizers import OWN, BytePairs, Bytes, Characters, Tokenizer
-from mdiff.modalities.text.typed import Typed
+from mdiff.modalities.text.typed import Typed, template_canvas
 from mdiff.tokens import TokenSpace, check_documents, continued
 
 SETTINGS = "modality.json"

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
 from mdiff.files import TRANSFORMERS, read_json, refuse_special
-from mdiff.modalities.text.pieces import decoded, text_pieces
-from mdiff.modalities.text.tokenizers import OWN
+from mdiff.modalities.text.tokenizers import OWN, decoded, text_pieces
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Inner
