@@ -160,7 +160,7 @@ def of_pictures(modality: ImageModality) -> dict[str, str]:
         kind = "a condition" if modality.label == "condition" else "a part"
         found["labels"] = f"{kind}: {', '.join(modality.labels or [])}"
     for name in modality.part_names:
-        span, ids = modality.span(name), modality.parts.ids(name)
+        span, ids = modality.span(name), modality.parts[name].ids
         count = span.stop - span.start
         found[f"part {name}"] = f"{count} tokens, ids {ids.start} to {ids.stop - 1}"
     return found

@@ -12,7 +12,6 @@ from mdiff.files import (
     TYPES,
     Fields,
     ModelFiles,
-    load_weights,
     read_json,
     without_memory,
 )
@@ -85,6 +84,5 @@ def load_codec(files: ModelFiles, device: torch.device) -> VQDiffusers:
     """The VQModel in a folder of the layout of diffusers, in float32."""
     with without_memory():
         codec = vq_diffusers(described=files.config)
-    load_weights(codec.published, files.headers, dtype=torch.float32, device=device)
     codec.stored = {name: TYPES[entry["dtype"]] for name, entry in files.entries.items()}
-    return codec.requires_grad_(False).eval()
+    return codec.read(files.headers, device=device)

@@ -1,6 +1,8 @@
 """The canvas of an image model: its parts, their positions and ids, and what they stand for."""
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +11,16 @@ from mdiff.errors import ConfigError, nearest
 from mdiff.modalities.image.captions import Captions
 from mdiff.modalities.image.codec import Codec
 from mdiff.modalities.image.labels import ROLES, Labels
-from mdiff.modalities.image.parts import CanvasParts, Part
 from mdiff.modalities.protocol import Description
 from mdiff.tokens import TokenSpace
+
+
+class Part(NamedTuple):
+    """A run of a canvas, `layout` (h, w, codes per position): its positions and its ids."""
+
+    layout: tuple[int, int, int]
+    span: slice
+    ids: range
 
 
 class ImageCanvas:
@@ -60,15 +69,20 @@ class ImageCanvas:
         return self.latent_grid[0], self.latent_grid[1] * self.codec.codes_per_position
 
     @property
-    def parts(self) -> CanvasParts:
-        """The parts of a canvas."""
-        layout = (*self.latent_grid, self.codec.codes_per_position)
-        found = [Part("image", layout, self.codec.codebook_size)]
+    def parts(self) -> dict[str, Part]:
+        """The parts of a canvas by name, one after the other in positions and in ids."""
+        sizes = {"image": ((*self.latent_grid, self.codec.codes_per_position),
+                           self.codec.codebook_size)}  # fmt: skip
         if self.label == "part":
-            found.append(Part("label", (1, 1, 1), len(self.known_labels.names)))
+            sizes["label"] = (1, 1, 1), len(self.known_labels.names)
         if self.captions:
-            found.append(Part("caption", (1, self.captions.length, 1), self.captions.size))
-        return CanvasParts(tuple(found))
+            sizes["caption"] = (1, self.captions.length, 1), self.captions.size
+        found, start, first = dict[str, Part](), 0, 0
+        for name, (layout, ids) in sizes.items():
+            stop, last = start + math.prod(layout), first + ids
+            found[name] = Part(layout, slice(start, stop), range(first, last))
+            start, first = stop, last
+        return found
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -84,21 +98,25 @@ class ImageCanvas:
     @property
     def layout(self) -> list[tuple[int, int, int]]:
         """The canvas as runs of (h, w, codes per position), for a backbone's positions."""
-        return self.parts.layout
+        return [part.layout for part in self.parts.values()]
 
     @property
     def space(self) -> TokenSpace:
-        """Ids of all parts, and the mask after them."""
-        return self.parts.space
+        """Ids of all parts, each part's own where there is more than one, and the mask after."""
+        runs = [(math.prod(p.layout), p.ids.start, p.ids.stop) for p in self.parts.values()]
+        ids = runs[-1][2]
+        return TokenSpace(ids, mask_id=ids, parts=tuple(runs) if len(runs) > 1 else ())
 
     @property
     def length(self) -> int:
         """Tokens of a canvas."""
-        return self.parts.length
+        return sum(math.prod(layout) for layout in self.layout)
 
     def span(self, part: str) -> slice:
-        """The positions of a part in the canvas."""
-        return self.parts.span(part)
+        """The positions of a part; ConfigError, with the nearest name, where there is none."""
+        if part not in self.parts:
+            raise ConfigError(f"this model has no {part}; {nearest(part, self.part_names)}")
+        return self.parts[part].span
 
     @property
     def classes(self) -> int:
@@ -122,21 +140,21 @@ class ImageCanvas:
 
     def _caption_ids(self, captions: Captions, caption: str, *, cut: bool = False) -> list[int]:
         """The caption's ids in the canvas; one that is too long is cut, or a DataError."""
-        ids = self.parts.ids("caption")
+        ids = self.parts["caption"].ids
         return [ids[i] for i in captions.encode(caption, cut=cut)]
 
     def described(self, ids: Sequence[int]) -> Description:
         """The label and the caption of a canvas, where they are parts."""
         label = caption = None
         if "label" in self.part_names:
-            own, token = self.parts.ids("label"), ids[self.span("label").start]
+            own, token = self.parts["label"].ids, ids[self.span("label").start]
             label = self.known_labels.names[own.index(token)] if token in own else None
         if self.captions:
             caption = self._caption(self.captions, ids[self.span("caption")])
         return Description(label, caption)
 
     def _caption(self, captions: Captions, ids: Sequence[int]) -> str:
-        own = self.parts.ids("caption")
+        own = self.parts["caption"].ids
         return captions.decode([own.index(token) if token in own else None for token in ids])
 
     def pieces(self, ids: Sequence[int]) -> list[str | None]:

@@ -9,13 +9,12 @@ from typing import Protocol, Self
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
 from mdiff.files import (
     Header,
     check_tensors,
-    load_weights,
     read_json,
     read_tensors,
     without_memory,
@@ -78,17 +77,10 @@ class Codec(Protocol):
 
 
 class _Published(Codec, Protocol):
-    """A codec of another project, which is read from its files by `published`."""
+    """A codec of another project, which is read from its files."""
 
-    @property
-    def published(self) -> nn.Module:
-        """The layers under the names in the files."""
-
-    def optional(self) -> Mapping[str, object]:
-        """The buffers that files may hold, by name."""
-
-    def keep(self, name: str) -> None:
-        """Have an optional buffer."""
+    def read(self, headers: Mapping[Path, Header]) -> Self:
+        """Read the weights; every tensor is accounted for."""
 
 
 def check_pictures(images: Tensor, *, channels: int, stride: int) -> None:
@@ -113,6 +105,18 @@ def check_ids(ids: Tensor, *, codebook_size: int, codes_per_position: int) -> No
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < codebook_size:
         wrong = int(ids.max() if int(ids.min()) >= 0 else ids.min())
         raise DataError(f"id {wrong}: this codec has ids 0 to {codebook_size - 1}")
+
+
+def learnt_bytes(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor `name` of a codec's file; CheckpointError where it is not `shape` uint8."""
+    found = tensors.get(name)
+    if found is None:
+        raise CheckpointError(f"the codec's file lacks {name}")
+    if found.dtype != torch.uint8 or tuple(found.shape) != shape:
+        raise CheckpointError(
+            f"the codec's {name} {tuple(found.shape)} {found.dtype}: expected {shape} uint8"
+        )
+    return found
 
 
 def finite(values: Tensor) -> Tensor:
@@ -220,12 +224,7 @@ def _published(folder: Path) -> Codec:
     name = published_codec_of(described)
     if name is None:
         raise no_codec(folder)
-    path = folder / PUBLISHED_TENSORS
-    header = check_tensors(path)
+    headers = {folder / PUBLISHED_TENSORS: check_tensors(folder / PUBLISHED_TENSORS)}
     with without_memory():
         codec: _Published = find("codecs", name)(config=described)
-        for buffer in sorted(set(codec.optional()) & set(header)):
-            codec.keep(buffer)
-    load_weights(codec.published, {path: header}, dtype=torch.float32)
-    codec.published.requires_grad_(False)
-    return codec
+    return codec.read(headers)

@@ -76,7 +76,7 @@ class ImageModality(ImageCanvas):
         if "image" in asked:
             canvas[self.span("image")] = self.codes(self.picture(asked["image"])[None])[0].tolist()
         if "label" in asked and self.label == "part":
-            canvas[self.span("label")] = [self.parts.ids("label")[self.label_id(asked["label"])]]
+            canvas[self.span("label")] = [self.parts["label"].ids[self.label_id(asked["label"])]]
         if "caption" in asked and self.captions:
             caption = str(asked["caption"])
             canvas[self.span("caption")] = self._caption_ids(self.captions, caption)
@@ -205,7 +205,7 @@ class ImageModality(ImageCanvas):
         count, versions = codes.shape[:2]
         parts = [codes]
         if self.label == "part" and labels is not None:
-            own = labels + self.parts.ids("label").start
+            own = labels + self.parts["label"].ids.start
             parts.append(own[:, None, None].expand(count, versions, 1))
         if self.captions:
             warn_of_cuts(map(len, map(self.captions.words.encode, captions)), self.captions.length)

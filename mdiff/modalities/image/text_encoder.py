@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,34 +126,36 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not any(all((folder / name).is_file() for name in each) for each in TOKENIZER_FILES):
         wanted = " or ".join(" and ".join(each) for each in TOKENIZER_FILES)
         raise CheckpointError(f"{folder}/ lacks {wanted}")
-    try:
-        with TRANSFORMERS:
-            from transformers import AutoTokenizer
+    with _loading(f"{folder} cannot be loaded as a tokenizer"):
+        from transformers import AutoTokenizer
 
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise CheckpointError(f"{folder} cannot be loaded as a tokenizer: {first}") from error
     return found
 
 
-def _model(folder: Path, dtype: torch.dtype | None) -> CLIPTextModelWithProjection:
+@contextmanager
+def _loading(fault: str) -> Iterator[None]:
+    """CheckpointError for whatever the library raises on a file: it is not one that it can load."""
     try:
         with TRANSFORMERS:
-            from transformers import CLIPTextModelWithProjection
-
-            model, report = CLIPTextModelWithProjection.from_pretrained(
-                str(folder), dtype=dtype or "auto", use_safetensors=True, local_files_only=True,
-                output_loading_info=True,
-            )  # fmt: skip
+            yield
     except MemoryError:
         raise
-    # Whatever the library raises on a file: it is not one that it can load.
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise CheckpointError(f"{folder} cannot be loaded: {first}") from error
+        raise CheckpointError(f"{fault}: {first}") from error
+
+
+def _model(folder: Path, dtype: torch.dtype | None) -> CLIPTextModelWithProjection:
+    with _loading(f"{folder} cannot be loaded"):
+        from transformers import CLIPTextModelWithProjection
+
+        model, report = CLIPTextModelWithProjection.from_pretrained(
+            str(folder), dtype=dtype or "auto", use_safetensors=True, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = [name for name in sorted(map(str, report[problem])) if not name.endswith(COUNTED)]
         if names:

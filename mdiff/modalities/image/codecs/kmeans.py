@@ -6,9 +6,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mdiff.errors import CheckpointError, ConfigError, DataError
+from mdiff.errors import ConfigError, DataError
 from mdiff.kernels import philox
-from mdiff.modalities.image.codec import Report, check_ids, check_pictures
+from mdiff.modalities.image.codec import Report, check_ids, check_pictures, learnt_bytes
 
 # Patches that are fitted, drawn by the seed where there are more; more change little.
 FITTED = 200_000
@@ -96,15 +96,8 @@ class KMeans:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back `state()`; CheckpointError where it is missing or of another shape."""
-        book = tensors.get("codebook")
-        if book is None:
-            raise CheckpointError("the codec's file lacks codebook")
         shape = (self.codebook_size, self.channels, self.stride, self.stride)
-        if book.dtype != torch.uint8 or tuple(book.shape) != shape:
-            raise CheckpointError(
-                f"the codec's codebook {tuple(book.shape)} {book.dtype}: expected {shape} uint8"
-            )
-        self.codebook = book
+        self.codebook = learnt_bytes(tensors, "codebook", shape)
 
     def _fitted(self) -> Tensor:
         if self.codebook is None:

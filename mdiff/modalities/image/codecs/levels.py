@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mdiff.errors import CheckpointError, ConfigError, DataError
-from mdiff.modalities.image.codec import Report, check_ids, check_pictures
+from mdiff.modalities.image.codec import Report, check_ids, check_pictures, learnt_bytes
 
 BRIGHTEST = 255
 # So many of the known values are listed in an error.
@@ -72,14 +72,7 @@ class Levels:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back `state()`; CheckpointError where the values are not as many or ascending."""
-        values = tensors.get("values")
-        if values is None:
-            raise CheckpointError("the codec's file lacks values")
-        size = self.codebook_size
-        if values.dtype != torch.uint8 or tuple(values.shape) != (size,):
-            raise CheckpointError(
-                f"the codec's values {tuple(values.shape)} {values.dtype}: expected ({size},) uint8"
-            )
+        values = learnt_bytes(tensors, "values", (self.codebook_size,))
         if bool((values.long().diff() <= 0).any()):
             raise CheckpointError("the codec's values are not ascending")
         self.values = values

@@ -49,11 +49,6 @@ class MaskBit(PublishedCodec):
         self.bits = shape.latent
         self._named(names)
 
-    def latents(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) in [0, 1] to (B, bits, h, w)."""
-        found: Tensor = self.encoder(pictures)
-        return found
-
     def ids(self, latents: Tensor) -> Tensor:
         """The signs as ids, groups of bits side by side, each with its lowest bit first."""
         signs = (latents > 0).long().permute(0, 2, 3, 1)
@@ -69,11 +64,6 @@ class MaskBit(PublishedCodec):
         power = torch.arange(self.bits // self.codes_per_position, device=ids.device)
         positive = groups[..., None] >> power & 1
         return (2.0 * positive - 1).flatten(3).permute(0, 3, 1, 2)
-
-    def pictures(self, codes: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) around [0, 1]."""
-        made: Tensor = self.decoder(codes)
-        return made
 
     def config(self) -> dict[str, object]:
         """The options that `maskbit` takes back, with the name."""

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -100,19 +101,13 @@ def variants(
     most = source.shift
     height, width = pictures.pixels.shape[2:]
     padded = F.pad(pictures.pixels.float(), (most,) * 4, mode="replicate").to(torch.uint8)
-    plain = [(most, most)]
-    moves = plain + [
-        (down, right)
-        for down in range(2 * most + 1)
-        for right in range(2 * most + 1)
-        if (down, right) not in plain
-    ]
+    # First the picture as it is.
+    moves = sorted(product(range(2 * most + 1), repeat=2), key=lambda move: move != (most, most))
     shifted = [padded[:, :, d : d + height, r : r + width] for d, r in moves]
     if not source.flip:
         return shifted
-    sided = torch.tensor([says_a_side(caption) for caption in pictures.captions or []])
-    if not len(sided):
-        sided = torch.zeros(len(pictures), dtype=torch.bool)
+    captions = pictures.captions or [""] * len(pictures)
+    sided = torch.tensor([says_a_side(caption) for caption in captions], dtype=torch.bool)
     if names is not None and pictures.labels is not None:
         sided |= torch.tensor([says_a_side(name) for name in names])[pictures.labels]
     return shifted + [

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -155,58 +156,34 @@ def read_pictures(
     source = PictureSource.of(source)
     if channels not in MODES:
         raise ConfigError(f"channels={channels}: expected 1 or 3")
-    taken = _Taken(channels, size, source, strict)
-    for path in source.paths:
-        for item in items_of(path, source):
-            taken.add(item)
-    found = taken.pictures()
-    if source.captions == "unicode":
-        captions = [caption_of(name) for name in found.names]
-        return replace(found, captions=captions, groups=[base_of(n) for n in found.names])
-    if source.captions == "data" and found.captions is None:
-        raise DataError(f"{source.source}: there is no caption in it")
-    return found if source.captions == "data" else replace(found, captions=None)
-
-
-class _Taken:
-    """Gathers items into one array, checking each."""
-
-    def __init__(
-        self, channels: int, size: tuple[int, int] | None, source: PictureSource, strict: bool
-    ) -> None:
-        self.channels, self.size, self.source, self.strict = channels, size, source, strict
-        self.arrays: list[Pixels] = []
-        self.items: list[Item] = []
-        self.problems: list[str] = []
-
-    def add(self, item: Item) -> None:
+    arrays: list[Pixels] = []
+    items: list[Item] = []
+    problems: list[str] = []
+    for item in chain.from_iterable(items_of(path, source) for path in source.paths):
         try:
-            check_words(item, captions=self.source.captions == "data")
-            plain = as_array(item.array, channels=self.channels, name=item.name)
-            self.size = self.size or (plain.shape[0], plain.shape[1])
-            self.arrays.append(sized(plain, self.size, resize=self.source.resize, name=item.name))
-            self.items.append(replace(item, given=None))
+            check_words(item, captions=source.captions == "data")
+            plain = as_array(item.array, channels=channels, name=item.name)
+            size = size or (plain.shape[0], plain.shape[1])
+            arrays.append(sized(plain, size, resize=source.resize, name=item.name))
+            items.append(replace(item, given=None))
         except DataError as error:
-            if self.strict:
+            if strict:
                 raise
-            self.problems.append(str(error))
-
-    def pictures(self) -> Pictures:
-        if not self.arrays:
-            more = f"; {self.problems[0]}" if self.problems else ""
-            raise DataError(f"{self.source.source}: there is no picture in it{more}")
-        pixels = torch.from_numpy(np.stack(self.arrays)).permute(0, 3, 1, 2).contiguous()
-        found = [item.name for item in self.items]
-        labels, names = numbered([item.label for item in self.items], found)
-        captions = [item.caption for item in self.items]
-        return Pictures(
-            pixels=pixels,
-            names=found,
-            labels=labels,
-            label_names=names,
-            captions=None if None in captions else [str(each) for each in captions],
-            problems=self.problems,
-        )
+            problems.append(str(error))
+    if not arrays:
+        more = f"; {problems[0]}" if problems else ""
+        raise DataError(f"{source.source}: there is no picture in it{more}")
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    names = [item.name for item in items]
+    labels, label_names = numbered([item.label for item in items], names)
+    captions = groups = None
+    if source.captions == "unicode":
+        captions, groups = [caption_of(name) for name in names], [base_of(name) for name in names]
+    if source.captions == "data":
+        if any(item.caption is None for item in items):
+            raise DataError(f"{source.source}: there is no caption in it")
+        captions = [str(item.caption) for item in items]
+    return Pictures(pixels, names, labels, label_names, captions, groups, problems)
 
 
 def digest_of(pictures: Pictures) -> str:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
-from PIL.Image import Transpose
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mdiff.errors import DataError
@@ -30,12 +29,6 @@ ROWS_AT_ONCE = 256
 MAX_FILE_BYTES = 2**27
 MODES = {1: "L", 3: "RGB"}
 MOST_OF_16_BITS = 2**16 - 1
-# How to turn a picture by the orientation in its EXIF data.
-TURNS = {
-    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}  # fmt: skip
 # A mask is set where it is brighter. Strokes are black or white: of a picture with clear parts
 # half of whose opaque pixels are between DARK and BRIGHT it is not known which part is meant.
 HALF, DARK, BRIGHT = 127, 48, 207
@@ -176,13 +169,13 @@ def _unreadable(name: str, error: Exception) -> Exception:
 
 def _upright(picture: Image.Image) -> Image.Image:
     try:
-        turn = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+        ImageOps.exif_transpose(picture, in_place=True)
     except MemoryError:
         raise
     # Damage to what is beside the pixels is no damage to them.
     except Exception:
         return picture
-    return picture if turn is None else picture.transpose(turn)
+    return picture
 
 
 def open_mask(path: Path | str) -> NDArray[np.bool_]:

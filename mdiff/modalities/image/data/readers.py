@@ -74,7 +74,8 @@ def items_of(path: str, source: PictureSource) -> Iterator[Item]:
     if path == DIGITS:
         return _digits()
     if path.startswith(HUB):
-        return _from_hub(path.removeprefix(HUB), source)
+        rows = hub_rows(path.removeprefix(HUB), source.subset, source.hub_split)
+        return from_dataset(rows, source, name=path)
     file = Path(path)
     if file.is_dir():
         return _from_folder(file)
@@ -102,12 +103,9 @@ def _from_folder(folder: Path) -> Iterator[Item]:
         raise DataError(f"{found.line or folder}: no {', '.join(ENDINGS)} in it")
     if found.line:
         warn(found.line)
-    return (_in_folder(path, path.relative_to(folder)) for path in found.files)
-
-
-def _in_folder(path: Path, within: Path) -> Item:
-    label = within.parts[0] if len(within.parts) > 1 else None
-    return Item(name=str(within), given=path, label=label)
+    each = ((path, path.relative_to(folder)) for path in found.files)
+    return (Item(str(name), given=path, label=next(iter(name.parts[:-1]), None))
+            for path, name in each)  # fmt: skip
 
 
 def _from_metadata(folder: Path, listed: Path) -> Iterator[Item]:
@@ -198,11 +196,6 @@ def _idx(path: Path, *, axes: int) -> Pixels:
     if len(raw) != count:
         raise DataError(f"{path}: {len(raw)} bytes of data read, the header says {shape}")
     return np.frombuffer(raw, np.uint8).reshape(shape)
-
-
-def _from_hub(name: str, source: PictureSource) -> Iterator[Item]:
-    rows = hub_rows(name, source.subset, source.hub_split)
-    return from_dataset(rows, source, name=f"{HUB}{name}")
 
 
 class ImageRows(Protocol):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ def open_shards(folder: Path | str, *, codec: Codec | None = None) -> Shards:
     for name, column in columns.items():
         if len({part is None for part in column}) > 1:
             raise DataError(f"{folder}: some shards have {name} and some have none")
-    ids, labels = _joined(columns["ids"]), _joined(columns["labels"])
+    there = {name: column for name, column in columns.items() if column[0] is not None}
+    texts = {name: list(chain.from_iterable(there[name])) for name in TEXTS if name in there}
+    ids, labels = (torch.cat(there[name]) if name in there else None for name in COLUMNS[:2])
     if ids is None or len(ids) != manifest["count"]:
         raise DataError(f"{folder}: the shards do not hold the {manifest['count']} pictures named")
     _check_range(ids, manifest, folder)
@@ -98,18 +101,10 @@ def open_shards(folder: Path | str, *, codec: Codec | None = None) -> Shards:
     digests = "".join(entry["sha256"] for entry in manifest["shards"])
     return Shards(
         ids=ids, labels=labels, label_names=manifest["label_names"],
-        names=_chained(columns["names"]) or [], captions=_chained(columns["captions"]),
-        groups=_chained(columns["groups"]), size=(manifest["size"][0], manifest["size"][1]),
+        names=texts.get("names", []), captions=texts.get("captions"), groups=texts.get("groups"),
+        size=(manifest["size"][0], manifest["size"][1]),
         manifest=manifest, digest=hashlib.sha256(digests.encode()).hexdigest(),
     )  # fmt: skip
-
-
-def _joined(parts: list[Any]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat(parts)
-
-
-def _chained(parts: list[Any]) -> list[str] | None:
-    return None if parts[0] is None else [text for part in parts for text in part]
 
 
 def packed(texts: list[str]) -> tuple[Tensor, Tensor]:

@@ -10,25 +10,12 @@ from torch import Tensor, nn
 
 from mdiff.errors import ConfigError
 from mdiff.kernels.dense import rms_norm
-from mdiff.modalities.image.codec import finite
 
-# Pictures coded at a time: the finest level's features are what takes memory.
-CODED_AT_ONCE = 256
 # The widest level holds this many times the channels of the finest.
 MOST_WIDENING = 4
 # More than any codec has, and little enough that one is made at once.
 MOST = {"codebook_size": 1 << 20, "width": 4096, "code_width": 4096, "blocks": 32}
 MOST_OTHERS = 256
-
-
-def scaled(images: Tensor) -> Tensor:
-    """Pixels 0 to 255 uint8 as -1 to 1 float32."""
-    return images.float() / 127.5 - 1
-
-
-def pixels(pictures: Tensor) -> Tensor:
-    """-1 to 1 as pixels 0 to 255 uint8, rounded; CheckpointError for NaN and infinities."""
-    return ((finite(pictures).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def levels_of(stride: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdiff.errors import CheckpointError, ConfigError, nearest
+from mdiff.errors import ConfigError, nearest
 from mdiff.kernels import philox
 from mdiff.modalities.image.codec import Report
 from mdiff.modalities.image.codecs.networks.autoencoder import ResidualBlock
@@ -146,23 +146,3 @@ def edge_error(error: Tensor) -> Tensor:
     down = (error[:, :, 1:] - error[:, :, :-1]).abs().mean()
     across = (error[..., 1:] - error[..., :-1]).abs().mean()
     return down + across
-
-
-def take_state(
-    module: nn.Module, wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> None:
-    """Load the `wanted` tensors of a module; CheckpointError, naming one, where they do not fit."""
-    check_state(wanted, tensors)
-    module.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
-
-
-def check_state(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError, naming one, where tensors are missing or of another shape."""
-    for name, tensor in wanted.items():
-        if name not in tensors:
-            raise CheckpointError(f"the codec's file lacks {name}")
-        if tensors[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"the codec's {name} has shape {tuple(tensors[name].shape)}, "
-                f"expected {tuple(tensor.shape)}"
-            )

@@ -1,23 +1,15 @@
 """What codecs that are trained here share: a convolutional autoencoder around a quantiser."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
-from mdiff.modalities.image.codec import CODES_KEY, Report, check_ids, check_pictures, finite
-from mdiff.modalities.image.codecs.networks.autoencoder import (
-    CODED_AT_ONCE,
-    Decoder,
-    Encoder,
-    check_counts,
-    pixels,
-    scaled,
-)
-from mdiff.modalities.image.codecs.networks.fit import Training, fit_networks, take_state
+from mdiff.modalities.image.codec import CODES_KEY, Report, check_pictures
+from mdiff.modalities.image.codecs.networks.autoencoder import Decoder, Encoder, check_counts
+from mdiff.modalities.image.codecs.networks.coding import NetworkCodec
+from mdiff.modalities.image.codecs.networks.fit import Training, fit_networks
 
 
 @dataclass(frozen=True)
@@ -39,14 +31,13 @@ class NetworkOptions:
         )  # fmt: skip
 
 
-class LearnedCodec(nn.Module):
-    """A codec to be fitted; a part writes the quantiser. Pixels 0 to 255 are -1 to 1 inside.
+class LearnedCodec(NetworkCodec):
+    """A codec to be fitted; a part writes the quantiser.
 
     `code_width` numbers of a position's features are one code.
     """
 
-    name: str
-    lossless = False
+    at_once = 256
     receptive_field_margin: int | None
 
     def __init__(self, options: NetworkOptions, *, codebook_size: int, code_width: int) -> None:
@@ -66,33 +57,11 @@ class LearnedCodec(nn.Module):
         self.receptive_field_margin = self.encoder.receptive_field_margin
 
     @abstractmethod
-    def ids(self, features: Tensor) -> Tensor:
-        """The ids (B, h, w[, n]) int64 of features (B, n D, h, w)."""
-
-    @abstractmethod
-    def codes(self, ids: Tensor) -> Tensor:
-        """The decoder's input (B, n D, h, w) for ids (B, h, w[, n])."""
-
-    @abstractmethod
     def new_quantizer(self) -> nn.Module:
         """What is trained between the networks: (B, n D, h, w) to (the same, ids, loss)."""
 
     def learn(self, quantizer: nn.Module) -> None:
         """Take over what the trained quantiser has learnt."""
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """The ids (B, h, w[, n]) int64 of pictures uint8."""
-        check_pictures(images, channels=self.channels, stride=self.stride)
-        parts = torch.split(images, CODED_AT_ONCE)
-        return torch.cat([self.ids(finite(self.encoder(scaled(some)))) for some in parts])
-
-    @torch.no_grad()
-    def decode(self, ids: Tensor) -> Tensor:
-        """The pictures (B, C, H, W) uint8 of ids."""
-        check_ids(ids, codebook_size=self.codebook_size, codes_per_position=self.codes_per_position)
-        parts = torch.split(ids, CODED_AT_ONCE)
-        return torch.cat([pixels(self.decoder(self.codes(some))) for some in parts])
 
     def fit(self, images: Tensor, *, seed: int = 0, report: Report | None = None) -> Self:
         """Train the networks and the quantiser on pictures (N, C, H, W) uint8."""
@@ -115,11 +84,3 @@ class LearnedCodec(nn.Module):
             CODES_KEY: self.codes_per_position, "width": options.width, "blocks": options.blocks,
             "local": options.local,
         } | options.training.changed()  # fmt: skip
-
-    def state(self) -> dict[str, Tensor]:
-        """What has been learnt."""
-        return dict(self.state_dict())
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back `state()`; CheckpointError where a tensor is missing or of another shape."""
-        take_state(self, self.state(), tensors)

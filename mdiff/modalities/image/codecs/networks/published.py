@@ -6,7 +6,6 @@ layers under the names that the family gives them; `codec.load_codec` does both.
 """
 
 import json
-from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Self
@@ -15,15 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mdiff.errors import CheckpointError, ConfigError
-from mdiff.files import CONFIG, Fields
-from mdiff.modalities.image.codec import (
-    Report,
-    check_ids,
-    check_pictures,
-    finite,
-)
+from mdiff.files import CONFIG, Fields, Header, load_weights, without_memory
+from mdiff.modalities.image.codec import Report, check_pictures, finite
 from mdiff.modalities.image.codec_files import PUBLISHED_TENSORS
-from mdiff.modalities.image.codecs.networks.fit import check_state
+from mdiff.modalities.image.codecs.networks.coding import NetworkCodec
 from mdiff.modalities.image.codecs.networks.vqgan import (
     GROUPS,
     Decoder,
@@ -37,21 +31,20 @@ from mdiff.modalities.image.codecs.networks.vqgan import (
 MOST_LEVELS, MOST_MULTIPLIER, MOST_BLOCKS = 10, 64, 32
 
 
-class PublishedCodec(nn.Module):
-    """A Codec that another project trained; a family writes the four steps between.
+class PublishedCodec(NetworkCodec):
+    """A Codec that another project trained.
 
-    `described` is its config.json. Inside, pixels are in [-1, 1], or in [0, 1] where `signed` is
-    false. `published` has the layers by the names in the files, and the buffers of `optional`
-    that files may hold and nothing here reads; `stored` are the types of tensors in the files
-    that it was read from, where they are to be written again.
+    `described` is its config.json. `published` has the layers by the names in the files, and the
+    buffers of `optional` that files may hold and nothing here reads; `stored` are the types of
+    tensors in the files that it was read from, where they are to be written again.
     """
 
-    name: str
-    signed: ClassVar[bool] = True
+    # More would round otherwise, and with it a code here and there would be another.
+    at_once = 1
+    decoder: Decoder
     weights_file: ClassVar[str] = PUBLISHED_TENSORS
     # Attention and group norms read the whole picture.
     receptive_field_margin: int | None = None
-    lossless = False
 
     def __init__(
         self, described: Mapping[str, object], shape: Shape, *, codebook_size: int,
@@ -73,46 +66,14 @@ class PublishedCodec(nn.Module):
         self.published: nn.Module
         self.eval().requires_grad_(False)
 
-    @abstractmethod
-    def latents(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) float to what is quantised (B, D, h, w)."""
-
-    @abstractmethod
-    def ids(self, latents: Tensor) -> Tensor:
-        """The ids (B, h, w[, n]) int64 of latents (B, D, h, w)."""
-
-    @abstractmethod
-    def codes(self, ids: Tensor) -> Tensor:
-        """What the decoder is given of ids: (B, D, h, w)."""
-
-    @abstractmethod
-    def pictures(self, codes: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) float of codes (B, D, h, w)."""
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """The ids of pictures uint8."""
-        check_pictures(images, channels=self.channels, stride=self.stride)
-        own = self.decoder.conv_out.weight.device
-        found = []
-        # One at a time: a batch rounds otherwise, and with it a code here and there is another.
-        for some in torch.split(images, 1):
-            bright = some.to(own).float()
-            bright = bright / 127.5 - 1 if self.signed else bright / 255
-            found.append(self.ids(finite(self.latents(bright))).to(images.device))
-        return torch.cat(found)
-
-    @torch.no_grad()
-    def decode(self, ids: Tensor) -> Tensor:
-        """The pictures (B, C, H, W) uint8 of ids."""
-        check_ids(ids, codebook_size=self.codebook_size, codes_per_position=self.codes_per_position)
-        own = self.decoder.conv_out.weight.device
-        made = []
-        for some in torch.split(ids, 1):
-            pictures = finite(self.pictures(self.codes(some.to(own))))
-            bright = (pictures + 1) * 127.5 if self.signed else pictures * 255
-            made.append(bright.round().clamp(0, 255).to(ids.device, torch.uint8))
-        return torch.cat(made)
+    def read(self, headers: Mapping[Path, Header], *, device: torch.device | str = "cpu") -> Self:
+        """Read the weights in files, as float32; every tensor is accounted for."""
+        there = {name for header in headers.values() for name in header}
+        with without_memory():
+            for name in sorted(there & self.optional().keys()):
+                self.keep(name)
+        load_weights(self.published, headers, dtype=torch.float32, device=device)
+        return self.requires_grad_(False).eval()
 
     def fit(self, images: Tensor, *, seed: int = 0, report: Report | None = None) -> Self:
         """Refused: it was trained elsewhere."""
@@ -123,17 +84,14 @@ class PublishedCodec(nn.Module):
         """The options that the family's function takes back, with the name."""
         return {"name": self.name, "config": self.described}
 
+    @property
+    def layers(self) -> nn.Module:
+        """The layers by their published names."""
+        return self.published
+
     def state(self) -> dict[str, Tensor]:
         """The weights by their published names, without buffers that nothing reads."""
-        return {n: x for n, x in self.published.state_dict().items() if n not in self.kept}
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back `state()`; CheckpointError where a tensor is missing or of another shape."""
-        wanted = self.state()
-        check_state(wanted, tensors)
-        # Taken as they are: the module may have been made without memory.
-        own = {name: tensors[name].to(x.dtype) for name, x in wanted.items()}
-        self.published.load_state_dict(own, strict=False, assign=True)
+        return {n: x for n, x in super().state().items() if n not in self.kept}
 
     def optional(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of buffers that files may hold and nothing here reads."""

@@ -5,6 +5,7 @@ files name the layers.
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -144,30 +145,16 @@ class Attention(nn.Module):
         return x + change
 
 
-class Downsample(nn.Module):
+def downsample(width: int) -> nn.Module:
     """Half the sides; the convolution is padded on the right and below alone."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H / 2, W / 2)."""
-        half: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
-        return half
+    pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=pad, conv=conv))
 
 
-class Upsample(nn.Module):
+def upsample(width: int) -> nn.Module:
     """Twice the sides."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, 2 H, 2 W)."""
-        double: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return double
+    grow, conv = nn.Upsample(scale_factor=2.0), nn.Conv2d(width, width, 3, padding=1)
+    return nn.Sequential(OrderedDict(grow=grow, conv=conv))
 
 
 class Level(nn.Module):
@@ -202,7 +189,7 @@ class Encoder(nn.Module):
         for number, outputs in enumerate(shape.widths):
             half: nn.Module | None = None
             if number < len(shape.widths) - 1:
-                half = nn.AvgPool2d(2) if shape.pools else Downsample(outputs)
+                half = nn.AvgPool2d(2) if shape.pools else downsample(outputs)
             self.down.append(Level(
                 inputs, outputs, shape, blocks=shape.blocks, resample=half,
                 attends=shape.blocks * shape.attends[number],
@@ -240,7 +227,7 @@ class Decoder(nn.Module):
             self.up.append(Level(
                 inputs, outputs, shape, blocks=shape.decoder_blocks,
                 attends=shape.decoder_blocks * shape.decoder_attends[number],
-                resample=Upsample(outputs) if number else None,
+                resample=upsample(outputs) if number else None,
             ))  # fmt: skip
             inputs = outputs
         self.norm_out = shape.norm(inputs)
