@@ -158,7 +158,7 @@ def evaluate_pictures(
         report["of_samples"] = {**wanted.sampling()} | by.figures_of(
             drawn, pipeline, train=train, test=test, metrics=wanted.of_samples,
             classifier=classifier, limit=limit,
-            inception=wanted.inception and str(wanted.inception),
+            inception=None if wanted.inception is None else str(wanted.inception),
         )  # fmt: skip
     return report
 
