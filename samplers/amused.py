@@ -10,7 +10,7 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
 from mdiff.samplers.confidence import confidence
-from mdiff.sampling import State, schedule_counts, useful_steps
+from mdiff.sampling import State, free_positions, schedule_counts, useful_steps
 from mdiff.schedule import Cosine, Schedule, as_float64
 from mdiff.tokens import TokenSpace
 
@@ -41,6 +41,7 @@ def amused(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    given: Tensor | None = None,
     steps: int = STEPS,
     noise: tuple[float, float] = NOISE,
 ) -> Iterator[State]:
@@ -60,11 +61,12 @@ def amused(
         raise ConfigError(f"noise={noise}: expected two numbers")
     space.check(canvas, valid)
     counted = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
-    hidden = ((canvas == space.mask_id) & counted).sum(1)
+    free = free_positions(canvas, given, valid, mask_id=space.mask_id)
+    hidden = (free & (canvas == space.mask_id)).sum(1)
     steps = useful_steps(steps, hidden)
     counts = schedule_counts(hidden, steps=steps, schedule=schedule, of=counted.sum(1))
     yield from confidence(
         denoiser, canvas, space=space.checked(), schedule=schedule, seed=seed, valid=valid,
-        cond=cond, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, counts=counts,
-        noise=torch.linspace(*noise, steps, dtype=torch.float32, device="cpu"),
+        cond=cond, given=given, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        counts=counts, noise=torch.linspace(*noise, steps, dtype=torch.float32, device="cpu"),
     )  # fmt: skip

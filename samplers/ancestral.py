@@ -29,6 +29,7 @@ def ancestral(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    given: Tensor | None = None,
     steps: int = 64,
     idle_calls: bool = False,
 ) -> Iterator[State]:
@@ -49,7 +50,7 @@ def ancestral(
             "none, is the limit of many"
         )
     fill = Unmasking(
-        denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond,
+        denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
     times = 1 - torch.arange(steps + 1, dtype=torch.float64, device=canvas.device) / steps

@@ -28,6 +28,7 @@ def any_order(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    given: Tensor | None = None,
     order: str | Tensor = "left_to_right",
     steps: int | None = None,
     counts: Counts = "even",
@@ -42,7 +43,7 @@ def any_order(
     Raises ConfigError for an order that is not a permutation, or counts that do not fit.
     """
     fill = Unmasking(
-        denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond,
+        denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
     table = reveal_counts(counts, fill.start, steps=steps, schedule=schedule)

@@ -19,7 +19,7 @@ from mdiff.denoiser import (
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.samplers.first_hitting import first_hitting
-from mdiff.sampling import State, streams
+from mdiff.sampling import State, free_positions, streams
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace, ranks
 
@@ -37,6 +37,7 @@ def blocks(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    given: Tensor | None = None,
     inner: Callable[..., Iterator[State]] = first_hitting,
     block_length: int = 32,
     steps: int | None = None,
@@ -69,7 +70,8 @@ def blocks(
     _check(space, inner, options, block_length=block_length, context=context, stop=stop)
     space.check(canvas, valid)
     aligned = block_length_of(denoiser) == block_length
-    run = _Run(canvas, valid, space.mask_id, block_length, aligned=aligned)
+    free = free_positions(canvas, given, valid, mask_id=space.mask_id)
+    run = _Run(canvas, valid, free, space.mask_id, block_length, aligned=aligned)
     kept = None
     if aligned and context is None:
         kept = finished_blocks(denoiser, valid=valid, cond=cond)
@@ -84,8 +86,9 @@ def blocks(
             window if kept is None else run.alone(window, number, kept),
             run.canvas.gather(1, columns), space=space.checked(), schedule=schedule,
             seed=philox.derive(seeds, samples, number) if number else seed,
-            valid=(run.block == number).gather(1, columns), cond=cond, temperature=temperature,
-            top_k=top_k, top_p=top_p, min_p=min_p, **options,
+            valid=(run.block == number).gather(1, columns), cond=cond,
+            given=None if given is None else ~run.writable.gather(1, columns),
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **options,
         )  # fmt: skip
         yield from run.fill(states, columns)
         if stop is not None:
@@ -123,17 +126,19 @@ class _Run:
     """
 
     def __init__(
-        self, canvas: Tensor, valid: Tensor | None, mask_id: int, length: int, *, aligned: bool
-    ) -> None:
+        self, canvas: Tensor, valid: Tensor | None, free: Tensor, mask_id: int, length: int, *,
+        aligned: bool,
+    ) -> None:  # fmt: skip
         self.canvas, self.mask_id, self.length = canvas.clone(), mask_id, length
         self.valid = torch.ones_like(canvas, dtype=torch.bool) if valid is None else valid
-        self.writable = self.valid & (canvas == mask_id)
+        self.writable = free
         self.rank = ranks(canvas, valid)
         first = torch.where(self.writable, self.rank, canvas.shape[1]).amin(1, keepdim=True)
         first = torch.zeros_like(first) if aligned else first
         inside = self.valid & (self.rank >= first)
         self.block = torch.where(inside, (self.rank - first) // length, -1)
         self.calls = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
+        self.rounds, self.exact = self.calls, True
         self.states, self.filled_up = 0, False
 
     def numbers(self) -> range:
@@ -162,7 +167,7 @@ class _Run:
 
     def fill(self, states: Iterator[State], columns: Tensor) -> Iterator[State]:
         """The states of a block as states of the whole canvas, which is filled by the last."""
-        canvas, calls = self.canvas, self.calls
+        canvas, calls, rounds = self.canvas, self.calls, self.rounds
 
         def spread(values: Tensor) -> Tensor:
             blank = torch.zeros(canvas.shape, dtype=values.dtype, device=values.device)
@@ -171,10 +176,11 @@ class _Run:
         for state in states:
             self.states += 1
             self.canvas = canvas.scatter(1, columns, state.tokens)
-            self.calls = calls + state.calls
+            self.calls, self.rounds = calls + state.calls, rounds + state.rounds
+            self.exact = self.exact and state.log_prob_is_exact
             yield State(
-                self.canvas, state.t, self.states, self.calls, spread(state.revealed),
-                spread(state.log_prob), spread(state.entropy),
+                self.canvas, state.t, self.states, self.calls, self.rounds, self.exact,
+                *map(spread, state.by_position()),
             )  # fmt: skip
 
     def end(self, number: int, stop: int) -> None:
@@ -188,8 +194,9 @@ class _Run:
 
     def stopped(self) -> State:
         """The last state, in which ended samples are filled up and nothing is drawn."""
-        nothing = torch.zeros(self.canvas.shape, dtype=torch.float32, device=self.canvas.device)
+        no = torch.zeros(self.canvas.shape, dtype=torch.bool, device=self.canvas.device)
+        zero = no.float()
         return State(
             self.canvas, torch.zeros_like(self.calls, dtype=torch.float64), self.states + 1,
-            self.calls, nothing.bool(), nothing, nothing,
+            self.calls, self.rounds, self.exact, no, zero, zero, zero, no, no,
         )  # fmt: skip

@@ -33,6 +33,7 @@ def confidence(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    given: Tensor | None = None,
     steps: int | None = None,
     counts: Counts = "schedule",
     score: str = "confidence",
@@ -63,8 +64,8 @@ def confidence(
     a threshold out of range or beside noise, or counts that do not fit.
     """
     fill = Unmasking(
-        denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, measure=measure,
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, measure=measure,
     )  # fmt: skip
     table = reveal_counts(counts, fill.start, steps=steps, schedule=schedule)
     per_step = None if table is None else table.tolist()

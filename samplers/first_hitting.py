@@ -26,6 +26,7 @@ def first_hitting(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    given: Tensor | None = None,
     per_call: int = 1,
 ) -> Iterator[State]:
     """States of the exact sampler: one call for each hidden token of a sample, and not more.
@@ -41,7 +42,7 @@ def first_hitting(
     if per_call < 1:
         raise ConfigError(f"per_call={per_call}: need at least 1")
     fill = Unmasking(
-        denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond,
+        denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
     most = int(fill.start.max())

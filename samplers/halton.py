@@ -45,6 +45,7 @@ def halton(
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
+    given: Tensor | None = None,
     grid: tuple[int, int] | None = None,
     steps: int | None = None,
     counts: Counts = "schedule",
@@ -65,7 +66,7 @@ def halton(
     Raises ConfigError for a grid that does not fit, or counts that do not.
     """
     fill = Unmasking(
-        denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond,
+        denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
     if steps is not None and isinstance(counts, str) and counts in ("root", "square"):

@@ -95,6 +95,12 @@ class BoundDraw:
     vocab_size: int
     options: Mapping[str, object]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it draws from the model's own law: temperature 1 and no filter that cuts."""
+        filters = [self.options[name] for name in ("top_k", "top_p", "min_p")]
+        return self.options["temperature"] == 1 and filters in ([None] * 3, [None, 1, None])
+
     def __call__(self, logits: Tensor, **row: Tensor | None) -> Draw:
         """`draw` of logits (N, V); `row` are the arguments of a backend that differ by row.
 

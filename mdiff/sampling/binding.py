@@ -14,14 +14,14 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser, block_length_of
 from mdiff.errors import ConfigError, nearest
 from mdiff.find import find, names
-from mdiff.sampling.unmasking import State
+from mdiff.sampling.state import State
 from mdiff.schedule import named_schedule
 from mdiff.tokens import TokenSpace
 
 Sampler = Callable[..., Iterator[State]]
 
 # What a call of a sampler gives it beside its options.
-ARGUMENTS = ("denoiser", "canvas", "space", "seed", "valid", "cond")
+ARGUMENTS = ("denoiser", "canvas", "space", "seed", "valid", "cond", "given")
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,19 @@ class BoundSampler:
         seed: int | Tensor,
         valid: Tensor | None,
         cond: Condition | None,
+        given: Tensor | None = None,
     ) -> Iterator[State]:
-        """The states of the sampler on `canvas` (B, L) int64."""
+        """The states of the sampler on `canvas` (B, L) int64.
+
+        Raises ConfigError where `given` (B, L) bool is given to a sampler that takes none.
+        """
+        more = dict(self.options)
+        if given is not None:
+            if "given" not in inspect.signature(self.function).parameters:
+                raise ConfigError(f"{self.function.__name__} takes no given=: it never takes back")
+            more["given"] = given
         return self.function(
-            denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, **self.options
+            denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, **more
         )
 
     def takes(self, name: str) -> bool:

@@ -9,7 +9,7 @@ from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import CheckpointError
 from mdiff.sampling.binding import Sampler, bind
 from mdiff.sampling.seeds import Seed, plain_seed
-from mdiff.sampling.unmasking import State
+from mdiff.sampling.state import LastWriting, State
 from mdiff.tokens import TokenSpace
 
 
@@ -17,15 +17,21 @@ from mdiff.tokens import TokenSpace
 class Sample:
     """Finished canvases.
 
-    `tokens` (B, L) int64; `calls` (B,) int64, the evaluations that each sample needed;
-    `log_prob` (B,) nats, summed over the drawn tokens; `entropy` (B,), the mean nats of the
-    draws, 0 where nothing was drawn.
+    `tokens` (B, L) int64; `calls` (B,) int64, the evaluations that each sample needed, and
+    `rounds` (B,) int64 the calls one after another; `log_prob` (B,) nats, summed over the drawn
+    tokens, and `log_prob_is_exact`, whether that is the log-likelihood of the tokens given the
+    order in which they were drawn; `entropy` (B,), the mean nats of the draws, 0 where nothing
+    was drawn. `writing` is what is known of each position's last writing, the number of times
+    included.
     """
 
     tokens: Tensor
     calls: Tensor
     log_prob: Tensor
     entropy: Tensor
+    rounds: Tensor
+    log_prob_is_exact: bool
+    writing: LastWriting
 
 
 class Tally:
@@ -34,14 +40,18 @@ class Tally:
     def __init__(self, canvas: Tensor) -> None:
         zeros = torch.zeros(canvas.shape[0], dtype=torch.float64, device=canvas.device)
         self.tokens, self.calls = canvas, zeros.long()
+        self.rounds, self.exact = self.calls, True
         self.log_prob, self.entropy, self.drawn = zeros, zeros, zeros.long()
+        self.writing = LastWriting(canvas)
 
     def add(self, state: State) -> None:
         """One more state."""
-        self.tokens, self.calls = state.tokens, state.calls
+        self.tokens, self.calls, self.rounds = state.tokens, state.calls, state.rounds
+        self.exact = state.log_prob_is_exact
         self.drawn = self.drawn + state.revealed.sum(1)
         self.log_prob = self.log_prob + state.log_prob.double().sum(1)
         self.entropy = self.entropy + state.entropy.double().sum(1)
+        self.writing.add(state)
 
     def sample(self) -> Sample:
         """The tokens and figures; CheckpointError where a draw had no law to draw from."""
@@ -52,8 +62,9 @@ class Tally:
                 "damaged, or their type overflows (try dtype='float32')"
             )
         return Sample(
-            self.tokens, self.calls, self.log_prob, self.entropy / self.drawn.clamp(min=1)
-        )
+            self.tokens, self.calls, self.log_prob, self.entropy / self.drawn.clamp(min=1),
+            self.rounds, self.exact, self.writing,
+        )  # fmt: skip
 
 
 def sample(
@@ -65,12 +76,14 @@ def sample(
     seed: Seed = 0,
     valid: Tensor | None = None,
     cond: Condition | None = None,
+    given: Tensor | None = None,
     **options: object,
 ) -> Sample:
     """The canvas (B, L) int64 filled in by a sampler, with its figures.
 
-    Tokens other than the mask id are given and never changed; `valid` (B, L) bool is False
-    at padding. `sampler` is a name from samplers/ or a function of their shape; `options`
+    The positions `given` (B, L) bool are never changed, by default all that do not hold the mask
+    id: with `given`, samplers that take tokens back revise the others. `valid` (B, L) bool is
+    False at padding. `sampler` is a name from samplers/ or a function of their shape; `options`
     are that sampler's own, where a schedule or an inner sampler may be a name too; a
     `block_length` runs any sampler block by block, by `blocks`, as a block model's own does
     unasked. An int `seed` makes row b sample b of it, seeds (B,) int64 make each row sample 0
@@ -90,7 +103,7 @@ def sample(
     tally = Tally(canvas)
     states = bound(
         denoiser, canvas, space=space.checked(), seed=plain_seed(seed, len(canvas)), valid=valid,
-        cond=cond,
+        cond=cond, given=given,
     )  # fmt: skip
     with torch.no_grad():
         for state in states:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -18,33 +18,14 @@ from mdiff.denoiser import (
     fixed_evaluations,
     row_request,
 )
-from mdiff.errors import ConfigError
+from mdiff.errors import ConfigError, DataError
 from mdiff.kernels import philox
 from mdiff.kernels.reveal_torch import written
-from mdiff.ops import Draw, Revealed, bind_draw, reveal
-from mdiff.sampling.counts import positions_of_step
+from mdiff.ops import Draw, Filters, Revealed, bind_draw, reveal
 from mdiff.sampling.seeds import streams
+from mdiff.sampling.state import State
 from mdiff.schedule import Schedule
 from mdiff.tokens import TokenSpace, ranks
-
-
-@dataclass(frozen=True)
-class State:
-    """What a sampler yields after each step of the batch.
-
-    `tokens` (B, L) int64; `t` (B,) float64, each sample's time; `step`, the number of states
-    so far; `calls` (B,) int64, the model evaluations each sample needed so far; `revealed`
-    (B, L) bool, drawn in this step; `log_prob` and `entropy` (B, L) nats of those draws, 0
-    elsewhere.
-    """
-
-    tokens: Tensor
-    t: Tensor
-    step: int
-    calls: Tensor
-    revealed: Tensor
-    log_prob: Tensor
-    entropy: Tensor
 
 
 class _ActiveRows:
@@ -91,24 +72,25 @@ class Unmasking:
         seed: int | Tensor,
         valid: Tensor | None,
         cond: Condition | None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
+        given: Tensor | None = None,
         measure: str = "model",
+        **filters: Unpack[Filters],
     ) -> None:
-        """Check the arguments and copy the canvas (B, L); raises ConfigError or DataError."""
+        """Check the arguments and copy the canvas (B, L); raises ConfigError or DataError.
+
+        `given` (B, L) bool are the positions that are never changed, by default all that do not
+        hold the mask id.
+        """
         space.check(canvas, valid)
         rows, device = canvas.shape[0], canvas.device
         for name, value in (cond or {}).items():
             if not isinstance(value, Tensor) or value.shape[:1] != (rows,):
                 shape = tuple(value.shape) if isinstance(value, Tensor) else value
                 raise ConfigError(f"cond[{name!r}] {shape}: expected a tensor of {rows} rows")
-        self.denoiser, self.valid = denoiser, valid
+        self.denoiser, self.valid, self.mask_id = denoiser, valid, space.mask_id
         self.tokens = canvas.clone()
-        self.hidden = canvas == space.mask_id
-        if valid is not None:
-            self.hidden &= valid
+        self.free = free_positions(canvas, given, valid, mask_id=space.mask_id)
+        self.hidden = self.free & (canvas == space.mask_id)
         self.start = self.hidden.sum(1)
         # Hidden positions of each sample, kept on the host so that no step has to ask the device.
         self.left: list[int] = self.start.tolist()
@@ -124,14 +106,17 @@ class Unmasking:
         ).flatten(1)
         self.spans = space.spans(canvas.shape[1], device)
         self.calls = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.rounds = self.calls
         self.draw = bind_draw(
-            space.vocab_size, device=device.type, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, measure=measure, never=space.forbidden,
-        )  # fmt: skip
+            space.vocab_size, device=device.type, measure=measure, never=space.forbidden, **filters
+        )
+        # Until a reveal depends on what was drawn, or a token is taken back.
+        self.log_prob_is_exact = self.draw.is_plain
         # The evaluations that a call costs each row; None where they depend on the canvas.
         varies = isinstance(denoiser, HasRowCost)
         self.cost = None if varies else fixed_evaluations(denoiser)
         self.blank = torch.zeros(canvas.shape, dtype=torch.float32, device=device)
+        self.nothing = torch.zeros_like(self.hidden)
         # The flat indices of the last call's positions, in the order of its draws: (N,) of B * L.
         self.positions = torch.empty(0, dtype=torch.int64, device=device)
         self.everyone = _ActiveRows(tuple(range(rows)), None, denoiser, valid, dict(cond or {}))
@@ -197,10 +182,11 @@ class Unmasking:
         if spent is None:
             spent = evaluations(active.denoiser, tokens, valid=active.valid, cond=active.cond)
         if index is None:
-            self.calls = calls + spent
+            self.calls, self.rounds = calls + spent, self.rounds + 1
         else:
             more = torch.as_tensor(spent, device=calls.device).expand(len(index))
             self.calls = calls.index_add(0, index, more)
+            self.rounds = self.rounds.index_add(0, index, torch.ones_like(index))
         return rows
 
     def _active(self, rows: tuple[int, ...]) -> _ActiveRows:
@@ -212,9 +198,9 @@ class Unmasking:
         return self.active
 
     def reveal(self, at: Tensor, drawn: Draw, t: Tensor, *, number: Sequence[int]) -> State:
-        """Write the draws of the positions `at`, `number` in each sample; the new state."""
+        """Write the draws of the hidden positions `at`, `number` in each sample; the new state."""
         revealed = written(self.tokens, at, drawn, at, blank_BL=self.blank)
-        return self._state(revealed, t, number)
+        return self._state(revealed, at, drawn, t, number)
 
     def reveal_surest(
         self, requested: Tensor, drawn: Draw, score: Tensor, t: Tensor, *, count: Tensor,
@@ -225,45 +211,78 @@ class Unmasking:
         `number` is the same count on the host, at most what is hidden. With a threshold all that
         reach it are written too, and their number is asked of the device.
         """
+        self.log_prob_is_exact = False
         revealed = reveal(self.tokens, requested, drawn, score, count=count, threshold=threshold)
         if threshold is not None:
             number = revealed.at.sum(1).tolist()
-        return self._state(revealed, t, number)
+        return self._state(revealed, requested, drawn, t, number)
 
-    def _state(self, revealed: Revealed, t: Tensor, number: Sequence[int]) -> State:
+    def revise(
+        self, requested: Tensor, drawn: Draw | None, t: Tensor, *, write: Tensor,
+        hide: Tensor | None = None,
+    ) -> State:  # fmt: skip
+        """Write those of the draws at `requested` that are in `write`, hide the tokens of `hide`.
+
+        All (B, L) bool; `write` and `hide` share no position and hold no given one. Without a draw
+        nothing is written. The number that is hidden now is asked of the device.
+        """
+        self.log_prob_is_exact = False
+        if drawn is None:
+            revealed = Revealed(self.tokens, self.nothing, self.blank, self.blank)
+        else:
+            revealed = written(self.tokens, requested, drawn, write, blank_BL=self.blank)
+        rewritten = write & (self.tokens != self.mask_id) & (revealed.tokens != self.tokens)
+        again = self.nothing
+        if hide is not None:
+            again = hide & (revealed.tokens != self.mask_id)
+            tokens = torch.where(again, self.mask_id, revealed.tokens)
+            revealed = revealed._replace(tokens=tokens)
+        state = self._state(revealed, requested, drawn, t, (), rewritten, again)
+        self.hidden = self.hidden | again
+        self.left = self.hidden.sum(1).tolist()
+        return state
+
+    def _state(
+        self, revealed: Revealed, requested: Tensor, drawn: Draw | None, t: Tensor,
+        number: Sequence[int], rewritten: Tensor | None = None, hidden_again: Tensor | None = None,
+    ) -> State:  # fmt: skip
         self.tokens = revealed.tokens
         # Hidden and not written now.
         self.hidden = self.hidden > revealed.at
         self.left = [left - n for left, n in zip(self.left, number)]
         self.states += 1
+        margin = self.blank
+        if drawn is not None:
+            margin = torch.zeros_like(revealed.log_prob).masked_scatter(requested, drawn.margin)
+        if requested is not revealed.at:
+            margin = torch.where(revealed.at, margin, 0)
         return State(
-            self.tokens, t, self.states, self.calls, revealed.at, revealed.log_prob,
-            revealed.entropy,
+            self.tokens, t, self.states, self.calls, self.rounds, self.log_prob_is_exact,
+            revealed.at, revealed.log_prob, revealed.entropy, margin,
+            self.nothing if rewritten is None else rewritten,
+            self.nothing if hidden_again is None else hidden_again,
         )  # fmt: skip
 
 
-def reveal_in_turn(
-    fill: Unmasking, turn: Tensor, counts: Tensor | None, schedule: Schedule
-) -> Iterator[State]:
-    """States of an oblivious order: `turn` (B, L) is each hidden position's turn, from 0.
+def free_positions(
+    canvas: Tensor, given: Tensor | None, valid: Tensor | None, *, mask_id: int
+) -> Tensor:
+    """The positions (B, L) bool of a canvas that a sampler may write: valid and not `given`.
 
-    `counts` (B, steps) int64 are the positions revealed a step; None is one a call.
+    Raises DataError where `given` is not (B, L) bool, or is true at a valid mask.
     """
-    done = torch.zeros_like(fill.start)
-    table = None if counts is None else counts.tolist()
-    step = 0
-    while any(fill.left):
-        number = positions_of_step(fill.left, table, step)
-        if any(number):
-            count = torch.ones_like(done) if counts is None else counts[:, step]
-            at = fill.hidden & (turn >= done[:, None]) & (turn < (done + count)[:, None])
-            done = done + count
-            t = fill.time_left(schedule)
-            yield fill.reveal(at, fill.ask(at, step, t, number=number), t, number=number)
-        step += 1
-
-
-def turns(order: Tensor, hidden: Tensor) -> Tensor:
-    """Each hidden position's turn (B, L) among the hidden ones, by ascending `order` (B, L)."""
-    last = order.max() + 1 if order.numel() else 0
-    return torch.where(hidden, order, last).argsort(dim=1, stable=True).argsort(dim=1)
+    hidden = canvas == mask_id
+    if given is None:
+        return hidden if valid is None else hidden & valid
+    if not isinstance(given, Tensor) or given.shape != canvas.shape or given.dtype != torch.bool:
+        got = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else repr(given)
+        raise DataError(f"given {got}: expected {tuple(canvas.shape)} bool")
+    free = ~given.to(canvas.device)
+    if valid is not None:
+        free, hidden = free & valid, hidden & valid
+    if bool((hidden & ~free).any()):
+        row, position = (int(i) for i in (hidden & ~free).nonzero()[0])
+        raise DataError(
+            f"row {row}, position {position} holds the mask but is given: it would stay hidden"
+        )
+    return free

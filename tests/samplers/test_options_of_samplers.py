@@ -221,10 +221,10 @@ def test_steps_beyond_the_hidden_positions_end_at_once(sampler, steps):
     options = {"block_length": 7} if sampler == "blocks" else {}
     if sampler == "blocks":
         options["inner"] = "confidence"
-    begun = time.perf_counter()
+    begun = time.process_time()
     made = sample(model, canvas, space=TokenSpace(5, mask_id=5), sampler=sampler, steps=steps,
                   **options)  # fmt: skip
-    assert time.perf_counter() - begun < 4
+    assert time.process_time() - begun < 4
     assert made.calls.tolist() == [49, 3]
     assert bool((made.tokens < 5).all())
 

@@ -1,0 +1,64 @@
+"""What a sampler yields after each step, and what is kept of each position's last writing."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """What a sampler yields after each step of the batch.
+
+    `tokens` (B, L) int64; `t` (B,) float64, each sample's time; `step`, the number of states
+    so far; `calls` (B,) int64, the model evaluations each sample needed so far, and `rounds` (B,)
+    int64, the calls one after another that it waited for; `revealed` (B, L) bool, written in this
+    step; `log_prob`, `entropy` and `margin` (B, L) of those draws, 0 elsewhere.
+
+    Where a sampler takes tokens back, `rewritten` (B, L) bool is where a written token held
+    another one before, `hidden_again` where it holds the mask now. `log_prob_is_exact` is
+    whether the log-probabilities so far sum to that of the tokens given the order of the reveals.
+    """
+
+    tokens: Tensor
+    t: Tensor
+    step: int
+    calls: Tensor
+    rounds: Tensor
+    log_prob_is_exact: bool
+    revealed: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+    margin: Tensor
+    rewritten: Tensor
+    hidden_again: Tensor
+
+    def by_position(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The fields (B, L) that say what the step did, from `revealed` on."""
+        return (
+            self.revealed, self.log_prob, self.entropy, self.margin, self.rewritten,
+            self.hidden_again,
+        )  # fmt: skip
+
+
+class LastWriting:
+    """What is known of the last writing of each position; each (B, L).
+
+    `log_prob`, `entropy`, `margin` of its draw and 0 where there was none, `step` int64 the
+    number of the state that wrote it (0: none did), `times` int64 how often it was written.
+    """
+
+    def __init__(self, canvas: Tensor) -> None:
+        self.log_prob = self.entropy = self.margin = torch.zeros(
+            canvas.shape, dtype=torch.float32, device=canvas.device
+        )
+        self.step = self.times = torch.zeros_like(canvas)
+
+    def add(self, state: State) -> None:
+        """One more state."""
+        at = state.revealed
+        self.log_prob = torch.where(at, state.log_prob, self.log_prob)
+        self.entropy = torch.where(at, state.entropy, self.entropy)
+        self.margin = torch.where(at, state.margin, self.margin)
+        self.step = torch.where(at, state.step, self.step)
+        self.times = self.times + at
