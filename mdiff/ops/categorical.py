@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdiff.errors import ConfigError
 from mdiff.kernels.draw_triton import draw_triton
-from mdiff.kernels.reference import Draw
+from mdiff.kernels.reference import Draw, guided_logits, permitted_columns
 from mdiff.ops.backend import BACKENDS, backend_name
 
 # Logits that exist at once in `of_features`: 16 MB of float32 on a CPU, 512 MB elsewhere.
@@ -93,6 +93,7 @@ class BoundDraw:
 
     run: Callable[..., Draw]
     vocab_size: int
+    forbidden: tuple[int, ...]
     options: Mapping[str, object]
 
     @property
@@ -115,23 +116,50 @@ class BoundDraw:
         return self.run(logits, **self.options, **row)
 
     def of_features(
-        self, features: Tensor, head: Callable[[Tensor], Tensor], *,
-        unconditional: Tensor | None = None, **row: Tensor | None,
-    ) -> Draw:  # fmt: skip
+        self, features: Tensor, head: Callable[[Tensor], Tensor] | None, *,
+        unconditional: Tensor | None = None, standing: Tensor | None = None,
+        **row: Tensor | None,
+    ) -> tuple[Draw, Tensor | None]:  # fmt: skip
         """The same of the logits that `head` makes of `features` (N, D), not all at once.
 
         The head runs on as many rows at a time as have CHUNK[device] logits: on a CPU they are
-        drawn from while they lie in its last cache. `unconditional` (N, D) are the features of
-        the other branch.
+        drawn from while they lie in its last cache. Without a head the features are the logits.
+        `unconditional` (N, D) are the features of the other branch. With `standing` (N,) int64
+        the second result is the log-probability of those ids, (N,) float32, otherwise None.
         """
         size = max(1, CHUNK.get(features.device.type, CHUNK["cuda"]) // self.vocab_size)
-        drawn = []
-        for first in range(0, max(len(features), 1), size):
+        size = len(features) if head is None else size
+        drawn, scores = [], []
+        for first in range(0, max(len(features), 1), max(size, 1)):
             part = slice(first, first + size)
             own = {name: None if each is None else each[part] for name, each in row.items()}
-            other = None if unconditional is None else head(unconditional[part])
-            drawn.append(self(head(features[part]), unconditional=other, **own))
-        return drawn[0] if len(drawn) == 1 else Draw(*(torch.cat(each) for each in zip(*drawn)))
+            logits = features[part] if head is None else head(features[part])
+            other = None if unconditional is None else unconditional[part]
+            other = other if head is None or other is None else head(other)
+            drawn.append(self(logits, unconditional=other, **own))
+            if standing is not None:
+                scores.append(self.log_prob(logits, standing[part], unconditional=other, **own))
+        score = torch.cat(scores) if scores else None
+        if len(drawn) == 1:
+            return drawn[0], score
+        return Draw(*(torch.cat(each) for each in zip(*drawn))), score
+
+    def log_prob(
+        self, logits: Tensor, tokens: Tensor, *, unconditional: Tensor | None = None,
+        scale: Tensor | None = None, span: Tensor | None = None, **_: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The log-probability (N,) float32 of ids (N,), by the law that `log_prob` of a draw has.
+
+        Always of the logits at temperature 1 before the filters; -inf for a forbidden id, and
+        without a meaning for one that has no column. In float64 for logits of that type.
+        """
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if unconditional is not None and scale is not None:
+            logits = guided_logits(logits, unconditional.to(logits.dtype), scale)
+        allowed = permitted_columns(logits, self.forbidden, span)
+        logits = logits.masked_fill(~allowed, -torch.inf)
+        column = tokens.clamp(max=logits.shape[1] - 1)
+        return logits.log_softmax(1).gather(1, column[:, None])[:, 0]
 
 
 def bind_draw(
@@ -159,7 +187,8 @@ def bind_draw(
         raise ConfigError(f"measure={measure!r}: expected 'model' or 'drawn'")
     chosen = backend_name(backend, device=device)
     run = draw_triton if chosen == "triton" else BACKENDS[chosen]
-    return BoundDraw(run, vocab_size, {**checked, "forbidden": forbidden, "measure": measure})
+    options = {**checked, "forbidden": forbidden, "measure": measure}
+    return BoundDraw(run, vocab_size, forbidden, options)
 
 
 def checked_filters(

@@ -21,8 +21,10 @@ class Sample:
     `rounds` (B,) int64 the calls one after another; `log_prob` (B,) nats, summed over the drawn
     tokens, and `log_prob_is_exact`, whether that is the log-likelihood of the tokens given the
     order in which they were drawn; `entropy` (B,), the mean nats of the draws, 0 where nothing
-    was drawn. `writing` is what is known of each position's last writing, the number of times
-    included.
+    was drawn; `nats_spent` (B,), the sum over steps of the entropies of its draws but the largest:
+    with the conditionals of one joint, and positions that do not depend on what is drawn, no
+    less in the mean than the divergence of the joint from this law. `writing` is what is
+    known of each position's last writing, the number of times included.
     """
 
     tokens: Tensor
@@ -31,6 +33,7 @@ class Sample:
     entropy: Tensor
     rounds: Tensor
     log_prob_is_exact: bool
+    nats_spent: Tensor
     writing: LastWriting
 
 
@@ -42,6 +45,7 @@ class Tally:
         self.tokens, self.calls = canvas, zeros.long()
         self.rounds, self.exact = self.calls, True
         self.log_prob, self.entropy, self.drawn = zeros, zeros, zeros.long()
+        self.spent = zeros
         self.writing = LastWriting(canvas)
 
     def add(self, state: State) -> None:
@@ -50,7 +54,9 @@ class Tally:
         self.exact = state.log_prob_is_exact
         self.drawn = self.drawn + state.revealed.sum(1)
         self.log_prob = self.log_prob + state.log_prob.double().sum(1)
-        self.entropy = self.entropy + state.entropy.double().sum(1)
+        entropy = state.entropy.double()
+        self.entropy = self.entropy + entropy.sum(1)
+        self.spent = self.spent + entropy.sum(1) - entropy.amax(1)
         self.writing.add(state)
 
     def sample(self) -> Sample:
@@ -63,7 +69,7 @@ class Tally:
             )
         return Sample(
             self.tokens, self.calls, self.log_prob, self.entropy / self.drawn.clamp(min=1),
-            self.rounds, self.exact, self.writing,
+            self.rounds, self.exact, self.spent, self.writing,
         )  # fmt: skip
 
 

@@ -119,6 +119,7 @@ class Unmasking:
         self.nothing = torch.zeros_like(self.hidden)
         # The flat indices of the last call's positions, in the order of its draws: (N,) of B * L.
         self.positions = torch.empty(0, dtype=torch.int64, device=device)
+        self.standing: Tensor | None = None
         self.everyone = _ActiveRows(tuple(range(rows)), None, denoiser, valid, dict(cond or {}))
         self.active = self.everyone
         self.states = 0
@@ -140,23 +141,26 @@ class Unmasking:
 
     def time_left(self, schedule: Schedule) -> Tensor:
         """The time (B,) at which the share of positions now hidden would be expected."""
-        return schedule.time_at(self.hidden.sum(1).double() / self.start.clamp(min=1))
+        return schedule.time_at(self.hidden.sum(1).double() / self.free.sum(1).clamp(min=1))
 
     def ask(
         self, at: Tensor, step: int, t: Tensor, *, number: Sequence[int], idle: bool = False,
-        positions: Tensor | None = None,
+        positions: Tensor | None = None, score_standing: bool = False,
+        leave_out: bool = False,
     ) -> Draw:  # fmt: skip
         """Call the denoiser once and draw a token for each position `at` (B, L), row-major.
 
         `number` are the positions of each sample, so that there is no host-device
         synchronisation. Only samples with such a position are evaluated and counted; `idle`
         evaluates every sample that still hides something. `positions` (N,) are the flat indices
-        of `at`, where they are known.
+        of `at`, where they are known. `score_standing` puts the log-probabilities (N,) of the
+        ids that stand there into `standing`, with no meaning where that is the mask. `leave_out`
+        shows the denoiser the mask at `at`, whatever stands there.
         """
         if positions is None:
             positions = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
         self.positions = positions
-        rows = self._evaluate(at, t, number=number, idle=idle)
+        rows = self._evaluate(at, t, number=number, idle=idle, leave_out=leave_out)
         seed, sample, position = self.counter.index_select(1, positions).unbind()
         counter = {
             "seed": seed, "sample": sample, "position": position,
@@ -164,14 +168,21 @@ class Unmasking:
             "span": None if self.spans is None else self.spans[positions % at.shape[1]],
             "unconditional": rows.unconditional, "scale": rows.scale,
         }  # fmt: skip
-        if rows.head is None:
+        standing = self.tokens.flatten()[positions] if score_standing else None
+        if rows.head is None and standing is None:
             return self.draw(rows.conditional, **counter)
-        return self.draw.of_features(rows.conditional, rows.head, **counter)
+        drawn, self.standing = self.draw.of_features(
+            rows.conditional, rows.head, standing=standing, **counter
+        )
+        return drawn
 
-    def _evaluate(self, at: Tensor, t: Tensor, *, number: Sequence[int], idle: bool) -> Rows:
+    def _evaluate(
+        self, at: Tensor, t: Tensor, *, number: Sequence[int], idle: bool, leave_out: bool
+    ) -> Rows:
         """The denoiser's rows at the positions `at` (B, L), of the samples that need them."""
         active = self._active(tuple(r for r, n in enumerate(self.left if idle else number) if n))
-        tokens, index, calls = self.tokens, active.index, self.calls
+        tokens = torch.where(at, self.mask_id, self.tokens) if leave_out else self.tokens
+        index, calls = active.index, self.calls
         if index is not None:
             tokens, at, t = tokens[index], at[index], t[index]
         rows = active.request(

@@ -19,7 +19,7 @@ from mdiff.pipeline.options import CallOptions, SamplingOptions, canvas_of
 from mdiff.pipeline.pipeline import Pipeline
 
 # What every sampler is handed, and the options that are not a sampler's.
-ARGUMENTS = {"denoiser", "canvas", "space", "seed", "valid", "cond"}
+ARGUMENTS = {"denoiser", "canvas", "space", "seed", "valid", "cond", "given"}
 OF_A_CALL = {
     "batch_size", "guidance_scale", "guidance_schedule", "guidance_interval", "end", "echo", "n",
     "negative", "prompts",

@@ -1,0 +1,87 @@
+"""Path planning: keep the tokens that score best, written ones too (Peng et al. 2025, P2)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mdiff.denoiser import Condition, Denoiser
+from mdiff.errors import ConfigError, nearest
+from mdiff.sampling import State, Unmasking
+from mdiff.sampling.remasking import MOST_STEPS
+from mdiff.schedule import Linear, Schedule
+from mdiff.tokens import TokenSpace
+
+SCORES = ("standing", "drawn")
+
+
+def path_planning(
+    denoiser: Denoiser,
+    canvas: Tensor,
+    *,
+    space: TokenSpace,
+    schedule: Schedule = Linear(),  # noqa: B008
+    seed: int | Tensor = 0,
+    valid: Tensor | None = None,
+    cond: Condition | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    given: Tensor | None = None,
+    steps: int = 32,
+    score: str = "standing",
+    keep: float = 0.0,
+) -> Iterator[State]:
+    """States of `steps` calls on `canvas` (B, L), each of which keeps a growing share of tokens.
+
+    Each call draws a token at every position that is not given and scores it: a hidden one by the
+    log-probability of its draw, a written one by that of the token that stands there, of which the
+    denoiser sees all. Of N positions the best ceil(k N) are kept, k from `keep` to 1 in even steps;
+    kept masks take their draws, kept tokens stay, all others are hidden. score="drawn" scores
+    written ones by their fresh draw too, as Open-dLLM's code does.
+
+    A finished text is revised with keep near 1: the worst tokens are hidden first. The positions
+    depend on the drawn tokens, so there is no exact law at any number of steps.
+
+    Raises ConfigError for an unknown score, keep outside [0, 1), or steps out of range.
+    """
+    if score not in SCORES:
+        raise ConfigError(f"unknown score {score!r}; {nearest(score, SCORES)}")
+    if not 0 <= keep < 1:
+        raise ConfigError(f"keep={keep}: expected at least 0 and less than 1")
+    if not 1 <= steps <= MOST_STEPS:
+        raise ConfigError(f"steps={steps}: need at least 1 and at most {MOST_STEPS}")
+    fill = Unmasking(
+        denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+    )  # fmt: skip
+    count = fill.free.sum(1)
+    number: list[int] = count.tolist()
+    for step in range(steps if any(number) else 0):
+        t, hidden = fill.time_left(schedule), fill.hidden
+        drawn = fill.ask(fill.free, step, t, number=number, score_standing=True)
+        value = drawn.log_prob
+        if score == "standing" and fill.standing is not None:
+            is_hidden = hidden.flatten().index_select(0, fill.positions)
+            value = torch.where(is_hidden, value, fill.standing.to(value.dtype))
+        left = (1 - keep) * (steps - 1 - step) / steps
+        kept = count - (count.double() * left + 1e-9).floor().long()
+        best = best_of(fill.free, value, kept)
+        yield fill.revise(
+            fill.free, drawn, fill.time_left(schedule), write=hidden & best,
+            hide=fill.free & ~hidden & ~best,
+        )  # fmt: skip
+
+
+def best_of(at: Tensor, value: Tensor, count: Tensor) -> Tensor:
+    """Of the positions `at` (B, L) the `count` (B,) with the highest `value` (N,), (B, L) bool.
+
+    Ties go to the first position, NaN is last.
+    """
+    lowest = torch.finfo(value.dtype).min
+    table = value.new_full(at.shape, -torch.inf).masked_scatter(
+        at, value.nan_to_num(nan=lowest, neginf=lowest)
+    )
+    rank = table.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return at & (rank < count[:, None])
