@@ -89,7 +89,9 @@ def open_shards(folder: Path | str, *, codec: Codec | None = None) -> Shards:
     for name, column in columns.items():
         if len({part is None for part in column}) > 1:
             raise DataError(f"{folder}: some shards have {name} and some have none")
-    there = {name: column for name, column in columns.items() if column[0] is not None}
+    there: dict[str, list[Any]] = {
+        name: column for name, column in columns.items() if column[0] is not None
+    }
     texts = {name: list(chain.from_iterable(there[name])) for name in TEXTS if name in there}
     ids, labels = (torch.cat(there[name]) if name in there else None for name in COLUMNS[:2])
     if ids is None or len(ids) != manifest["count"]:
