@@ -7,8 +7,7 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
-from mdiff.samplers.path_planning import best_of
-from mdiff.sampling import State, Unmasking
+from mdiff.sampling import State, Unmasking, best_of
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -28,24 +27,25 @@ def budget(
     min_p: float | None = None,
     given: Tensor | None = None,
     nats: float | None = None,
-    per_call: float | None = None,
+    nats_per_call: float | None = None,
 ) -> Iterator[State]:
     """States on `canvas` (B, L) that reveal the positions of least entropy, within a budget.
 
     Each call reveals the k hidden positions of least entropy, the most whose entropies without
     the largest sum to what may be spent: the joint of k positions is nearer than that to the
-    product of their conditionals (Ben-Hamu et al. 2025, entropy-bounded unmasking). `per_call` is
-    that number of nats at each call; `nats` (2 by default) is the total of a sample, of which at
-    most the share of the tokens that are revealed is spent at any time. At least one position a
-    call costs nothing. With the conditionals of one joint, temperature 1 and no filters, the
-    divergence of the joint from this law is at most the mean nats spent, which a `Sample` states.
+    product of their conditionals (Ben-Hamu et al. 2025, entropy-bounded unmasking).
+    `nats_per_call` is that number at each call; `nats` (2 by default) is the total of a sample,
+    of which at most the share of its tokens that are revealed is spent at any time. At least one
+    position a call costs nothing. With the conditionals of one joint, temperature 1 and no
+    filters, the divergence of the joint from this law is at most the mean nats spent, which a
+    `Sample` states.
 
     Raises ConfigError where both are given, or a number is negative or not finite.
     """
-    if nats is not None and per_call is not None:
-        raise ConfigError(f"nats={nats} and per_call={per_call}: give one of them")
+    if nats is not None and nats_per_call is not None:
+        raise ConfigError(f"nats={nats} and nats_per_call={nats_per_call}: give one of them")
     total = 2.0 if nats is None else nats
-    for name, value in (("nats", total), ("per_call", per_call or 0.0)):
+    for name, value in (("nats", total), ("nats_per_call", nats_per_call or 0.0)):
         if not 0 <= value < float("inf"):
             raise ConfigError(f"{name}={value}: expected a finite number of nats, at least 0")
     fill = Unmasking(
@@ -63,11 +63,11 @@ def budget(
         ascending = table.sort(dim=1, stable=True).values.nan_to_num(posinf=0.0)
         cost = ascending.cumsum(1) - ascending
         rank = torch.arange(1, canvas.shape[1] + 1, device=canvas.device)
-        if per_call is None:
+        if nats_per_call is None:
             done = (fill.start - hidden.sum(1))[:, None] + rank
             fits = spent[:, None] + cost <= total * done / whole
         else:
-            fits = cost <= per_call
+            fits = cost <= nats_per_call
         # Costs only grow; what may be spent grows too, so the last that fits is the most.
         inside = rank <= hidden.sum(1, keepdim=True)
         most = torch.where(fits & inside, rank, 1).amax(1).minimum(hidden.sum(1))

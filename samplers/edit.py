@@ -7,8 +7,7 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
-from mdiff.samplers.path_planning import best_of
-from mdiff.sampling import State, Unmasking
+from mdiff.sampling import State, Unmasking, best_of
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError, nearest
-from mdiff.sampling import State, Unmasking
-from mdiff.sampling.remasking import MOST_STEPS
+from mdiff.sampling import MOST_STEPS, State, Unmasking, best_of
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -37,11 +36,11 @@ def path_planning(
 
     Each call draws a token at every position that is not given and scores it: a hidden one by the
     log-probability of its draw, a written one by that of the token that stands there, of which the
-    denoiser sees all. Of N positions the best ceil(k N) are kept, k from `keep` to 1 in even steps;
-    kept masks take their draws, kept tokens stay, all others are hidden. score="drawn" scores
-    written ones by their fresh draw too, as Open-dLLM's code does.
+    denoiser is shown all. Of N positions the best ceil(k N) are kept, k from `keep` to 1 in even
+    steps; kept masks take their draws, kept tokens stay, all others are hidden. score="drawn"
+    scores written ones by their fresh draw too, as Open-dLLM's code does.
 
-    A finished text is revised with keep near 1: the worst tokens are hidden first. The positions
+    A finished canvas is revised with keep near 1: the worst tokens are hidden first. The positions
     depend on the drawn tokens, so there is no exact law at any number of steps.
 
     Raises ConfigError for an unknown score, keep outside [0, 1), or steps out of range.
@@ -72,16 +71,3 @@ def path_planning(
             fill.free, drawn, fill.time_left(schedule), write=hidden & best,
             hide=fill.free & ~hidden & ~best,
         )  # fmt: skip
-
-
-def best_of(at: Tensor, value: Tensor, count: Tensor) -> Tensor:
-    """Of the positions `at` (B, L) the `count` (B,) with the highest `value` (N,), (B, L) bool.
-
-    Ties go to the first position, NaN is last.
-    """
-    lowest = torch.finfo(value.dtype).min
-    table = value.new_full(at.shape, -torch.inf).masked_scatter(
-        at, value.nan_to_num(nan=lowest, neginf=lowest)
-    )
-    rank = table.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return at & (rank < count[:, None])

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
-from mdiff.sampling import State, Unmasking
-from mdiff.sampling.remasking import grid_of_shares, remask
+from mdiff.sampling import State, Unmasking, grid_of_shares, remask
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -35,7 +34,7 @@ def psi(
     A step from m_t to m_s is with `kappa` the ancestral one, otherwise all tokens are predicted
     and then hidden with m_s. For masks that is `remdm` with sigma = (1 - kappa) m_s, as which it
     runs; kappa=1 is `ancestral` draw for draw, and kappa=0 predicts and hides at every step. A
-    finished text is revised from `start` on, as in `remdm`.
+    finished canvas is revised from `start` on, as in `remdm`.
 
     Raises ConfigError for kappa outside [0, 1], and steps or a start out of range.
     """

@@ -7,8 +7,15 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError, nearest
-from mdiff.sampling import LastWriting, State, Unmasking
-from mdiff.sampling.remasking import MOST_STEPS, grid_of_shares, largest_sigma, remask
+from mdiff.sampling import (
+    MOST_STEPS,
+    LastWriting,
+    State,
+    Unmasking,
+    grid_of_shares,
+    largest_sigma,
+    remask,
+)
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -46,7 +53,7 @@ def remdm(
     runs without to 9 of 10 shown, stays there with min(eta, smax) (0.02) between the times 0.55
     and 0.05, and fills the rest in. eta=0 is `ancestral` draw for draw.
 
-    A finished text is revised from `start` on, the time to whose share it is first hidden; the
+    A finished canvas is revised from `start` on, the time to whose share it is first hidden; the
     positions that it may change are those not in `given`.
 
     Raises ConfigError for an unknown rule, eta outside [0, 1] or where the rule has none, and

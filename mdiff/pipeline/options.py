@@ -131,6 +131,17 @@ class SamplingOptions(TypedDict, total=False):
     block_length: int
     context: int | None
     stop: int | None
+    rule: str
+    eta: float | None
+    start: float | None
+    kappa: float
+    keep: float
+    edit_threshold: float
+    least: int
+    rounds_after: int
+    sweeps: float
+    nats: float | None
+    nats_per_call: float | None
 
     # Rows that go through the model together.
     batch_size: int

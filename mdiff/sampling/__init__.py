@@ -8,8 +8,14 @@ from mdiff.sampling.counts import positions_of_step as positions_of_step
 from mdiff.sampling.counts import reveal_counts as reveal_counts
 from mdiff.sampling.counts import schedule_counts as schedule_counts
 from mdiff.sampling.counts import useful_steps as useful_steps
+from mdiff.sampling.orders import best_of as best_of
 from mdiff.sampling.orders import reveal_in_turn as reveal_in_turn
 from mdiff.sampling.orders import turns as turns
+from mdiff.sampling.remasking import MOST_STEPS as MOST_STEPS
+from mdiff.sampling.remasking import grid_of_shares as grid_of_shares
+from mdiff.sampling.remasking import largest_sigma as largest_sigma
+from mdiff.sampling.remasking import remask as remask
+from mdiff.sampling.remasking import stays_hidden as stays_hidden
 from mdiff.sampling.run import Sample as Sample
 from mdiff.sampling.run import Tally as Tally
 from mdiff.sampling.run import sample as sample

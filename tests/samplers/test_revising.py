@@ -14,8 +14,7 @@ from mdiff import from_logits, sample
 from mdiff.errors import ConfigError, DataError
 from mdiff.find import find
 from mdiff.samplers.remdm import loop_shares
-from mdiff.sampling import LastWriting
-from mdiff.sampling.remasking import grid_of_shares, largest_sigma, stays_hidden
+from mdiff.sampling import LastWriting, grid_of_shares, largest_sigma, stays_hidden
 from mdiff.schedule import Cosine, Linear, Polynomial
 from mdiff.tokens import TokenSpace
 
@@ -151,7 +150,7 @@ def test_remdm_has_its_own_enumerated_law(case, schedule, masks):
     assert not made.log_prob_is_exact
 
 
-def test_remdm_without_its_rule_is_told_from_the_law_with_it(masks):
+def test_remdm_without_its_rule_is_rejected_against_the_law_with_it(masks):
     law = chain(grid_of_shares(Linear(), 6, None, None).tolist(), RULES["rescale"][1])
     for mutant in ({"rule": "rescale", "eta": 0.25}, {"rule": "cap", "eta": 0.0}):
         assert agrees(run("remdm", masks, steps=6, **mutant).tokens, law) < FALSE_ALARM
@@ -404,9 +403,9 @@ def budgeted(toy, total, per_call=None):
     return done
 
 
-@pytest.mark.parametrize("options", [{"nats": 1.0}, {"nats": 0.0}, {"per_call": 0.7}], ids=str)
+@pytest.mark.parametrize("options", [{"nats": 1.0}, {"nats": 0.0}, {"nats_per_call": 0.7}], ids=str)
 def test_budget_has_its_own_enumerated_law_and_says_what_it_spent(options, masks):
-    law = budgeted(IDEAL, options.get("nats"), options.get("per_call"))
+    law = budgeted(IDEAL, options.get("nats"), options.get("nats_per_call"))
     made = run("budget", masks, table=IDEAL.table, **options)
     assert (
         agrees(made.tokens, {canvas: chance for canvas, (chance, _) in law.items()}) > FALSE_ALARM
@@ -573,7 +572,7 @@ def test_the_log_probability_is_said_to_be_exact_only_where_it_is():
     ("edit", {"threshold": -0.1}), ("edit", {"edit_threshold": float("nan")}),
     ("edit", {"least": 0}), ("edit", {"rounds_after": -1}), ("gibbs", {"sweeps": -1.0}),
     ("gibbs", {"sweeps": float("inf")}), ("budget", {"nats": -1.0}),
-    ("budget", {"nats": 1.0, "per_call": 1.0}), ("budget", {"per_call": float("nan")}),
+    ("budget", {"nats": 1.0, "nats_per_call": 1.0}), ("budget", {"nats_per_call": float("nan")}),
 ])  # fmt: skip
 def test_options_out_of_range_are_refused_before_any_call(name, options):
     space = TokenSpace(11, mask_id=5)

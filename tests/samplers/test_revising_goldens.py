@@ -14,7 +14,7 @@ import mdiff
 from mdiff import from_logits
 from mdiff.find import find
 from mdiff.samplers.remdm import loop_shares
-from mdiff.sampling.remasking import largest_sigma, stays_hidden
+from mdiff.sampling import largest_sigma, stays_hidden
 from mdiff.tokens import TokenSpace
 
 REMDM = json.loads((GOLDEN / "remasking" / "remdm_step.json").read_text())["cases"]
@@ -105,7 +105,7 @@ def test_the_budget_of_a_call_accepts_what_the_entropy_bound_does(case, step):
     canvas = torch.full(logits.shape[:2], 20)
     first = next(find("samplers", "budget")(
         from_logits(lambda tokens: logits), canvas, space=TokenSpace(20, mask_id=20),
-        per_call=bound,
+        nats_per_call=bound,
     ))  # fmt: skip
     assert torch.equal(first.revealed, STEPS[f"eb.case{case}.step{step}.accepted_index"].bool())
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 # Each word with the pattern that finds it in a text whose CamelCase names are parted.
 WORDS = {
     # Torch's term for writing into a tensor is no position.
-    "place": r"(?<!in[ -])places?(?!\w*ment)|in[ _]place[ _]of",
+    "place": r"(?<!in[ _-])places?(?!\w*ment)|in[ _]place[ _]of",
     "told": r"told",
     "sees": r"sees",
     "seen": r"seen",

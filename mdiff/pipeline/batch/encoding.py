@@ -243,7 +243,7 @@ def _header(path: Path) -> tuple[str, str]:
         check_tensors(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            entry = json.loads(file.read(length)).get("__metadata__", {})[ORIGIN]
+            entry = (json.loads(file.read(length)).get("__metadata__") or {})[ORIGIN]
     except (CheckpointError, OSError):
         return "", ""
     origin, _, content = str(entry).rpartition(":")
