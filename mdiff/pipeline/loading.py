@@ -12,14 +12,14 @@ from mdiff.backbones.layers import Backbone, GridModel
 from mdiff.backbones.masked_lm import MaskedLM, load_masked_lm
 from mdiff.denoiser import BlockModel, HasDevice
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
-from mdiff.files import PIPELINE, DeviceMap, ModelFiles, locate
+from mdiff.files import PIPELINE, DeviceMap, ModelFiles, locate, parse_settings
 from mdiff.find import find
 from mdiff.modalities import Modality
 from mdiff.modalities.text import Pretrained, Text
 from mdiff.pipeline.options import check_mask_id, never_generated
 from mdiff.pipeline.pipeline import Pipeline
 from mdiff.pipeline.published import AUTO, codec_alone, load_backbone, own_backbone, unsupported
-from mdiff.pipeline.saving import FORMAT, fits
+from mdiff.pipeline.saving import Card, fits
 from mdiff.schedule import named_schedule
 from mdiff.tokens import TokenSpace
 
@@ -80,7 +80,7 @@ def load(
     if tokenizer is not None and (files.pipeline is not None or files.classes):
         raise ConfigError(f"tokenizer={str(tokenizer)!r}: {files.folder} has its own modality")
     if files.pipeline is not None:
-        pipeline = _own(files, files.pipeline, kind, mask_id, target)
+        pipeline = _own(files, kind, mask_id, target)
     elif files.classes:
         from mdiff.pipeline.amused import load_directory
 
@@ -111,38 +111,32 @@ def _located(name: str) -> ModelFiles:
 
 
 def _own(
-    files: ModelFiles, described: Mapping[str, Any], dtype: torch.dtype | None, mask_id: int | None,
+    files: ModelFiles, dtype: torch.dtype | None, mask_id: int | None,
     device: torch.device | DeviceMap | str,
 ) -> Pipeline:  # fmt: skip
     """What `Pipeline.save` or training wrote."""
-    folder = files.folder
+    folder, card = files.folder, card_of(files)
     with _valid(folder):
-        if described["format"] != FORMAT:
-            raise CheckpointError(f"{folder / PIPELINE}: expected format {FORMAT}")
-        settings, noise = dict(described["modality"]), dict(described["schedule"])
-        space = TokenSpace(**described["space"])
-        never = replace(space, never=tuple(described.get("never_generated", ()))).never
-        schedule = named_schedule(noise.pop("name"), **noise)
-        backbone, window = described["backbone"], described["length"]
-        medium = settings.pop("name")
-        _check_part(folder, backbone)
-        if window is not None and (type(window) is not int or window < 1):
-            raise CheckpointError(f"{folder / PIPELINE}: length={window!r}: expected a number")
-        modality = _modality(folder, medium, settings)
+        space = TokenSpace(**card.space.model_dump())
+        never = replace(space, never=tuple(card.never_generated)).never
+        options: dict[str, Any] = card.schedule.options
+        schedule = named_schedule(card.schedule.name, **options)
+        _check_part(folder, card.backbone)
+        modality = _modality(folder, card)
     check_mask_id(mask_id, space.mask_id)
     if not fits(modality, space, never):
         raise DataError(
             f"{folder}: the modality has {modality.space.vocab_size} ids, the model "
             f"{space.vocab_size}: they are not of the same training"
         )
-    find("backbones", backbone)
+    find("backbones", card.backbone)
     denoiser: Backbone | MaskedLM | None = load_backbone(files, dtype=dtype, device=device)
     denoiser = denoiser or load_masked_lm(files, dtype, mask_id=space.mask_id)
     if denoiser.vocab_size != space.vocab_size:
         raise DataError(
             f"{folder}: the model has {denoiser.vocab_size} ids, {PIPELINE} says {space.vocab_size}"
         )
-    return Pipeline(denoiser, space, modality, schedule, window, never_generated=never)
+    return Pipeline(denoiser, space, modality, schedule, card.length, never_generated=never)
 
 
 @contextmanager
@@ -158,22 +152,28 @@ def _valid(folder: Path) -> Iterator[None]:
 
 def load_modality(files: ModelFiles) -> Modality:
     """The modality of a model that `Pipeline.save` or training wrote, without its weights."""
-    if files.pipeline is None:
-        raise CheckpointError(f"{files.folder / PIPELINE} is missing")
     with _valid(files.folder):
-        settings = dict(files.pipeline["modality"])
-        return _modality(files.folder, settings.pop("name"), settings)
+        return _modality(files.folder, card_of(files))
 
 
-def _modality(folder: Path, name: str, settings: dict[str, Any]) -> Modality:
-    _check_part(folder, name)
-    made: Modality = find("modalities", name)(**settings, folder=folder)
+def card_of(files: ModelFiles) -> Card:
+    """What pipeline.json holds; CheckpointError where it is missing or not valid."""
+    origin = files.folder / PIPELINE
+    if files.pipeline is None:
+        raise CheckpointError(f"{origin} is missing")
+    return parse_settings(Card, files.pipeline, origin=str(origin), error=CheckpointError)
+
+
+def _modality(folder: Path, card: Card) -> Modality:
+    _check_part(folder, card.modality.name)
+    make = find("modalities", card.modality.name)
+    made: Modality = make(**card.modality.options, folder=folder)
     return made
 
 
-def _check_part(folder: Path, name: object) -> None:
+def _check_part(folder: Path, name: str) -> None:
     """A name from a file may choose among the parts here; it may not import anything."""
-    if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+    if not name.replace("-", "_").isidentifier():
         raise CheckpointError(f"{folder / PIPELINE}: {name!r} is not a part of mdiff")
 
 

@@ -3,20 +3,60 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from mdiff.denoiser import Denoiser, Saveable, of_peft, unwrapped
 from mdiff.errors import CheckpointError, ConfigError, nearest
-from mdiff.files import PIPELINE, staged, write_json
+from mdiff.files import PIPELINE, STRICT, staged, write_json
 from mdiff.find import names
 from mdiff.modalities import HasFolders, HasSpecialTokens, Modality
 from mdiff.schedule import SCHEDULES, Schedule
 from mdiff.tokens import TokenSpace
 
-# Of pipeline.json.
-FORMAT = 1
+
+class Part(BaseModel):
+    """A part by its name; `options` are what its constructor checks."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The other entries."""
+        return dict(self.model_extra or {})
+
+
+class Noise(Part):
+    """A schedule, whose options are numbers."""
+
+    __pydantic_extra__: dict[str, float] = Field(init=False)
+
+
+class Space(BaseModel):
+    """The entries of a `TokenSpace`."""
+
+    model_config = STRICT
+    vocab_size: int
+    mask_id: int
+    never: list[int] = []
+    parts: list[Annotated[list[int], Field(min_length=3, max_length=3)]] = []
+
+
+class Card(BaseModel):
+    """What pipeline.json holds; `length` is the window that the model was trained on."""
+
+    model_config = ConfigDict(strict=True)
+    format: Literal[1] = Field(description="format 1")
+    backbone: str
+    length: Annotated[int, Field(ge=1)] | None
+    modality: Part
+    space: Space
+    schedule: Noise
+    never_generated: list[int] = []
 
 
 def save_model(
@@ -122,7 +162,7 @@ def write_pipeline(
 ) -> None:
     """Write pipeline.json: the parts by name with their options, and the trained length."""
     described = {
-        "format": FORMAT,
+        "format": 1,
         "backbone": backbone,
         "length": window,
         "modality": dict(modality),

@@ -3,18 +3,41 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Annotated
 
-from mdiff.errors import CheckpointError, DataError, nearest
-from mdiff.files import parse_json
+from pydantic import BaseModel, Field
+
+from mdiff.errors import CheckpointError, DataError
+from mdiff.files import STRICT, parse_json, parse_settings
 
 KINDS = ("prompt", "infill", "chat")
-KEYS = (*KINDS, "length", "id", "seed")
 # No model reads a longer line, and a reader must not be brought down by one.
 MOST_BYTES = 2**20
 # Tokens of a canvas: far more than any window.
 MOST_TOKENS = 2**20
 MOST_ID = 200
+ONE = "one of 'prompt', 'infill' and 'chat', a string"
+Words = Annotated[str, Field(description=ONE)]
+
+
+class Line(BaseModel):
+    """What a line may hold: exactly one of KINDS; only `length` and `seed` may be null."""
+
+    model_config = STRICT
+    prompt: Words = ""
+    infill: Words = ""
+    chat: Words = ""
+    length: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = Field(
+        None, description=f"1 to {MOST_TOKENS}, for a prompt or chat"
+    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(
+        None, description="a whole number of 64 bits"
+    )
+    id: (
+        Annotated[int, Field(gt=-(2**63), lt=2**63)]
+        | Annotated[str, Field(min_length=1, max_length=MOST_ID)]
+    ) = Field(description=f"a whole number or text of 1 to {MOST_ID} characters")
 
 
 @dataclass(frozen=True)
@@ -58,7 +81,7 @@ class Failure:
 
     def json(self) -> str:
         """One line of a file of failures."""
-        return json.dumps({"line": self.line, "id": self.id, "error": self.error}) + "\n"
+        return json.dumps(asdict(self)) + "\n"
 
 
 def read_requests(content: bytes) -> tuple[list[Request], list[Failure]]:
@@ -89,35 +112,10 @@ def _request(line: bytes, number: int) -> Request:
     if len(line) > MOST_BYTES:
         raise DataError(f"the line has {len(line)} bytes: at most {MOST_BYTES} are read")
     row = parse_json(line, origin=f"line {number}")
-    for key in row:
-        if key not in KEYS:
-            raise DataError(f"unknown key {key[:80]!r}; {nearest(key[:80], KEYS)}")
+    found = parse_settings(Line, {"id": number, **row}, error=DataError)
     kinds = [kind for kind in KINDS if kind in row]
-    if len(kinds) != 1 or not isinstance(row[kinds[0]], str):
-        raise DataError("expected one of 'prompt', 'infill' and 'chat', a string")
-    length = row.get("length")
-    if length is not None and (not _is_integer(length, 1, MOST_TOKENS) or kinds[0] == "infill"):
-        raise DataError(
-            f"length={str(length)[:80]}: expected 1 to {MOST_TOKENS}, for a prompt or chat"
-        )
-    seed = row.get("seed")
-    if seed is not None and not _is_integer(seed, -(2**63), 2**64 - 1):
-        raise DataError(f"seed={str(seed)[:80]}: expected a whole number of 64 bits")
-    return Request(number, _id(row.get("id", number)), kinds[0], row[kinds[0]], length, seed)
-
-
-def _is_integer(value: object, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def _id(value: object) -> str | int:
-    """The id; DataError where it is neither a short text nor a whole number."""
-    if type(value) is int and abs(value) < 2**63:
-        return value
-    # Half a character, as "\\ud800" is, cannot be written.
-    halves = isinstance(value, str) and any("\ud800" <= each <= "\udfff" for each in value)
-    if halves or not isinstance(value, str) or not 1 <= len(value) <= MOST_ID:
-        raise DataError(
-            f"id={str(value)[:80]!r}: expected a whole number or text of 1 to {MOST_ID} characters"
-        )
-    return value
+    if len(kinds) != 1:
+        raise DataError(f"expected {ONE}")
+    if found.length is not None and kinds[0] == "infill":
+        raise DataError(f"length={found.length}: is for a prompt or chat")
+    return Request(number, found.id, kinds[0], row[kinds[0]], found.length, found.seed)
