@@ -30,25 +30,25 @@ def path_planning(
     given: Tensor | None = None,
     steps: int = 32,
     score: str = "standing",
-    keep: float = 0.0,
+    kept: float = 0.0,
 ) -> Iterator[State]:
     """States of `steps` calls on `canvas` (B, L), each of which keeps a growing share of tokens.
 
     Each call draws a token at every position that is not given and scores it: a hidden one by the
     log-probability of its draw, a written one by that of the token that stands there, of which the
-    denoiser is shown all. Of N positions the best ceil(k N) are kept, k from `keep` to 1 in even
+    denoiser is shown all. Of N positions the best ceil(k N) are kept, k from `kept` to 1 in even
     steps; kept masks take their draws, kept tokens stay, all others are hidden. score="drawn"
     scores written ones by their fresh draw too, as Open-dLLM's code does.
 
-    A finished canvas is revised with keep near 1: the worst tokens are hidden first. The positions
-    depend on the drawn tokens, so there is no exact law at any number of steps.
+    A finished canvas is revised with `kept` near 1: the worst tokens are hidden first. The
+    positions depend on the drawn tokens, so there is no exact law at any number of steps.
 
-    Raises ConfigError for an unknown score, keep outside [0, 1), or steps out of range.
+    Raises ConfigError for an unknown score, kept outside [0, 1), or steps out of range.
     """
     if score not in SCORES:
         raise ConfigError(f"unknown score {score!r}; {nearest(score, SCORES)}")
-    if not 0 <= keep < 1:
-        raise ConfigError(f"keep={keep}: expected at least 0 and less than 1")
+    if not 0 <= kept < 1:
+        raise ConfigError(f"kept={kept}: expected at least 0 and less than 1")
     if not 1 <= steps <= MOST_STEPS:
         raise ConfigError(f"steps={steps}: need at least 1 and at most {MOST_STEPS}")
     fill = Unmasking(
@@ -64,9 +64,9 @@ def path_planning(
         if score == "standing" and fill.standing is not None:
             is_hidden = hidden.flatten().index_select(0, fill.positions)
             value = torch.where(is_hidden, value, fill.standing.to(value.dtype))
-        left = (1 - keep) * (steps - 1 - step) / steps
-        kept = count - (count.double() * left + 1e-9).floor().long()
-        best = best_of(fill.free, value, kept)
+        left = (1 - kept) * (steps - 1 - step) / steps
+        number_kept = count - (count.double() * left + 1e-9).floor().long()
+        best = best_of(fill.free, value, number_kept)
         yield fill.revise(
             fill.free, drawn, fill.time_left(schedule), write=hidden & best,
             hide=fill.free & ~hidden & ~best,

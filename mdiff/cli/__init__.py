@@ -35,6 +35,7 @@ def app() -> typer.Typer:
     from mdiff.cli.images.edit import edit
     from mdiff.cli.inspect import inspect
     from mdiff.cli.options import add_command
+    from mdiff.cli.revise import revise
     from mdiff.cli.sweep import sweep
     from mdiff.cli.train import train
 
@@ -47,7 +48,7 @@ def app() -> typer.Typer:
         no_args_is_help=False,
     )
     for command in (
-        demo, generate, edit, evaluate, train, sweep, inspect, convert, doctor, bench,
+        demo, generate, edit, revise, evaluate, train, sweep, inspect, convert, doctor, bench,
     ):  # fmt: skip
         add_command(line, "eval" if command is evaluate else command.__name__, command)
     own = typer.Typer(help="Train, encode, decode and inspect tokenizers.", rich_markup_mode=None)

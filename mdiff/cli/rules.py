@@ -109,12 +109,12 @@ RULES = (
          "does not go with --json, which is read by a program: leave one out"),
     Rule("generate", "stream", lambda a: a.has("input_file"),
          "does not go with --input, which may hold many requests: give --prompt"),
-    Rule("generate edit", "negative_prompt guidance_schedule",
+    Rule("generate edit revise", "negative_prompt guidance_schedule",
          lambda a: not a.sets("guidance_scale"), "needs a guidance_scale: give --guidance-scale"),
-    Rule("generate edit", "negative_prompt guidance_schedule guidance_interval",
+    Rule("generate edit revise", "negative_prompt guidance_schedule guidance_interval",
          lambda a: a.is_("guidance_scale", 1),
          "has no effect at --guidance-scale 1, which is no guidance"),
-    Rule("generate edit", "top_k top_p min_p",
+    Rule("generate edit revise", "top_k top_p min_p",
          lambda a: a.is_("temperature", 0) and not a.sets("measure"),
          "has no effect at --temperature 0, which takes the likeliest token"),
     Rule("generate", "resize", lambda a: not a.has("image", "input_file"),
@@ -184,6 +184,7 @@ EXCLUSIVE = {
         "prompt infill chat input_file", "infill length max_new_tokens", "label infill input_file",
         "image infill input_file",
     ),
+    "revise": ("steps rounds",),
     "edit": ("mask mask_file keep",),
 }  # fmt: skip
 

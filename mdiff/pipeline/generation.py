@@ -116,7 +116,7 @@ class Generation:
     """One batch that is being generated: iterate over its states, then take `finished()`.
 
     `first` is the number of its first row among all rows asked for; `canvas` (B, L) int64,
-    `valid` (B, L) bool or None and `seeds` (B,) int64 are what the sampler was given.
+    `valid` and `given` (B, L) bool or None and `seeds` (B,) int64 are what the sampler was given.
     """
 
     first: int
@@ -127,6 +127,7 @@ class Generation:
     states: Iterator[State]
     mask_id: int
     ending: Ending = Ending()
+    given: Tensor | None = None
     seconds: float = 0.0
     tally: Tally = field(init=False)
 
@@ -182,8 +183,9 @@ class Generation:
         ]
 
     def _hidden(self, row: int) -> list[bool]:
-        """Whether each position of a row was masked at the start."""
-        found: list[bool] = (self._unpadded(self.canvas, row) == self.mask_id).tolist()
+        """Whether each position of a row was to be written: masked at the start, or not given."""
+        free = self.canvas == self.mask_id if self.given is None else ~self.given
+        found: list[bool] = self._unpadded(free, row).tolist()
         return found
 
     def finished(self) -> list[Generated]:
@@ -214,6 +216,7 @@ class Generation:
 def generations(
     model: Model, canvases: Sequence[Sequence[int]],
     conditions: Sequence[Mapping[str, int | Tensor]] | None, options: CallOptions,
+    given: Sequence[Sequence[bool]] | None = None,
 ) -> Iterator[Generation]:  # fmt: skip
     """The batches of canvases; see `Pipeline.runs`. All checks are made before the first one."""
     batch_size = options.pop("batch_size", BATCH)
@@ -231,6 +234,8 @@ def generations(
     asked = list(conditions or [{}] * len(canvases))
     if len(asked) != len(canvases):
         raise ConfigError(f"{len(asked)} conditions for {len(canvases)} canvases")
+    if given is not None and [len(row) for row in given] != [len(row) for row in canvases]:
+        raise ConfigError("given: expected a bool for each token of each canvas")
     guide = guidance.bind(model, canvases)
     guidance.check_effect(model, canvases, asked, bool(null))
     parts = [slice(i, i + batch_size) for i in range(0, max(1, len(canvases)), batch_size)]
@@ -243,16 +248,24 @@ def generations(
             valid = None if valid is None else valid.to(device)
             denoiser, own = guide(canvas, valid)
             cond = stack_conditions(asked[part], null) | own
+            fixed = None if given is None else _given(given[part], canvas)
             states = bound(
                 denoiser, canvas, space=space.checked(), seed=seeds[part].to(device), valid=valid,
-                cond={name: value.to(device) for name, value in cond.items()} or None,
+                cond={name: value.to(device) for name, value in cond.items()} or None, given=fixed,
             )  # fmt: skip
             yield Generation(
                 part.start, canvas, valid, seeds[part], model.modality, states, space.mask_id,
-                ending,
+                ending, fixed,
             )  # fmt: skip
 
     return batches()
+
+
+def _given(rows: Sequence[Sequence[bool]], canvas: Tensor) -> Tensor:
+    """The rows side by side, (B, L) bool as the canvas; padding is given."""
+    length = canvas.shape[1]
+    padded = [[*row, *[True] * (length - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.bool, device=canvas.device)
 
 
 def _bound(model: Model, options: CallOptions, *, longest: int, stop: int | None) -> BoundSampler:

@@ -135,7 +135,7 @@ class SamplingOptions(TypedDict, total=False):
     eta: float | None
     start: float | None
     kappa: float
-    keep: float
+    kept: float
     edit_threshold: float
     least: int
     rounds_after: int

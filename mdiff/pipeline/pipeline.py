@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mdiff.errors import ConfigError
-from mdiff.modalities import Conditional, Editable
+from mdiff.modalities import Conditional, Editable, EndsText
 from mdiff.objective import Bound
 from mdiff.pipeline.features import encoded, features, features_at
 from mdiff.pipeline.generation import Generated, Generation, generations
@@ -139,6 +139,44 @@ class Pipeline(Model):
         conditions = self.conditions(given or "", num_samples=number)
         return edits, self.runs(edits.canvases, conditions=conditions, **options)
 
+    def revise(
+        self, text: str, *, keep: Sequence[tuple[int, int]] = (), **options: Unpack[CallOptions]
+    ) -> list[Generated]:
+        """`num_samples` versions of a finished text, by a sampler that takes tokens back.
+
+        `keep` are ranges of its characters, (first, stop): a token that has one of them stays. The
+        sampler is by default "remdm" in 20 `steps` from `start` 0.3, the time to whose share the
+        other tokens are hidden at first; "psi", "gibbs", "edit" and "path_planning" do as well. The
+        other options are those of `generate`.
+
+        Raises ConfigError for a model that is not one of text or a range outside the text.
+        """
+        runs = self.revisions(text, keep=keep, **options)
+        return [sample for run in runs for sample in run.finished()]
+
+    def revisions(
+        self, text: str, *, keep: Sequence[tuple[int, int]] = (), **options: Unpack[CallOptions]
+    ) -> Iterator[Generation]:
+        """The batches of `revise`, as in `runs`."""
+        if not isinstance(self.modality, EndsText):
+            raise ConfigError(f"revise: this is a model of {self.modality.name}, not of text")
+        for first, stop in keep:
+            if not 0 <= first < stop <= len(text):
+                raise ConfigError(f"keep {first}:{stop}: the text has characters 0:{len(text)}")
+        if options.setdefault("sampler", "remdm") in ("remdm", "psi"):
+            options.setdefault("steps", 20)
+            if options.get("rule") != "loop":
+                options.setdefault("start", 0.3)
+        number, ids = (
+            call_number(options.pop("num_samples", 1), options),
+            self.modality.encode(text),
+        )
+        given, end = [], 0
+        for piece in self.modality.pieces(ids, whole=True):
+            begin, end = end, end + len(piece or "")
+            given.append(any(begin < stop and first < max(end, begin + 1) for first, stop in keep))
+        return self.runs([ids] * number, given=[given] * number, **options)
+
     def canvases(
         self, prompts: Prompt | Iterable[Prompt] = "", *, num_samples: int = 1,
         length: int | None = None, max_new_tokens: int | None = None,
@@ -166,15 +204,16 @@ class Pipeline(Model):
     def runs(
         self, canvases: Sequence[Sequence[int]], *,
         conditions: Sequence[Mapping[str, int | Tensor]] | None = None,
-        **options: Unpack[CallOptions],
+        given: Sequence[Sequence[bool]] | None = None, **options: Unpack[CallOptions],
     ) -> Iterator[Generation]:  # fmt: skip
         """Batches of canvases, each to be iterated over; the options are those of `generate`.
 
         Row 0 has the seed itself and row r a seed derived from it, so that any row can be
-        generated again alone. `conditions` are those of each row. Invalid options are refused
-        before the first batch.
+        generated again alone. `conditions` are those of each row; `given` says of each token
+        whether it stays, by default all that are not masks. Invalid options are refused before
+        the first batch.
         """
-        return generations(self, canvases, conditions, options)
+        return generations(self, canvases, conditions, options, given)
 
     def score(
         self, items: object, *, estimator: str | None = None, draws: int = 64, seed: int = 0,

@@ -229,12 +229,12 @@ def test_without_hiding_the_draws_are_those_of_ancestral():
         assert torch.equal(made.log_prob, expected.log_prob)
 
 
-def planned(steps, score, keep):
+def planned(steps, score, kept):
     """The law of path planning: {canvas: probability}."""
     law = {(MASK,) * LENGTH: 1.0}
     for step in range(steps):
         following = defaultdict(float)
-        left = (1 - keep) * (steps - 1 - step) / steps
+        left = (1 - kept) * (steps - 1 - step) / steps
         count = LENGTH - int(LENGTH * left + 1e-9)
         for canvas, chance in law.items():
             p = p_of(canvas)
@@ -252,14 +252,14 @@ def planned(steps, score, keep):
     return dict(law)
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.2])
+@pytest.mark.parametrize("kept", [0.0, 0.2])
 @pytest.mark.parametrize("score", ["standing", "drawn"])
-def test_path_planning_has_its_own_enumerated_law(score, keep, masks):
-    law = planned(4, score, keep)
-    made = run("path_planning", masks, steps=4, score=score, keep=keep)
+def test_path_planning_has_its_own_enumerated_law(score, kept, masks):
+    law = planned(4, score, kept)
+    made = run("path_planning", masks, steps=4, score=score, kept=kept)
     assert agrees(made.tokens, law) > FALSE_ALARM
     swapped = {"standing": "drawn", "drawn": "standing"}[score]
-    other = run("path_planning", masks, steps=4, score=swapped, keep=keep)
+    other = run("path_planning", masks, steps=4, score=swapped, kept=kept)
     assert agrees(other.tokens, law) < FALSE_ALARM
 
 
@@ -487,7 +487,7 @@ def test_a_finished_text_is_revised_where_it_is_not_given(name, blocks):
     canvas = torch.randint(6, 9, (6, 12), generator=torch.Generator().manual_seed(1))
     given = torch.rand(6, 12, generator=torch.Generator().manual_seed(2)) < 0.4
     options = {"start": 0.5} if name in ("remdm", "psi") else {}
-    options |= {"keep": 0.3} if name == "path_planning" else {}
+    options |= {"kept": 0.3} if name == "path_planning" else {}
     options |= {"edit_threshold": 0.1} if name == "edit" else {}
     options |= {"block_length": 4} if blocks else {}
     tally, changed = LastWriting(canvas), torch.zeros_like(given)
@@ -568,7 +568,7 @@ def test_the_log_probability_is_said_to_be_exact_only_where_it_is():
     ("remdm", {"rule": "conf", "eta": 0.1}), ("remdm", {"steps": 0}), ("remdm", {"start": 0.0}),
     ("remdm", {"rule": "loop", "start": 0.5}), ("psi", {"kappa": 1.01}), ("psi", {"kappa": -1.0}),
     ("psi", {"start": 1.5}), ("path_planning", {"score": "standign"}),
-    ("path_planning", {"keep": 1.0}), ("path_planning", {"steps": 0}),
+    ("path_planning", {"kept": 1.0}), ("path_planning", {"steps": 0}),
     ("edit", {"threshold": -0.1}), ("edit", {"edit_threshold": float("nan")}),
     ("edit", {"least": 0}), ("edit", {"rounds_after": -1}), ("gibbs", {"sweeps": -1.0}),
     ("gibbs", {"sweeps": float("inf")}), ("budget", {"nats": -1.0}),

@@ -1,0 +1,78 @@
+"""`mdiff revise`: a finished text, corrected by a sampler that takes tokens back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from mdiff.cli.options import AsJson, Drawing, Loading, Model, NumSamples
+from mdiff.cli.views.console import message, result, result_json
+from mdiff.cli.views.samples import entries, figures
+from mdiff.errors import ConfigError
+
+
+def revise(
+    model: Model,
+    file: Path,
+    *,
+    keep: Annotated[list[str] | None, "FIRST:STOP: characters of the text that stay."] = None,
+    strength: Annotated[
+        float | None, "The share of tokens that is hidden at first; default: 0.3."
+    ] = None,
+    rounds: Annotated[int | None, "Calls of the model one after another; default: 20."] = None,
+    num_samples: NumSamples = 1,
+    out: Annotated[Path | None, "A file for the first result, instead of stdout."] = None,
+    drawing: Drawing,
+    loading: Loading,
+    as_json: AsJson = False,
+) -> None:
+    """Revise a finished text: hide some of its tokens, and draw them again given the others."""
+    from mdiff.files import replace_file
+    from mdiff.modalities.text import read_text
+
+    options, text = drawing.options(), read_text(file)
+    sampler = options.get("sampler") or "remdm"
+    options["sampler"] = sampler
+    if rounds is not None:
+        if sampler == "gibbs":
+            raise ConfigError("--rounds: gibbs counts sweeps, give -o sweeps=2")
+        options["steps"] = rounds
+    if strength is not None:
+        if not 0 < strength <= 1:
+            raise ConfigError(f"--strength {strength}: expected a share above 0 and at most 1")
+        if sampler in ("remdm", "psi"):
+            options["start"] = strength
+        elif sampler == "path_planning":
+            options["kept"] = 1 - strength
+        else:
+            raise ConfigError(f"--strength: {sampler} begins with the text as it stands")
+    pipeline = loading.load(model)
+    ranges = [_range(each) for each in keep or ()]
+    options["num_samples"] = num_samples
+    runs = pipeline.revisions(text, keep=ranges, **options)
+    samples = [sample for run in runs for sample in run.finished()]
+    if not any(sample.calls for sample in samples):
+        raise ConfigError(
+            f"sampler {sampler}: no token was taken back; remdm, psi, gibbs, edit and "
+            "path_planning do, of what --keep leaves"
+        )
+    for number, sample in enumerate(samples):
+        if as_json:
+            result_json({"text": sample.output, **entries(sample)})
+            continue
+        if out is None:
+            if number:
+                result("---")
+            result(str(sample))
+        message(figures(sample))
+    if out is not None:
+        replace_file(out, [str(samples[0]).encode()])
+        message(f"wrote {out}")
+
+
+def _range(words: str) -> tuple[int, int]:
+    """FIRST:STOP as two numbers."""
+    first, colon, stop = words.partition(":")
+    if not colon or not first.strip().isdigit() or not stop.strip().isdigit():
+        raise ConfigError(f"--keep {words!r}: expected FIRST:STOP, such as 0:40")
+    return int(first), int(stop)
