@@ -91,7 +91,7 @@ def unsupported(files: ModelFiles) -> CheckpointError | None:
     from mdiff.modalities.image import unknown_codec
 
     named = _architectures(files.config, str(files.folder / CONFIG))
-    if (fault := unknown_codec(files.folder)) is not None:
+    if (fault := unknown_codec(files.folder, files.config)) is not None:
         return fault
     if not named:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -53,12 +53,19 @@ def holds_codec(folder: Path | str) -> bool:
     return config.is_file() and published_codec_of(read_json(config)) is not None
 
 
-def unknown_codec(folder: Path | str) -> CheckpointError | None:
-    """The error for the folder of a codec that does not open here; None for any other folder."""
-    config = Path(folder) / PUBLISHED_CONFIG
-    if holds_codec(folder) or not config.is_file():
+def unknown_codec(
+    folder: Path | str, described: Mapping[str, object] | None = None
+) -> CheckpointError | None:
+    """The error for the folder of a codec that does not open here; None for any other folder.
+
+    `described` is its config.json, where that is at hand.
+    """
+    if described is None:
+        config = Path(folder) / PUBLISHED_CONFIG
+        described = read_json(config) if config.is_file() else {}
+    if (Path(folder) / SETTINGS).exists() or published_codec_of(described) is not None:
         return None
-    return no_codec(folder) if codec_kind(read_json(config)) else None
+    return no_codec(folder) if codec_kind(described) else None
 
 
 def no_codec(folder: Path | str) -> CheckpointError:
