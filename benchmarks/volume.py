@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import record
+
 from mdiff.pipeline import load
 from mdiff.pipeline.batch import Division, Setting, generate_offline
 
@@ -37,7 +39,7 @@ def seconds(requests: Path, out: Path, workers: int, setting: Setting) -> float:
 
 
 def main() -> None:
-    """Print one JSON line."""
+    """Print one JSON line and record it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--requests", type=int, default=192)
@@ -59,6 +61,7 @@ def main() -> None:
         "several": round(several, 4), "ratio": round(one / several, 3), "same bytes": same,
     }  # fmt: skip
     print(json.dumps(found))
+    record("volume", found)
 
 
 if __name__ == "__main__":

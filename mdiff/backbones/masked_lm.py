@@ -10,6 +10,7 @@ alone, which says the rest.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -206,8 +207,10 @@ class MaskedLM(nn.Module):
 
     def _gives(self, own: Tensor, tokens: Tensor, **options: Tensor) -> bool:
         """Whether a call has these logits, of the first row where there are several."""
+        # Not that of a subclass, which may cut the logits.
+        call: Callable[..., Tensor] = MaskedLM.forward
         try:
-            ours = self(tokens, **options)
+            ours = call(self, tokens, **options)
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
             return False
         ours = ours[0, : len(own)] if own.dim() < ours.dim() else ours

@@ -170,8 +170,8 @@ def test_encoding_under_accelerate_launch_gives_the_same_bytes(
     assert run([*words, str(tmp_path / "one"), "--workers", "1"]) == 0
     launcher = processes.launcher(ACCELERATE / "cpu.yaml", "-m")
     done = processes.run([*launcher, "mdiff", *words, tmp_path / "two"], cwd=ROOT, check=True)
-    assert done.stdout.strip() == str(tmp_path / "two")
-    assert (tmp_path / "two" / ".ranks" / "1").exists()
+    # Each process that finds all shards complete says so.
+    assert set(done.stdout.split()) == {str(tmp_path / "two")}
     assert content(tmp_path / "two") == content(tmp_path / "one")
 
 

@@ -121,4 +121,6 @@ def bert(*, vocab_size: int) -> Bert:
         intermediate_size=32, max_position_embeddings=16, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    return Bert(BertForMaskedLM(config), mask_id=vocab_size)
+    made = Bert(BertForMaskedLM(config), mask_id=vocab_size)
+    made.vocab_size = vocab_size
+    return made
