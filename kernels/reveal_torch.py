@@ -37,6 +37,14 @@ def reveal_torch(
     threshold also every position whose score is at least that. The canvas given is not changed,
     and there is no host-device synchronisation.
     """
+    at_BL = surest(requested_BL, score_N, count_B=count_B, threshold=threshold)
+    return written(tokens_BL, requested_BL, drawn, at_BL)
+
+
+def surest(
+    requested_BL: Tensor, score_N: Tensor, *, count_B: Tensor, threshold: float | None = None
+) -> Tensor:
+    """Of the positions `requested_BL`, the ones that `reveal_torch` writes, (B, L) bool."""
     lowest = torch.finfo(score_N.dtype).min
     known_N = score_N.nan_to_num(nan=lowest, neginf=lowest, posinf=torch.inf)
     score_BL = score_N.new_full(requested_BL.shape, -torch.inf).masked_scatter(
@@ -44,9 +52,7 @@ def reveal_torch(
     )
     rank_BL = score_BL.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     at_BL = requested_BL & (rank_BL < count_B[:, None])
-    if threshold is not None:
-        at_BL |= requested_BL & (score_BL >= threshold)
-    return written(tokens_BL, requested_BL, drawn, at_BL)
+    return at_BL if threshold is None else at_BL | (requested_BL & (score_BL >= threshold))
 
 
 def written(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
-from mdiff.sampling import State, Unmasking, best_of
+from mdiff.sampling import State, Unmasking
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -72,6 +72,5 @@ def budget(
         inside = rank <= hidden.sum(1, keepdim=True)
         most = torch.where(fits & inside, rank, 1).amax(1).minimum(hidden.sum(1))
         spent = spent + cost.gather(1, (most - 1).clamp(min=0)[:, None])[:, 0]
-        best = best_of(hidden, -entropy, most)
-        yield fill.revise(hidden, drawn, t, write=best)
+        yield fill.reveal_surest(hidden, drawn, -entropy, t, count=most, number=most.tolist())
         step += 1

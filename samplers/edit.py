@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
-from mdiff.sampling import State, Unmasking, best_of
+from mdiff.ops import surest
+from mdiff.sampling import State, Unmasking
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -59,13 +60,15 @@ def edit(
         at, t, hidden = fill.free & open_rows[:, None], fill.time_left(schedule), fill.hidden
         drawn = fill.ask(at, step, t, number=at.sum(1).tolist())
         p = drawn.log_prob.exp()
-        sure = torch.zeros_like(at).masked_scatter(at, p > threshold) & hidden
-        ids = fill.tokens.masked_scatter(at, drawn.tokens)
-        edited = torch.zeros_like(at).masked_scatter(at, p > edit_threshold)
-        edited &= at & ~hidden & (ids != fill.tokens)
-        is_hidden = hidden.flatten().index_select(0, fill.positions)
-        few = best_of(at & hidden, p[is_hidden], torch.full_like(after, least))
-        written = torch.where((sure.sum(1) < least)[:, None], few, sure) & at
+        above = [torch.zeros_like(at).masked_scatter(at, p > each) for each in
+                 (threshold, edit_threshold)]  # fmt: skip
+        # Where enough are above the threshold the best are among them.
+        best = surest(
+            at & hidden, p[hidden.flatten().index_select(0, fill.positions)],
+            count_B=torch.full_like(after, least),
+        )  # fmt: skip
+        written = best | (above[0] & hidden)
+        edited = above[1] & ~hidden & (fill.tokens.masked_scatter(at, drawn.tokens) != fill.tokens)
         was_full = ~hidden.any(1)
         yield fill.revise(at, drawn, fill.time_left(schedule), write=written | edited)
         after = after + was_full

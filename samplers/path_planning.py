@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError, nearest
-from mdiff.sampling import MOST_STEPS, State, Unmasking, best_of
+from mdiff.ops import surest
+from mdiff.sampling import ROUNDING, State, Unmasking, check_steps
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -49,8 +50,7 @@ def path_planning(
         raise ConfigError(f"unknown score {score!r}; {nearest(score, SCORES)}")
     if not 0 <= kept < 1:
         raise ConfigError(f"kept={kept}: expected at least 0 and less than 1")
-    if not 1 <= steps <= MOST_STEPS:
-        raise ConfigError(f"steps={steps}: need at least 1 and at most {MOST_STEPS}")
+    check_steps(steps)
     fill = Unmasking(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -59,14 +59,15 @@ def path_planning(
     number: list[int] = count.tolist()
     for step in range(steps if any(number) else 0):
         t, hidden = fill.time_left(schedule), fill.hidden
-        drawn = fill.ask(fill.free, step, t, number=number, score_standing=True)
+        drawn, standing = fill.ask_beside(fill.free, step, t, number=number)
         value = drawn.log_prob
-        if score == "standing" and fill.standing is not None:
+        if score == "standing":
             is_hidden = hidden.flatten().index_select(0, fill.positions)
-            value = torch.where(is_hidden, value, fill.standing.to(value.dtype))
+            value = torch.where(is_hidden, value, standing.to(value.dtype))
         left = (1 - kept) * (steps - 1 - step) / steps
-        number_kept = count - (count.double() * left + 1e-9).floor().long()
-        best = best_of(fill.free, value, number_kept)
+        best = surest(
+            fill.free, value, count_B=count - (count.double() * left + ROUNDING).floor().long()
+        )
         yield fill.revise(
             fill.free, drawn, fill.time_left(schedule), write=hidden & best,
             hide=fill.free & ~hidden & ~best,

@@ -8,10 +8,10 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError, nearest
 from mdiff.sampling import (
-    MOST_STEPS,
     LastWriting,
     State,
     Unmasking,
+    even_times,
     grid_of_shares,
     largest_sigma,
     remask,
@@ -86,21 +86,19 @@ def remdm(
             return 0.0
         return min(0.02 if eta is None else eta, most)
 
-    m = grid_of_shares(schedule, steps, start, canvas.device)
-    yield from remask(
-        fill, loop_shares(steps, canvas.device) if rule == "loop" else m, schedule, sigma,
-        start=start, writing=writing,
-    )  # fmt: skip
+    if rule == "loop":
+        m = loop_shares(steps, canvas.device)
+    else:
+        m = grid_of_shares(schedule, steps, start, canvas.device)
+    yield from remask(fill, m, schedule, sigma, start=start, writing=writing)
 
 
 def loop_shares(steps: int, device: torch.device | None = None) -> Tensor:
     """The hidden shares of rule "loop", (steps + 1,) float64, from 1 to 0.
 
-    Raises ConfigError for steps outside 1 to MOST_STEPS.
+    Raises ConfigError as `even_times`.
     """
-    if not 1 <= steps <= MOST_STEPS:
-        raise ConfigError(f"steps={steps}: need at least 1 and at most {MOST_STEPS}")
-    t = 1 - torch.arange(steps + 1, dtype=torch.float64, device=device) / steps
+    t = even_times(steps, device)
     rising = 1 - LOOP_SHOWN * (1 - t) / (1 - LOOP_FROM)
     shown = torch.where(t > LOOP_FROM, rising, 1 - LOOP_SHOWN)
     return torch.where(t < LOOP_TO, (1 - LOOP_SHOWN) * t / LOOP_TO, shown)

@@ -3,6 +3,7 @@
 from mdiff.kernels.loss import CrossEntropy as CrossEntropy
 from mdiff.kernels.reference import Draw as Draw
 from mdiff.kernels.reveal_torch import Revealed as Revealed
+from mdiff.kernels.reveal_torch import surest as surest
 from mdiff.ops.backend import BACKENDS as BACKENDS
 from mdiff.ops.backend import MISSING as MISSING
 from mdiff.ops.backend import backend_name as backend_name

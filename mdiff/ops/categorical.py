@@ -119,13 +119,13 @@ class BoundDraw:
         self, features: Tensor, head: Callable[[Tensor], Tensor] | None, *,
         unconditional: Tensor | None = None, standing: Tensor | None = None,
         **row: Tensor | None,
-    ) -> tuple[Draw, Tensor | None]:  # fmt: skip
+    ) -> tuple[Draw, Tensor]:  # fmt: skip
         """The same of the logits that `head` makes of `features` (N, D), not all at once.
 
         The head runs on as many rows at a time as have CHUNK[device] logits: on a CPU they are
         drawn from while they lie in its last cache. Without a head the features are the logits.
-        `unconditional` (N, D) are the features of the other branch. With `standing` (N,) int64
-        the second result is the log-probability of those ids, (N,) float32, otherwise None.
+        `unconditional` (N, D) are the features of the other branch. The second result are the
+        log-probabilities (N,) of the ids `standing` (N,) int64, by default those of the draws.
         """
         size = max(1, CHUNK.get(features.device.type, CHUNK["cuda"]) // self.vocab_size)
         size = len(features) if head is None else size
@@ -139,10 +139,8 @@ class BoundDraw:
             drawn.append(self(logits, unconditional=other, **own))
             if standing is not None:
                 scores.append(self.log_prob(logits, standing[part], unconditional=other, **own))
-        score = torch.cat(scores) if scores else None
-        if len(drawn) == 1:
-            return drawn[0], score
-        return Draw(*(torch.cat(each) for each in zip(*drawn))), score
+        whole = drawn[0] if len(drawn) == 1 else Draw(*map(torch.cat, zip(*drawn)))
+        return whole, torch.cat(scores) if scores else whole.log_prob
 
     def log_prob(
         self, logits: Tensor, tokens: Tensor, *, unconditional: Tensor | None = None,

@@ -1,4 +1,4 @@
-"""Which positions a step chooses: by turns known before the first call, or by a score."""
+"""Oblivious orders: each hidden position has its turn before the first call."""
 
 from collections.abc import Iterator
 
@@ -36,16 +36,3 @@ def turns(order: Tensor, hidden: Tensor) -> Tensor:
     """Each hidden position's turn (B, L) among the hidden ones, by ascending `order` (B, L)."""
     last = order.max() + 1 if order.numel() else 0
     return torch.where(hidden, order, last).argsort(dim=1, stable=True).argsort(dim=1)
-
-
-def best_of(at: Tensor, value: Tensor, count: Tensor) -> Tensor:
-    """Of the positions `at` (B, L) the `count` (B,) with the highest `value` (N,), (B, L) bool.
-
-    Ties go to the first position, NaN is last.
-    """
-    lowest = torch.finfo(value.dtype).min
-    table = value.new_full(at.shape, -torch.inf).masked_scatter(
-        at, value.nan_to_num(nan=lowest, neginf=lowest)
-    )
-    rank = table.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return at & (rank < count[:, None])

@@ -35,19 +35,28 @@ def stays_hidden(m_t: float, m_s: float, sigma: float | Tensor) -> float | Tenso
     return (m_s - sigma * (1 - m_t)) / m_t
 
 
+def check_steps(steps: int) -> None:
+    """Raise ConfigError for steps outside 1 to MOST_STEPS."""
+    if not 1 <= steps <= MOST_STEPS:
+        raise ConfigError(f"steps={steps}: need at least 1 and at most {MOST_STEPS}")
+
+
+def even_times(steps: int, device: torch.device | None = None) -> Tensor:
+    """Even times from 1 to 0, (steps + 1,) float64; ConfigError as `check_steps`."""
+    check_steps(steps)
+    return 1 - torch.arange(steps + 1, dtype=torch.float64, device=device) / steps
+
+
 def grid_of_shares(
-    schedule: Schedule, steps: int, start: float | None, device: torch.device
+    schedule: Schedule, steps: int, start: float | None, device: torch.device | None = None
 ) -> Tensor:
     """M at even times from `start` (None: 1) to 0, (steps + 1,) float64.
 
     Raises ConfigError for steps outside 1 to MOST_STEPS, or a start outside (0, 1].
     """
-    if not 1 <= steps <= MOST_STEPS:
-        raise ConfigError(f"steps={steps}: need at least 1 and at most {MOST_STEPS}")
     if start is not None and not 0 < start <= 1:
         raise ConfigError(f"start={start}: expected a time above 0 and at most 1")
-    times = 1 - torch.arange(steps + 1, dtype=torch.float64, device=device) / steps
-    return schedule.mask_prob(times * (1.0 if start is None else start))
+    return schedule.mask_prob(even_times(steps, device) * (1.0 if start is None else start))
 
 
 def remask(

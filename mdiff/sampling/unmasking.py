@@ -119,7 +119,6 @@ class Unmasking:
         self.nothing = torch.zeros_like(self.hidden)
         # The flat indices of the last call's positions, in the order of its draws: (N,) of B * L.
         self.positions = torch.empty(0, dtype=torch.int64, device=device)
-        self.standing: Tensor | None = None
         self.everyone = _ActiveRows(tuple(range(rows)), None, denoiser, valid, dict(cond or {}))
         self.active = self.everyone
         self.states = 0
@@ -145,40 +144,54 @@ class Unmasking:
 
     def ask(
         self, at: Tensor, step: int, t: Tensor, *, number: Sequence[int], idle: bool = False,
-        positions: Tensor | None = None, score_standing: bool = False,
-        leave_out: bool = False,
+        positions: Tensor | None = None, leave_out: bool = False,
     ) -> Draw:  # fmt: skip
         """Call the denoiser once and draw a token for each position `at` (B, L), row-major.
 
         `number` are the positions of each sample, so that there is no host-device
         synchronisation. Only samples with such a position are evaluated and counted; `idle`
         evaluates every sample that still hides something. `positions` (N,) are the flat indices
-        of `at`, where they are known. `score_standing` puts the log-probabilities (N,) of the
-        ids that stand there into `standing`, with no meaning where that is the mask. `leave_out`
-        shows the denoiser the mask at `at`, whatever stands there.
+        of `at`, where they are known. `leave_out` shows the denoiser the mask at `at`, whatever
+        stands there.
         """
         if positions is None:
             positions = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
         self.positions = positions
         rows = self._evaluate(at, t, number=number, idle=idle, leave_out=leave_out)
-        seed, sample, position = self.counter.index_select(1, positions).unbind()
-        counter = {
-            "seed": seed, "sample": sample, "position": position,
-            "step": torch.full_like(seed, step),
-            "span": None if self.spans is None else self.spans[positions % at.shape[1]],
-            "unconditional": rows.unconditional, "scale": rows.scale,
-        }  # fmt: skip
-        standing = self.tokens.flatten()[positions] if score_standing else None
-        if rows.head is None and standing is None:
-            return self.draw(rows.conditional, **counter)
-        drawn, self.standing = self.draw.of_features(
-            rows.conditional, rows.head, standing=standing, **counter
-        )
+        if rows.head is None:
+            return self.draw(rows.conditional, **self._counter(rows, step))
+        drawn, _ = self.draw.of_features(rows.conditional, rows.head, **self._counter(rows, step))
         return drawn
 
+    def ask_beside(
+        self, at: Tensor, step: int, t: Tensor, *, number: Sequence[int]
+    ) -> tuple[Draw, Tensor]:
+        """The same, and the log-probabilities (N,) of the ids that stand at `at`.
+
+        They have no meaning where that is the mask.
+        """
+        self.positions = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
+        rows = self._evaluate(at, t, number=number)
+        return self.draw.of_features(
+            rows.conditional, rows.head, standing=self.tokens.flatten()[self.positions],
+            **self._counter(rows, step),
+        )  # fmt: skip
+
+    def _counter(self, rows: Rows, step: int) -> dict[str, Tensor | None]:
+        """What a draw of the rows is given beside them: their counters and the other branch."""
+        seed, sample, position = self.counter.index_select(1, self.positions).unbind()
+        length = self.tokens.shape[1]
+        return {
+            "seed": seed, "sample": sample, "position": position,
+            "step": torch.full_like(seed, step),
+            "span": None if self.spans is None else self.spans[self.positions % length],
+            "unconditional": rows.unconditional, "scale": rows.scale,
+        }  # fmt: skip
+
     def _evaluate(
-        self, at: Tensor, t: Tensor, *, number: Sequence[int], idle: bool, leave_out: bool
-    ) -> Rows:
+        self, at: Tensor, t: Tensor, *, number: Sequence[int], idle: bool = False,
+        leave_out: bool = False,
+    ) -> Rows:  # fmt: skip
         """The denoiser's rows at the positions `at` (B, L), of the samples that need them."""
         active = self._active(tuple(r for r, n in enumerate(self.left if idle else number) if n))
         tokens = torch.where(at, self.mask_id, self.tokens) if leave_out else self.tokens
