@@ -8,12 +8,9 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
-from mdiff.sampling import State, Unmasking
+from mdiff.sampling import MOST_STEPS, State, Unmasking, even_times
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
-
-# A table of them is held for each sample.
-MOST_STEPS = 1 << 20
 
 
 def ancestral(
@@ -53,7 +50,7 @@ def ancestral(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
-    times = 1 - torch.arange(steps + 1, dtype=torch.float64, device=canvas.device) / steps
+    times = even_times(steps, canvas.device)
     ascending = schedule.mask_prob(times).flip(0)
     later = torch.searchsorted(ascending, fill.uniform(philox.REVEAL), right=True)
     due = steps + 1 - later.clamp(min=1)

@@ -30,31 +30,17 @@ def revise(
     from mdiff.files import replace_file
     from mdiff.modalities.text import read_text
 
-    options, text = drawing.options(), read_text(file)
-    sampler = options.get("sampler") or "remdm"
-    options["sampler"] = sampler
-    if rounds is not None:
-        if sampler == "gibbs":
-            raise ConfigError("--rounds: gibbs counts sweeps, give -o sweeps=2")
-        options["steps"] = rounds
-    if strength is not None:
-        if not 0 < strength <= 1:
-            raise ConfigError(f"--strength {strength}: expected a share above 0 and at most 1")
-        if sampler in ("remdm", "psi"):
-            options["start"] = strength
-        elif sampler == "path_planning":
-            options["kept"] = 1 - strength
-        else:
-            raise ConfigError(f"--strength: {sampler} begins with the text as it stands")
-    pipeline = loading.load(model)
-    ranges = [_range(each) for each in keep or ()]
-    options["num_samples"] = num_samples
-    runs = pipeline.revisions(text, keep=ranges, **options)
+    pipeline, text = loading.load(model), read_text(file)
+    options = drawing.options() | {"num_samples": num_samples}
+    runs = pipeline.revisions(
+        text, keep=[_range(each) for each in keep or ()], strength=strength, rounds=rounds,
+        **options,
+    )  # fmt: skip
     samples = [sample for run in runs for sample in run.finished()]
     if not any(sample.calls for sample in samples):
         raise ConfigError(
-            f"sampler {sampler}: no token was taken back; remdm, psi, gibbs, edit and "
-            "path_planning do, of what --keep leaves"
+            "no token was taken back: samplers remdm, psi, gibbs, edit and path_planning do, of "
+            "what --keep leaves"
         )
     for number, sample in enumerate(samples):
         if as_json:

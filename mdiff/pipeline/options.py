@@ -10,7 +10,7 @@ from torch import Tensor
 from mdiff.denoiser import Denoiser, HasDevice
 from mdiff.errors import ConfigError, nearest
 from mdiff.modalities import HasParts, HasSpecialTokens, Modality
-from mdiff.sampling import Sampler
+from mdiff.sampling import Sampler, bind
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace, continued
 
@@ -238,3 +238,29 @@ def call_seed(options: CallOptions) -> Seed | Sequence[torch.Generator]:
     if generator is not None:
         return generator
     return 0 if seed is None else seed
+
+
+def revising_options(
+    options: CallOptions, *, strength: float | None, rounds: int | None
+) -> CallOptions:
+    """The options of `Pipeline.revise` as those of its sampler.
+
+    Raises ConfigError for a number out of range or one that the sampler has no option for.
+    """
+    if strength is not None and not 0 < strength <= 1:
+        raise ConfigError(f"strength={strength}: expected a share above 0 and at most 1")
+    sampler = options.get("sampler") or "remdm"
+    bound, found = bind(sampler, {}), CallOptions(sampler=sampler)
+    if bound.takes("start"):
+        found["steps"] = options.get("steps") or 20
+        if strength is not None or options.get("rule") != "loop":
+            found["start"] = options.get("start", 0.3) if strength is None else strength
+    elif bound.takes("kept") and strength is not None:
+        found["kept"] = 1 - strength
+    elif strength is not None:
+        raise ConfigError(f"strength={strength}: {sampler} begins with the text as it stands")
+    if rounds is not None:
+        if not bound.takes("steps"):
+            raise ConfigError(f"rounds={rounds}: {sampler} takes no steps; gibbs takes sweeps")
+        found["steps"] = rounds
+    return found

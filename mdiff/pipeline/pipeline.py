@@ -27,6 +27,7 @@ from mdiff.pipeline.options import (
     canvas_of,
     listed,
     repeated,
+    revising_options,
 )
 from mdiff.pipeline.saving import save_model
 from mdiff.pipeline.scoring import bound_of_rows, items_of, of_items, windows
@@ -140,38 +141,36 @@ class Pipeline(Model):
         return edits, self.runs(edits.canvases, conditions=conditions, **options)
 
     def revise(
-        self, text: str, *, keep: Sequence[tuple[int, int]] = (), **options: Unpack[CallOptions]
-    ) -> list[Generated]:
+        self, text: str, *, keep: Sequence[tuple[int, int]] = (), strength: float | None = None,
+        rounds: int | None = None, **options: Unpack[CallOptions],
+    ) -> list[Generated]:  # fmt: skip
         """`num_samples` versions of a finished text, by a sampler that takes tokens back.
 
-        `keep` are ranges of its characters, (first, stop): a token that has one of them stays. The
-        sampler is by default "remdm" in 20 `steps` from `start` 0.3, the time to whose share the
-        other tokens are hidden at first; "psi", "gibbs", "edit" and "path_planning" do as well. The
-        other options are those of `generate`.
+        `keep` are ranges of its characters, (first, stop): a token that has one of them stays.
+        `rounds` are the calls one after another, 20 by default, and `strength` is the share of the
+        other tokens that is hidden at first, 0.3: for "remdm", the default sampler, and "psi" the
+        time of their `start`, for "path_planning" one less `kept`. "gibbs" and "edit" begin with
+        the text as it stands, until their own end. The other options are those of `generate`.
 
-        Raises ConfigError for a model that is not one of text or a range outside the text.
+        Raises ConfigError for a model that is not one of text, a range outside the text, and a
+        strength or rounds that the sampler has no use for.
         """
-        runs = self.revisions(text, keep=keep, **options)
+        runs = self.revisions(text, keep=keep, strength=strength, rounds=rounds, **options)
         return [sample for run in runs for sample in run.finished()]
 
     def revisions(
-        self, text: str, *, keep: Sequence[tuple[int, int]] = (), **options: Unpack[CallOptions]
-    ) -> Iterator[Generation]:
+        self, text: str, *, keep: Sequence[tuple[int, int]] = (), strength: float | None = None,
+        rounds: int | None = None, **options: Unpack[CallOptions],
+    ) -> Iterator[Generation]:  # fmt: skip
         """The batches of `revise`, as in `runs`."""
         if not isinstance(self.modality, EndsText):
             raise ConfigError(f"revise: this is a model of {self.modality.name}, not of text")
         for first, stop in keep:
             if not 0 <= first < stop <= len(text):
                 raise ConfigError(f"keep {first}:{stop}: the text has characters 0:{len(text)}")
-        if options.setdefault("sampler", "remdm") in ("remdm", "psi"):
-            options.setdefault("steps", 20)
-            if options.get("rule") != "loop":
-                options.setdefault("start", 0.3)
-        number, ids = (
-            call_number(options.pop("num_samples", 1), options),
-            self.modality.encode(text),
-        )
-        given, end = [], 0
+        options.update(revising_options(options, strength=strength, rounds=rounds))
+        number = call_number(options.pop("num_samples", 1), options)
+        ids, given, end = self.modality.encode(text), [], 0
         for piece in self.modality.pieces(ids, whole=True):
             begin, end = end, end + len(piece or "")
             given.append(any(begin < stop and first < max(end, begin + 1) for first, stop in keep))

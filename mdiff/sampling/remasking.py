@@ -16,6 +16,7 @@ from mdiff.schedule import Schedule
 Sigma = Callable[[float, float], float | Tensor]
 # Uniforms of several steps are drawn at once: of so many steps, and so many numbers, at most.
 AHEAD, AHEAD_NUMBERS = 16, 1 << 16
+# Tables of so many steps are held for each sample.
 MOST_STEPS = 1 << 20
 
 

@@ -1,9 +1,11 @@
-"""What a sampler yields after each step, and what is kept of each position's last writing."""
+"""What a sampler may write, what it yields after each step, and each position's last writing."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mdiff.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,27 @@ class LastWriting:
         self.margin = torch.where(at, state.margin, self.margin)
         self.step = torch.where(at, state.step, self.step)
         self.times = self.times + at
+
+
+def free_positions(
+    canvas: Tensor, given: Tensor | None, valid: Tensor | None, *, mask_id: int
+) -> Tensor:
+    """The positions (B, L) bool of a canvas that a sampler may write: valid and not `given`.
+
+    Raises DataError where `given` is not (B, L) bool, or is true at a valid mask.
+    """
+    hidden = canvas == mask_id
+    if given is None:
+        return hidden if valid is None else hidden & valid
+    if not isinstance(given, Tensor) or given.shape != canvas.shape or given.dtype != torch.bool:
+        got = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else repr(given)
+        raise DataError(f"given {got}: expected {tuple(canvas.shape)} bool")
+    free = ~given.to(canvas.device)
+    if valid is not None:
+        free, hidden = free & valid, hidden & valid
+    if bool((hidden & ~free).any()):
+        row, position = (int(i) for i in (hidden & ~free).nonzero()[0])
+        raise DataError(
+            f"row {row}, position {position} holds the mask but is given: it would stay hidden"
+        )
+    return free

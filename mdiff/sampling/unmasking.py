@@ -18,12 +18,12 @@ from mdiff.denoiser import (
     fixed_evaluations,
     row_request,
 )
-from mdiff.errors import ConfigError, DataError
+from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.kernels.reveal_torch import written
 from mdiff.ops import Draw, Filters, Revealed, bind_draw, reveal
 from mdiff.sampling.seeds import streams
-from mdiff.sampling.state import State
+from mdiff.sampling.state import State, free_positions
 from mdiff.schedule import Schedule
 from mdiff.tokens import TokenSpace, ranks
 
@@ -286,27 +286,3 @@ class Unmasking:
             self.nothing if rewritten is None else rewritten,
             self.nothing if hidden_again is None else hidden_again,
         )  # fmt: skip
-
-
-def free_positions(
-    canvas: Tensor, given: Tensor | None, valid: Tensor | None, *, mask_id: int
-) -> Tensor:
-    """The positions (B, L) bool of a canvas that a sampler may write: valid and not `given`.
-
-    Raises DataError where `given` is not (B, L) bool, or is true at a valid mask.
-    """
-    hidden = canvas == mask_id
-    if given is None:
-        return hidden if valid is None else hidden & valid
-    if not isinstance(given, Tensor) or given.shape != canvas.shape or given.dtype != torch.bool:
-        got = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else repr(given)
-        raise DataError(f"given {got}: expected {tuple(canvas.shape)} bool")
-    free = ~given.to(canvas.device)
-    if valid is not None:
-        free, hidden = free & valid, hidden & valid
-    if bool((hidden & ~free).any()):
-        row, position = (int(i) for i in (hidden & ~free).nonzero()[0])
-        raise DataError(
-            f"row {row}, position {position} holds the mask but is given: it would stay hidden"
-        )
-    return free

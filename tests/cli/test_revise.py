@@ -75,6 +75,7 @@ def test_the_command_writes_a_file_or_prints(tmp_path, capsys):
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--rounds", "0"], "steps=0"), (["--strength", "2"], "above 0 and at most 1"),
+    (["--sampler", "halton", "--strength", "0.5"], "as it stands"),
     (["--strength", "0"], "above 0"), (["--keep", "5:2"], "characters 0:"),
     (["--keep", "a"], "FIRST:STOP"), (["--sampler", "gibbs", "--rounds", "3"], "sweeps"),
     (["--sampler", "edit", "--strength", "0.3"], "as it stands"),
