@@ -110,7 +110,7 @@ def test_no_file_or_function_is_too_long_and_none_takes_too_much():
     assert SOURCES.wide_functions() == {}
 
 
-@pytest.mark.xfail(strict=True, reason="some 4,600 lines too many")
+@pytest.mark.xfail(strict=True, reason="some 5,400 lines too many")
 def test_the_package_is_small():
     assert SOURCES.lines() <= MOST_LINES_IN_ALL
 
