@@ -247,8 +247,8 @@ class Unmasking:
     ) -> State:  # fmt: skip
         """Write those of the draws at `requested` that are in `write`, hide the tokens of `hide`.
 
-        All (B, L) bool; `write` and `hide` share no position and hold no given one. Without a draw
-        nothing is written. The number that is hidden now is asked of the device.
+        All (B, L) bool; `hide` are written tokens, not in `write`, and neither holds a given one.
+        Without a draw nothing is written. The number hidden now is asked of the device.
         """
         self.log_prob_is_exact = False
         if drawn is None:
@@ -256,13 +256,11 @@ class Unmasking:
         else:
             revealed = written(self.tokens, requested, drawn, write, blank_BL=self.blank)
         rewritten = write & (self.tokens != self.mask_id) & (revealed.tokens != self.tokens)
-        again = self.nothing
         if hide is not None:
-            again = hide & (revealed.tokens != self.mask_id)
-            tokens = torch.where(again, self.mask_id, revealed.tokens)
+            tokens = torch.where(hide, self.mask_id, revealed.tokens)
             revealed = revealed._replace(tokens=tokens)
-        state = self._state(revealed, requested, drawn, t, (), rewritten, again)
-        self.hidden = self.hidden | again
+        state = self._state(revealed, requested, drawn, t, (), rewritten, hide)
+        self.hidden = self.hidden if hide is None else self.hidden | hide
         self.left = self.hidden.sum(1).tolist()
         return state
 
