@@ -5,6 +5,7 @@ CheckpointError before anything is loaded.
 """
 
 import json
+import math
 import os
 import stat
 from collections import Counter
@@ -35,6 +36,11 @@ MAX_TENSORS = 30_000
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # A zip archive (torch.save), a pickle of protocol 2 to 5, and torch's oldest magic number.
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# Bytes an element of each type of the format that torch reads here.
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
+    "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
 # What readers of models and tokenizers look for, in lower case: settings, weights, templates,
 # vocabularies. A text file is one of a tokenizer only by its name.
 READ_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".spm", ".tokenizer")
@@ -206,9 +212,40 @@ def check_tensors(path: Path) -> Header:
         with safe_open(path, framework="numpy"):
             return header
     except (SafetensorError, OSError) as error:
+        fault = _fault(header, size - 8 - length) if inside_file else None
         raise CheckpointError(
-            f"{path} is truncated or altered, or is not a safetensors file: {error}"
+            f"{path} is truncated or altered, or is not a safetensors file: {fault or error}"
         ) from None
+
+
+def _fault(header: dict[str, Any], data_bytes: int) -> str | None:
+    """What a header that the library refuses gets wrong, by the tensor; None where not known."""
+    runs = []
+    for name, entry in header.items():
+        try:
+            shape, (begin, end) = entry["shape"], entry["data_offsets"]
+            # The product of a hostile shape must not be a number of any length.
+            if len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**64
+                                          for n in (begin, end, *shape)):  # fmt: skip
+                raise ValueError
+            needed = math.prod(shape) * ITEM_BYTES[entry["dtype"]]
+        except (KeyError, TypeError, ValueError):
+            return f"the header entry {name[:80]!r} = {entry!r:.200} is not valid"
+        if end - begin != needed:
+            return (
+                f"{name[:80]!r} of shape {shape} needs {needed} bytes, the header gives it "
+                f"{end - begin}"
+            )
+        runs.append((begin, end, name))
+    total = 0
+    for begin, end, name in sorted(runs):
+        if begin != total:
+            return (
+                f"the data of its tensors overlaps or leaves a hole: that of {name[:80]!r} begins "
+                f"at byte {begin}, expected {total}"
+            )
+        total = end
+    return None if total == data_bytes else f"{data_bytes} bytes of data, the header says {total}"
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
