@@ -71,7 +71,7 @@ def parse_yaml(text: bytes, *, origin: str) -> Any:
     Raises ConfigError, one line with `origin`, the line and the column.
     """
     try:
-        return yaml.load(text, Loader=SafeRecipeLoader)
+        return SafeRecipeLoader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
