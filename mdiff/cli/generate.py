@@ -65,8 +65,9 @@ def generate(
 
     from mdiff.files import locate
 
-    name, device, division = model, loading.device, dividing.division(workers)
+    name, device, division = model, loading.device, None
     if volume:
+        division = dividing.division(workers)
         # Where workers generate, this process only plans.
         device = device if division.in_process else "cpu"
         # A run that is being trained may get a newer checkpoint.
