@@ -63,9 +63,10 @@ def unknown_codec(
     if described is None:
         config = Path(folder) / PUBLISHED_CONFIG
         described = read_json(config) if config.is_file() else {}
-    if (Path(folder) / SETTINGS).exists() or published_codec_of(described) is not None:
+    # First what needs no import of the codecs: most configs are those of models.
+    if not codec_kind(described) or (Path(folder) / SETTINGS).exists():
         return None
-    return no_codec(folder) if codec_kind(described) else None
+    return no_codec(folder) if published_codec_of(described) is None else None
 
 
 def no_codec(folder: Path | str) -> CheckpointError:
