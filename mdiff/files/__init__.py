@@ -36,6 +36,7 @@ from mdiff.files.untrusted import MAX_JSON_BYTES as MAX_JSON_BYTES
 from mdiff.files.untrusted import MAX_JSON_VALUES as MAX_JSON_VALUES
 from mdiff.files.untrusted import PICKLE_STARTS as PICKLE_STARTS
 from mdiff.files.untrusted import PICKLE_SUFFIXES as PICKLE_SUFFIXES
+from mdiff.files.untrusted import TYPES as TYPES
 from mdiff.files.untrusted import Header as Header
 from mdiff.files.untrusted import TensorEntry as TensorEntry
 from mdiff.files.untrusted import check_tensors as check_tensors
@@ -45,7 +46,6 @@ from mdiff.files.untrusted import parse_json as parse_json
 from mdiff.files.untrusted import read_json as read_json
 from mdiff.files.untrusted import read_tensors as read_tensors
 from mdiff.files.untrusted import refuse_special as refuse_special
-from mdiff.files.weights import TYPES as TYPES
 from mdiff.files.weights import DeviceMap as DeviceMap
 from mdiff.files.weights import load_weights as load_weights
 from mdiff.files.weights import one_type as one_type

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypedDict
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -36,10 +37,11 @@ MAX_TENSORS = 30_000
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # A zip archive (torch.save), a pickle of protocol 2 to 5, and torch's oldest magic number.
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-# Bytes an element of each type of the format that torch reads here.
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
-    "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+# The types of the safetensors format that torch has.
+TYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 # What readers of models and tokenizers look for, in lower case: settings, weights, templates,
 # vocabularies. A text file is one of a tokenizer only by its name.
@@ -220,32 +222,25 @@ def check_tensors(path: Path) -> Header:
 
 def _fault(header: dict[str, Any], data_bytes: int) -> str | None:
     """What a header that the library refuses gets wrong, by the tensor; None where not known."""
-    runs = []
+    runs, total = [], 0
     for name, entry in header.items():
         try:
             shape, (begin, end) = entry["shape"], entry["data_offsets"]
             # The product of a hostile shape must not be a number of any length.
-            if len(shape) > 64 or not all(type(n) is int and 0 <= n < 2**64
-                                          for n in (begin, end, *shape)):  # fmt: skip
+            if len(shape) > 64 or any(type(n) is not int or n >> 64 for n in (begin, end, *shape)):
                 raise ValueError
-            needed = math.prod(shape) * ITEM_BYTES[entry["dtype"]]
+            needed = math.prod(shape) * TYPES[entry["dtype"]].itemsize
         except (KeyError, TypeError, ValueError):
-            return f"the header entry {name[:80]!r} = {entry!r:.200} is not valid"
+            return f"the header entry {name[:80]!r} = {entry!r:.200} is not valid or not read here"
         if end - begin != needed:
-            return (
-                f"{name[:80]!r} of shape {shape} needs {needed} bytes, the header gives it "
-                f"{end - begin}"
-            )
-        runs.append((begin, end, name))
-    total = 0
-    for begin, end, name in sorted(runs):
+            given = f"needs {needed} bytes, the header gives it {end - begin}"
+            return f"{name[:80]!r} of shape {shape} {given}"
+        runs.append((begin, end, repr(name[:80])))
+    for begin, end, what in [*sorted(runs), (data_bytes, 0, "the end of the file")]:
         if begin != total:
-            return (
-                f"the data of its tensors overlaps or leaves a hole: that of {name[:80]!r} begins "
-                f"at byte {begin}, expected {total}"
-            )
+            return f"{what} is at byte {begin}, expected {total}: the data overlaps or has a hole"
         total = end
-    return None if total == data_bytes else f"{data_bytes} bytes of data, the header says {total}"
+    return None
 
 
 def _read(path: Path, max_bytes: int) -> bytes:

@@ -18,14 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mdiff.errors import CheckpointError, MdiffWarning
-from mdiff.files.untrusted import Header
+from mdiff.files.untrusted import TYPES, Header
 
-# The types of the safetensors format that torch has.
-TYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
-    "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
 # The name of a submodule -> its device; "" is the whole module.
 DeviceMap = Mapping[str, torch.device | str | int]
 # Names in a message; the others are counted.
