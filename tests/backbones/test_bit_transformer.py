@@ -55,7 +55,7 @@ def test_signs_are_the_binary_digits_with_the_highest_first(count, data):
 
 def test_the_order_of_bits_is_that_of_the_codec():
     codec = find("codecs", "bits")(bits=8, codes_per_position=2, width=8)
-    assert torch.equal(codec.bit_matrix(), signs(torch.arange(16), 4).float())
+    assert torch.equal(codec.quantizer.inner.codebook.float(), signs(torch.arange(16), 4).float())
 
 
 def test_a_position_is_its_groups_bits_and_a_hidden_group_is_zeros():

@@ -32,9 +32,9 @@ def test_bits_and_ids_are_each_other_s_inverse_highest_bit_first(count: int, num
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_bit_matrix_is_what_the_decoder_is_given(count: int) -> None:
+def test_the_codebook_of_bits_is_what_the_decoder_is_given(count: int) -> None:
     codec = bits(bits=6, codes_per_position=count, channels=1, width=8)
-    matrix = codec.bit_matrix()
+    matrix = codec.quantizer.inner.codebook.float()
     each = 6 // count
     assert matrix.shape == (2**each, each)
     assert torch.equal(matrix, bits_of(torch.arange(2**each), each) * 2.0 - 1)
@@ -49,7 +49,7 @@ def test_the_bit_matrix_is_what_the_decoder_is_given(count: int) -> None:
 def test_fsq_has_the_product_of_its_levels_and_every_id_a_code_of_its_own() -> None:
     codec = bits(quantizer="fsq", levels=[8, 5, 3], channels=1, width=8)
     assert codec.codebook_size == 8 * 5 * 3
-    matrix = codec.bit_matrix()
+    matrix = codec.quantizer.inner.implicit_codebook
     assert matrix.shape == (120, 3)
     assert matrix.unique(dim=0).shape == matrix.shape
     assert [matrix[:, i].unique().numel() for i in range(3)] == [8, 5, 3]

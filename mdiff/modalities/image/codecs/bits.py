@@ -61,16 +61,6 @@ class Bits(LearnedCodec):
         codes: Tensor = self.quantizer.inner.indices_to_codes(ids)
         return codes
 
-    def bit_matrix(self) -> Tensor:
-        """The code of each id, (K, D) float32, for a generator without a table.
-
-        LFQ: D bits, -1 or +1, the most significant first. FSQ: D levels from -1 to 1, the
-        first of which varies fastest with the id.
-        """
-        inner = self.quantizer.inner
-        codes: Tensor = inner.codebook if self.kind == "lfq" else inner.implicit_codebook
-        return codes.float().clone()
-
     def config(self) -> dict[str, object]:
         """The options that `bits` takes back, with the name."""
         if self.kind == "fsq":
