@@ -88,11 +88,11 @@ def supported() -> list[str]:
 
 def unsupported(files: ModelFiles) -> CheckpointError | None:
     """Why no backbone opens a model that none recognises; None for a masked LM of transformers."""
-    from mdiff.modalities.image import unknown_codec
+    from mdiff.modalities.image import codec_kind
 
     named = _architectures(files.config, str(files.folder / CONFIG))
-    if (fault := unknown_codec(files.folder, files.config)) is not None:
-        return fault
+    if codec_kind(files.config):
+        return codec_alone(files.folder)
     if not named:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -100,15 +100,14 @@ def unsupported(files: ModelFiles) -> CheckpointError | None:
         if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             return None
         return CheckpointError(
-            f"{files.folder} names no architecture (model_type {_one_line(kind)}): not supported; "
+            f"{files.folder} names no architecture (model_type {kind}): not supported; "
             f"known: {', '.join([*supported(), ANY])}"
         )
     other = next((name for name in named if not name.endswith(MASKED_LM)), None)
     if other is None:
         return None
-    other = _one_line(other[:80])
-    known = nearest(other, [*supported(), ANY])
-    return CheckpointError(f"{files.folder} is a {other}, which is not supported; {known}")
+    known = nearest(other[:80], [*supported(), ANY])
+    return CheckpointError(f"{files.folder} is a {other[:80]}, which is not supported; {known}")
 
 
 def codec_alone(folder: Path) -> CheckpointError | None:
@@ -118,10 +117,6 @@ def codec_alone(folder: Path) -> CheckpointError | None:
     if not holds_codec(folder):
         return unknown_codec(folder)
     return CheckpointError(f"{folder} is a codec, not a model: see mdiff tokenizer")
-
-
-def _one_line(name: str) -> str:
-    return " ".join(name.split())
 
 
 def load_backbone(

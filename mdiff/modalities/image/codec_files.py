@@ -53,20 +53,11 @@ def holds_codec(folder: Path | str) -> bool:
     return config.is_file() and published_codec_of(read_json(config)) is not None
 
 
-def unknown_codec(
-    folder: Path | str, described: Mapping[str, object] | None = None
-) -> CheckpointError | None:
-    """The error for the folder of a codec that does not open here; None for any other folder.
-
-    `described` is its config.json, where that is at hand.
-    """
-    if described is None:
-        config = Path(folder) / PUBLISHED_CONFIG
-        described = read_json(config) if config.is_file() else {}
-    # First what needs no import of the codecs: most configs are those of models.
-    if not codec_kind(described) or (Path(folder) / SETTINGS).exists():
-        return None
-    return no_codec(folder) if published_codec_of(described) is None else None
+def unknown_codec(folder: Path | str) -> CheckpointError | None:
+    """The error for the folder of a codec that does not open here; None for any other folder."""
+    config = Path(folder) / PUBLISHED_CONFIG
+    kind = codec_kind(read_json(config)) if config.is_file() else ""
+    return no_codec(folder) if kind and not holds_codec(folder) else None
 
 
 def no_codec(folder: Path | str) -> CheckpointError:
