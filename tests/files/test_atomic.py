@@ -63,6 +63,13 @@ def test_a_checkpoint_is_never_overwritten(checkpoint):
     verify(checkpoint)
 
 
+def test_a_finished_checkpoint_has_the_usual_permissions(checkpoint):
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (checkpoint, *checkpoint.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask
+
+
 def test_what_a_killed_writer_left_is_not_a_checkpoint_and_is_swept(tmp_path):
     script = (
         "import os, sys; from pathlib import Path; from mdiff.files.atomic import staged\n"
@@ -80,6 +87,11 @@ def _append(path):
     path.write_bytes(path.read_bytes() + b" ")
 
 
+def _link_inside(path):
+    """A link to the same content under a name that no manifest lists."""
+    path.symlink_to(path.rename(path.with_name(".hidden")))
+
+
 def _flip(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -94,6 +106,7 @@ def _flip(path):
         (lambda p: _append(p / "config.json"), "has 9 bytes, the manifest says 8"),
         (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
         (lambda p: (p / "link").symlink_to("/etc"), "link is not in the manifest"),
+        (lambda p: _link_inside(p / "config.json"), "config.json is not a plain file"),
         (lambda p: (p / "manifest.json").write_text("{"), "not JSON"),
         (lambda p: (p / "manifest.json").write_text('{"format": 2, "files": {}}'), "format 1"),
         (lambda p: (p / "manifest.json").write_text('{"format": 1, "files": []}'), "a section"),

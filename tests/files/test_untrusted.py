@@ -106,6 +106,28 @@ def test_hostile_tensor_files_are_refused(tmp_path, content, message):
         read_tensors(path)
 
 
+def test_files_of_too_many_tensors_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mdiff.files.untrusted.MAX_TENSORS", 2)
+    path = tmp_path / "x.safetensors"
+    save_file({name: torch.zeros(1) for name in "ab"}, path)
+    assert read_tensors(path).keys() == {"a", "b"}
+    save_file({name: torch.zeros(1) for name in "abc"}, path)
+    with pytest.raises(CheckpointError, match="3 tensors: at most 2"):
+        read_tensors(path)
+
+
+def test_a_header_is_read_up_to_its_bound_and_no_further(tmp_path, monkeypatch):
+    content = _tensor_file(GOOD, b"\0" * 8)
+    size = len(content) - 16
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    monkeypatch.setattr("mdiff.files.untrusted.MAX_HEADER_BYTES", size)
+    assert read_tensors(path).keys() == {"w"}
+    monkeypatch.setattr("mdiff.files.untrusted.MAX_HEADER_BYTES", size - 1)
+    with pytest.raises(CheckpointError, match=f"a header of {size} bytes: at most {size - 1}"):
+        read_tensors(path)
+
+
 def test_a_pickle_is_named_by_its_ending_too(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(_tensor_file(GOOD, b"\0" * 8))
@@ -150,6 +172,12 @@ def test_mutated_tensor_files_load_completely_or_not_at_all(tmp_path_factory, po
 def test_any_bytes_are_an_object_or_a_checkpoint_error(data):
     with contextlib.suppress(CheckpointError):
         assert isinstance(parse_json(data, origin="x"), dict)
+
+
+@pytest.mark.parametrize("text", [b'{"a": 1, "b": 2, "b": 3}', b'{"c": {"b": 1, "a": 2, "b": 1}}'])
+def test_of_keys_that_occur_twice_the_right_one_is_named(text):
+    with pytest.raises(CheckpointError, match="the key 'b' occurs twice"):
+        parse_json(text, origin="x")
 
 
 def test_json_is_read_up_to_its_bounds_and_no_further(tmp_path):

@@ -63,6 +63,14 @@ def test_what_is_no_label_of_a_model_is_refused(asked):
         Labels.of(["cat", "dog"]).number(asked)
 
 
+def test_where_all_names_are_digits_a_number_is_a_name_alone():
+    model = Labels(("5", "7"))
+    assert [model.number(label) for label in (5, "7")] == [0, 1]
+    for position in (0, 1):
+        with pytest.raises(DataError, match=f"unknown label {position}"):
+            model.number(position)
+
+
 def test_an_unknown_label_names_the_nearest():
     with pytest.raises(DataError, match="unknown label 'dgo'; did you mean 'dog'"):
         Labels.of(["cat", "dog"]).number("dgo")

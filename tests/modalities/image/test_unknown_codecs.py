@@ -11,7 +11,12 @@ from safetensors.torch import save_file
 import mdiff
 from mdiff.cli import run
 from mdiff.errors import CheckpointError
-from mdiff.modalities.image import make_codec, published_codecs
+from mdiff.modalities.image import (
+    make_codec,
+    published_codec_of,
+    published_codecs,
+    unknown_codec,
+)
 from mdiff.pipeline.conversion import convert
 
 TITOK = {
@@ -126,3 +131,21 @@ def test_a_model_is_not_taken_for_a_codec(number: int, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not supported") as caught:
         mdiff.load(folder_of(OTHERS[number], tmp_path / "it"))
     assert "codec" not in str(caught.value)
+
+
+def test_a_codec_is_known_by_all_of_its_keys_alone():
+    for name, keys in published_codecs().items():
+        nested = [key.removeprefix("params.") for key in keys if key.startswith("params.")]
+        own = {key: 1 for key in keys if not key.startswith("params.")}
+        described = own | ({"params": dict.fromkeys(nested, 1)} if nested else {})
+        assert published_codec_of(described) == name
+        for key in own:
+            assert published_codec_of({k: v for k, v in described.items() if k != key}) is None
+    assert published_codec_of({"params": {"embed_dim": 1}}) is None
+
+
+def test_a_folder_that_holds_a_codec_holds_no_unknown_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "MagvitTokenizer"}')
+    assert "the class MagvitTokenizer" in str(unknown_codec(tmp_path))
+    (tmp_path / "codec.json").write_text('{"name": "levels"}')
+    assert unknown_codec(tmp_path) is None

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mdiff.modalities.text.modality import Text, text
+from mdiff.modalities.text.tokenizers import text_pieces
 
 GENERATED = 2000
 # Tokenizers that give back what they are given, but for a space at the start of a text.
@@ -44,6 +45,14 @@ def test_the_pieces_of_a_text_are_the_text(made: dict[str, Text], kind: str) -> 
         for at in range(len(ids) + 1):
             assert_in_parts(modality, [*ids[:at], modality.mask_id, *ids[at:]])
         assert_in_parts(modality, [modality.mask_id, *ids[1:]])
+
+
+def test_behind_a_long_run_without_text_each_id_has_its_own_again() -> None:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    ids = [0] * 20 + [ord(letter) for letter in letters]
+    pieces = text_pieces(lambda some: "".join(chr(i) for i in some if i), ids)
+    # A run of more than FEW is tried at powers of two: 32 ids are 20 without text and 12 with.
+    assert pieces == [""] * 31 + [letters[:12], *letters[12:]]
 
 
 @pytest.mark.parametrize("kind", EXACT)
