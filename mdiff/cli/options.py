@@ -123,10 +123,12 @@ class Drawing:
     def options(self) -> CallOptions:
         """The options of a call; ConfigError for one that is given twice or is none."""
         rest = dict(vars(self))
-        guidance = (rest.pop(f"guidance_{each}") for each in ("scale", "schedule", "interval"))
         call: Any = {name: rest.pop(name) for name in ("sampler", "seed", "batch_size")}
         options = sampling_options(rest.pop("option"), **rest)
-        options |= guidance_options(*guidance)
+        if self.guidance_interval is not None:
+            options["guidance_interval"] = guidance_interval(self.guidance_interval)
+            # An interval needs no schedule named.
+            options.setdefault("guidance_schedule", "interval")
         options |= call
         return options
 
@@ -242,27 +244,19 @@ def check_sampler(options: CallOptions) -> None:
     bind(options.get("sampler") or "first_hitting", own)
 
 
-def guidance_options(
-    scale: float | None, schedule: str | None, interval: str | None
-) -> CallOptions:
-    """The options of guidance that were given; an interval needs no schedule named.
+def guidance_interval(words: str) -> tuple[float, float]:
+    """The shares of hidden tokens between which LO,HI guides.
 
-    >>> guidance_options(2.0, None, "0.2,0.8")["guidance_interval"]
+    >>> guidance_interval("0.2,0.8")
     (0.2, 0.8)
     """
-    found: CallOptions = {} if scale is None else {"guidance_scale": scale}
-    if schedule is not None:
-        found["guidance_schedule"] = schedule
-    if interval is not None:
-        try:
-            low, high = (float(end) for end in interval.split(","))
-        except ValueError:
-            raise ConfigError(
-                f"--guidance-interval {interval[:40]!r}: expected LO,HI such as 0.2,0.8"
-            ) from None
-        found["guidance_interval"] = (low, high)
-        found.setdefault("guidance_schedule", "interval")
-    return found
+    try:
+        low, high = map(float, words.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--guidance-interval {words[:40]!r}: expected LO,HI such as 0.2,0.8"
+        ) from None
+    return low, high
 
 
 def title_of(model: str, sampler: str | None) -> str:

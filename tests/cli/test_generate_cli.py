@@ -11,8 +11,10 @@ import pytest
 from text_commands import lines
 
 from mdiff.cli import run
+from mdiff.cli.generate import Drawing
 from mdiff.cli.options import RENAMED
 from mdiff.cli.views.trace import Record, page
+from mdiff.errors import ConfigError
 
 TEMPLATE = "The [MASK:8] of [MASK:3] night"
 
@@ -163,3 +165,12 @@ def test_text_on_the_page_never_becomes_markup() -> None:
     data = re.search(r'<script id="data"[^>]*>(.*?)</script>', written, flags=re.S)
     assert data is not None
     assert json.loads(data[1])[0]["pieces"] == [evil]
+
+
+def test_no_option_of_drawing_is_given_by_its_flag_and_by_o() -> None:
+    names = set(vars(Drawing())) - {"option"}
+    assert len(names) > 15
+    for name in names:
+        given = {name: "0.1,0.9", "option": [f"{name}=[0.1, 0.9]"]}
+        with pytest.raises(ConfigError, match=f"option {name}: (given by its flag too|no option)"):
+            Drawing(**given).options()

@@ -22,7 +22,7 @@ from text_commands import lines
 
 from mdiff.cli import run
 from mdiff.cli.images.requests import combined
-from mdiff.cli.options import guidance_options
+from mdiff.cli.options import Drawing
 from mdiff.cli.views.gif import FRAMES, Reel, write_gif
 from mdiff.cli.views.grid import fitting_scale, grid_of, write_pictures
 from mdiff.cli.views.trace import Grid, Record, page
@@ -155,7 +155,14 @@ def test_options_given_once_go_with_all_others() -> None:
 
 
 def test_an_interval_of_guidance_needs_no_schedule_named() -> None:
-    assert guidance_options(2.0, None, "0.2,0.8") == {
-        "guidance_scale": 2.0, "guidance_interval": (0.2, 0.8), "guidance_schedule": "interval",
+    given = Drawing(guidance_scale=2.0, guidance_interval="0.2,0.8")
+    plain = Drawing().options()
+    interval = {"guidance_interval": (0.2, 0.8)}
+    assert given.options() == plain | interval | {
+        "guidance_scale": 2.0, "guidance_schedule": "interval",
     }  # fmt: skip
-    assert guidance_options(None, None, None) == {}
+    assert not any(name.startswith("guidance") for name in plain)
+    # One that is named stays, by its flag or by -o.
+    named = {"guidance_schedule": "linear"}
+    for words in (named, {"option": ["guidance_schedule=linear"]}):
+        assert Drawing(guidance_interval="0.2,0.8", **words).options() == plain | interval | named
