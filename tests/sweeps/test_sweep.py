@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -11,56 +10,19 @@ import re
 import sys
 import time
 from statistics import fmean, stdev
-from xml.etree import ElementTree
 
 import pytest
-from sweep_runs import GRID, RECIPE, begin, written_recipe
+from sweep_runs import GRID, begin, found_in, marks_of, read, text_recipe
 from toy_medium import ToyRows
 from toy_training import log
-from volume_runs import content, server, started
+from volume_runs import content, started
 
 from mdiff.cli import run
 from mdiff.errors import ConfigError
-from mdiff.pipeline.batch import engines
 from mdiff.pipeline.batch.division import Share
 from mdiff.sweeps import job
-from mdiff.sweeps.grid import parse_grid, planned
-from mdiff.sweeps.summary import Result, summary, table, write_picture
+from mdiff.sweeps.grid import planned
 from mdiff.training.step import Stepper
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    return written_recipe(tmp_path_factory.mktemp("recipes"))
-
-
-@pytest.fixture(scope="module")
-def clean(recipe, tmp_path_factory):
-    """The folder of one uninterrupted sweep of four runs in one process, and what it found."""
-    out = tmp_path_factory.mktemp("clean") / "out"
-    return out, begin(recipe, GRID, out)[0]
-
-
-@pytest.fixture
-def fast_workers(monkeypatch):
-    context = server()
-    monkeypatch.setattr(engines.multiprocessing, "get_context", lambda name: context)
-
-
-def found_in(out):
-    """What a sweep leaves but checkpoints: the collected files and the results of the runs."""
-    return {name: held for name, held in content(out).items() if "/run-" not in name} | {
-        name: held for name, held in content(out).items() if name.count("/") == 1
-    }
-
-
-def read(out):
-    return json.loads((out / "sweep.json").read_text())
-
-
-def results_of(plan, bits, errors=()):
-    errors = errors or [0.1] * len(plan.runs)
-    return [Result(bits=b, stderr=e) for b, e in zip(bits, errors)]
 
 
 def test_each_combination_is_trained_at_each_seed_and_its_last_bound_collected(clean):
@@ -80,56 +42,6 @@ def test_each_combination_is_trained_at_each_seed_and_its_last_bound_collected(c
         assert point["tokens"] == 2 * 8 * 6
     assert read(out)["failures"] == []
     assert (out / "failures.jsonl").read_bytes() == b""
-
-
-def test_differences_to_the_best_are_those_of_runs_with_the_same_seed(recipe):
-    plan = planned(recipe, ["model.width=4,8", "train.steps=1,2"], seeds=2)
-    found = summary(plan, results_of(plan, [5.0, 3.0, 4.0, 2.5, 9.0, 1.0, 8.0, 9.5]))
-    bits = [number for point in found.points for number in point.bits]
-    assert bits == pytest.approx([4.0, 1.0, 3.25, 0.75, 5.0, 4.0, 8.75, 0.75])
-    apart = [number for point in found.points for number in point.difference]
-    assert apart == pytest.approx([0.75, 0.25, 0.0, 0.0, 1.75, 3.25, 5.5, 1.5])
-    assert found.points[1].difference == (0.0, 0.0)
-    lines = table(found)
-    assert lines[0].split()[:3] == ["model.width", "train.steps", "bits/mark"]
-    assert lines[3].split()[:6] == ["8", "1", "5.0000", "±", "4.0000", "+1.7500"]
-    assert len(lines) == 5
-
-
-def test_seeds_that_failed_are_in_no_pair(recipe):
-    plan = planned(recipe, ["model.width=4,8"], seeds=3)
-    results = results_of(plan, [1.0, 2.0, 3.0, 5.0, 7.0, 9.0])
-    results[0] = results[4] = Result(error="x")
-    found = summary(plan, results)
-    assert [point.seeds for point in found.points] == [[1, 2], [0, 2]]
-    assert found.points[0].bits == (2.5, 0.5)
-    # At the third seed alone, by the errors of the two estimates.
-    assert found.points[1].difference == (6.0, pytest.approx(math.hypot(0.1, 0.1)))
-    assert [f["run"] for f in found.failures] == [0, 4]
-    none = summary(plan, [Result(error="x")] * 6)
-    assert table(none)[1].split()[:3] == ["4", "-", "-"]
-
-
-def test_a_single_seed_has_the_error_of_its_estimate(recipe):
-    plan = planned(recipe, ["optim.lr=0.02,0.1"])
-    found = summary(plan, results_of(plan, [1.0, 3.0], [0.3, 0.4]))
-    assert [point.bits for point in found.points] == [(1.0, 0.3), (3.0, 0.4)]
-    assert [point.difference for point in found.points] == [(0.0, 0.0), (2.0, 0.5)]
-
-
-def test_the_picture_has_a_curve_for_each_value_of_the_other_keys(recipe, tmp_path):
-    for grid, curves, axis in (
-        (["model.width=4,8,6", "train.steps=1,2"], 2, "model.width"),
-        (["train.steps=1,2", "optim.name=muon,adamw"], 2, "train.steps"),
-        (["optim.name=muon,adamw"], 2, "row of the table"),
-        (["optim.weight_decay=0,1"], 2, "row of the table"),
-    ):
-        plan = planned(recipe, grid)
-        write_picture(summary(plan, results_of(plan, itertools.count(1.0))), tmp_path / "a.svg")
-        ElementTree.parse(tmp_path / "a.svg")
-        text = (tmp_path / "a.svg").read_text()
-        assert text.count("<polyline") == curves
-        assert f">{axis}</text>" in text
 
 
 def test_the_same_command_again_trains_nothing(clean, recipe, monkeypatch):
@@ -174,11 +86,6 @@ def test_a_run_is_resumed_from_its_checkpoint(clean, recipe, tmp_path, monkeypat
     begin(recipe, ["model.width=4"], out, overrides=every)
     assert calls == [1, 2, 1, 2, 2]
     assert read(out)["points"][0]["bits"] == read(clean[0])["points"][0]["bits"]
-
-
-def marks_of(out):
-    """What tells that a sweep goes on: checkpoints and results."""
-    return {*out.glob("runs/*.json"), *out.glob("runs/*/step-*")}
 
 
 def killed_often(recipe, clean, tmp_path, trials, **division):
@@ -240,30 +147,6 @@ def test_a_run_that_crashes_its_workers_is_named_and_the_others_are_made(
     assert found.points[0].bits is not None
 
 
-def test_a_combination_that_cannot_be_built_fails_alone(tmp_path):
-    """Heads divide the width of one value and not of the other."""
-    (tmp_path / "doc.txt").write_text("hello world " * 40)
-    text = text_recipe(tmp_path)
-    plan = planned(text, ["model.width=4,6", "model.heads=1,2,3"])
-    bad = [run for run in plan.runs if run.size is None]
-    assert [tuple(run.setting.values()) for run in bad] == [(4, 3), (6, 2)]
-    shard = job.RunShard(bad[0], tmp_path / "run", [], 2)
-    assert "width=4, heads=3" in job.make_run(shard, report=str).error
-    with pytest.raises(ConfigError, match="width=4, heads=3"):
-        planned(text, ["model.heads=1,3"], overrides=["model.width=4"])
-
-
-def text_recipe(folder):
-    path = folder / "text.yaml"
-    path.write_text(
-        f"data: {{source: {folder / 'doc.txt'}, length: 8, validation: 0.3}}\n"
-        "modality: {name: text, tokenizer: byte}\n"
-        "model: {name: transformer, width: 4, depth: 1, heads: 1}\n"
-        "train: {steps: 1, batch_size: 2, validate_rows: 2}\n"
-    )
-    return path
-
-
 def test_one_training_serves_all_settings_of_sampling(tmp_path, monkeypatch, capsys):
     (tmp_path / "doc.txt").write_text("hello world " * 40)
     trained, plain = [], job.train
@@ -284,20 +167,6 @@ def test_one_training_serves_all_settings_of_sampling(tmp_path, monkeypatch, cap
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert "sample.temperature" in lines[0]
-
-
-def test_a_law_is_fitted_or_it_is_said_why_not(recipe):
-    plan = planned(recipe, ["model.width=4,8", "train.steps=1,2"], fit=True)
-    found = summary(plan, results_of(plan, itertools.count(1.0)))
-    assert found.fit == "N has 2 different values: a term of the law needs at least 3"
-    assert table(found)[-1] == f"no scaling law: {found.fit}"
-    plan = planned(recipe, ["train.steps=2,3,4,6,9"], fit=True, seeds=2)
-    bits = [1 + 30 / run.scale[1] ** 0.6 for run in plan.runs]
-    found = summary(plan, results_of(plan, bits))
-    assert found.fit.values == pytest.approx({"E": 1.0, "B": 30.0, "b": 0.6}, rel=1e-4)
-    assert found.content()["fit"]["intervals"].keys() == {"E", "B", "b"}
-    assert table(found)[-1].split()[0] == "b"
-    assert isinstance(summary(plan, [Result(error="x")] * 10).fit, str)
 
 
 def test_a_result_of_other_data_is_not_taken(recipe, tmp_path, monkeypatch):
@@ -327,56 +196,6 @@ def test_a_damaged_result_and_one_of_another_run_are_none(clean, recipe, tmp_pat
     assert shard.is_complete()
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["train.stepz=3"], "unknown key 'train.stepz'; did you mean 'train.steps'"),
-        (["model.widht=3"], "did you mean"),
-        (["optin.lr=3"], "unknown key 'optin'; did you mean 'optim'"),
-        (["train.steps=4,four"], "train.steps='four': expected a whole number"),
-        (["train.steps=4,4.5"], "train.steps=4.5: expected a whole number"),
-        (["optim.lr=-1"], "optim.lr=-1: expected more than 0"),
-        (["optim.lr="], "expected section.key=value"),
-        (["optim.lr"], "expected section.key=value"),
-        (["=3"], "expected section.key=value"),
-        (["optim..lr=3"], "expected section.key=value"),
-        (["optim.lr=[1"], "line 1"),
-        (["optim.lr=1,2,1"], "a value is given twice"),
-        (["optim.lr=1", "--grid", "optim.lr=2"], "a key is given once"),
-        (["optim.lr=1", "--grid", "optim={}"], "a key is given once"),
-        (["optim={}", "--grid", "optim.lr=1"], "a key is given once"),
-        (["optim.lr=1", "--set", "optim.lr=2"], "a key is given once"),
-        (["optim.lr=1", "--set", "optim={}"], "a key is given once"),
-        (["train.seed=1,2"], "by --seeds"),
-        (["sample.temprature=1"], "did you mean 'temperature'"),
-        (["sample.sampler=halten"], "did you mean 'halton'"),
-        (["optim.lr=1", "--seeds", "0"], "need at least 1"),
-        (["optim.lr=1", "--seeds", "1001"], "1,001 runs: expected at most 1,000"),
-        (["optim.lr=1", "--set", "data.validation=0"], "set data.validation"),
-        (["optim.lr=0.1,0.2", "--fit", "scaling"], "neither the parameters nor the tokens change"),
-        (["model.dropout=0,0.1", "--fit", "scaling"], "neither the parameters nor the tokens"),
-        (["optim.lr=1", "--fit", "scalin"], "did you mean 'scaling'"),
-        (["optim.lr=1", "--shard", "9/8"], "expected K/N"),
-        (["optim.lr=1", "--engine", "rey"], "did you mean 'ray'"),
-        (["optim.lr=1", "--workers", "0"], "expected at least 1"),
-    ],
-)
-def test_what_is_invalid_ends_before_the_first_run(words, said, recipe, tmp_path, capsys):
-    code = run(["sweep", str(recipe), "--out", str(tmp_path / "out"), "--grid", *words])
-    caught = capsys.readouterr()
-    assert code == 2, caught.err
-    assert said in caught.err
-    assert caught.err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_grid_of_many_keys_is_counted_before_it_is_made(recipe):
-    values = ",".join(map(str, range(1, 100)))
-    keys = ("train.steps", "train.batch_size", "train.save_every", "model.width", "data.count")
-    with pytest.raises(ConfigError, match="9,509,900,499 runs"):
-        planned(recipe, [f"{key}={values}" for key in keys])
-
-
 def test_a_folder_of_another_sweep_is_refused_with_both_named(clean, recipe, tmp_path, capsys):
     before = content(clean[0])
     for grid, overrides, said in (
@@ -401,19 +220,3 @@ def test_a_launcher_is_refused_and_a_missing_engine_named(recipe, tmp_path, monk
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     assert run([*words, "--shard", "1/2"]) == 2
     assert "without, or as an array of jobs" in capsys.readouterr().err
-
-
-def test_values_are_yaml_and_may_hold_commas():
-    assert parse_grid(["a.b=1e-3, null,'x,y'", "c={name: linear},[1, 2]"]) == {
-        "a.b": [0.001, None, "x,y"], "c": [{"name": "linear"}, [1, 2]]
-    }  # fmt: skip
-
-
-def test_a_section_is_a_value_too(tmp_path):
-    recipe = written_recipe(tmp_path)
-    grid = ["objective.schedule={name: linear},{name: cosine}", "objective.weight=bound,uniform"]
-    plan = planned(recipe, grid)
-    assert [(r.recipe.objective.schedule.name, r.recipe.objective.weight) for r in plan.runs] == [
-        (s, w) for s in ("linear", "cosine") for w in ("bound", "uniform")
-    ]  # fmt: skip
-    assert RECIPE in recipe.read_text()
