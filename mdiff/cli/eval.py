@@ -72,6 +72,7 @@ def _of_text(
     from mdiff.evaluation import sample_figures
     from mdiff.modalities import HasDocuments
     from mdiff.modalities.text import cut_documents
+    from mdiff.pipeline import check_sampler
 
     if not isinstance(pipeline.modality, HasDocuments):
         raise ConfigError(f"eval: a model of {pipeline.modality.name} has no documents to score")
@@ -86,7 +87,7 @@ def _of_text(
     samples = TEXT_SAMPLES if wanted.samples is None else wanted.samples
     if samples:
         # Invalid options are refused before the long computation.
-        ask.check_sampler(sampling)
+        check_sampler(sampling)
     found = bound(
         pipeline, documents, draws=wanted.draws, estimator=wanted.estimator, seed=wanted.seed,
         window=wanted.window, batch_size=wanted.batch_size,

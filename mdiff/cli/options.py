@@ -232,18 +232,6 @@ def sampling_options(pairs: list[str] | None, **flags: object) -> CallOptions:
     return options
 
 
-def check_sampler(options: CallOptions) -> None:
-    """Raise ConfigError for an unknown sampler or for an option that it does not take."""
-    from mdiff.sampling import bind
-
-    own = {
-        name: value
-        for name, value in options.items()
-        if name != "sampler" and not name.startswith("guidance_")
-    }
-    bind(options.get("sampler") or "first_hitting", own)
-
-
 def guidance_interval(words: str) -> tuple[float, float]:
     """The shares of hidden tokens between which LO,HI guides.
 

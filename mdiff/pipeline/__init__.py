@@ -18,6 +18,7 @@ from mdiff.pipeline.loading import load as load
 from mdiff.pipeline.loading import load_modality as load_modality
 from mdiff.pipeline.options import CallOptions as CallOptions
 from mdiff.pipeline.options import SamplingOptions as SamplingOptions
+from mdiff.pipeline.options import check_sampler as check_sampler
 from mdiff.pipeline.pipeline import Pipeline as Pipeline
 from mdiff.pipeline.saving import check_finite as check_finite
 from mdiff.pipeline.saving import write_pipeline as write_pipeline

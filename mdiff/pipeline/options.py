@@ -264,3 +264,9 @@ def revising_options(
             raise ConfigError(f"rounds={rounds}: {sampler} takes no steps; gibbs takes sweeps")
         found["steps"] = rounds
     return found
+
+
+def check_sampler(options: Mapping[str, object]) -> None:
+    """Raise ConfigError for an unknown sampler or for an option that it does not take."""
+    own = {name: value for name, value in options.items() if not name.startswith("guidance_")}
+    bind(str(own.pop("sampler", None) or "first_hitting"), own)

@@ -6,7 +6,7 @@ A plan is a function of the recipe, the grid and the data alone: every process m
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 from mdiff.errors import BackendError, ConfigError, MdiffError
 from mdiff.files import parse_yaml
 from mdiff.modalities import Modality
-from mdiff.sampling import bind
+from mdiff.pipeline import check_sampler
 from mdiff.tokens import Examples
 from mdiff.training import Recipe, Size, load_recipe, medium_of, size_of, values
 
@@ -86,15 +86,15 @@ def planned(
     axes = parse_grid(grid, overrides)
     if "train.seed" in axes:
         raise ConfigError("--grid train.seed: give the number of seeds by --seeds")
-    trained = {key: given for key, given in axes.items() if not key.startswith(SAMPLE)}
-    drawn = {key[len(SAMPLE) :]: axes[key] for key in axes.keys() - trained.keys()}
+    drawn = {key: given for key, given in sorted(axes.items()) if key.startswith(SAMPLE)}
+    trained = {key: given for key, given in axes.items() if key not in drawn}
     count = math.prod(map(len, trained.values())) * seeds
     if count > MOST_RUNS:
         raise ConfigError(f"{count:,} runs: expected at most {MOST_RUNS:,}; give fewer values")
-    samplings = list(_combined(dict(sorted(drawn.items())))) if drawn else []
+    bare = {key.removeprefix(SAMPLE): given for key, given in drawn.items()}
+    samplings = _combined(bare) if drawn else []
     for sampling in samplings:
-        own = {k: v for k, v in sampling.items() if not k.startswith("guidance_")}
-        bind(str(own.pop("sampler", "first_hitting")), own)
+        check_sampler(sampling)
     base = load_recipe(recipe, overrides)
     runs = _runs(recipe, overrides, trained, range(base.train.seed, base.train.seed + seeds))
     if fit and len({run.scale for run in runs if run.size is not None}) == 1:
@@ -139,10 +139,9 @@ def parse_grid(words: Sequence[str], overrides: Sequence[str] = ()) -> dict[str,
     return found
 
 
-def _combined(axes: Mapping[str, Sequence[object]]) -> Iterator[Setting]:
+def _combined(axes: Mapping[str, Sequence[object]]) -> list[Setting]:
     """Each combination of values, the last key changing fastest."""
-    for chosen in product(*axes.values()):
-        yield dict(zip(axes, chosen))
+    return [dict(zip(axes, chosen)) for chosen in product(*axes.values())]
 
 
 def _runs(

@@ -11,23 +11,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 
-from mdiff.errors import BackendError, ConfigError, MdiffError
+from mdiff.errors import BackendError, ConfigError
 from mdiff.evaluation import sample_figures
 from mdiff.files import locked, replace_file
 from mdiff.files import sweep as remove_leftovers
 from mdiff.pipeline import CallOptions, load
-from mdiff.pipeline.batch import ATTEMPTS, REQUEST_ERRORS, Division, agree, make_all
+from mdiff.pipeline.batch import (
+    ATTEMPTS,
+    REQUEST_ERRORS,
+    Division,
+    agree,
+    error_line,
+    make_all,
+)
 from mdiff.sweeps.grid import Plan, Setting, TrainingRun
 from mdiff.sweeps.summary import Result, Summary, summary, write_picture
 from mdiff.training import LOG, STOPS, train
 
 RUNS, SUMMARY, PICTURE, FAILURES = "runs", "sweep.json", "sweep.svg", "failures.jsonl"
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class RunShard:
     folder: Path
     samplings: list[Setting]
     num_samples: int
+    count: ClassVar[int] = 1
 
     def __str__(self) -> str:
         return str(self.run)
@@ -46,11 +52,6 @@ class RunShard:
     def number(self) -> int:
         """Its number among all runs."""
         return self.run.number
-
-    @property
-    def count(self) -> int:
-        """One: a run is made by one worker."""
-        return 1
 
     @property
     def path(self) -> Path:
@@ -105,17 +106,13 @@ class Trainer:
         """Choose the worker's GPU, of several the next one."""
         if torch.cuda.device_count() > 1:
             torch.cuda.set_device(worker % torch.cuda.device_count())
-        # Signals are for its parent to answer; a killed run is resumed.
-        return partial(make_run, stops=(), report=_silent)
-
-
-def _silent(line: str) -> None:
-    """What workers say of steps: nothing."""
+        # Signals are for its parent to answer; a killed run is resumed. Of steps it says nothing.
+        return partial(make_run, stops=(), report=lambda line: None)
 
 
 def make_run(
-    shard: RunShard, *, report: Report, stops: Sequence[signal.Signals] = STOPS
-) -> Result:  # fmt: skip
+    shard: RunShard, *, report: Callable[[str], None], stops: Sequence[signal.Signals] = STOPS
+) -> Result:
     """The result of a run, which is trained from where its checkpoint stands; or its error.
 
     Raises what is no fault of the recipe: BackendError, and errors of the disk or the memory.
@@ -127,17 +124,15 @@ def make_run(
     except BackendError:
         raise
     except REQUEST_ERRORS as error:
-        text = " ".join(str(error).split())[:1000]
-        kind = "" if isinstance(error, MdiffError) else f"{type(error).__name__}: "
-        return Result(error=kind + text)
+        return Result(error=error_line(error))
     return Result(bits=bits, stderr=stderr, samples=drawn)
 
 
 def _last_bound(log: Path) -> tuple[float, float]:
     """The last validation of a log and its standard error."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = map(json.loads, log.read_text(encoding="utf-8").splitlines())
     found = [[v for k, v in line.items() if k.startswith("validation_")] for line in lines]
-    bits, stderr = next(pair for pair in reversed(found) if pair)
+    bits, stderr = list(filter(None, found))[-1]
     return bits, stderr
 
 
@@ -153,7 +148,7 @@ def _figures(path: Path, sampling: Setting, num_samples: int) -> dict[str, float
 
 def run_sweep(
     plan: Plan, out: Path, *, division: Division | None = None,
-    report: Report = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Summary | None:  # fmt: skip
     """Make the runs of a plan that are not complete in `out`, and collect them all.
 
@@ -167,10 +162,10 @@ def run_sweep(
             "WORLD_SIZE is set, as by a launcher: each run of a sweep is one process; start it "
             "without, or as an array of jobs with --shard K/N"
         )
-    folders = [out.resolve() / RUNS / f"run-{run.number:04d}" for run in plan.runs]
+    runs = out.resolve() / RUNS
     shards = [
-        RunShard(run, folder, plan.samplings, plan.num_samples)
-        for run, folder in zip(plan.runs, folders)
+        RunShard(run, runs / f"run-{run.number:04d}", plan.samplings, plan.num_samples)
+        for run in plan.runs
     ]
     maker = Trainer(int(torch.cuda.is_available()))
     with locked(out, division.share.lock):

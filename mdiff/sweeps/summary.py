@@ -80,22 +80,24 @@ def estimate(values: Sequence[float], errors: Sequence[float | None]) -> Estimat
 
 def summary(plan: Plan, results: Sequence[Result]) -> Summary:
     """The results of a plan's runs, in their order, collected."""
+    pairs = list(zip(plan.runs, results))
     failures = [
         {"run": run.number, "setting": run.setting, "seed": run.seed, "error": result.error}
-        for run, result in zip(plan.runs, results)
+        for run, result in pairs
         if result.error is not None
     ]
-    seeds = sum(run.setting == plan.runs[0].setting for run in plan.runs)
+    made = [(run, result) for run, result in pairs if result.error is None]
+    # Not by equal settings: 1 and 1.0 are two values.
+    seeds = len({run.seed for run in plan.runs})
     groups = [
-        {run.seed: result for run, result in pairs if result.error is None}
-        for first in range(0, len(plan.runs), seeds)
-        for pairs in [list(zip(plan.runs, results))[first : first + seeds]]
+        {run.seed: result for run, result in pairs[first : first + seeds] if result.error is None}
+        for first in range(0, len(pairs), seeds)
     ]
     best = min(
         filter(None, groups), key=lambda group: fmean(r.bits for r in group.values()), default={}
     )
     points = [_point(run, found, best) for run, found in zip(plan.runs[::seeds], groups)]
-    return Summary(plan, points, failures, _law(plan, results) if plan.fit else None)
+    return Summary(plan, points, failures, _law(made) if plan.fit else None)
 
 
 def _point(run: TrainingRun, found: Mapping[int, Result], best: Mapping[int, Result]) -> Point:
@@ -118,14 +120,11 @@ def _figures(alike: Sequence[Mapping[str, float | None]]) -> dict[str, Estimate 
     return {name: estimate(values, [None]) if values else None for name, values in known.items()}
 
 
-def _law(plan: Plan, results: Sequence[Result]) -> Scaling | str:
-    """The scaling law of the runs that are complete, or why they have none."""
-    pairs = [(run, each) for run, each in zip(plan.runs, results) if each.error is None]
-    scales = [run.scale for run, _ in pairs]
+def _law(made: Sequence[tuple[TrainingRun, Result]]) -> Scaling | str:
+    """The scaling law of runs with their results, or why they have none."""
+    scales = [(*run.scale, result.bits) for run, result in made]
     try:
-        return fit_scaling(
-            [n for n, _ in scales], [d for _, d in scales], [each.bits for _, each in pairs]
-        )
+        return fit_scaling(*zip(*scales)) if scales else "no run is complete"
     except MdiffError as error:
         return str(error)
 

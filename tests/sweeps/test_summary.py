@@ -41,6 +41,12 @@ def test_seeds_that_failed_are_in_no_pair(recipe):
     assert table(none)[1].split()[:3] == ["4", "-", "-"]
 
 
+def test_values_that_are_equal_and_written_unlike_are_two_points(recipe):
+    plan = planned(recipe, ["optim.lr=1,1.0"], seeds=2)
+    found = summary(plan, results_of(plan, [1.0, 2.0, 5.0, 7.0]))
+    assert [point.bits for point in found.points] == [(1.5, 0.5), (6.0, 1.0)]
+
+
 def test_a_single_seed_has_the_error_of_its_estimate(recipe):
     plan = planned(recipe, ["optim.lr=0.02,0.1"])
     found = summary(plan, results_of(plan, [1.0, 3.0], [0.3, 0.4]))

@@ -166,9 +166,10 @@ def evaluate_pictures(
 def _checked(wanted: Wanted) -> Classifier | None:
     """The classifier; ConfigError for options that would be refused after a long computation."""
     from mdiff.evaluation import load_classifier, require_inception
+    from mdiff.pipeline import check_sampler
 
     classifier = None if wanted.classifier is None else load_classifier(str(wanted.classifier))
-    ask.check_sampler(wanted.sampling())
+    check_sampler(wanted.sampling())
     of_samples, count = wanted.of_samples, wanted.of_pictures
     if of_samples and count < 2:
         raise ConfigError(f"--samples {count}: metric {of_samples[0]} needs at least 2")

@@ -12,5 +12,6 @@ from mdiff.pipeline.batch.offline import generate_offline as generate_offline
 from mdiff.pipeline.batch.plan import REQUEST_ERRORS as REQUEST_ERRORS
 from mdiff.pipeline.batch.plan import Setting as Setting
 from mdiff.pipeline.batch.plan import agree as agree
+from mdiff.pipeline.batch.plan import error_line as error_line
 from mdiff.pipeline.batch.runner import Shard as Shard
 from mdiff.pipeline.batch.runner import make_all as make_all

@@ -216,9 +216,13 @@ def runs_of(
 
 def failure_of(request: Request, error: BaseException) -> Failure:
     """The failure of a request by an error."""
+    return Failure(request.line, request.id, error_line(error))
+
+
+def error_line(error: BaseException) -> str:
+    """The error in one line, with its type where that is not one of ours."""
     text = " ".join(str(error).split())[:1000]
-    named = text if isinstance(error, MdiffError) else f"{type(error).__name__}: {text}"
-    return Failure(request.line, request.id, named)
+    return text if isinstance(error, MdiffError) else f"{type(error).__name__}: {text}"
 
 
 def agree(record: Mapping[str, object], out: Path, *, lines: bytes | None = None) -> None:
