@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mdiff.denoiser import Denoiser, Saveable, of_peft, unwrapped
 from mdiff.errors import CheckpointError, ConfigError, nearest
-from mdiff.files import PIPELINE, STRICT, staged, write_json
+from mdiff.files import MOST_IDS, PIPELINE, STRICT, staged, write_json
 from mdiff.find import names
 from mdiff.modalities import HasFolders, HasSpecialTokens, Modality
 from mdiff.schedule import SCHEDULES, Schedule
@@ -40,7 +40,8 @@ class Space(BaseModel):
     """The entries of a `TokenSpace`."""
 
     model_config = STRICT
-    vocab_size: int
+    # Sets of ids are made: those of a caption and of labels follow a codec's.
+    vocab_size: Annotated[int, Field(le=2 * MOST_IDS)]
     mask_id: int
     never: list[int] = []
     parts: list[Annotated[list[int], Field(min_length=3, max_length=3)]] = []
@@ -110,7 +111,7 @@ def save_model(
 def fits(modality: Modality, space: TokenSpace, never_generated: tuple[int, ...]) -> bool:
     """Whether a modality has the ids of a space, but for those that are never generated."""
     lacking = set(never_generated)
-    if isinstance(modality, HasSpecialTokens):
+    if lacking and isinstance(modality, HasSpecialTokens):
         lacking &= modality.no_text(space.vocab_size, special=False)
     return _written(modality.space) == _written(space) - len(lacking)
 

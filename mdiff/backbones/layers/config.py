@@ -16,7 +16,9 @@ TIME_FEATURES = 256
 BYTES_PER_WEIGHT = 4
 # What follows from other options where it is null or not given.
 DERIVED = ("mask_id", "mlp_width")
-Count = Annotated[int, Field(strict=True, ge=1)]
+# More are no size of a tensor.
+MOST = 2**62
+Count = Annotated[int, Field(strict=True, ge=1, le=MOST)]
 # Tuples too.
 Sides = Annotated[list[Count], Field(strict=False, min_length=2, max_length=2)]
 Run = Annotated[list[Count], Field(strict=False, min_length=3, max_length=3)]
@@ -59,7 +61,7 @@ class TransformerConfig:
     tie: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     uses_time: bool = False
-    classes: Annotated[int, Field(ge=0)] = 0
+    classes: Annotated[int, Field(ge=0, le=MOST)] = 0
     condition_width: Count = 128
     rope_base: Annotated[float, Field(ge=1)] = 10000.0
     init_std: Annotated[float, Field(ge=0)] = 0.02
