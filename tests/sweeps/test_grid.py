@@ -7,7 +7,7 @@ from sweep_runs import RECIPE, text_recipe, written_recipe
 
 from mdiff.cli import run
 from mdiff.errors import ConfigError
-from mdiff.sweeps import job
+from mdiff.sweeps import grid, job
 from mdiff.sweeps.grid import parse_grid, planned
 
 
@@ -72,6 +72,24 @@ def test_a_grid_of_many_keys_is_counted_before_it_is_made(recipe):
     keys = ("train.steps", "train.batch_size", "train.save_every", "model.width", "data.count")
     with pytest.raises(ConfigError, match="9,509,900,499 runs"):
         planned(recipe, [f"{key}={values}" for key in keys])
+
+
+def test_as_many_runs_as_are_allowed_are_planned(recipe, monkeypatch):
+    monkeypatch.setattr(grid, "MOST_RUNS", 4)
+    assert len(planned(recipe, ["model.width=4,8"], seeds=2).runs) == 4
+    with pytest.raises(ConfigError, match="6 runs: expected at most 4"):
+        planned(recipe, ["model.width=4,8"], seeds=3)
+
+
+def test_seeds_count_up_from_that_of_the_recipe(recipe):
+    plan = planned(recipe, ["model.width=4"], overrides=["train.seed=5"], seeds=3)
+    assert [(run.seed, run.recipe.train.seed) for run in plan.runs] == [(5, 5), (6, 6), (7, 7)]
+
+
+def test_validations_are_those_of_the_recipe_or_one_at_the_end(recipe):
+    for overrides, every in (((), 2), (["train.validate_every=1"], 1)):
+        (run,) = planned(recipe, ["model.width=4"], overrides=overrides).runs
+        assert run.recipe.train.validate_every == every
 
 
 def test_values_are_yaml_and_may_hold_commas():

@@ -19,6 +19,8 @@ from volume_runs import content, started
 
 from mdiff.cli import run
 from mdiff.errors import ConfigError
+from mdiff.evaluation import sample_figures
+from mdiff.pipeline import load
 from mdiff.pipeline.batch.division import Share
 from mdiff.sweeps import job
 from mdiff.sweeps.grid import planned
@@ -164,6 +166,12 @@ def test_one_training_serves_all_settings_of_sampling(tmp_path, monkeypatch, cap
         cold, warm = (figures["unigram_entropy_bits"][0] for figures in point["samples"])
         assert cold < warm
         assert "seconds" not in point["samples"][0]
+    # The figures are those of samples by seed 0.
+    trained_last = max((tmp_path / "out/runs/run-0001").glob("step-*"))
+    drawn = load(trained_last).generate(num_samples=3, seed=0, **found["samplings"][1])
+    expected = sample_figures(drawn)
+    for name, (value, _) in point["samples"][1].items():
+        assert value == expected[name]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert "sample.temperature" in lines[0]
