@@ -6,15 +6,7 @@ Project huggingface/diffusers, `AmusedPipeline` and `AmusedScheduler`, 0.42 (202
 import torch
 
 from mdiff.errors import CheckpointError
-from mdiff.files import (
-    CONFIG,
-    MODEL_INDEX,
-    TYPES,
-    Fields,
-    ModelFiles,
-    read_json,
-    without_memory,
-)
+from mdiff.files import CONFIG, MODEL_INDEX, TYPES, Fields, ModelFiles, read_json, without_memory
 from mdiff.modalities.image import ARCHITECTURE, load_text_encoder, text_to_image
 from mdiff.modalities.image.codecs.vq_diffusers import VQDiffusers, vq_diffusers
 from mdiff.pipeline.options import check_mask_id

@@ -106,7 +106,7 @@ class Trainer:
         """Choose the worker's GPU, of several the next one."""
         if torch.cuda.device_count() > 1:
             torch.cuda.set_device(worker % torch.cuda.device_count())
-        # Signals are for its parent to answer; a killed run is resumed. Of steps it says nothing.
+        # Signals are for its parent to answer; a killed run is resumed. No step is reported.
         return partial(make_run, stops=(), report=lambda line: None)
 
 

@@ -12,13 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mdiff.errors import CheckpointError, ConfigError, DataError, nearest
-from mdiff.files import (
-    Header,
-    check_tensors,
-    read_json,
-    read_tensors,
-    without_memory,
-)
+from mdiff.files import Header, check_tensors, read_json, read_tensors, without_memory
 from mdiff.find import find
 from mdiff.modalities.image.codec_files import (
     PUBLISHED_CONFIG,

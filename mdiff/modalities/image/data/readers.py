@@ -22,13 +22,7 @@ from mdiff.modalities.image.data.pixels import ENDINGS, Pixels, decoded, open_pi
 from mdiff.modalities.image.data.source import PictureSource
 from mdiff.modalities.image.data.walk import walk
 from mdiff.modalities.image.labels import checked
-from mdiff.modalities.text.documents import (
-    check_growth,
-    hub_rows,
-    json_lines,
-    pieces,
-    read_text,
-)
+from mdiff.modalities.text.documents import check_growth, hub_rows, json_lines, pieces, read_text
 from mdiff.modalities.text.source import HUB
 
 DIGITS = "sklearn.digits"
