@@ -187,6 +187,13 @@ def test_only_a_whole_unaltered_run_can_be_resumed_from(tmp_path):
         train(recipe(), tmp_path / "new", resume="sometimes", **QUIET)
 
 
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
+    train(recipe(steps=1), tmp_path, **QUIET)
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    with pytest.raises(CheckpointError, match="is not of format 2"):
+        train(recipe(steps=2), tmp_path, **QUIET)
+
+
 def test_a_truncated_checkpoint_is_moved_aside_and_the_one_before_is_used(tmp_path):
     whole = train(recipe(), tmp_path / "whole", **QUIET)
     train(recipe(), tmp_path / "run", **QUIET)
