@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hashed import GOLDEN
+from masked_lms import tiny as masked_lm
 from tiny_text import tiny
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -156,3 +157,14 @@ def test_a_tokenizer_may_have_the_mask_beside_the_ids_of_a_model(tmp_path: Path,
     else:
         with pytest.raises(DataError, match="the tokenizer has 66 ids, the model 64"):
             mdiff.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(("stated", "window"), [("x", None), (True, None), ([3], None), (40, 40)])
+def test_the_window_of_a_rotary_masked_model_is_a_number_or_not_known(
+    tmp_path: Path, stated: object, window: int | None
+) -> None:
+    masked_lm("modernbert").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_length": stated}))
+    assert mdiff.load(tmp_path, mask_id=3, device="cpu").window == window
