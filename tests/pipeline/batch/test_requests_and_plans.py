@@ -16,8 +16,9 @@ from volume_runs import (
 )  # fmt: skip
 
 from mdiff.cli import run
-from mdiff.errors import ConfigError, DataError
+from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.modalities.text.modality import text
+from mdiff.pipeline.batch import plan as plans
 from mdiff.pipeline.batch.offline import RequestShard, filled, make_batch
 from mdiff.pipeline.batch.plan import Setting, canvas_of, planned
 from mdiff.pipeline.batch.requests import Failure, Request, read_requests
@@ -210,3 +211,18 @@ def test_a_request_s_own_length_goes_before_the_new_tokens_of_all(model):
     for length, found in ((30, 30), (None, 2 + 5)):
         request = Request(1, "x", "prompt", "ab", length=length)
         assert len(canvas_of(pipeline, request, setting)) == found
+
+
+def test_a_shard_holds_few_batches_for_a_kill_to_cost():
+    requests = [Request(line, line, "prompt", "") for line in range(64 * 40)]
+    shards = plans._shards(requests, dict.fromkeys(range(64 * 40), 4), Setting(batch_size=1),
+                          window=None)  # fmt: skip
+    assert {len(shard) for shard in shards} == {32}
+
+
+def test_an_altered_plan_is_damage_and_no_other_plan(tmp_path):
+    plans.agree({"seed": 1}, tmp_path)
+    path = tmp_path / "plan" / "plan.json"
+    path.write_text(path.read_text().replace("1", "2"))
+    with pytest.raises(CheckpointError, match="altered"):
+        plans.agree({"seed": 1}, tmp_path)
