@@ -1,10 +1,16 @@
-"""State of the whole process: what a call changes for a moment and leaves as it was."""
+"""State of the whole process: what a call changes for a moment, and what it ends with."""
 
+import os
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
+
+# Seconds between looks whether the launcher still runs: a system call, on every system.
+POLL = 0.5
 
 
 class _Transformers:
@@ -64,3 +70,31 @@ def kept_generators() -> Iterator[None]:
     finally:
         random.setstate(plain)
         np.random.set_state(arrays)  # noqa: NPY002
+
+
+def leave_with_parent() -> None:
+    """End this process when its parent has ended: another run may write its files by then."""
+    import multiprocessing.connection
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+@cache
+def leave_with_launcher() -> None:
+    """End this process with the one of `accelerate launch` or torchrun that started it.
+
+    The launcher starts its processes in sessions of their own: where it is killed, nothing else
+    ends them, and they may wait for each other for ever.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_leave_orphaned, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_orphaned(parent: int) -> None:
+    """End this process when it has another parent."""
+    while os.getppid() == parent:
+        time.sleep(POLL)
+    os._exit(1)

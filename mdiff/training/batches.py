@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mdiff.errors import ConfigError, DataError
 from mdiff.kernels import philox
-from mdiff.pipeline.batch import leave_with_parent
+from mdiff.process_state import leave_with_parent
 from mdiff.tokens import Batch, Examples
 from mdiff.training.recipe import Train
 

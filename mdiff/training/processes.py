@@ -9,7 +9,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.utils import get_int_from_env, patch_environment
 
 from mdiff.errors import BackendError, ConfigError, MdiffError
-from mdiff.pipeline.batch import leave_with_launcher
+from mdiff.process_state import leave_with_launcher
 
 # How launchers count processes, and where these meet.
 WORLDS = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]

@@ -126,7 +126,10 @@ def cut_documents(
 
 def digest(documents: list[str]) -> str:
     """SHA-256 of the documents' UTF-8, one after the other; of one document, that of its text."""
-    return hashlib.sha256("".join(documents).encode()).hexdigest()
+    total = hashlib.sha256()
+    for text in documents:
+        total.update(text.encode())
+    return total.hexdigest()
 
 
 def read_text(path: str | Path) -> str:

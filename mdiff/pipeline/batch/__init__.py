@@ -6,8 +6,6 @@ from mdiff.pipeline.batch.encoding import ROWS as ROWS
 from mdiff.pipeline.batch.encoding import write_shards as write_shards
 from mdiff.pipeline.batch.engines import ATTEMPTS as ATTEMPTS
 from mdiff.pipeline.batch.engines import Maker as Maker
-from mdiff.pipeline.batch.engines import leave_with_launcher as leave_with_launcher
-from mdiff.pipeline.batch.engines import leave_with_parent as leave_with_parent
 from mdiff.pipeline.batch.offline import generate_offline as generate_offline
 from mdiff.pipeline.batch.plan import REQUEST_ERRORS as REQUEST_ERRORS
 from mdiff.pipeline.batch.plan import Setting as Setting

@@ -6,24 +6,21 @@ a result, `Raised`. `runner` decides what then becomes of the item.
 """
 
 import multiprocessing
-import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from ctypes import c_bool
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing.connection import wait
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from mdiff.errors import MdiffError
+from mdiff.process_state import leave_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,8 +31,6 @@ Made = TypeVar("Made", covariant=True)
 ATTEMPTS = 3
 # Seconds that workers have to end by themselves.
 GRACE = 10.0
-# Seconds between looks whether the launcher still runs: a system call, on every system.
-POLL = 0.5
 
 
 class Maker(Protocol[Given, Made]):
@@ -230,32 +225,6 @@ def _begin(maker: Maker[Item, Result], opened: c_bool) -> None:
 def _attempt(item: Any) -> Any:
     """Make an item in a worker process of a pool."""
     return _held[""].attempt(item)
-
-
-def leave_with_parent() -> None:
-    """End this process when its parent has ended: another run may write its files by then."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-@cache
-def leave_with_launcher() -> None:
-    """End this process with the one of `accelerate launch` or torchrun that started it.
-
-    The launcher starts its processes in sessions of their own: where it is killed, nothing else
-    ends them, and they may wait for each other for ever.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_leave_orphaned, args=(os.getppid(),), daemon=True).start()
-
-
-def _leave_orphaned(parent: int) -> None:
-    """End this process when it has another parent."""
-    while os.getppid() == parent:
-        time.sleep(POLL)
-    os._exit(1)
 
 
 def portable(error: Exception) -> Exception:

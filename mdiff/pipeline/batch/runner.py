@@ -22,8 +22,8 @@ from mdiff.pipeline.batch.engines import (
     Maker,
     Raised,
     Result,
-    leave_with_launcher,
 )
+from mdiff.process_state import leave_with_launcher
 
 Report = Callable[[str], None]
 
