@@ -15,7 +15,7 @@ from mdiff.errors import ConfigError, nearest
 from mdiff.modalities import Describes, Description, EndsText, HasGrid, Modality
 from mdiff.pipeline.guidance import GuidanceOptions, null_condition
 from mdiff.pipeline.options import CallOptions, Model, call_seed
-from mdiff.sampling import BoundSampler, State, Tally, bind, row_seeds
+from mdiff.sampling import BoundSampler, State, Tally, Writing, bind, row_seeds
 from mdiff.tokens import TokenSpace, stack, stack_conditions
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ class Generated:
     the given ones included. `calls` is the number of model evaluations; `seconds` its share of
     the wall-clock time of its batch; `log_prob` the log-probability in nats, summed over the
     drawn tokens; `entropy` the mean entropy of the draws in nats. The same options with `seed`
-    and num_samples=1 give this sample again. `description` is what the canvas says of an image.
+    and num_samples=1 give this sample again. `description` is what the canvas says of an image,
+    `writing` the step, log-probability, entropy and margin of each token's draw and how often it
+    was written, as in `mdiff.sampling.LastWriting`: all 0 for a given one.
 
     `text`, `image` and `token_ids` are the same under the names of transformers and diffusers.
     """
@@ -49,6 +51,7 @@ class Generated:
     entropy: float
     seed: int
     description: Description = NOTHING
+    writing: Writing = field(default_factory=Writing)
 
     @property
     def text(self) -> str:
@@ -193,20 +196,20 @@ class Generation:
         for _ in self:
             pass
         result = self.tally.sample()
-        rows = range(len(self.canvas))
         medium = self.modality if isinstance(self.modality, Describes) else None
         return [
             Generated(
                 output=self.output(row),
                 tokens=self.tokens(row),
                 calls=int(result.calls[row]),
-                seconds=self.seconds / len(rows),
+                seconds=self.seconds / len(self.canvas),
                 log_prob=float(result.log_prob[row]),
                 entropy=float(result.entropy[row]),
                 seed=int(self.seeds[row]),
                 description=medium.described(self.tokens(row)) if medium else NOTHING,
+                writing=result.writing.of_row(row, self.valid),
             )
-            for row in rows
+            for row in range(len(self.canvas))
         ]
 
     def _unpadded(self, rows: Tensor, row: int) -> Tensor:

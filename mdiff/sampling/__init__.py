@@ -26,5 +26,6 @@ from mdiff.sampling.seeds import row_seeds as row_seeds
 from mdiff.sampling.seeds import streams as streams
 from mdiff.sampling.state import LastWriting as LastWriting
 from mdiff.sampling.state import State as State
+from mdiff.sampling.state import Writing as Writing
 from mdiff.sampling.state import free_positions as free_positions
 from mdiff.sampling.unmasking import Unmasking as Unmasking

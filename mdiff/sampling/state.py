@@ -1,6 +1,7 @@
 """What a sampler may write, what it yields after each step, and each position's last writing."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,11 +44,22 @@ class State:
         )  # fmt: skip
 
 
+class Writing(NamedTuple):
+    """The last writing of each token of one sample, as in `LastWriting`; one entry a token."""
+
+    step: tuple[int, ...] = ()
+    log_prob: tuple[float, ...] = ()
+    entropy: tuple[float, ...] = ()
+    margin: tuple[float, ...] = ()
+    times: tuple[int, ...] = ()
+
+
 class LastWriting:
     """What is known of the last writing of each position; each (B, L).
 
-    `log_prob`, `entropy`, `margin` of its draw and 0 where there was none, `step` int64 the
-    number of the state that wrote it (0: none did), `times` int64 how often it was written.
+    `log_prob`, `entropy`, `margin` of its draw and 0 where there was none, `step` int64 which of
+    the steps that changed its sample wrote it (0: none did), `times` int64 how often it was
+    written. None of them depends on the other samples of the batch.
     """
 
     def __init__(self, canvas: Tensor) -> None:
@@ -55,15 +67,23 @@ class LastWriting:
             canvas.shape, dtype=torch.float32, device=canvas.device
         )
         self.step = self.times = torch.zeros_like(canvas)
+        self.own_steps = torch.zeros_like(canvas[:, :1])
 
     def add(self, state: State) -> None:
         """One more state."""
         at = state.revealed
+        self.own_steps = self.own_steps + (at | state.hidden_again).any(1, keepdim=True)
         self.log_prob = torch.where(at, state.log_prob, self.log_prob)
         self.entropy = torch.where(at, state.entropy, self.entropy)
         self.margin = torch.where(at, state.margin, self.margin)
-        self.step = torch.where(at, state.step, self.step)
+        self.step = torch.where(at, self.own_steps, self.step)
         self.times = self.times + at
+
+    def of_row(self, row: int, valid: Tensor | None = None) -> Writing:
+        """That of sample `row`, at the positions `valid` (B, L) bool alone."""
+        kept = slice(None) if valid is None else valid[row]
+        fields = self.step, self.log_prob, self.entropy, self.margin, self.times
+        return Writing(*(tuple(field[row][kept].tolist()) for field in fields))
 
 
 def free_positions(

@@ -26,7 +26,7 @@ def test_generate_prints_one_json_object_a_sample(
     assert run(words) == 0
     found = lines(capsys)
     assert len(found) == 2
-    keys = {"text", "tokens", "calls", "seconds", "log_prob", "entropy", "seed"}
+    keys = {"text", "tokens", "calls", "seconds", "log_prob", "entropy", "seed", "writing"}
     for sample in found:
         assert set(sample) == keys
         assert sample["text"].startswith("hi")
@@ -151,7 +151,13 @@ def test_a_trace_is_one_page_that_fetches_nothing(
     (record,) = json.loads(data[1])
     assert record["steps"] == 11
     assert sorted(step for step in record["step"] if step) == list(range(1, 12))
-    assert "".join(record["pieces"]) == lines(capsys)[0]["text"]
+    (row,) = lines(capsys)
+    assert "".join(record["pieces"]) == row["text"]
+    writing = row["writing"]
+    assert writing["step"] == record["step"]
+    assert sum(writing["log_prob"]) == pytest.approx(row["log_prob"], abs=1e-4)
+    assert writing["times"] == [int(step > 0) for step in record["step"]]
+    assert all(0 <= margin <= 1 for margin in writing["margin"])
 
 
 def test_text_on_the_page_never_becomes_markup() -> None:

@@ -71,6 +71,13 @@ def test_the_command_writes_a_file_or_prints(tmp_path, capsys):
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["text"] == out.read_text()
     assert first["seed"] != second["seed"]
+    writing = first["writing"]
+    assert {len(values) for values in writing.values()} == {len(first["tokens"])}
+    # What --keep names was never written.
+    assert writing["times"][0] == writing["step"][0] == writing["log_prob"][0] == 0
+    drawn = [i for i, times in enumerate(writing["times"]) if times]
+    assert drawn
+    assert all(writing["log_prob"][i] < 0 < writing["step"][i] for i in drawn)
 
 
 @pytest.mark.parametrize(("words", "said"), [

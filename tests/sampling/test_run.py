@@ -145,3 +145,43 @@ def test_each_block_has_a_seed_of_its_own() -> None:
     options = {"inner": inner, "block_length": 1}
     mdiff.sample(TOY.denoiser(), toy_canvas(1), space=TOY.space, sampler="blocks", **options)
     assert len(seeds) == len(set(seeds)) == TOY.length
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"sampler": "any_order", "order": "random"}, {"sampler": "confidence"},
+    {"sampler": "halton", "grid": (1, TOY.length)}, {"block_length": 2},
+])  # fmt: skip
+def test_the_tokens_log_probabilities_sum_to_the_samples(options: dict[str, Any]) -> None:
+    canvas = toy_canvas(20)
+    canvas[::2, 1] = 0
+    drawn = mdiff.sample(TOY.denoiser(), canvas, space=TOY.space, seed=3, **options)
+    writing = drawn.writing
+    assert torch.allclose(writing.log_prob.double().sum(1), drawn.log_prob, atol=1e-5)
+    assert torch.equal(writing.times, (canvas == TOY.space.mask_id).long())
+    number = writing.times.sum(1)
+    assert torch.allclose(writing.entropy.double().sum(1) / number, drawn.entropy, atol=1e-5)
+    for row in range(len(canvas)):
+        # One a step, in some order; what is given has none.
+        steps = writing.step[row][writing.times[row] > 0].tolist()
+        assert sorted(steps) == list(range(1, int(number[row]) + 1))
+    of_row = writing.of_row(1, torch.ones_like(canvas, dtype=torch.bool))
+    assert [list(field) for field in of_row] == [
+        field[1].tolist() for field in
+        (writing.step, writing.log_prob, writing.entropy, writing.margin, writing.times)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["remdm", "gibbs", "edit", "path_planning", "ancestral"])
+def test_what_is_known_of_a_writing_does_not_depend_on_the_batch(name: str) -> None:
+    canvas = toy_canvas(6)
+    for row in range(len(canvas)):
+        canvas[row, : row % TOY.length] = 1
+    seeds = torch.arange(6)
+    options: dict[str, Any] = {"sampler": name, "space": TOY.space}
+    options |= {"edit_threshold": 0.1} if name == "edit" else {}
+    together = mdiff.sample(TOY.denoiser(), canvas, seed=seeds, **options).writing
+    for row in range(len(canvas)):
+        alone = mdiff.sample(
+            TOY.denoiser(), canvas[row : row + 1], seed=seeds[row : row + 1], **options
+        ).writing
+        assert together.of_row(row) == alone.of_row(0)

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mdiff.pipeline import Generated
 
+# Of the nats of a token.
+DECIMALS = 6
+
 
 def figures(sample: Generated) -> str:
     """One line on a sample: tokens, calls, seconds, and labelled nats."""
@@ -19,7 +22,8 @@ def figures(sample: Generated) -> str:
 
 
 def entries(sample: Generated) -> dict[str, object]:
-    """The figures of a sample as entries of a JSON object."""
+    """The figures of a sample as entries of a JSON object; "writing" has one number a token."""
+    writing = sample.writing._asdict()
     return {
         "tokens": sample.tokens,
         "calls": sample.calls,
@@ -27,6 +31,7 @@ def entries(sample: Generated) -> dict[str, object]:
         "log_prob": sample.log_prob,
         "entropy": sample.entropy,
         "seed": sample.seed,
+        "writing": {name: [round(x, DECIMALS) for x in values] for name, values in writing.items()},
     }
 
 

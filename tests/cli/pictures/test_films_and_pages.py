@@ -118,6 +118,8 @@ def test_a_page_holds_the_pictures_their_order_and_their_words(
         assert len(grid["step"]) == len(grid["log_prob"]) == 16
         # 32 codes of the picture and 6 of the caption, one a call; the label was given.
         assert record["steps"] == row["calls"] == 38
+        assert row["writing"]["times"] == [1] * 32 + [0] + [1] * 6
+        assert sum(row["writing"]["log_prob"]) == pytest.approx(row["log_prob"], abs=1e-3)
         assert record["step"][:2] == [0, 0]
         assert "".join(record["pieces"]) == f"sneaker\n{row['caption']}"
 
