@@ -50,8 +50,9 @@ def inspect(context: typer.Context, model: Model, as_json: OneObject = False) ->
 
 
 LINES = (
-    "model", "path", "architecture", "family", "parameters", "sizes", "window", "shifted",
-    "uses_time", "block_length", "refused", "schedule", "modality", "types", "missing",
+    "model", "path", "architecture", "family", "parameters", "sizes", "window", "shift",
+    "block_length", "noise", "predicts", "uses_time", "refused", "schedule", "modality", "types",
+    "missing",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TypedDict
 
+from mdiff.backbones.layers import Backbone
 from mdiff.denoiser import block_length_of
 from mdiff.errors import CheckpointError
 from mdiff.files import (
@@ -19,6 +20,9 @@ from mdiff.files import (
 )
 from mdiff.pipeline.loading import CODEC_FOLDER
 from mdiff.pipeline.published import built, recognised, unsupported
+
+# Of what noise the hidden positions are known.
+MASKED = {"mask": "hidden "}
 
 
 class TensorReport(TypedDict):
@@ -71,6 +75,9 @@ def report(files: ModelFiles) -> tuple[dict[str, object], CheckpointError | None
             "space": {"vocab_size": module.vocab_size, "mask_id": module.mask_id, "never": []},
             "window": module.window,
             "shifted": module.shifted,
+            "shift": shift_of(module),
+            "noise": module.noise,
+            "predicts": f"the clean token of each {MASKED.get(module.noise, '')}position",
             "uses_time": module.uses_time,
             "block_length": block_length_of(module),
             "refused": module.refused,
@@ -85,6 +92,14 @@ def report(files: ModelFiles) -> tuple[dict[str, object], CheckpointError | None
         for name, entry in sorted(header.items())
     ]
     return found | summed(tensors), fault
+
+
+def shift_of(module: Backbone) -> str:
+    """Which raw output predicts a position: "none" its own, "token" the one before it.
+
+    "block seed" where a block's first token comes from the block before and is written first.
+    """
+    return "block seed" if module.block_seed else "token" if module.shifted else "none"
 
 
 def loose(folder: Path) -> tuple[dict[str, object], CheckpointError] | None:

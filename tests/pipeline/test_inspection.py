@@ -50,6 +50,30 @@ def test_inspect_says_what_a_published_model_is(name, expected, capsys):
     assert f"mask {module.mask_id}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "shift", "block", "noise"), [
+    ("sdar", "none", 4, "mask"), ("llada_tied", "none", None, "mask"),
+    ("dream", "token", None, "mask"),
+])  # fmt: skip
+def test_inspect_says_mask_shift_block_noise_and_what_is_predicted(
+    name, shift, block, noise, capsys
+):
+    assert run(["inspect", str(GOLDEN / name)]) == 0
+    lines = dict(line.partition("  ")[::2] for line in capsys.readouterr().out.splitlines())
+    said = {key.strip(): value.strip() for key, value in lines.items() if key.strip()}
+    assert (said["shift"], said["noise"]) == (shift, noise)
+    assert said.get("block length") == (None if block is None else str(block))
+    assert said["predicts"] == "the clean token of each hidden position"
+
+
+def test_inspect_says_where_noise_is_uniform(tmp_path, capsys):
+    folder = Path(shutil.copytree(GOLDEN / "gidd", tmp_path / "model"))
+    described = read_json(folder / "config.json") | {"p_uniform": 0.2}
+    (folder / "config.json").write_text(json.dumps(described))
+    found = inspected(folder, capsys)
+    assert found["noise"] == "mask and uniform"
+    assert found["predicts"] == "the clean token of each position"
+
+
 def test_inspect_shows_the_tensors_of_what_is_not_supported_and_exits_with_4(folder, capsys):
     described = read_json(folder / "config.json") | {"architectures": ["SomethingElse"]}
     (folder / "config.json").write_text(json.dumps(described))

@@ -18,7 +18,10 @@ class KeyValues:
     """The keys and values of the positions before a block, layer by layer, each (B, G, S, D).
 
     `joined` is called once a layer. While `growing`, its arguments are kept, without a graph.
+    `last` (B, 1, D) is what a head reads at the last of these positions, where that is known.
     """
+
+    last: Tensor | None = None
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -44,6 +47,7 @@ class KeyValues:
         some = KeyValues()
         for layer, (key, value) in self.layers.items():
             some.layers[layer] = (key[rows], value[rows])
+        some.last = None if self.last is None else self.last[rows]
         return some
 
 
@@ -51,13 +55,15 @@ class Context(NamedTuple):
     """What the layers of one call share.
 
     `tables` (1 or B, L, R) of rotary positions, None without; `mask` (B or 1, 1, L, S) bool,
-    which positions each attends to, None for all; `cache` of the positions before these. A tuple,
-    so that accelerate moves its tensors to the device of each layer.
+    which positions each attends to, None for all; `cache` of the positions before these;
+    `query_scale` (1 or B, L), what the queries are multiplied by, None for 1. A tuple, so that
+    accelerate moves its tensors to the device of each layer.
     """
 
     tables: Tables | None = None
     mask: Tensor | None = None
     cache: KeyValues | None = None
+    query_scale: Tensor | None = None
 
 
 def attention(
@@ -75,6 +81,8 @@ def attention(
         kind = torch.promote_types(query.dtype, torch.float32) if wide else query.dtype
         cos, sin = (table[:, :, None].to(kind) for table in context.tables)
         query, key = (rotate(x.to(kind), cos, sin).to(x.dtype) for x in (query, key))
+    if context.query_scale is not None:
+        query = query * context.query_scale[:, :, None, None].to(query.dtype)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if context.cache is not None:
         key, value = context.cache.joined(layer, key, value)

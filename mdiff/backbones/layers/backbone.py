@@ -26,7 +26,7 @@ from mdiff.backbones.layers.attention import (
 )
 from mdiff.denoiser import Condition, block_length_of, flat_positions
 from mdiff.errors import ConfigError
-from mdiff.files import CONFIG
+from mdiff.files import CONFIG, MOST_IDS
 
 
 class Call(NamedTuple):
@@ -59,13 +59,17 @@ class Backbone(nn.Module):
     `mask_id` what the config says, None where it does not; `window` the trained length. With
     `shifted` the raw output at a position predicts the next one: row i is then taken from the
     position before it in its document, and the first from its own, padding aside (Gong et al.
-    2025, DiffuLLaMA; Dream). `tied` are names that files may leave out, with the tensor that they
-    share. `refused` says why a model whose logits are here neither generates nor is scored.
+    2025, DiffuLLaMA; Dream). With `block_seed` a block's first token is to be written before
+    the others of its block, and its row is the one before it even without `shifted`. `tied` are
+    names that files may leave out, with the tensor that they share. `refused` says why a model
+    whose logits are here neither generates nor is scored. `noise` is what hides tokens.
     """
 
     uses_time: bool = False
     shifted: bool = False
+    block_seed: bool = False
     refused: str | None = None
+    noise: str = "mask"
     # Where a call takes its tokens, of a model on several devices.
     main_device: torch.device | None = None
     tied: Mapping[str, str] = MappingProxyType({})
@@ -111,13 +115,28 @@ class Backbone(nn.Module):
         cache: KeyValues | None = None, number: int | None = None,
     ) -> Tensor:  # fmt: skip
         """What `head` reads: (B, L, D), or the rows `at` (B, L) bool in row-major order (N, D)."""
-        x = self.hidden(tokens, Call(valid, documents, t, cond, cache))
-        if self.shifted:
+        start = 0 if cache is None else cache.length
+        x = raw = self.hidden(tokens, Call(valid, documents, t, cond, cache))
+        if self.shifted or self.block_seed:
             before = position_before(tokens, valid=valid, documents=documents)
-            x = x.gather(1, before[..., None].expand_as(x))
+            x = raw.gather(1, before[..., None].expand_as(raw))
+            if cache is not None and cache.last is not None:
+                x = torch.cat([cache.last, x[:, 1:]], 1)
+            if not self.shifted:
+                x = torch.where(self.seeds(tokens, valid, documents, start)[..., None], x, raw)
+        if cache is not None and cache.growing:
+            cache.last = raw[:, -1:].detach()
         # The last of several devices may be another than the tokens'.
         x = x.to(tokens.device)
         return x if at is None else x.flatten(0, 1).index_select(0, flat_positions(at, number))
+
+    def seeds(
+        self, tokens: Tensor, valid: Tensor | None, documents: Tensor | None, start: int
+    ) -> Tensor:
+        """Which positions (1 or B, L) bool, `start` before them, are the first of a later block."""
+        positions, _ = attention_layout(tokens, valid=valid, documents=documents, causal=False)
+        positions = positions + start
+        return (positions > 0) & (positions % (block_length_of(self) or MOST_IDS) == 0)
 
     def forward(
         self, tokens: Tensor, *, at: Tensor | None = None, valid: Tensor | None = None,
@@ -202,11 +221,15 @@ class SequenceBackbone(Backbone):
             raise ConfigError(
                 "a cache is for a block model and a batch without padding or packed documents"
             )
-        if cache is not None and self.shifted:
-            raise ConfigError("a cache: the first row of a shifted model's block lies before it")
         positions, mask = attention_layout(tokens, valid=valid, documents=documents, causal=False)
         before = 0 if cache is None else cache.length
         positions = positions + before
-        if block is not None:
-            mask = block_mask(positions, mask, block, kept=before)
+        mask = self.limited(tokens, positions, mask, kept=before)
         return self.stream(tokens, Layout(positions, mask, t, cache))
+
+    def limited(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | None, *, kept: int
+    ) -> Tensor | None:
+        """`mask` cut to what a position attends to: its own block and those before it."""
+        block = block_length_of(self)
+        return mask if block is None else block_mask(positions, mask, block, kept=kept)

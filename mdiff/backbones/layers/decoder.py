@@ -4,13 +4,13 @@ The names of the modules are those of Llama, Qwen2 and Qwen3 files. A decoder he
 itself: its attention is as wide as the mask says.
 """
 
-import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from mdiff.backbones.layers.attention import Context, Tables, attention, frequencies, tables_of
@@ -23,30 +23,51 @@ from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
 ROPE_THETA = 10000.0
 
 
+# What each kind of stretched rotary positions must state, with its least value.
+SCALINGS: dict[str, dict[str, float]] = {
+    "default": {},
+    "linear": {"factor": 1},
+    "llama3": {
+        "factor": 1, "low_freq_factor": 0, "high_freq_factor": 0,
+        "original_max_position_embeddings": 1,
+    },
+    "yarn": {"factor": 1e-3, "original_max_position_embeddings": 1},
+}  # fmt: skip
+# What else YaRN may state.
+YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions (Su et al. 2021): base, and how the frequencies are stretched.
+    """Rotary positions (Su et al. 2021): the base, and what stretches the frequencies.
 
-    All of them are divided by `factor` or, with `bands` = (low, high, original length), those
-    that turn less than `low` times within the original length, none that turns more than
-    `high` times, and the ones between in part (Llama 3.1).
+    `scaling` is a config's rope_parameters, () for frequencies as they are: transformers makes
+    the frequencies of it, and the factor of the tables. A query is multiplied by
+    1 + `growth` ln(1 + floor(position / `original`)) (Llama 4).
     """
 
     base: float
-    factor: float = 1.0
-    bands: tuple[float, float, float] | None = None
+    scaling: tuple[tuple[str, object], ...] = ()
+    growth: float = 0.0
+    original: float = 1.0
 
     def tables(self, positions: Tensor, size: int) -> Tables:
         """The tables (..., size) float32 of positions (...), for `attention`."""
-        frequency = frequencies(size, self.base, positions.device)
-        if self.bands is None:
-            frequency = frequency / self.factor
-        else:
-            low, high, length = self.bands
-            kept = (length * frequency / (2 * math.pi) - low) / (high - low)
-            kept = kept.clamp(0, 1)
-            frequency = (1 - kept) * frequency / self.factor + kept * frequency
-        return tables_of(positions[..., None].float() * frequency)
+        frequency, factor = self.frequencies(size, positions.device), 1.0
+        if self.scaling:
+            frequency, factor = scaled_frequencies(self.scaling, size, positions.device)
+        cos, sin = tables_of(positions[..., None].float() * frequency)
+        return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
+
+    def frequencies(self, size: int, device: torch.device) -> Tensor:
+        """The frequencies (size / 2,) where nothing stretches them."""
+        return frequencies(size, self.base, device)
+
+    def query_scale(self, positions: Tensor) -> Tensor | None:
+        """The factor of a query at each of positions (...); None where it is 1."""
+        if not self.growth:
+            return None
+        return 1 + self.growth * (1 + (positions / self.original).floor()).log()
 
     @classmethod
     def of(cls, fields: Fields) -> Self:
@@ -59,17 +80,42 @@ class Rotary:
         holder = inner if "rope_theta" in scaling else fields
         base = holder.number("rope_theta", least=1, default=ROPE_THETA)
         name = "rope_type" if "rope_type" in scaling else "type"
-        kind = inner.choice(name, ("default", "linear", "llama3"), default="default")
-        if kind == "default":
-            return cls(base)
-        factor = inner.number("factor", least=1)
-        if kind == "linear":
-            return cls(base, factor)
-        low = inner.number("low_freq_factor", least=0)
-        high = inner.number("high_freq_factor", least=0)
-        if high <= low:
-            raise CheckpointError(f"{inner.origin}: high_freq_factor={high}: expected over {low}")
-        return cls(base, factor, (low, high, inner.number("original_max_position_embeddings")))
+        kind = inner.choice(name, tuple(SCALINGS), default="default")
+        stated: dict[str, object] = {
+            each: inner.number(each, least=least) for each, least in SCALINGS[kind].items()
+        }
+        if kind == "llama3" and inner.number("high_freq_factor") <= inner.number("low_freq_factor"):
+            raise CheckpointError(
+                f"{inner.origin}: high_freq_factor={scaling['high_freq_factor']}: expected over "
+                f"low_freq_factor={scaling['low_freq_factor']}"
+            )
+        for each in YARN if kind == "yarn" else ():
+            if scaling.get(each) is not None:
+                stated[each] = inner.number(each)
+        if kind == "yarn":
+            stated["truncate"] = inner.flag("truncate", default=True)
+        if stated:
+            stated |= {"rope_type": kind, "rope_theta": base}
+        growth = inner.number("llama_4_scaling_beta", default=0.0)
+        original = inner.number("original_max_position_embeddings", least=1) if growth else 1.0
+        return cls(base, tuple(stated.items()), growth, original)
+
+
+@lru_cache(maxsize=16)
+def scaled_frequencies(
+    scaling: tuple[tuple[str, object], ...], size: int, device: torch.device
+) -> tuple[Tensor, float]:
+    """The frequencies (size / 2,) float32 of rope_parameters, and the factor of the tables."""
+    from transformers import PretrainedConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    stated = dict(scaling)
+    config = PretrainedConfig(
+        rope_parameters=stated, head_dim=size, hidden_size=size, num_attention_heads=1,
+        max_position_embeddings=stated.get("original_max_position_embeddings", size),
+    )  # fmt: skip
+    frequency, factor = ROPE_INIT_FUNCTIONS[str(stated["rope_type"])](config, device)
+    return frequency.to(device), float(factor)
 
 
 @dataclass(frozen=True)
@@ -166,7 +212,8 @@ class Decoder(SequenceBackbone):
         table, layers, norm = self.trunk()
         x: Tensor = table(tokens)
         tables = self.rotary.tables(layout.positions, self.rotated)
-        context = Context(tables, layout.mask, layout.cache)
+        scale = self.rotary.query_scale(layout.positions)
+        context = Context(tables, layout.mask, layout.cache, scale)
         for layer in layers.children():
             x = layer(x, context)
         result: Tensor = norm(x)
@@ -203,16 +250,19 @@ class LayerDecoder(Decoder):
 
 
 class LlamaDecoder(LayerDecoder):
-    """The layout of Llama, Qwen2 and Qwen3."""
+    """The layout of Llama, Qwen2 and Qwen3; `mlp` makes layer n's second part."""
 
-    def __init__(self, fields: Fields, shape: Shape, *, shifted: bool) -> None:
-        mlp = partial(Matrix, bias=shape.mlp_bias)
-        inner = fields.whole("intermediate_size")
+    def __init__(
+        self, fields: Fields, shape: Shape, *, shifted: bool,
+        mlp: Callable[[int], nn.Module] | None = None,
+    ) -> None:  # fmt: skip
+        def gated(_: int) -> nn.Module:
+            matrix = partial(Matrix, bias=shape.mlp_bias)
+            return GatedMLP(shape.width, fields.whole("intermediate_size"), matrix=matrix)
+
         count = fields.whole("num_hidden_layers", most=MOST_LAYERS)
-        layers = (
-            Layer(shape, Attention(shape, n), GatedMLP(shape.width, inner, matrix=mlp))
-            for n in range(count)
-        )
+        made = mlp or gated
+        layers = (Layer(shape, Attention(shape, n), made(n)) for n in range(count))
         mask_id = mask_of(fields, fields.whole("vocab_size", most=MOST_IDS))
         super().__init__(
             fields, shape, layers, rotary=Rotary.of(fields), rotated=shape.head_width,

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.attention import Tables, rotary_tables
 from mdiff.backbones.layers.decoder import LayerDecoder, Rotary, Shape
-from mdiff.backbones.layers.modules import GatedMLP, Matrix
+from mdiff.backbones.layers.modules import GatedMLP, Matrix, drawn
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_EXPERTS, Fields
 
@@ -41,9 +40,29 @@ def expert_counts(fields: Fields, layers: int) -> tuple[int, int]:
 class PowerRotary(Rotary):
     """`Rotary` whose frequencies are base^-p, not 1 / base^p: they differ in the last bit."""
 
-    def tables(self, positions: Tensor, size: int) -> Tables:
+    def frequencies(self, size: int, device: torch.device) -> Tensor:
         """See `Rotary`."""
-        return rotary_tables(positions, size, base=self.base)
+        count = size // 2
+        powers = torch.arange(count, dtype=torch.float32, device=device) / count
+        result: Tensor = self.base**-powers
+        return result
+
+
+class SoftmaxRouter(nn.Module):
+    """The experts of the largest shares of the softmax over all of them, weighted by the shares.
+
+    `normed` shares of a token's experts sum to 1.
+    """
+
+    def __init__(self, width: int, count: int, used: int, *, normed: bool = False) -> None:
+        super().__init__()
+        self.used, self.normed, self.of_any_type = used, normed, True
+        self.weight = drawn(count, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen experts of tokens `x` (N, D), (N, K) int64, and their weights (N, K)."""
+        weights, chosen = router_logits(x, self.weight).softmax(-1).topk(self.used, -1)
+        return chosen, weights / weights.sum(-1, keepdim=True) if self.normed else weights
 
 
 class MixtureDecoder(LayerDecoder):
@@ -53,7 +72,7 @@ class MixtureDecoder(LayerDecoder):
         self, fields: Fields, shape: Shape, layers: Iterable[nn.Module], *, rotated: int
     ) -> None:
         super().__init__(
-            fields, shape, layers, rotary=PowerRotary(fields.number("rope_theta", least=1.0)),
+            fields, shape, layers, rotary=PowerRotary.of(fields),
             rotated=rotated, mask_id=fields.optional_id("mask_token_id", "mask_id"), head=Matrix,
         )  # fmt: skip
 

@@ -67,6 +67,7 @@ class GIDD(Trunk, SequenceBackbone):
         self.longest, self.edge = window, fields.number("t_eps", most=0.5, default=1e-4)
         p_uniform = fields.number("p_uniform", most=1.0, default=0.0)
         if p_uniform > 0:
+            self.noise = "mask and uniform"
             self.refused = f"uniform noise (p_uniform={p_uniform:g}) does not exist here"
         self.build(sizes, StoredRotary(window, sizes.width // sizes.heads))
 

@@ -1,4 +1,4 @@
-"""LLaDA (Nie et al. 2025): Base, Instruct and 1.5, a Llama of OLMo's layout and a full mask."""
+"""LLaDA (Nie et al. 2025): Base, Instruct, 1.5, iLLaDA; a Llama in OLMo's layout, a full mask."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ ARCHITECTURES = ("LLaDAModelLM",)
 # What OLMo's code can do beside, and no LLaDA does.
 UNUSED = (
     "alibi", "attention_layer_norm", "bias_for_layer_norm", "include_bias", "include_qkv_bias",
-    "input_emb_norm", "multi_query_attention", "scale_logits", "weight_tying",
+    "input_emb_norm", "multi_query_attention", "scale_logits",
 )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ class LLaDA(Decoder):
             described, vocab_size=ids, mask_id=mask_of(fields, ids),
             window=fields.whole("max_sequence_length", most=MOST_IDS),
         )  # fmt: skip
-        self.rotary, self.rotated = Rotary(fields.number("rope_theta", least=1)), width // heads
+        self.rotary, self.rotated = Rotary.of(fields), width // heads
         trunk = nn.ModuleDict({
             "wte": nn.Embedding(ids, width),
             "blocks": nn.ModuleList(
@@ -102,6 +102,8 @@ class LLaDA(Decoder):
             "ff_out": nn.Linear(width, ids, bias=False),
         })  # fmt: skip
         self.model = nn.ModuleDict({"transformer": trunk})
+        if fields.flag("weight_tying", default=False):
+            self.tied = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
 
     def trunk(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """The embedding, the layers and the last norm."""

@@ -89,8 +89,6 @@ class LLaDA2(MixtureDecoder):
 def llada2_moe(described: Mapping[str, object]) -> LLaDA2:
     """The module of a config.json; CheckpointError for what is absurd or not supported."""
     fields = Fields(described)
-    for name in ("rope_scaling", "rope_parameters"):
-        only(fields, name)
     for name in ("use_bias", "use_qkv_bias", "use_sliding_window", "tie_word_embeddings"):
         only(fields, name, False)
     for name in ("use_qk_norm", "use_rmsnorm", "norm_topk_prob", "moe_router_enable_expert_bias"):

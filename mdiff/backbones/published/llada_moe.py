@@ -2,30 +2,22 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from mdiff.backbones.layers.decoder import Attention, Layer, Shape, key_heads_of
-from mdiff.backbones.layers.modules import GatedMLP, drawn
-from mdiff.backbones.layers.moe import Mixture, MixtureDecoder, expert_counts, only, router_logits
+from mdiff.backbones.layers.modules import GatedMLP
+from mdiff.backbones.layers.moe import (
+    Mixture,
+    MixtureDecoder,
+    SoftmaxRouter,
+    expert_counts,
+    only,
+)
 from mdiff.errors import CheckpointError
 from mdiff.files import MOST_LAYERS, Fields
 
 # The published config.json has the model_type of the dense LLaDA: only this tells them apart.
 ARCHITECTURES = ("LLaDAMoEModelLM",)
-
-
-class Router(nn.Module):
-    """The experts of the largest shares of the softmax over all of them, weighted by the shares."""
-
-    def __init__(self, width: int, count: int, used: int) -> None:
-        super().__init__()
-        self.used, self.of_any_type = used, True
-        self.weight = drawn(count, width)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen experts of tokens `x` (N, D), (N, K) int64, and their weights (N, K)."""
-        weights, chosen = router_logits(x, self.weight).softmax(-1).topk(self.used, -1)
-        return chosen, weights
 
 
 class LLaDAMoE(MixtureDecoder):
@@ -35,7 +27,7 @@ class LLaDAMoE(MixtureDecoder):
 def llada_moe(described: Mapping[str, object]) -> LLaDAMoE:
     """The module of a config.json; CheckpointError for what is absurd or not supported."""
     fields = Fields(described)
-    for name in ("clip_qkv", "rope_scaling", "rope_parameters", "shared_expert_intermediate_size"):
+    for name in ("clip_qkv", "shared_expert_intermediate_size"):
         only(fields, name)
     # The official code never renormalises the weights of the chosen experts.
     for name in ("norm_topk_prob", "attention_bias", "tie_word_embeddings"):
@@ -59,7 +51,7 @@ def llada_moe(described: Mapping[str, object]) -> LLaDAMoE:
             return GatedMLP(width, fields.whole("dense_intermediate_size"))
         count, used = expert_counts(fields, 1)
         inner = fields.whole("expert_intermediate_size")
-        return Mixture(Router(width, count, used), count, width=width, inner=inner)
+        return Mixture(SoftmaxRouter(width, count, used), count, width=width, inner=inner)
 
     layers = (Layer(shape, Attention(shape, n), mlp(sparse=s)) for n, s in enumerate(sparse))
     return LLaDAMoE(fields, shape, layers, rotated=shape.head_width)

@@ -28,6 +28,9 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16, "rope_theta": 500.0,
 }  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 500.0,
+}  # fmt: skip
 KINDS = {
     "qwen2": ("Qwen2", {"rms_norm_eps": 1e-6}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
@@ -36,6 +39,8 @@ KINDS = {
     "llama": ("Llama", {"rms_norm_eps": 1e-5}),
     "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
     "llama-3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 6}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN, "head_dim": 12}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 1.0}}),
     "llama-linear": (
         "Llama",
         {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}},
@@ -180,15 +185,37 @@ def test_a_block_length_makes_a_block_model_whose_cache_is_exact(tmp_path, token
     cache.growing = True
     steps = [denoiser(part, cache=cache) for part in tokens.split(8, 1)]
     assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-5)
-    # The first row of a block would come from a position that is not there.
-    denoiser.shifted = True
-    with pytest.raises(ConfigError, match="shifted"):
-        denoiser(tokens, cache=cache)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("block_seed", [False, True])
+def test_a_cache_holds_the_row_before_the_first_of_a_block(tmp_path, tokens, shifted, block_seed):
+    written(tmp_path / "model", "qwen3", shifted=shifted)
+    denoiser = load(tmp_path / "model", block_length=8).denoiser
+    plain, denoiser.block_seed = denoiser(tokens), block_seed
+    whole, cache = denoiser(tokens), KeyValues()
+    first = torch.arange(24) % 8 == 0
+    assert block_seed or torch.equal(whole, plain)
+    assert torch.equal(whole[:, ~first], plain[:, ~first])
+    if block_seed and not shifted:
+        assert torch.equal(whole[:, 8::8], plain[:, 7:-1:8])
+    for number, part in enumerate(tokens.split(8, 1)):
+        rows = slice(8 * number, 8 * number + 8)
+        assert torch.allclose(denoiser(part, cache=cache), whole[:, rows], atol=1e-5)
+        assert torch.allclose(
+            denoiser(part[1:], cache=cache.of_rows(torch.tensor([1]))), whole[1:, rows], atol=1e-5
+        )
+        cache.growing = True
+        denoiser(part, cache=cache)
+        cache.growing = False
 
 
 @pytest.mark.parametrize(("entry", "said"), [
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
+    ({"rope_parameters": YARN | {"beta_fast": "fast"}}, "beta_fast"),
+    ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type"),
     ({"rope_parameters": 3}, "rope_scaling=3"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor"),
     ({"use_sliding_window": True}, "use_sliding_window"),
     ({"head_dim": None}, "head_dim"),

@@ -149,7 +149,7 @@ def test_damaged_files_are_refused(tmp_path):
     ({"use_sliding_window": True}, "use_sliding_window"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings"),
     ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
 ])  # fmt: skip
 def test_configs_that_are_not_supported_are_refused_by_name(tmp_path, entry, said):
     with pytest.raises(CheckpointError, match=said):

@@ -179,7 +179,8 @@ def test_damaged_files_are_refused(tmp_path):
     ({"d_model": 1 << 40}, "d_model"),
     ({"n_layers": 10**9}, "n_layers"),
     ({"n_kv_heads": 3}, "n_kv_heads"),
-    ({"weight_tying": True}, "weight_tying"),
+    ({"weight_tying": "yes"}, "weight_tying"),
+    ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type"),
     ({"n_kv_heads": None, "multi_query_attention": True}, "multi_query_attention"),
     ({"attention_layer_norm": True}, "attention_layer_norm"),
     ({"block_type": "sequential"}, "block_type"),
@@ -207,3 +208,37 @@ def test_a_saved_pipeline_is_loaded_again(tmp_path, golden):
     again = load(tmp_path / "saved")
     assert again.space == SPACE
     assert torch.allclose(again.denoiser(golden["input_ids"]), golden["logits"], atol=ATOL)
+
+
+@pytest.mark.parametrize(("name", "steps", "block_length", "cfg_scale"), [
+    ("gen.single_block", 8, 12, 0.0),
+    ("gen.blocks", 3, 4, 0.0),
+    ("gen.blocks_one_per_step", 6, 6, 0.0),
+    ("gen.cfg", 3, 4, 1.5),
+])  # fmt: skip
+def test_tied_embeddings_and_fewer_key_heads_give_the_official_tokens(
+    name, steps, block_length, cfg_scale
+):
+    tied, record = (
+        loaded(GOLDEN / "llada_tied"),
+        load_file(GOLDEN / "llada_tied/golden.safetensors"),
+    )
+    space, trace = TokenSpace(120, mask_id=tied.mask_id), record[f"{name}.x_at_step"]
+    states = blocks(
+        guided(tied, cfg_scale=cfg_scale, hide="given", space=space), trace[0], space=space,
+        cond={"given": trace[0] != tied.mask_id}, temperature=0.0, inner=confidence,
+        block_length=block_length, steps=steps, counts="even", schedule=Linear(),
+    )  # fmt: skip
+    assert torch.equal(torch.stack([state.tokens for state in states]), trace[1:])
+
+
+def test_tied_logits_are_the_official_ones_and_no_head_is_stored(tmp_path):
+    folder = GOLDEN / "llada_tied"
+    tied, record = loaded(folder), load_file(folder / "golden.safetensors")
+    valid = record["padded.attention_mask"].bool()
+    assert torch.allclose(tied(record["input_ids"]), record["logits"], atol=ATOL)
+    padded = tied(record["padded.input_ids"], valid=valid)[valid]
+    assert torch.allclose(padded, record["padded.logits"][valid], atol=ATOL)
+    assert tied.head.weight is tied.trunk()[0].weight
+    assert_saving_gives_the_files_back(folder, tmp_path / "saved")
+    assert_damage_is_refused(folder, tmp_path, name="model.transformer.wte.weight")
