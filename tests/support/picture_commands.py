@@ -27,7 +27,7 @@ LABELS = ["t-shirt", "sneaker", "ankle boot"]
 QUICK = ["--sampler", "halton", "--steps", "3"]
 
 
-KEYS = {"tokens", "calls", "seconds", "log_prob", "entropy", "seed"}
+KEYS = {"tokens", "calls", "seconds", "log_prob", "entropy", "seed", "writing"}
 
 
 def saved(modality: Any, folder: Path) -> str:

@@ -14,6 +14,7 @@ from mdiff.cli.rules import PICTURES
 from mdiff.cli.views.console import message, printable, result, result_json, writable
 from mdiff.cli.views.gif import Film, Finish, write_gif
 from mdiff.cli.views.grid import picture_target, write_pictures
+from mdiff.cli.views.revisions import TAKEN_BACK
 from mdiff.cli.views.samples import entries, figures, summary
 from mdiff.errors import ConfigError
 
@@ -132,7 +133,11 @@ def fill_in(
     if is_film(wanted.trace):
         film = Film(modality)
         samples, _ = followed(modality, runs, film=film, recording=False)
-        write_gif(film.frames(columns=wanted.columns), wanted.trace, scale=wanted.scale)
+        frames = film.frames(columns=wanted.columns)
+        colours = (TAKEN_BACK,) if film.is_marked else ()
+        write_gif(frames, wanted.trace, scale=wanted.scale, colours=colours)
+        if film.is_marked:
+            message("in the film: magenta is taken back and hidden again, tinted blue is rewritten")
     else:
         from mdiff.cli.views.trace import page
 

@@ -6,7 +6,10 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
+
 from mdiff.cli.views.console import is_coloured, message, printable
+from mdiff.cli.views.revisions import REWRITTEN, TAKEN_BACK, Revisions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,13 +18,17 @@ if TYPE_CHECKING:
     from mdiff.sampling import State
 
 HIDDEN = "░"
+HIDDEN_AGAIN = "▒"
 FRAMES_A_SECOND = 12
 # Where nothing can be redrawn, this many snapshots are printed one below the other.
 SNAPSHOTS = 10
 
 
 def watched(run: Generation) -> Iterator[State]:
-    """The states of a run, its first sample drawn as it fills in."""
+    """The states of a run, its first sample drawn as it fills in.
+
+    What is hidden again has another shade, and what holds another token than before a line below.
+    """
     if sys.stderr.isatty():
         from rich.console import Console
 
@@ -37,30 +44,58 @@ def _redrawn(run: Generation, console: Console) -> Iterator[State]:
     from rich.live import Live
     from rich.text import Text
 
-    unpadded = run.valid[0].nonzero()[:, 0] if run.valid is not None else slice(None)
+    marks = _Marks(run)
+    back, rewritten = (f"rgb({','.join(map(str, rgb))})" for rgb in (TAKEN_BACK, REWRITTEN))
 
     def frame(fresh: list[bool]) -> Text:
         shown = Text()
-        for piece, new in zip(run.pieces(0), fresh):
-            style = "dim" if piece is None else "bold" if new else ""
-            shown.append(HIDDEN if piece is None else printable(piece), style)
+        for piece, new, again, other in zip(run.pieces(0), fresh, *marks.add()):
+            if piece is None:
+                shown.append(HIDDEN_AGAIN if again else HIDDEN, back if again else "dim")
+                continue
+            styles = ["bold"] * new + [f"underline {rewritten}"] * other
+            shown.append(printable(piece), " ".join(styles))
         return shown
 
     first = frame([False] * len(run.tokens(0)))
     with Live(first, console=console, refresh_per_second=FRAMES_A_SECOND, transient=True) as live:
         for state in run:
-            live.update(frame(state.revealed[0][unpadded].tolist()))
+            live.update(frame(state.revealed[0][marks.unpadded].tolist()))
             yield state
+
+
+class _Marks:
+    """Of the first sample: which positions are hidden again, and which were ever rewritten."""
+
+    def __init__(self, run: Generation) -> None:
+        self.run, self.unpadded = run, slice(None) if run.valid is None else run.valid[0]
+        self.revisions = Revisions(run.canvas[:1], run.mask_id)
+        self.taken_back = self.rewritten = torch.zeros_like(run.canvas[:1], dtype=torch.bool)
+
+    def add(self) -> tuple[list[bool], list[bool]]:
+        """Those of the current canvas, one entry a token."""
+        again, other = self.revisions.add(self.run.tally.tokens[:1])
+        self.taken_back, self.rewritten = self.taken_back | again, self.rewritten | other
+        return again[0][self.unpadded].tolist(), self.rewritten[0][self.unpadded].tolist()
 
 
 def _printed(run: Generation) -> Iterator[State]:
     total = max(1, sum(piece is None for piece in run.pieces(0)))
-    printed = 0
+    printed, marks, shown, last = 0, _Marks(run), "", ""
     for state in run:
-        pieces = run.pieces(0)
+        pieces, (again, other) = run.pieces(0), marks.add()
         done = total - sum(piece is None for piece in pieces)
+        counts = {"taken back": int(marks.taken_back.sum()), "rewritten": sum(other)}
+        head = [f"{done}/{total}", *(f"{n} {words}" for words, n in counts.items() if n)]
+        text = "".join(
+            (HIDDEN_AGAIN if back else HIDDEN) if piece is None else piece
+            for piece, back in zip(pieces, again)
+        )
+        shown = f"[{', '.join(head)}] {printable(text)}"
         if done * SNAPSHOTS // total > printed:
-            printed = done * SNAPSHOTS // total
-            text = "".join(HIDDEN if piece is None else piece for piece in pieces)
-            message(f"[{done}/{total}] {printable(text)}")
+            printed, last = done * SNAPSHOTS // total, shown
+            message(shown)
         yield state
+    if shown != last:
+        # Rewritten after the last mask was gone.
+        message(shown)

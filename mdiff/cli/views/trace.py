@@ -7,12 +7,16 @@ import html
 import io
 import json
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
+
+from mdiff.modalities import EndsText
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,6 +28,33 @@ if TYPE_CHECKING:
 TEMPLATE = "trace.html"
 # The words of a picture, in the order in which they are shown.
 WORDS = ("label", "caption")
+# Of nats.
+DECIMALS = 3
+
+
+class Stint(NamedTuple):
+    """What a position held from step `first` until step `last`, where it lost that token."""
+
+    piece: str
+    first: int
+    last: int
+
+
+class Position(NamedTuple):
+    """One position of a finished canvas: its piece of text, and how its token came about.
+
+    `step` is the step at which the token came to stand there for good (0 is given), `log_prob`,
+    `entropy` and `margin` are those of its last draw, `times` how often the position was written
+    and `past` what it held before.
+    """
+
+    piece: str
+    step: int = 0
+    log_prob: float = 0.0
+    entropy: float = 0.0
+    margin: float = 0.0
+    times: int = 0
+    past: tuple[Stint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,7 +62,8 @@ class Grid:
     """A finished picture, `source` a PNG as a data: URL, in `rows` x `columns` positions.
 
     `step` is the step of the last code written at each position, row by row, and `log_prob` the
-    nats of all its codes.
+    nats of all its codes; so is `entropy`. `margin` is the least and `times` the most of a code,
+    `past` when all codes were there but not yet all for good.
     """
 
     source: str
@@ -41,6 +73,10 @@ class Grid:
     columns: int
     step: list[int]
     log_prob: list[float]
+    entropy: Sequence[float] = ()
+    margin: Sequence[float] = ()
+    times: Sequence[int] = ()
+    past: Sequence[Sequence[Stint]] = ()
 
 
 @dataclass(frozen=True)
@@ -49,8 +85,8 @@ class Record:
 
     `kind` names the drawing of the page ("flow": pieces of text in a row; "grid": the positions
     of a picture, in `grid`, and the pieces of its words beside it). `pieces` is the final text of
-    each position, `step` the step at which it was last written (0 is given) and `log_prob` the
-    nats of that draw. `figures` is a line about the sample.
+    each position; it and the others are the fields of `Position`, `past` empty where no position
+    has any. `figures` is a line about the sample.
     """
 
     kind: str
@@ -60,10 +96,14 @@ class Record:
     steps: int
     figures: str
     grid: Grid | None = None
+    entropy: Sequence[float] = ()
+    margin: Sequence[float] = ()
+    times: Sequence[int] = ()
+    past: Sequence[Sequence[Stint]] = ()
 
 
 class Recorder:
-    """Records the step at which each position of a batch was last written."""
+    """Records the steps at which each position of a batch held which token."""
 
     def __init__(self, run: Generation) -> None:
         self.run, canvas, valid = run, run.canvas, run.valid
@@ -71,21 +111,33 @@ class Recorder:
         self.tokens = canvas
         self.step = torch.zeros_like(canvas)
         self.own_steps = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
-        self.log_prob = torch.zeros(canvas.shape, dtype=torch.float64, device=canvas.device)
+        # By row and column.
+        self.past: dict[tuple[int, int], list[Stint]] = defaultdict(list)
 
     def add(self, state: State) -> None:
-        """One more state; each sample counts the steps in which a token of it changed."""
-        changed = (state.tokens != self.tokens) | state.revealed
-        self.own_steps = self.own_steps + changed.any(1)
+        """One more state; each sample counts the steps in which a token of it was written."""
+        changed = state.tokens != self.tokens
+        self.own_steps = self.own_steps + (changed | state.revealed).any(1)
+        lost = changed & (self.tokens != self.run.mask_id)
+        for row in lost.any(1).nonzero()[:, 0].tolist():
+            columns = self.valid[row].nonzero()[:, 0].tolist()
+            ids, medium = self.tokens[row, columns].tolist(), self.run.modality
+            if isinstance(medium, EndsText):
+                before = medium.pieces(ids, whole=True)
+            else:
+                before = medium.pieces(ids)
+            steps, now = self.step[row].tolist(), int(self.own_steps[row])
+            pieces = dict(zip(columns, before))
+            for column in lost[row].nonzero()[:, 0].tolist():
+                stint = Stint(pieces[column] or "", steps[column], now)
+                self.past[row, column].append(stint)
         self.step = torch.where(changed, self.own_steps[:, None], self.step)
-        self.log_prob = torch.where(changed, state.log_prob.double(), self.log_prob)
         self.tokens = state.tokens
 
     def records(self, figures: Sequence[str]) -> list[Record]:
         """One record of text a sample, with a line of figures for each."""
         return [
-            Record("flow", *self._flow(row), int(self.own_steps[row]), line)
-            for row, line in enumerate(figures)
+            self._record("flow", row, line, self._flow(row)) for row, line in enumerate(figures)
         ]
 
     def picture_records(
@@ -96,58 +148,96 @@ class Recorder:
         for row, (line, picture) in enumerate(zip(figures, pictures)):
             flow = self._flow(row)
             words, grid = _words(modality, flow, picture), _grid(modality, flow, picture)
-            found.append(Record("grid", *words, int(self.own_steps[row]), line, grid))
+            found.append(self._record("grid", row, line, words, grid))
         return found
 
-    def _flow(self, row: int) -> Flow:
-        valid = self.valid[row]
-        return (
-            [piece or "" for piece in self.run.pieces(row)],
-            self.step[row][valid].tolist(),
-            [round(x, 3) for x in self.log_prob[row][valid].tolist()],
+    def _record(
+        self, kind: str, row: int, line: str, flow: Sequence[Position], grid: Grid | None = None
+    ) -> Record:
+        pieces, steps = [position.piece for position in flow], int(self.own_steps[row])
+        return Record(
+            kind=kind, pieces=pieces, steps=steps, figures=line, grid=grid, **_columns(flow)
         )
 
+    def _flow(self, row: int) -> list[Position]:
+        columns = self.valid[row].nonzero()[:, 0].tolist()
+        writing = self.run.tally.writing.of_row(row, self.valid)
+        return [
+            Position(
+                piece or "", step, round(log_prob, DECIMALS), round(entropy, DECIMALS),
+                round(margin, DECIMALS), times, tuple(self.past.get((row, column), ())),
+            )
+            for piece, step, column, _, log_prob, entropy, margin, times in zip(
+                self.run.pieces(row), self.step[row, columns].tolist(), columns, *writing
+            )
+        ]  # fmt: skip
 
-# The pieces, steps and nats of the positions of a canvas, or of a part of it, in order.
-Flow = tuple[list[str], list[int], list[float]]
+
+class Columns(TypedDict):
+    """The fields of positions from `step` on, one list each."""
+
+    step: list[int]
+    log_prob: list[float]
+    entropy: Sequence[float]
+    margin: Sequence[float]
+    times: Sequence[int]
+    past: Sequence[Sequence[Stint]]
 
 
-def _grid(modality: ImageModality, flow: Flow, picture: Image) -> Grid:
+def _columns(positions: Sequence[Position]) -> Columns:
+    past = [each.past for each in positions]
+    return {
+        "step": [each.step for each in positions],
+        "log_prob": [each.log_prob for each in positions],
+        "entropy": [each.entropy for each in positions],
+        "margin": [each.margin for each in positions],
+        "times": [each.times for each in positions],
+        "past": past if any(past) else (),
+    }
+
+
+def _grid(modality: ImageModality, flow: Sequence[Position], picture: Image) -> Grid:
     rows, columns = modality.latent_grid
     each = modality.codec.codes_per_position
     first = modality.span("image").start
     starts = range(first, first + rows * columns * each, each)
-    _, step, log_prob = flow
-    return Grid(
-        source=data_url(picture),
-        width=picture.width,
-        height=picture.height,
-        rows=rows,
-        columns=columns,
-        step=[max(step[start : start + each]) for start in starts],
-        log_prob=[round(sum(log_prob[start : start + each]), 3) for start in starts],
-    )
+    positions = [_joined(flow[start : start + each]) for start in starts]
+    size = picture.width, picture.height
+    return Grid(data_url(picture), *size, rows, columns, **_columns(positions))
 
 
-def _words(modality: ImageModality, flow: Flow, picture: Image) -> Flow:
+def _joined(codes: Sequence[Position]) -> Position:
+    """The position of a picture that several codes make up."""
+    held = [[*((each.first, each.last) for each in code.past), (code.step, None)] for code in codes]
+    past, final = [], max(code.step for code in codes)
+    ends = sorted({end for spans in held for span in spans for end in span if end is not None})
+    for first, last in pairwise(end for end in ends if end <= final):
+        if all(any(a <= first and (b is None or first < b) for a, b in spans) for spans in held):
+            past.append(Stint("", first, last))
+    return Position(
+        "", final, round(sum(code.log_prob for code in codes), DECIMALS),
+        round(sum(code.entropy for code in codes), DECIMALS),
+        min(code.margin for code in codes), max(code.times for code in codes), tuple(past),
+    )  # fmt: skip
+
+
+def _words(modality: ImageModality, flow: Sequence[Position], picture: Image) -> list[Position]:
     """The words of a picture: parts of its canvas, and a label that is a condition."""
-    pieces: list[str] = []
-    step: list[int] = []
-    log_prob: list[float] = []
+    found: list[Position] = []
     for name in WORDS:
         words = picture.info.get(name)
         if words is None:
             continue
-        if pieces:
+        if found:
             # A line break, given.
-            pieces, step, log_prob = [*pieces, "\n"], [*step, 0], [*log_prob, 0.0]
+            found.append(Position("\n"))
         if name not in modality.part_names:
-            pieces, step, log_prob = [*pieces, str(words)], [*step, 0], [*log_prob, 0.0]
-            continue
-        span = modality.span(name)
-        pieces += [str(words)] if name == "label" else flow[0][span]
-        step, log_prob = step + flow[1][span], log_prob + flow[2][span]
-    return pieces, step, log_prob
+            found.append(Position(str(words)))
+        elif name == "label":
+            found += [each._replace(piece=str(words)) for each in flow[modality.span(name)]]
+        else:
+            found += flow[modality.span(name)]
+    return found
 
 
 def data_url(picture: Image) -> str:
