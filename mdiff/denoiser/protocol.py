@@ -194,6 +194,11 @@ class Rows(NamedTuple):
     scale: Tensor | None = None
     head: Callable[[Tensor], Tensor] | None = None
 
+    def some(self, index: Tensor) -> Rows:
+        """The rows `index` (M,) int64 of them."""
+        parts = (None if each is None else each[index] for each in self[1:3])
+        return Rows(self.conditional[index], *parts, self.head)
+
 
 class FromLogits:
     """A Denoiser over a function of the tokens alone; see `from_logits`."""

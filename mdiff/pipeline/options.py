@@ -119,6 +119,7 @@ class SamplingOptions(TypedDict, total=False):
     steps: int | None
     counts: str | Tensor | Sequence[int]
     order: str | Tensor | Sequence[int]
+    drafts: int
     per_call: int
     idle_calls: bool
     grid: tuple[int, int] | None

@@ -11,6 +11,7 @@ from mdiff.sampling.counts import schedule_counts as schedule_counts
 from mdiff.sampling.counts import useful_steps as useful_steps
 from mdiff.sampling.orders import reveal_in_turn as reveal_in_turn
 from mdiff.sampling.orders import turns as turns
+from mdiff.sampling.orders import turns_of as turns_of
 from mdiff.sampling.remasking import MOST_STEPS as MOST_STEPS
 from mdiff.sampling.remasking import check_steps as check_steps
 from mdiff.sampling.remasking import even_times as even_times

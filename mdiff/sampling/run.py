@@ -56,7 +56,8 @@ class Tally:
         self.log_prob = self.log_prob + state.log_prob.double().sum(1)
         entropy = state.entropy.double()
         self.entropy = self.entropy + entropy.sum(1)
-        self.spent = self.spent + entropy.sum(1) - entropy.amax(1)
+        if not state.in_turn:
+            self.spent = self.spent + entropy.sum(1) - entropy.amax(1)
         self.writing.add(state)
 
     def sample(self) -> Sample:

@@ -21,6 +21,8 @@ class State:
     Where a sampler takes tokens back, `rewritten` (B, L) bool is where a written token held
     another one before, `hidden_again` where it holds the mask now. `log_prob_is_exact` is
     whether the log-probabilities so far sum to that of the tokens given the order of the reveals.
+    `in_turn` is whether each token of the step was drawn given those before it in the order, not
+    all from the same canvas: then no nats are spent.
     """
 
     tokens: Tensor
@@ -35,6 +37,7 @@ class State:
     margin: Tensor
     rewritten: Tensor
     hidden_again: Tensor
+    in_turn: bool = False
 
     def by_position(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The fields (B, L) that say what the step did, from `revealed` on."""

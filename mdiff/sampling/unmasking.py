@@ -158,10 +158,7 @@ class Unmasking:
             positions = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
         self.positions = positions
         rows = self._evaluate(at, t, number=number, idle=idle, leave_out=leave_out)
-        if rows.head is None:
-            return self.draw(rows.conditional, **self._counter(rows, step))
-        drawn, _ = self.draw.of_features(rows.conditional, rows.head, **self._counter(rows, step))
-        return drawn
+        return self.draw_for(rows, step)
 
     def ask_beside(
         self, at: Tensor, step: int, t: Tensor, *, number: Sequence[int]
@@ -177,13 +174,20 @@ class Unmasking:
             **self._counter(rows, step),
         )  # fmt: skip
 
-    def _counter(self, rows: Rows, step: int) -> dict[str, Tensor | None]:
+    def draw_for(self, rows: Rows, step: int | Tensor) -> Draw:
+        """Draw for rows of `evaluate` at `self.positions`; `step` is one counter or (N,) int64."""
+        counter = self._counter(rows, step)
+        if rows.head is None:
+            return self.draw(rows.conditional, **counter)
+        return self.draw.of_features(rows.conditional, rows.head, **counter)[0]
+
+    def _counter(self, rows: Rows, step: int | Tensor) -> dict[str, Tensor | None]:
         """What a draw of the rows is given beside them: their counters and the other branch."""
         seed, sample, position = self.counter.index_select(1, self.positions).unbind()
         length = self.tokens.shape[1]
         return {
             "seed": seed, "sample": sample, "position": position,
-            "step": torch.full_like(seed, step),
+            "step": step if isinstance(step, Tensor) else torch.full_like(seed, step),
             "span": None if self.spans is None else self.spans[self.positions % length],
             "unconditional": rows.unconditional, "scale": rows.scale,
         }  # fmt: skip
@@ -193,13 +197,23 @@ class Unmasking:
         leave_out: bool = False,
     ) -> Rows:  # fmt: skip
         """The denoiser's rows at the positions `at` (B, L), of the samples that need them."""
-        active = self._active(tuple(r for r, n in enumerate(self.left if idle else number) if n))
+        rows = tuple(r for r, n in enumerate(self.left if idle else number) if n)
         tokens = torch.where(at, self.mask_id, self.tokens) if leave_out else self.tokens
-        index, calls = active.index, self.calls
-        if index is not None:
+        if (index := self._active(rows).index) is not None:
             tokens, at, t = tokens[index], at[index], t[index]
+        return self.evaluate(rows, tokens, at, t, number=sum(number))
+
+    def evaluate(
+        self, samples: tuple[int, ...], tokens: Tensor, at: Tensor, t: Tensor, *, number: int
+    ) -> Rows:
+        """The denoiser's rows at `number` positions `at` of canvases (R, L) of the `samples`.
+
+        Several canvases of a sample count as so many calls, and as one round.
+        """
+        active = self._active(samples)
+        index, calls = active.index, self.calls
         rows = active.request(
-            tokens, at=at, number=sum(number), valid=active.valid, cond=active.cond,
+            tokens, at=at, number=number, valid=active.valid, cond=active.cond,
             t=t.float() if self.denoiser.uses_time else None,
         )  # fmt: skip
         spent: int | Tensor | None = self.cost
@@ -210,12 +224,12 @@ class Unmasking:
         else:
             more = torch.as_tensor(spent, device=calls.device).expand(len(index))
             self.calls = calls.index_add(0, index, more)
-            self.rounds = self.rounds.index_add(0, index, torch.ones_like(index))
+            self.rounds = self.rounds.index_copy(0, index, self.rounds[index] + 1)
         return rows
 
     def _active(self, rows: tuple[int, ...]) -> _ActiveRows:
         """These rows of the batch, bound again only when they change."""
-        if len(rows) == len(self.tokens):
+        if rows == self.everyone.rows:
             return self.everyone
         if rows != self.active.rows:
             self.active = self.everyone.some(rows, self.tokens.device)

@@ -23,7 +23,11 @@ REVISING = ["edit", "gibbs", "path_planning", "psi", "remdm"]
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 every_filling_sampler = pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in REVISING])
 # Their rules look at the temperature or at the drawn token.
-LOOKING = ("edit", "path_planning", "budget")
+LOOKING = ("edit", "path_planning", "budget", "speculative")
+# Of which a call never shows a sample twice.
+every_sampler_of_one_canvas = pytest.mark.parametrize(
+    "name", [n for n in SAMPLERS if n not in [*REVISING, "speculative"]]
+)
 
 
 @every_sampler
@@ -136,7 +140,7 @@ def test_where_nothing_is_hidden_there_is_no_state_and_no_call(name):
     assert denoiser.calls == 0
 
 
-@every_filling_sampler
+@every_sampler_of_one_canvas
 def test_calls_count_what_each_sample_needed(name):
     canvas = mixed_canvas()
     last = finish(name, canvas, seed=1)[-1]
@@ -145,7 +149,7 @@ def test_calls_count_what_each_sample_needed(name):
     assert (last.calls >= 1).all()
 
 
-@every_filling_sampler
+@every_sampler_of_one_canvas
 def test_time_reaches_models_that_use_it_and_falls(name):
     class Timed(HashDenoiser):
         uses_time = True
