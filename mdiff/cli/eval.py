@@ -10,9 +10,10 @@ import typer
 
 import mdiff.cli.options as ask
 from mdiff.cli.cut import cut_of
-from mdiff.cli.images.eval import CHARACTERS, TEXT_SAMPLES, Wanted, evaluate_pictures
+from mdiff.cli.images.eval import CHARACTERS, OF_TOKENS, TEXT_SAMPLES, Wanted, evaluate_pictures
 from mdiff.cli.images.eval import table as picture_table
 from mdiff.cli.images.generate import medium_of, shows_pictures
+from mdiff.cli.order import ROW_LENGTH, TEXT_ROWS, of_orders, order_table
 from mdiff.cli.rules import refuse
 from mdiff.cli.views.console import message, result, result_json
 from mdiff.errors import ConfigError
@@ -53,26 +54,27 @@ def evaluate(
         report["seconds"] = time.perf_counter() - start
         result_json(report) if as_json else picture_table(report)
         return
-    if wanted.asked != ("bound",):
-        raise ConfigError(f"--metrics {wanted.metrics}: of text there is bound alone")
+    if not OF_TOKENS.issuperset(wanted.asked):
+        raise ConfigError(f"--metrics {wanted.metrics}: of text there are order and bound alone")
     from mdiff.modalities.text import Source
 
     report["split"] = wanted.split or "all"
     text = Source.of(source | {"field": wanted.field, "separator": wanted.separator})
-    found, drawn = _of_text(pipeline, text, wanted)
-    report |= found.as_dict() | {"seconds": time.perf_counter() - start} | drawn
-    result_json(report) if as_json else _table(report, list(found.units))
+    found, more = _of_text(pipeline, text, wanted)
+    report |= {} if found is None else found.as_dict()
+    report |= {"seconds": time.perf_counter() - start} | more
+    result_json(report) if as_json else _table(report, [] if found is None else list(found.units))
 
 
 def _of_text(
     pipeline: Pipeline, source: Source, wanted: Wanted
-) -> tuple[Evaluation, dict[str, object]]:
-    """The bound of documents, and {"of_samples": figures} where samples are asked for."""
+) -> tuple[Evaluation | None, dict[str, object]]:
+    """The bound of documents, {"order": figures} and {"of_samples": figures}, as asked for."""
     from mdiff.evaluation import evaluate as bound
     from mdiff.evaluation import sample_figures
     from mdiff.modalities import HasDocuments
     from mdiff.modalities.text import cut_documents
-    from mdiff.pipeline import check_sampler
+    from mdiff.pipeline import check_sampler, windows
 
     if not isinstance(pipeline.modality, HasDocuments):
         raise ConfigError(f"eval: a model of {pipeline.modality.name} has no documents to score")
@@ -88,18 +90,28 @@ def _of_text(
     if samples:
         # Invalid options are refused before the long computation.
         check_sampler(sampling)
+    more: dict[str, object] = {}
+    if "order" in wanted.asked:
+        width = wanted.window or min(ROW_LENGTH, pipeline.window or ROW_LENGTH)
+        more["order"] = of_orders(
+            pipeline, windows(pipeline, documents, window=width, end=True), orders=wanted.orders,
+            limit=TEXT_ROWS if wanted.order_rows is None else wanted.order_rows,
+            seed=wanted.seed, batch_size=wanted.batch_size,
+        )  # fmt: skip
+    if "bound" not in wanted.asked:
+        return None, more
     found = bound(
         pipeline, documents, draws=wanted.draws, estimator=wanted.estimator, seed=wanted.seed,
         window=wanted.window, batch_size=wanted.batch_size,
         progress=lambda done, of: message(f"{done} of {of} windows"),
     )  # fmt: skip
     if not samples:
-        return found, {}
+        return found, more
     message(f"drawing {samples} samples")
     canvases = pipeline.canvases(num_samples=samples, length=wanted.window or pipeline.window)
     runs = pipeline.runs(canvases, **wanted.call())
     drawn = [sample for run in runs for sample in run.finished()]
-    return found, {"of_samples": sample_figures(drawn) | {**sampling}}
+    return found, more | {"of_samples": sample_figures(drawn) | {**sampling}}
 
 
 def first_characters(documents: list[str], limit: int) -> list[str]:
@@ -118,11 +130,13 @@ def _table(report: Mapping[str, Any], units: list[str]) -> None:
     for unit in units:
         bits, stderr = report[f"bits_per_{unit}"], report[f"bits_per_{unit}_stderr"]
         result(f"bits per {unit:<6} {bits:8.4f} ± {1.96 * stderr:.4f} (95 %)")
-    counted = ", ".join(f"{report[f'{unit}s']:,} {unit}s" for unit in units)
-    result(
-        f"an upper bound by {report['estimator']}, {report['draws']} draws, "
-        f"{report['windows']} windows, {counted}, {report['seconds']:.1f} s"
-    )
+    if units:
+        counted = ", ".join(f"{report[f'{unit}s']:,} {unit}s" for unit in units)
+        result(
+            f"an upper bound by {report['estimator']}, {report['draws']} draws, "
+            f"{report['windows']} windows, {counted}, {report['seconds']:.1f} s"
+        )
+    order_table(report)
     drawn = report.get("of_samples")
     if drawn is not None:
         variety = ", ".join(

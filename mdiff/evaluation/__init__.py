@@ -13,4 +13,5 @@ from mdiff.evaluation.images import figures_of as figures_of
 from mdiff.evaluation.images import probe_figures as probe_figures
 from mdiff.evaluation.images import spread as spread
 from mdiff.evaluation.images import with_model_labels as with_model_labels
+from mdiff.evaluation.order import order_figures as order_figures
 from mdiff.evaluation.selftest import check_samplers as check_samplers

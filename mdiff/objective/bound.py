@@ -52,7 +52,7 @@ def nll_bound(
     the denoiser uses the time. "time" draws m = u^2, t = time_at(m) and weighs 2 / u: the
     time integral by importance in m. "exact" is the chain rule averaged over all orders, for
     at most 16 positions. "left_to_right" is the exact likelihood of that sampler: not this bound,
-    but one term of its average.
+    but one term of its average. "random_order" is that of one order of each row, by its stream.
 
     `draws` is read by the first two only; the standard error is over them (0 for the others).
     Row b is hidden by the stream (seed, sample[b]), sample being 0..B-1 by default, so that a
@@ -123,15 +123,24 @@ def _bound_of(
             for step in range(draws)
         ])  # fmt: skip
         return Bound(values.mean(0), values.std(0) / math.sqrt(draws))
-    if estimator in ("exact", "left_to_right"):
-        if denoiser.uses_time:
-            raise ConfigError("this denoiser uses the time: take estimator='time'")
-        chain = _all_orders if estimator == "exact" else _left_to_right
-        nats = tokens.new_zeros(tokens.shape[0], dtype=torch.float64)
-        for weights, hidden in chain(maskable):
+    if estimator not in ("exact", "left_to_right", "random_order"):
+        raise ConfigError(
+            f"estimator={estimator!r}: expected any_order, time, exact, left_to_right or "
+            "random_order"
+        )
+    if denoiser.uses_time:
+        raise ConfigError("this denoiser uses the time: take estimator='time'")
+    nats = tokens.new_zeros(tokens.shape[0], dtype=torch.float64)
+    if estimator == "random_order":
+        for scored, hidden in _in_turn(_shuffled(maskable, seed, sample)):
+            nats += score(hidden, scored=scored).sum(1)
+    elif estimator == "exact":
+        for weights, hidden in _all_orders(maskable):
             nats += (weights * score(hidden)).sum(1)
-        return Bound(nats, torch.zeros_like(nats))
-    raise ConfigError(f"estimator={estimator!r}: expected any_order, time, exact or left_to_right")
+    else:
+        for scored, hidden in _in_turn(_turns(maskable)):
+            nats += (scored * score(hidden)).sum(1)
+    return Bound(nats, torch.zeros_like(nats))
 
 
 class _Scorer:
@@ -159,17 +168,20 @@ class _Scorer:
             self.columns = slice(start, start + self.length)
             self.inputs = {"cache": self.finished.before(self.tokens, start)}
 
-    def __call__(self, hidden: Tensor, t: Tensor | None = None) -> Tensor:
-        """(B, L) float64 nats, 0 where not hidden."""
+    def __call__(
+        self, hidden: Tensor, t: Tensor | None = None, *, scored: Tensor | None = None
+    ) -> Tensor:
+        """(B, L) float64 nats, 0 where not `scored`, by default all hidden positions."""
         noisy = torch.where(hidden, self.space.mask_id, self.tokens)
+        scored = hidden if scored is None else scored
         nats = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
-        if bool(hidden.any()):
+        if bool(scored.any()):
             inputs: Inputs = {**self.inputs, "t": t if self.denoiser.uses_time else None}
             _, nll = hidden_loss(
                 self.denoiser, noisy[:, self.columns], self.tokens[:, self.columns],
-                hidden[:, self.columns], space=self.space, **inputs,
+                scored[:, self.columns], space=self.space, **inputs,
             )  # fmt: skip
-            nats[hidden] = nll.double()
+            nats[scored] = nll.double()
         return nats
 
 
@@ -202,7 +214,7 @@ def _all_orders(maskable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         raise ConfigError(
             f"{most} maskable positions: the exact bound takes at most {EXACT_POSITIONS}"
         )
-    rank = torch.where(maskable, maskable.cumsum(1) - 1, -1)
+    rank = _turns(maskable)
     for size in range(1, most + 1):
         share = torch.tensor(
             [
@@ -218,8 +230,19 @@ def _all_orders(maskable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             yield (share[:, None] * fits), torch.isin(rank, members) & fits
 
 
-def _left_to_right(maskable: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each maskable position in turn: it and all later ones hidden, only it scored."""
-    rank = torch.where(maskable, maskable.cumsum(1) - 1, -1)
-    for position in range(int(maskable.sum(1).max())):
-        yield (rank == position).double(), rank >= position
+def _turns(maskable: Tensor) -> Tensor:
+    """The number (B, L) of each maskable position among those of its row, -1 elsewhere."""
+    return torch.where(maskable, maskable.cumsum(1) - 1, -1)
+
+
+def _shuffled(maskable: Tensor, seed: int, sample: Tensor) -> Tensor:
+    """The same in a random order of each row, by its stream."""
+    u = philox.uniform(seed, _turns(maskable), sample[:, None], 0, purpose=philox.ORDER)
+    order = u.masked_fill(~maskable, torch.inf).argsort(dim=1, stable=True)
+    return torch.where(maskable, order.argsort(1), -1)
+
+
+def _in_turn(turn: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each number in turn: which position has it, and which have it or a later one."""
+    for number in range(int(turn.max()) + 1):
+        yield turn == number, turn >= number

@@ -23,6 +23,7 @@ from mdiff.pipeline.pipeline import Pipeline as Pipeline
 from mdiff.pipeline.saving import check_finite as check_finite
 from mdiff.pipeline.saving import write_pipeline as write_pipeline
 from mdiff.pipeline.scoring import Progress as Progress
+from mdiff.pipeline.scoring import Rows as Rows
 from mdiff.pipeline.scoring import bound_of_rows as bound_of_rows
 from mdiff.pipeline.scoring import windows as windows
 

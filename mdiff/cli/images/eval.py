@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import mdiff.cli.options as ask
+from mdiff.cli.order import ORDERS, PICTURE_ROWS, ROW_LENGTH, TEXT_ROWS, of_orders, order_table
 from mdiff.cli.rules import OF_SAMPLES, flag
 from mdiff.cli.views.console import message, result
 from mdiff.errors import ConfigError, DataError, nearest
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 CONFIDENCE = 1.96
 
 
-METRICS = ("bound", "frechet", "classifier", "diversity", "nearest", "probe")
+METRICS = ("bound", "order", "frechet", "classifier", "diversity", "nearest", "probe")
+# Those that are of tokens, which a model of any medium has.
+OF_TOKENS = {"bound", "order"}
 CHARACTERS = 20_000
 PICTURES = 1_000
 TEXT_SAMPLES, PICTURE_SAMPLES = 4, 100
@@ -31,7 +34,7 @@ TEXT_SAMPLES, PICTURE_SAMPLES = 4, 100
 class Wanted:
     """What to measure, on which data; what is None is by the kind of the model."""
 
-    metrics: Annotated[str, f"Of {','.join(METRICS)}; bound alone for text."] = "bound"
+    metrics: Annotated[str, f"Of {','.join(METRICS)}; bound and order for text."] = "bound"
     split: Annotated[
         str | None,
         "all, train, validation or holdout.  [default: text all, pictures holdout]",
@@ -51,8 +54,16 @@ class Wanted:
     hub_split: Annotated[str, "Split of a data set of the Hub."] = "train"
     captions: Annotated[str, "Of pictures: none, data, or unicode (names of files)."] = "none"
     draws: Annotated[int, "Draws of the bound for each window."] = 64
-    estimator: Annotated[str | None, "any_order, time, exact or left_to_right."] = None
-    window: Annotated[int | None, "Tokens of a window."] = None
+    estimator: Annotated[str | None, "any_order, time, exact, left_to_right or random_order."] = (
+        None
+    )
+    window: Annotated[int | None, f"Tokens of a window; of order at most {ROW_LENGTH}."] = None
+    orders: Annotated[int, "Random orders of metric order, each a call a token."] = ORDERS
+    order_rows: Annotated[
+        int | None,
+        "Windows or pictures of metric order, evenly spaced; 0 takes all.  "
+        f"[default: {TEXT_ROWS}, of pictures {PICTURE_ROWS}]",
+    ] = None
     samples: Annotated[
         int | None,
         "Samples to evaluate; 0 for none.  "
@@ -75,6 +86,7 @@ class Wanted:
     def check(self) -> None:
         """Raise ConfigError for a number below its least, an unknown metric or sampler option."""
         least = {"limit": 0, "samples": 0, "batch_size": 1, "draws": 2, "window": 1}
+        least |= {"orders": 2, "order_rows": 0}
         for name, most in least.items():
             value = vars(self)[name]
             if value is not None and value < most:
@@ -123,15 +135,17 @@ def evaluate_pictures(
     classifier, split = _checked(wanted), wanted.split or "holdout"
     limit = PICTURES if wanted.limit is None else wanted.limit
     if any(holds_shards(path) for path in source.paths):
-        if wanted.asked != ("bound",):
-            raise DataError("tokens have no pixels: only metric bound can be had of them")
-        rows = modality.examples(source, split=split)
-        return {"bounds": _bounds(pipeline, rows, wanted)}
+        if not OF_TOKENS.issuperset(wanted.asked):
+            raise DataError(
+                "tokens have no pixels: only metric bound can be had of them, and order"
+            )
+        return _of_tokens(pipeline, modality.examples(source, split=split), wanted)
     read = read_pictures(source, channels=modality.codec.channels, size=modality.size)
-    if read.labels is None and modality.label != "none" and "bound" in wanted.asked:
+    of_tokens = [name for name in wanted.asked if name in OF_TOKENS]
+    if read.labels is None and modality.label != "none" and of_tokens:
         raise DataError(
-            "metric bound: the pictures have no labels, which this model is given: name them by "
-            "folders, metadata.jsonl or y, or ask for --metrics nearest"
+            f"metric {of_tokens[0]}: the pictures have no labels, which this model is given: name "
+            "them by folders, metadata.jsonl or y, or ask for --metrics nearest"
         )
     if cut.digest is not None and split != "all":
         cut.compare(digest_of(read.split("train", **cut.shares)))
@@ -139,10 +153,11 @@ def evaluate_pictures(
     test = everything.split(split, **cut.shares)
     few = by.spread(test, limit)
     report: dict[str, object] = {"pictures": len(few)}
+    if of_tokens:
+        report |= _of_tokens(pipeline, modality.examples(few, split="all"), wanted)
     if "bound" in wanted.asked:
-        report["bounds"] = _bounds(pipeline, modality.examples(few, split="all"), wanted)
         report |= _codec_figures(modality, few)
-    if wanted.asked == ("bound",):
+    if OF_TOKENS.issuperset(wanted.asked):
         return report
     # Metrics of samples and probes compare with the training split.
     train = everything.split("train", **cut.shares)
@@ -180,14 +195,23 @@ def _checked(wanted: Wanted) -> Classifier | None:
     return classifier
 
 
-def _bounds(pipeline: Pipeline, rows: PictureRows, wanted: Wanted) -> list[dict[str, object]]:
+def _of_tokens(pipeline: Pipeline, rows: PictureRows, wanted: Wanted) -> dict[str, object]:
+    """The metrics of rows of tokens that are asked for."""
     from mdiff.evaluation import conditional_bounds
 
-    return conditional_bounds(
-        pipeline, rows, estimator=wanted.estimator, draws=wanted.draws, seed=wanted.seed,
-        batch_size=wanted.batch_size,
-        progress=lambda done, of: message(f"{done} of {of} pictures"),
-    )  # fmt: skip
+    found: dict[str, object] = {}
+    if "bound" in wanted.asked:
+        found["bounds"] = conditional_bounds(
+            pipeline, rows, estimator=wanted.estimator, draws=wanted.draws, seed=wanted.seed,
+            batch_size=wanted.batch_size,
+            progress=lambda done, of: message(f"{done} of {of} pictures"),
+        )  # fmt: skip
+    if "order" in wanted.asked:
+        found["order"] = of_orders(
+            pipeline, rows, orders=wanted.orders, seed=wanted.seed, batch_size=wanted.batch_size,
+            limit=PICTURE_ROWS if wanted.order_rows is None else wanted.order_rows,
+        )  # fmt: skip
+    return found
 
 
 def _codec_figures(modality: ImageModality, pictures: Pictures) -> dict[str, object]:
@@ -220,6 +244,7 @@ def table(report: dict[str, Any]) -> None:
             f"upper bounds (95 %) by {bound['estimator']}, {bound['draws']} draws, "
             f"{bound['pictures']} pictures"
         )
+    order_table(report)
     if "codec" in report:
         result(f"the codec's PSNR: {report['codec']['psnr']:.2f} dB")
     if "probe" in report:
