@@ -15,6 +15,7 @@ from mdiff.denoiser import (
     FinishedBlocks,
     block_length_of,
     finished_blocks,
+    seeds_blocks,
 )
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
@@ -40,6 +41,7 @@ def blocks(
     given: Tensor | None = None,
     inner: Callable[..., Iterator[State]] = first_hitting,
     block_length: int = 32,
+    sub_block_length: int | None = None,
     steps: int | None = None,
     context: int | None = None,
     stop: int | None = None,
@@ -52,45 +54,46 @@ def blocks(
     the other `options`, is handed to `inner`. By default the denoiser is given the whole canvas,
     later blocks hidden; with `context=n` the n valid positions that end with the block, so that a
     canvas may be longer than the training window. `stop` is the id that ends a sample: after the
-    block that draws it, the row's later hidden positions take that id without a call.
+    block that draws it, the row's later hidden positions take that id without a call. With a
+    `sub_block_length`, which divides `block_length`, a block is filled by such runs, the first ones
+    first, and `steps` counts in each (Wu et al. 2025, Fast-dLLM v2).
 
     With a block model of the same block_length the blocks are the model's own, counted from
     the first position of the row. Where it can keep finished blocks (`HasCache`), no row has
     padding, and there is neither a condition nor a context, each step runs on its block alone:
     same logits, same calls. A finished block costs one pass more, over its own positions, which is
-    not counted as a call; what is given before the first hidden block shares one such pass.
+    not counted as a call; what is given before the first hidden block shares one such pass. Where a
+    block's first token is from the block before (`SeedsBlocks`), that one is drawn first. A block
+    after the first, and each later part, has a seed of its own, derived from the sample's.
 
-    A block after the first has a seed of its own, derived from the sample's.
-
-    Raises ConfigError for block_length < 1, a context shorter than a block, a stop id that the
-    space does not have, or steps that `inner` does not take.
+    Raises ConfigError for lengths that do not fit, a stop id that the space does not have, or
+    steps that `inner` does not take.
     """
-    if steps is not None:
-        options["steps"] = steps
-    _check(space, inner, options, block_length=block_length, context=context, stop=stop)
+    options |= {} if steps is None else {"steps": steps}
+    lengths = (block_length, block_length if sub_block_length is None else sub_block_length)
+    _check(space, inner, options, lengths=lengths, context=context, stop=stop)
     space.check(canvas, valid)
     aligned = block_length_of(denoiser) == block_length
     free = free_positions(canvas, given, valid, mask_id=space.mask_id)
     run = _Run(canvas, valid, free, space.mask_id, block_length, aligned=aligned)
-    kept = None
     if aligned and context is None:
-        kept = finished_blocks(denoiser, valid=valid, cond=cond)
+        run.kept = finished_blocks(denoiser, valid=valid, cond=cond)
     seeds, samples = streams(seed, len(canvas), canvas.device)
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    seeded = aligned and seeds_blocks(denoiser)
     for number in run.numbers():
-        columns = run.columns(number)
-        window = BlockWindow(
-            denoiser, run.canvas, columns, attended=run.attended(number, context),
-            writable=run.writable, schedule=schedule, mask_id=space.mask_id,
-        )  # fmt: skip
-        states = inner(
-            window if kept is None else run.alone(window, number, kept),
-            run.canvas.gather(1, columns), space=space.checked(), schedule=schedule,
-            seed=philox.derive(seeds, samples, number) if number else seed,
-            valid=(run.block == number).gather(1, columns), cond=cond,
-            given=None if given is None else ~run.writable.gather(1, columns),
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, **options,
-        )  # fmt: skip
-        yield from run.fill(states, columns)
+        for part, own in enumerate(run.parts(number, lengths[1], seeded=seeded)):
+            alone = seeded and part == 0
+            columns = run.columns(number)[:, : 1 if alone else None]
+            states = (first_hitting if alone else inner)(
+                run.window(denoiser, number, columns, schedule, context),
+                run.canvas.gather(1, columns), space=space.checked(), schedule=schedule,
+                seed=philox.derive(seeds, samples, number, part) if number or part else seed,
+                valid=own.gather(1, columns), cond=cond,
+                given=None if given is None else ~run.writable.gather(1, columns),
+                **(settings if alone else settings | options),
+            )  # fmt: skip
+            yield from run.fill(states, columns)
         if stop is not None:
             run.end(number, stop)
     if run.filled_up:
@@ -99,10 +102,15 @@ def blocks(
 
 def _check(
     space: TokenSpace, inner: Callable[..., Iterator[State]], options: dict[str, object], *,
-    block_length: int, context: int | None, stop: int | None,
+    lengths: tuple[int, int], context: int | None, stop: int | None,
 ) -> None:  # fmt: skip
+    block_length, sub_block_length = lengths
     if block_length < 1:
         raise ConfigError(f"block_length={block_length}: need at least 1")
+    if sub_block_length < 1 or block_length % sub_block_length:
+        raise ConfigError(
+            f"sub_block_length={sub_block_length}: expected a divisor of {block_length}"
+        )
     if context is not None and context < block_length:
         raise ConfigError(f"context={context}: need at least block_length={block_length}")
     if stop is not None and not 0 <= stop < space.vocab_size:
@@ -140,6 +148,7 @@ class _Run:
         self.calls = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
         self.rounds, self.exact = self.calls, True
         self.states, self.filled_up = 0, False
+        self.kept: FinishedBlocks | None = None
 
     def numbers(self) -> range:
         """The blocks from the first in which any row has a position to write."""
@@ -147,23 +156,44 @@ class _Run:
         first = int(wanted.min()) if wanted.numel() else 0
         return range(first, int(self.block.max()) + 1)
 
+    def parts(self, number: int, length: int, *, seeded: bool) -> Iterator[Tensor]:
+        """The positions (B, L) bool of a block that are filled together, one set after the other.
+
+        They are `length` each; where blocks are `seeded`, the block's first is one before them.
+        """
+        own, end = self.block == number, min(self.length, self.canvas.shape[1])
+        offset = own.cumsum(1) - 1
+        if seeded:
+            yield own & (offset == 0)
+        for start in range(0, end, length):
+            yield own & (offset // length == start // length)
+
     def columns(self, number: int) -> Tensor:
         """The positions of a block, (B, W) int64, those of other blocks behind its own."""
         width = min(self.length, self.canvas.shape[1])
         return (self.block != number).long().argsort(dim=1, stable=True)[:, :width]
 
-    def attended(self, number: int, context: int | None) -> Tensor:
-        """The `context` valid positions of each row that end with its block, (B, L) bool."""
-        if context is None:
-            return self.valid
-        end = torch.where(self.block == number, self.rank, -1).amax(1, keepdim=True)
-        return self.valid & (self.rank <= end) & (self.rank > end - context)
+    def window(
+        self, denoiser: Denoiser, number: int, columns: Tensor, schedule: Schedule,
+        context: int | None,
+    ) -> BlockWindow | CachedBlock:  # fmt: skip
+        """The denoiser of columns of a block, which is given `context` positions, None for all.
 
-    def alone(self, window: BlockWindow, number: int, kept: FinishedBlocks) -> CachedBlock:
-        """The window of a block whose calls run on it alone."""
+        With finished blocks `kept`, its calls run on the block alone.
+        """
+        attended = self.valid
+        if context is not None:
+            end = torch.where(self.block == number, self.rank, -1).amax(1, keepdim=True)
+            attended = attended & (self.rank <= end) & (self.rank > end - context)
+        window = BlockWindow(
+            denoiser, self.canvas, columns, attended=attended, writable=self.writable,
+            schedule=schedule, mask_id=self.mask_id,
+        )  # fmt: skip
+        if self.kept is None:
+            return window
         start = number * self.length
-        before = partial(kept.before, self.canvas, start)
-        return CachedBlock(window, before, min(self.length, self.canvas.shape[1] - start))
+        width = min(columns.shape[1], self.canvas.shape[1] - start)
+        return CachedBlock(window, partial(self.kept.before, self.canvas, start), width)
 
     def fill(self, states: Iterator[State], columns: Tensor) -> Iterator[State]:
         """The states of a block as states of the whole canvas, which is filled by the last."""

@@ -11,6 +11,7 @@ from mdiff.denoiser.calls import flat_positions as flat_positions
 from mdiff.denoiser.calls import has_own_head as has_own_head
 from mdiff.denoiser.calls import of_peft as of_peft
 from mdiff.denoiser.calls import row_request as row_request
+from mdiff.denoiser.calls import seeds_blocks as seeds_blocks
 from mdiff.denoiser.calls import unwrapped as unwrapped
 from mdiff.denoiser.condition_names import MICRO as MICRO
 from mdiff.denoiser.condition_names import POOLED as POOLED
@@ -33,4 +34,5 @@ from mdiff.denoiser.protocol import HasRowCost as HasRowCost
 from mdiff.denoiser.protocol import RowBound as RowBound
 from mdiff.denoiser.protocol import Rows as Rows
 from mdiff.denoiser.protocol import Saveable as Saveable
+from mdiff.denoiser.protocol import SeedsBlocks as SeedsBlocks
 from mdiff.denoiser.protocol import from_logits as from_logits

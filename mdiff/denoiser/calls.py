@@ -16,6 +16,7 @@ from mdiff.denoiser.protocol import (
     HasHead,
     HasRowCost,
     Rows,
+    SeedsBlocks,
 )
 from mdiff.errors import ConfigError
 from mdiff.kernels.loss_heads import hooked
@@ -107,6 +108,11 @@ def fixed_evaluations(denoiser: Denoiser) -> int:
 def block_length_of(denoiser: Denoiser) -> int | None:
     """The length of a block model's blocks; None for another denoiser."""
     return denoiser.block_length if isinstance(denoiser, BlockModel) else None
+
+
+def seeds_blocks(denoiser: Denoiser) -> bool:
+    """Whether a block's first token is taken from the block before; see `SeedsBlocks`."""
+    return isinstance(denoiser, SeedsBlocks) and denoiser.block_seed
 
 
 def check_rows(tokens: Tensor, rows: int) -> None:

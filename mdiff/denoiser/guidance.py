@@ -7,7 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mdiff.denoiser.calls import block_length_of, evaluations, fixed_evaluations, row_request
+from mdiff.denoiser.calls import (
+    block_length_of,
+    evaluations,
+    fixed_evaluations,
+    row_request,
+    seeds_blocks,
+)
 from mdiff.denoiser.protocol import Cache, Condition, Denoiser, RowBound, Rows
 from mdiff.errors import ConfigError, nearest
 from mdiff.kernels.reference import guided_logits
@@ -74,6 +80,11 @@ class Guided:
     def block_length(self) -> int | None:
         """The blocks of the guided model, None where it has none."""
         return block_length_of(self.denoiser)
+
+    @property
+    def block_seed(self) -> bool:
+        """Whether the guided model takes a block's first token from the block before."""
+        return seeds_blocks(self.denoiser)
 
     @property
     def evaluations(self) -> int:

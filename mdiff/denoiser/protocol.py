@@ -80,6 +80,17 @@ class BlockModel(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
+class SeedsBlocks(Protocol, metaclass=_Capability):
+    """A block model; where `block_seed`, a block's first token is to be written before the others.
+
+    Its row is then of the block before, so that it may be asked for alone.
+    """
+
+    @property
+    def block_seed(self) -> bool: ...
+
+
+@runtime_checkable
 class HasCache(Protocol, metaclass=_Capability):
     """A block model that keeps the keys and values of finished blocks."""
 

@@ -130,6 +130,7 @@ class SamplingOptions(TypedDict, total=False):
     threshold: float | None
     inner: str | Sampler
     block_length: int
+    sub_block_length: int | None
     context: int | None
     stop: int | None
     rule: str
