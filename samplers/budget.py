@@ -53,24 +53,24 @@ def budget(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
     spent = torch.zeros(canvas.shape, dtype=torch.float64, device=canvas.device)[:, 0]
-    whole = fill.start[:, None].clamp(min=1)
-    step = 0
+    unknown = torch.full(canvas.shape, torch.inf, dtype=torch.float64, device=canvas.device)
+    rank = torch.arange(1, canvas.shape[1] + 1, device=canvas.device)
+    whole, left, step = fill.start[:, None].clamp(min=1), fill.start, 0
     while any(fill.left):
         hidden, t = fill.hidden, fill.time_left(schedule)
         drawn = fill.ask(hidden, step, t, number=fill.left)
         entropy = drawn.entropy.double()
-        table = torch.full_like(spent[:, None] + hidden, torch.inf).masked_scatter(hidden, entropy)
+        table = unknown.masked_scatter(hidden, entropy)
         ascending = table.sort(dim=1, stable=True).values.nan_to_num(posinf=0.0)
         cost = ascending.cumsum(1) - ascending
-        rank = torch.arange(1, canvas.shape[1] + 1, device=canvas.device)
         if nats_per_call is None:
-            done = (fill.start - hidden.sum(1))[:, None] + rank
+            done = (fill.start - left)[:, None] + rank
             fits = spent[:, None] + cost <= total * done / whole
         else:
             fits = cost <= nats_per_call
         # Costs only grow; what may be spent grows too, so the last that fits is the most.
-        inside = rank <= hidden.sum(1, keepdim=True)
-        most = torch.where(fits & inside, rank, 1).amax(1).minimum(hidden.sum(1))
+        most = torch.where(fits & (rank <= left[:, None]), rank, 1).amax(1).minimum(left)
         spent = spent + cost.gather(1, (most - 1).clamp(min=0)[:, None])[:, 0]
+        left = left - most
         yield fill.reveal_surest(hidden, drawn, -entropy, t, count=most, number=most.tolist())
         step += 1

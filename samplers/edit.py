@@ -53,26 +53,34 @@ def edit(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
-    open_rows = fill.free.any(1)
-    after = torch.zeros_like(fill.start)
-    step = 0
-    while bool(open_rows.any()):
-        at, t, hidden = fill.free & open_rows[:, None], fill.time_left(schedule), fill.hidden
-        drawn = fill.ask(at, step, t, number=at.sum(1).tolist())
+    at, least_of = fill.free, torch.full_like(fill.start, least)
+    every: list[int] = at.sum(1).tolist()
+    # A finished sample has calls only where some are permitted after the last mask.
+    number = [n if left or rounds_after else 0 for n, left in zip(every, fill.left)]
+    after, step = [0] * len(number), 0
+    while any(number):
+        if number != every:
+            is_open = torch.tensor([n > 0 for n in number], device="cpu").to(canvas.device)
+            at = fill.free & is_open[:, None]
+        t, hidden, left = fill.time_left(schedule), fill.hidden, fill.left
+        drawn = fill.ask(at, step, t, number=number)
         p = drawn.log_prob.exp()
-        above = [torch.zeros_like(at).masked_scatter(at, p > each) for each in
-                 (threshold, edit_threshold)]  # fmt: skip
+        table = torch.zeros_like(hidden, dtype=p.dtype).masked_scatter(at, p)
+        is_shown = ~hidden
         # Where enough are above the threshold the best are among them.
-        best = surest(
-            at & hidden, p[hidden.flatten().index_select(0, fill.positions)],
-            count_B=torch.full_like(after, least),
-        )  # fmt: skip
-        written = best | (above[0] & hidden)
-        edited = above[1] & ~hidden & (fill.tokens.masked_scatter(at, drawn.tokens) != fill.tokens)
-        was_full = ~hidden.any(1)
-        yield fill.revise(at, drawn, fill.time_left(schedule), write=written | edited)
-        after = after + was_full
-        full = ~fill.hidden.any(1)
-        stable = was_full & ~edited.any(1)
-        open_rows = open_rows & ~stable & ~(full & (after >= rounds_after))
+        of_hidden = p.masked_fill(is_shown.flatten().index_select(0, fill.positions), -torch.inf)
+        best = surest(at, of_hidden, count_B=least_of)
+        written = hidden & at & (best | (table > threshold))
+        differs = fill.tokens.masked_scatter(at, drawn.tokens) != fill.tokens
+        edited = is_shown & (table > edit_threshold) & differs
+        new, changed = torch.stack([written.sum(1), edited.sum(1)]).tolist()
+        yield fill.revise(
+            at, drawn, t, write=written | edited, left=[n - w for n, w in zip(left, new)]
+        )
+        after = [n + (hides == 0) for n, hides in zip(after, left)]
+        ends = [
+            n == 0 and ((hid == 0 and not changes) or calls >= rounds_after)
+            for n, hid, changes, calls in zip(fill.left, left, changed, after)
+        ]
+        number = [0 if end else n for n, end in zip(number, ends)]
         step += 1

@@ -76,4 +76,4 @@ def gibbs(
         at = (order == chosen[:, None]) & (moves > step)[:, None]
         number = [int(step < n) for n in total]
         drawn = fill.ask(at, step, t, number=number, leave_out=True)
-        yield fill.revise(at, drawn, t, write=at)
+        yield fill.revise(at, drawn, t, write=at, left=fill.left)

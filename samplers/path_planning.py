@@ -57,6 +57,11 @@ def path_planning(
     )  # fmt: skip
     count = fill.free.sum(1)
     number: list[int] = count.tolist()
+    # How many positions of each sample are hidden after each step, (B, steps).
+    remaining = torch.arange(steps, device=canvas.device).flip(0).double()
+    share = (1 - kept) * remaining / steps
+    hides = (count[:, None].double() * share + ROUNDING).floor().long()
+    left = hides.tolist()
     for step in range(steps if any(number) else 0):
         t, hidden = fill.time_left(schedule), fill.hidden
         drawn, standing = fill.ask_beside(fill.free, step, t, number=number)
@@ -64,11 +69,8 @@ def path_planning(
         if score == "standing":
             is_hidden = hidden.flatten().index_select(0, fill.positions)
             value = torch.where(is_hidden, value, standing.to(value.dtype))
-        left = (1 - kept) * (steps - 1 - step) / steps
-        best = surest(
-            fill.free, value, count_B=count - (count.double() * left + ROUNDING).floor().long()
-        )
+        best = surest(fill.free, value, count_B=count - hides[:, step])
         yield fill.revise(
-            fill.free, drawn, fill.time_left(schedule), write=hidden & best,
-            hide=fill.free & ~hidden & ~best,
+            fill.free, drawn, t, write=hidden & best, hide=fill.free & ~(hidden | best),
+            left=[row[step] for row in left],
         )  # fmt: skip

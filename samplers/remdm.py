@@ -70,11 +70,11 @@ def remdm(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
-    writing = LastWriting(canvas)
+    writing = LastWriting(canvas) if rule == "conf" else None
 
     def sigma(m_t: float, m_s: float) -> float | Tensor:
         most = largest_sigma(m_t, m_s)
-        if rule == "conf":
+        if writing is not None:
             written = fill.free & ~fill.hidden
             p = writing.log_prob.double().exp().neg().masked_fill(~written, -torch.inf)
             return most * p.softmax(1).nan_to_num(0.0)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypedDict, Unpack
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from mdiff.errors import ConfigError
 from mdiff.kernels.draw_triton import draw_triton
-from mdiff.kernels.reference import Draw, guided_logits, permitted_columns
+from mdiff.kernels.reference import Draw, guided_logits
 from mdiff.ops.backend import BACKENDS, backend_name
 
 # Logits that exist at once in `of_features`: 16 MB of float32 on a CPU, 512 MB elsewhere.
@@ -138,26 +139,39 @@ class BoundDraw:
             other = other if head is None or other is None else head(other)
             drawn.append(self(logits, unconditional=other, **own))
             if standing is not None:
-                scores.append(self.log_prob(logits, standing[part], unconditional=other, **own))
+                scores.append(
+                    self.log_prob(logits, standing[part], drawn[-1], unconditional=other, **own)
+                )
         whole = drawn[0] if len(drawn) == 1 else Draw(*map(torch.cat, zip(*drawn)))
         return whole, torch.cat(scores) if scores else whole.log_prob
 
     def log_prob(
-        self, logits: Tensor, tokens: Tensor, *, unconditional: Tensor | None = None,
+        self, logits: Tensor, tokens: Tensor, drawn: Draw, *, unconditional: Tensor | None = None,
         scale: Tensor | None = None, span: Tensor | None = None, **_: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """The log-probability (N,) float32 of ids (N,), by the law that `log_prob` of a draw has.
+        """The log-probability (N,) of ids (N,), from that of the ids `drawn` of the same logits.
 
-        Always of the logits at temperature 1 before the filters; -inf for a forbidden id, and
-        without a meaning for one that has no column. In float64 for logits of that type.
+        log p(a) = log p(b) + (logit a - logit b), so that no row is read again: of measure="model",
+        -inf for a forbidden id, and without a meaning for one that has no column.
         """
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        column = tokens.clamp(max=self.vocab_size - 1)
+        pair = torch.stack([column, drawn.tokens], 1)
+        both = logits.gather(1, pair).to(drawn.log_prob.dtype)
         if unconditional is not None and scale is not None:
-            logits = guided_logits(logits, unconditional.to(logits.dtype), scale)
-        allowed = permitted_columns(logits, self.forbidden, span)
-        logits = logits.masked_fill(~allowed, -torch.inf)
-        column = tokens.clamp(max=logits.shape[1] - 1)
-        return logits.log_softmax(1).gather(1, column[:, None])[:, 0]
+            both = guided_logits(both, unconditional.gather(1, pair).to(both.dtype), scale)
+        log_prob = drawn.log_prob + (both[:, 0] - both[:, 1])
+        if self.forbidden:
+            banned = torch.isin(column, _ids(self.forbidden, column.device))
+            log_prob = log_prob.masked_fill(banned, -torch.inf)
+        if span is not None:
+            outside = (column < span[:, 0]) | (column >= span[:, 1])
+            log_prob = log_prob.masked_fill(outside, -torch.inf)
+        return log_prob
+
+
+@lru_cache(maxsize=16)
+def _ids(forbidden: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(forbidden, dtype=torch.int64, device=device)
 
 
 def bind_draw(

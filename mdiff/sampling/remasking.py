@@ -1,6 +1,7 @@
 """A masking process that hides written tokens again, on a grid (Wang et al. 2025, ReMDM)."""
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -73,11 +74,15 @@ def remask(
     `writing` is kept up to date, for a sigma that reads it.
     """
     shares, rows = m.tolist(), len(fill.tokens)
+
+    @lru_cache(maxsize=2)
+    def time(step: int) -> Tensor:
+        return schedule.time_at(m[step]).expand(rows)
+
     if start is not None:
         hide = fill.free & ~fill.hidden & (fill.uniform(philox.CORRUPT) < m[0])
         if bool(hide.any()):
-            yield fill.revise(fill.nothing, None, _times(schedule, m[0], rows), write=fill.nothing,
-                              hide=hide)  # fmt: skip
+            yield fill.revise(fill.nothing, None, time(0), write=fill.nothing, hide=hide)
     waits = _Waits(fill)
     for step in range(1, len(shares)):
         m_t, m_s = shares[step - 1], shares[step]
@@ -90,20 +95,16 @@ def remask(
             continue
         drawn = None
         if any(number):
-            drawn = fill.ask(at, step, _times(schedule, m[step - 1], rows), number=number)
+            drawn = fill.ask(at, step, time(step - 1), number=number)
         waits.restart(due, step)
         if any(again):
-            t = _times(schedule, m[step], rows)
-            state = fill.revise(at, drawn, t, write=at, hide=hide)
+            left = [n + more - fewer for n, more, fewer in zip(fill.left, again, number)]
+            state = fill.revise(at, drawn, time(step), write=at, hide=hide, left=left)
         elif drawn is not None:
-            state = fill.reveal(at, drawn, _times(schedule, m[step], rows), number=number)
+            state = fill.reveal(at, drawn, time(step), number=number)
         if writing is not None:
             writing.add(state)
         yield state
-
-
-def _times(schedule: Schedule, m: Tensor, rows: int) -> Tensor:
-    return schedule.time_at(m).expand(rows)
 
 
 class _Waits:
@@ -117,9 +118,7 @@ class _Waits:
 
     def over(self, hidden: Tensor, stays: float | Tensor, sigma: float | Tensor) -> Tensor:
         """Whose wait (B, L) bool ends in this step."""
-        stays = torch.as_tensor(stays, dtype=torch.float64, device=self.u.device)
-        shown = 1 - torch.as_tensor(sigma, dtype=torch.float64, device=self.u.device)
-        self.lasts = self.lasts * torch.where(hidden, stays, shown)
+        self.lasts = torch.where(hidden, self.lasts * stays, self.lasts * (1 - sigma))
         return self.lasts <= self.u
 
     def restart(self, at: Tensor, step: int) -> None:

@@ -92,6 +92,7 @@ class Unmasking:
         self.free = free_positions(canvas, given, valid, mask_id=space.mask_id)
         self.hidden = self.free & (canvas == space.mask_id)
         self.start = self.hidden.sum(1)
+        self.whole = self.free.sum(1).clamp(min=1)
         # Hidden positions of each sample, kept on the host so that no step has to ask the device.
         self.left: list[int] = self.start.tolist()
         self.rank = ranks(canvas, valid)
@@ -140,7 +141,7 @@ class Unmasking:
 
     def time_left(self, schedule: Schedule) -> Tensor:
         """The time (B,) at which the share of positions now hidden would be expected."""
-        return schedule.time_at(self.hidden.sum(1).double() / self.free.sum(1).clamp(min=1))
+        return schedule.time_at(self.hidden.sum(1).double() / self.whole)
 
     def ask(
         self, at: Tensor, step: int, t: Tensor, *, number: Sequence[int], idle: bool = False,
@@ -257,25 +258,26 @@ class Unmasking:
 
     def revise(
         self, requested: Tensor, drawn: Draw | None, t: Tensor, *, write: Tensor,
-        hide: Tensor | None = None,
+        hide: Tensor | None = None, left: Sequence[int] | None = None,
     ) -> State:  # fmt: skip
         """Write those of the draws at `requested` that are in `write`, hide the tokens of `hide`.
 
         All (B, L) bool; `hide` are written tokens, not in `write`, and neither holds a given one.
-        Without a draw nothing is written. The number hidden now is asked of the device.
+        Without a draw nothing is written. `left` is what each sample hides afterwards; where it is
+        not known it is asked of the device.
         """
         self.log_prob_is_exact = False
         if drawn is None:
             revealed = Revealed(self.tokens, self.nothing, self.blank, self.blank)
         else:
             revealed = written(self.tokens, requested, drawn, write, blank_BL=self.blank)
-        rewritten = write & (self.tokens != self.mask_id) & (revealed.tokens != self.tokens)
+        rewritten = (write > self.hidden) & (revealed.tokens != self.tokens)
         if hide is not None:
             tokens = torch.where(hide, self.mask_id, revealed.tokens)
             revealed = revealed._replace(tokens=tokens)
         state = self._state(revealed, requested, drawn, t, (), rewritten, hide)
         self.hidden = self.hidden if hide is None else self.hidden | hide
-        self.left = self.hidden.sum(1).tolist()
+        self.left = self.hidden.sum(1).tolist() if left is None else list(left)
         return state
 
     def _state(
@@ -289,7 +291,8 @@ class Unmasking:
         self.states += 1
         margin = self.blank
         if drawn is not None:
-            margin = torch.zeros_like(revealed.log_prob).masked_scatter(requested, drawn.margin)
+            blank = self.blank.to(revealed.log_prob.dtype)
+            margin = blank.masked_scatter(requested, drawn.margin)
         if requested is not revealed.at:
             margin = torch.where(revealed.at, margin, 0)
         return State(
