@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,27 +17,37 @@ from mdiff.cli.views.streams import unread
 from mdiff.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from mdiff.evaluation.bench import Law, Row, Size
+    from mdiff.evaluation.bench import Law, Row, SamplerRow, Size
 
 NAMES = ("draw", "loss", "generation", "overhead")
 # Columns of what is measured, and of running text.
 WIDTH, LINE = 86, 100
+COLUMNS = f"{'sampler':<46} {'on':<20} {'calls':>7} {'rounds':>7} {'again':>7}  law    figures"
 
 
 def bench(
     only: Annotated[str | None, f"Of {','.join(NAMES)}; several with commas."] = None,
     quick: Annotated[bool, "Under 20 s, on cases too small for the targets."] = False,
     full: Annotated[bool, "Every step of the generations: half an hour."] = False,
+    samplers: Annotated[
+        bool, "Quality against calls of every sampler instead, on a toy and the shipped models."
+    ] = False,
     as_json: OneObject = False,
     out: Annotated[Path | None, "A JSON file to write as well."] = None,
 ) -> None:
     """Time the hot loops against public samplers and losses, on one thread."""
     sections = chosen(only)
     size = sized(quick=quick, full=full)
+    if samplers and (full or only is not None):
+        raise ConfigError("--samplers measures other things: give it without --only and --full")
     writable(out)
     report: dict[str, Any] = {"quick": quick, "full": full, "sections": sections}
     try:
-        measure(report, sections, size, show=not as_json, keep=out is not None)
+        if samplers:
+            report["sections"] = ["samplers"]
+            compare_samplers(report, show=not as_json, keep=out is not None)
+        else:
+            measure(report, sections, size, show=not as_json, keep=out is not None)
     finally:
         # Also of a run that was interrupted: what was measured so far.
         if as_json:
@@ -98,6 +109,43 @@ def measure(
     report["seconds"] = round(time.perf_counter() - begun, 1)
     if show:
         result(f"{report['seconds']} s")
+
+
+def compare_samplers(report: dict[str, Any], *, show: bool, keep: bool) -> None:
+    """Fill the report with a row for each setting of each sampler, and print it as `measure`."""
+    from mdiff.evaluation.bench import Amount, machine, one_thread, sampler_rows, toy_floor
+
+    begun = time.perf_counter()
+    amount = Amount.quick() if report["quick"] else Amount()
+    floor = toy_floor(amount.toy)
+    report.update(
+        machine=machine(), amount=asdict(amount), tv_of_the_joint=floor, interrupted=True, rows=[]
+    )
+    if show:
+        result(f"tv: total variation from a toy's joint; samples of it have {floor:.4f}")
+        result(COLUMNS)
+    with one_thread():
+        for row in sampler_rows(amount, message):
+            report["rows"].append(row.as_json())
+            if unread() and not keep:
+                raise typer.Exit
+            if show:
+                result(sampler_line(row))
+    report["interrupted"] = False
+    report["seconds"] = round(time.perf_counter() - begun, 1)
+    if show:
+        result(f"{report['seconds']} s")
+
+
+def sampler_line(row: SamplerRow) -> str:
+    """One row: the sampler with its options, its cost, its law and its figures."""
+    options = ", ".join(f"{name}={value}" for name, value in row.options.items())
+    name = f"{row.sampler}({options})"
+    if row.calls is None:
+        return f"{name:<46} {row.where:<20} {row.note}"
+    cost = f"{row.calls:7.1f} {row.rounds:7.1f} {row.taken_back:7.1f}"
+    figures = (f"{key} {value:.4f} +- {error:.4f}" for key, (value, error) in row.figures.items())
+    return f"{name:<46} {row.where:<20} {cost}  {row.law:<5}  {', '.join(figures)}"
 
 
 def heading(report: dict[str, Any]) -> None:
