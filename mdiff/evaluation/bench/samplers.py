@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from statistics import mean, stdev
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -82,11 +82,11 @@ class SamplerRow:
         return asdict(self)
 
 
-def settings_of(name: str, hidden: int | None = None) -> list[dict[str, object]]:
+def settings_of(name: str, hidden: int | None = None) -> list[dict[str, Any]]:
     """The options to measure a sampler with: on the toy, or on `hidden` positions of a model."""
     bound = bind(name, {})
     taken = next((option for option in OPTIONS if bound.takes(option)), None)
-    found: list[dict[str, object]] = [{}]
+    found: list[dict[str, Any]] = [{}]
     if taken is not None:
         values, of_hidden = OPTIONS[taken]
         if hidden is not None:
