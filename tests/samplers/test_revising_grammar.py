@@ -75,7 +75,7 @@ def test_revising_makes_words_with_errors_valid_far_above_chance(name, corrupted
     right = int(valid(after).sum())
     # A word drawn uniformly from all strings is valid with this probability.
     assert stats.binom.sf(right - 1, WORDS, len(DYCK) / len(STRINGS)) < FALSE_ALARM
-    # Hardly by writing all of it anew: most tokens stay.
+    # Most tokens stay: the words are mended, not replaced.
     assert float((after == corrupted).double().mean()) > 0.5
 
 
