@@ -1,9 +1,10 @@
 """A step of a block model on its block alone, against one on the whole canvas.
 
     python benchmarks/block_cache.py [--length 512] [--block 32] [--layers 12] [--repeats 5]
+    python benchmarks/block_cache.py --family sdar --block 4
 
-The model has the layout of LLaDA2 with random weights; by default its layers are dense, with
---experts they are mixtures. A step is one call for the hidden positions of a block. Beside it,
+The model has the layout of LLaDA2, or SDAR's, with random weights; by default its layers are dense,
+with --experts they are mixtures. A step is one call for the hidden positions of a block. Beside it,
 generations by `blocks` of four steps a block, including the passes that cache finished blocks. On
 one thread; the two sides take turns.
 """
@@ -32,8 +33,11 @@ MASK = VOCAB - 1
 
 
 def model_of(options: argparse.Namespace) -> Backbone:
-    """The model in the layout of LLaDA2, with weights at random."""
-    model = built("llada2_moe", {
+    """The model in the layout of the family, with weights at random."""
+    family = "adapted" if options.family == "sdar" else "llada2_moe"
+    model = built(family, {
+        "architectures": ["SDARMoeForCausalLM" if options.experts else "SDARForCausalLM"],
+        "head_dim": 64, "norm_topk_prob": True, "hidden_act": "silu", "block_size": options.block,
         "hidden_size": WIDTH, "num_hidden_layers": options.layers, "num_attention_heads": 8,
         "num_key_value_heads": 4, "intermediate_size": 3 * WIDTH,
         "moe_intermediate_size": WIDTH // 2,
@@ -130,6 +134,7 @@ def main() -> None:
     for name, default in (("length", 512), ("block", 32), ("layers", 12), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--experts", action="store_true")
+    parser.add_argument("--family", choices=("llada2_moe", "sdar"), default="llada2_moe")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -154,7 +159,8 @@ def main() -> None:
             f"{name}: cached {1e3 * cached:.1f} ms, whole {1e3 * whole:.1f} ms, "
             f"{whole / cached:.1f} times ({ratios[0]:.1f} to {ratios[-1]:.1f})"
         )
-    record("block_cache_experts" if options.experts else "block_cache", figures)
+    name = "block_cache" if options.family == "llada2_moe" else f"block_cache_{options.family}"
+    record(f"{name}_experts" if options.experts else name, figures)
 
 
 if __name__ == "__main__":

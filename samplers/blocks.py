@@ -55,8 +55,7 @@ def blocks(
     later blocks hidden; with `context=n` the n valid positions that end with the block, so that a
     canvas may be longer than the training window. `stop` is the id that ends a sample: after the
     block that draws it, the row's later hidden positions take that id without a call. With a
-    `sub_block_length`, which divides `block_length`, a block is filled by such runs, the first ones
-    first, and `steps` counts in each (Wu et al. 2025, Fast-dLLM v2).
+    `sub_block_length` a block is filled by such runs, and `steps` counts in each (Fast-dLLM v2).
 
     With a block model of the same block_length the blocks are the model's own, counted from
     the first position of the row. Where it can keep finished blocks (`HasCache`), no row has

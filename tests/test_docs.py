@@ -296,3 +296,17 @@ def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path):
     assert len(made) > len(pages.NAMES)
     for page in made:
         assert not FETCHED.search(page.read_text("utf-8")), page
+
+
+def test_the_readme_names_every_family_and_those_without_official_outputs():
+    """As the table of docs/checkpoints.md has them, each by the first name of its row."""
+    text = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
+    table = text[text.index("| family |") : text.index("Rope scaling (")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named, _, excepted = readme[readme.index("## Models of other projects") :].partition("except ")
+    rows = re.findall(r"^\| ([\w-]+(?: v\d)?).*$", table, re.MULTILINE)
+    without = re.findall(r"^\| ([\w-]+).*no official outputs.*$", table, re.MULTILINE)
+    assert len(rows) > 20
+    assert [name for name in rows[1:] if name not in named + excepted.split("). ")[0]] == []
+    assert len(without) >= 5
+    assert [name for name in without if name not in excepted.split(").")[0]] == []

@@ -198,6 +198,9 @@ def _foreign(
         mask_id = text.tokenizer.mask_id
     if type(mask_id) is not int:
         raise ConfigError(f"{folder} does not say which id is the mask: give mask_id=")
+    if module is not None:
+        # Some models attend by what is hidden.
+        module.mask_id = mask_id
     denoiser = module or load_masked_lm(files, dtype, mask_id=mask_id)
     space = TokenSpace(denoiser.vocab_size, mask_id=mask_id)
     if text is not None and text.tokenizer.size > max(space.vocab_size, mask_id + 1):

@@ -53,6 +53,7 @@ def test_inspect_says_what_a_published_model_is(name, expected, capsys):
 @pytest.mark.parametrize(("name", "shift", "block", "noise"), [
     ("sdar", "none", 4, "mask"), ("llada_tied", "none", None, "mask"),
     ("dream", "token", None, "mask"), ("fast_dllm_v2", "block seed", 32, "mask"),
+    ("wedlm", "none", 16, "mask"), ("nemotron_labs_diffusion", "block seed", 8, "mask"),
 ])  # fmt: skip
 def test_inspect_says_mask_shift_block_noise_and_what_is_predicted(
     name, shift, block, noise, capsys

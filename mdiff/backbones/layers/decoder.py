@@ -269,6 +269,8 @@ class LlamaDecoder(LayerDecoder):
             mask_id=mask_id,
         )  # fmt: skip
         self.shifted = shifted
+        if fields.flag("tie_word_embeddings", default=False):
+            self.tied = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def key_heads_of(fields: Fields) -> int:

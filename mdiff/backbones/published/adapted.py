@@ -107,8 +107,6 @@ def adapted(described: Mapping[str, object]) -> Adapted:
     shifted = fields.flag("shifted", default=kind.shifted)
     make = DiffuLLaMA if name == DIFFULLAMA else Adapted
     model = make(fields, shape_of(fields, kind.layout), shifted=shifted, mlp=_mlp(fields, kind))
-    if fields.flag("tie_word_embeddings", default=False):
-        model.tied = {"lm_head.weight": "model.embed_tokens.weight"}
     if model.mask_id is None and kind.mask_id is not None and kind.mask_id < model.vocab_size:
         model.mask_id = kind.mask_id
     if kind.block is not None:

@@ -1,4 +1,8 @@
-"""MDLM (Sahoo et al. 2024): kuleshov-group/mdlm-owt and what has its layout."""
+"""MDLM (Sahoo et al. 2024): kuleshov-group/mdlm-owt and what has its layout.
+
+So have the students of SDTT (Deschenaux & Gulcehre 2025) and Duo (Sahoo et al. 2025), whose noise
+is uniform. SDTT's files name no architecture: "SDTT" or "MDLM" is to be written into a config.
+"""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -10,7 +14,7 @@ from mdiff.backbones.layers.adaln import Rotary, Sizes, Trunk
 from mdiff.backbones.layers.backbone import Layout, SequenceBackbone
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
 
-ARCHITECTURES = ("MDLM",)
+ARCHITECTURES = ("MDLM", "SDTT", "DUO")
 # The class default of the published code, which a config that leaves it out means.
 CONDITION_WIDTH = 129
 # What the log-linear schedule leaves unmasked at t = 1.
@@ -44,6 +48,10 @@ class MDLM(SequenceBackbone):
             described, vocab_size=sizes.vocab_size, mask_id=sizes.vocab_size - 1, window=window
         )
         self.uses_time = fields.flag("time_conditioning", default=False)
+        if described.get("architectures") == ["DUO"]:
+            fields.choice("causal", (False,), default=False)
+            self.uses_time, self.mask_id, self.noise = True, None, "uniform"
+            self.refused = "uniform noise does not exist here"
         self.backbone = Trunk()
         self.backbone.build(sizes, Rotary(sizes.width // sizes.heads))
 

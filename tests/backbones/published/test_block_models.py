@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from decoder_checkpoints import (
     GOLDEN,
     assert_damage_is_refused,
@@ -29,6 +30,8 @@ NAMES = {
     "sdar": "model.layers.1.self_attn.q_norm.weight",
     "sdar_moe": "model.layers.1.mlp.experts.4.up_proj.weight",
     "fast_dllm_v2": "model.layers.1.self_attn.k_proj.bias",
+    "wedlm": "model.layers.1.self_attn.k_norm.weight",
+    "nemotron_labs_diffusion": "encoder.layers.1.mlp.up_proj.weight",
 }
 FAST = load_file(GOLDEN / "fast_dllm_v2/golden.safetensors")
 FAST_MASK = 105
@@ -246,9 +249,10 @@ def test_where_the_mask_wins_or_a_quota_is_above_what_is_left_all_is_written_onc
 @pytest.mark.parametrize("family", NAMES)
 @pytest.mark.parametrize("start", [4, 8, 12])
 def test_a_step_on_a_block_with_the_cache_gives_the_logits_of_the_whole_canvas(family, start):
-    model, tokens = loaded(GOLDEN / family), record(family)["input_ids"][:, :16].clone()
+    model, tokens = loaded(GOLDEN / family), SDAR["input_ids"] % 88
     model.block_length = 4
-    tokens[:, start + 1 : start + 4] = FAST_MASK if model.mask_id is None else model.mask_id
+    # Later blocks are hidden, as they are when a block is written.
+    tokens[:, start + 1 :] = FAST_MASK if model.mask_id is None else model.mask_id
     cache = model.new_cache()
     cache.growing = True
     model(tokens[:, :start], cache=cache)
@@ -270,7 +274,120 @@ def test_older_configs_state_neither_block_nor_mask(tmp_path, architecture):
     assert built("adapted", config).mask_id == 151669
 
 
+def test_wedlms_hidden_positions_attend_to_all_written_ones():
+    model, held = loaded(GOLDEN / "wedlm"), record("wedlm")
+    model.block_length = None
+    assert torch.allclose(model(held["clean.input_ids"]), held["clean.logits_raw"], atol=ATOL)
+    for row in range(2):
+        logits = model(held[f"window.input_ids{row}"][None])[0]
+        order = held["window.reordered_positions"][row]
+        assert torch.allclose(logits[order], held["window.logits"][row], atol=ATOL)
+
+
+@pytest.mark.parametrize(("case", "threshold"), [
+    ("p0.thr0.0", None), ("p0.thr0.5", 0.5), ("p1.thr0.0", None), ("p1.thr0.5", 0.5),
+])  # fmt: skip
+def test_wedlm_writes_the_official_tokens_call_by_call(case, threshold):
+    model, held = loaded(GOLDEN / "wedlm"), record("wedlm")
+    # Its blocks begin behind the prompt.
+    model.block_length = None
+    prompt, output = held[f"gen.prompt{case[1]}"], held[f"gen.{case}.output"]
+    ids, positions = held[f"gen.{case}.fed_ids"], held[f"gen.{case}.fed_positions"]
+    canvas = torch.full((len(ids) + 1, output.shape[1]), model.mask_id)
+    for call, (tokens, at) in enumerate(zip(ids, positions)):
+        canvas[call, at[at >= 0]] = tokens[at >= 0]
+    canvas[-1] = output
+    assert torch.equal(canvas[0, : prompt.shape[1]], prompt[0])
+    states = blocks(
+        model, canvas[:1], space=TokenSpace(112, mask_id=107), temperature=0.0, inner=confidence,
+        block_length=6, threshold=threshold,
+    )  # fmt: skip
+    assert torch.equal(torch.cat([state.tokens for state in states]), canvas[1:])
+
+
+def test_the_first_token_of_nemotrons_block_comes_from_the_causal_row_before():
+    model, held = loaded(GOLDEN / "nemotron_labs_diffusion"), record("nemotron_labs_diffusion")
+    tokens, first = held["input_ids"], torch.arange(32) % 8 == 0
+    assert (model.block_length, model.shifted, model.block_seed) == (8, False, True)
+    logits, draft = model(tokens), held["logits_draft"]
+    assert torch.allclose(logits[:, ~first], draft[:, ~first], atol=ATOL)
+    assert torch.allclose(logits[:, 8::8], draft[:, 7:-1:8], atol=ATOL)
+    assert torch.allclose(logits[:, 24], held["logits_causal"][:, 23], atol=ATOL)
+
+
+def test_a_block_of_one_is_nemotrons_autoregressive_model(tmp_path):
+    held, folder = record("nemotron_labs_diffusion"), GOLDEN / "nemotron_labs_diffusion"
+    tokens, causal = held["input_ids"], held["logits_causal"]
+    for described in ({"dlm_paradigm": "autoregressive"}, {"block_size": 1}):
+        name = tmp_path / next(iter(described))
+        model = loaded(copied(folder, name, described=described))
+        assert torch.allclose(model(tokens)[:, 1:], causal[:, :-1], atol=ATOL)
+    prompt = tokens[:1, :24]
+    canvas = torch.full((1, 32), 100)
+    canvas[:, :24] = prompt
+    space = TokenSpace(110, mask_id=100)
+    found = mdiff.sample(model, canvas, space=space, sampler="any_order", temperature=0.0).tokens
+    for end in range(24, 32):
+        # Causal logits are those of the autoregressive reading, one row on.
+        row = F.pad(prompt, (0, 1), value=100)
+        logits = model(row)[:, end].index_fill(1, torch.tensor([100]), -torch.inf)
+        prompt = torch.cat([prompt, logits.argmax(1, keepdim=True)], 1)
+    assert torch.equal(found, prompt)
+
+
+def test_nemotron_in_full_and_in_blocks_is_ministral_under_these_masks(tmp_path):
+    held, folder = record("nemotron_labs_diffusion"), GOLDEN / "nemotron_labs_diffusion"
+    model = loaded(folder)
+    model.block_length = None
+    assert torch.allclose(model(held["input_ids"]), held["logits_full"], atol=ATOL)
+    blocked = loaded(copied(folder, tmp_path / "b", described={"dlm_paradigm": "block_diff"}))
+    assert torch.allclose(blocked(held["input_ids"]), held["logits_block"], atol=ATOL)
+
+
+class Uncached:
+    """A block model whose every call is of the whole canvas."""
+
+    uses_time = False
+
+    def __init__(self, model):
+        self.model, self.block_length = model, model.block_length
+        self.block_seed = model.block_seed
+
+    def __call__(self, tokens, *, at=None, valid=None, documents=None, t=None, cond=None):
+        return self.model(tokens, at=at, valid=valid)
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("options", [{"threshold": 0.3}, {"sub_block_length": 2}, {"steps": 2}])
+def test_a_generation_with_the_cache_is_the_one_without(family, options):
+    model = loaded(GOLDEN / family)
+    model.block_length, mask = 8, FAST_MASK if model.mask_id is None else model.mask_id
+    canvas = torch.full((2, 27), mask)
+    canvas[:, :11] = torch.randint(80, (2, 11), generator=torch.Generator().manual_seed(1))
+    canvas[1, 8:13] = 3
+    found = [
+        list(
+            blocks(
+                denoiser, canvas, space=TokenSpace(model.vocab_size, mask_id=mask), seed=4,
+                block_length=8, inner=confidence, **options,
+            )
+        )
+        for denoiser in (model, Uncached(model))
+    ]  # fmt: skip
+    ours, theirs = found
+    assert len(ours) == len(theirs)
+    assert torch.equal(ours[-1].tokens, theirs[-1].tokens)
+    assert torch.equal(ours[-1].calls, theirs[-1].calls)
+    assert not bool((ours[-1].tokens == mask).any())
+
+
 @pytest.mark.parametrize(("family", "entry", "said"), [
+    ("wedlm", {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+    ("wedlm", {"qk_norm": "yes"}, "qk_norm"),
+    ("nemotron_labs_diffusion", {"dlm_paradigm": "sbd_block_diff"}, "dlm_paradigm"),
+    ("nemotron_labs_diffusion", {"sliding_window": 32}, "sliding_window"),
+    ("nemotron_labs_diffusion", {"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ("nemotron_labs_diffusion", {"rope_parameters": {"rope_type": "yarn"}}, "factor"),
     ("sdar", {"block_size": 0}, "block_size"),
     ("sdar", {"mask_token_id": 120}, "mask_token_id"),
     ("sdar", {"use_sliding_window": True}, "use_sliding_window"),

@@ -302,3 +302,28 @@ def test_a_greedy_batch_of_ragged_canvases_is_each_run_alone(name):
         (alone,) = pipeline.infill(template, **options)
         assert made.tokens == alone.tokens
         assert mask not in made.tokens
+
+
+def test_students_of_sdtt_and_duo_have_mdlms_trunk(tmp_path):
+    """Under their own names; no official outputs of either are compared."""
+    official, described = golden("mdlm"), read_json(GOLDEN / "mdlm/config.json")
+    tokens = official["input_ids"] if "input_ids" in official else torch.arange(12)[None] % 7
+    student = built_with(tmp_path / "sdtt", described | {"architectures": ["SDTT"]})
+    assert torch.equal(student(tokens), model("mdlm")(tokens))
+    timed = built_with(tmp_path / "timed", described | {"time_conditioning": True})
+    duo = built_with(tmp_path / "duo", described | {"architectures": ["DUO"], "causal": False})
+    t = torch.full((len(tokens),), 0.3)
+    assert (duo.noise, duo.mask_id) == ("uniform", None)
+    assert torch.equal(duo(tokens, t=t), timed(tokens, t=t))
+    with pytest.raises(ConfigError, match="uniform noise"):
+        mdiff.load(tmp_path / "duo", mask_id=3)
+    with pytest.raises(CheckpointError, match="causal"):
+        built_with(tmp_path / "causal", described | {"architectures": ["DUO"], "causal": True})
+
+
+def built_with(folder, described):
+    """MDLM's golden weights under another config."""
+    shutil.copytree(GOLDEN / "mdlm", folder)
+    (folder / "config.json").write_text(json.dumps(described))
+    files = read_model_files(folder)
+    return load_published(files, recognised(files)).eval()
