@@ -27,6 +27,7 @@ def app() -> typer.Typer:
     """The command line with every command; heavy modules are imported when one runs."""
     from mdiff.cli import tokenizer
     from mdiff.cli.bench import bench
+    from mdiff.cli.chat import chat
     from mdiff.cli.convert import convert
     from mdiff.cli.demo import demo
     from mdiff.cli.doctor import doctor
@@ -48,7 +49,8 @@ def app() -> typer.Typer:
         no_args_is_help=False,
     )
     for command in (
-        demo, generate, edit, revise, evaluate, train, sweep, inspect, convert, doctor, bench,
+        demo, generate, chat, edit, revise, evaluate, train, sweep, inspect, convert,
+        doctor, bench,
     ):  # fmt: skip
         add_command(line, "eval" if command is evaluate else command.__name__, command)
     own = typer.Typer(help="Train, encode, decode and inspect tokenizers.", rich_markup_mode=None)

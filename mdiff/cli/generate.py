@@ -22,6 +22,9 @@ class Drawing(ask.Drawing):
     ] = None
     block_length: Annotated[int | None, "Tokens of a block."] = None
     order: Annotated[str | None, "Order of the reveals."] = None
+    grow: Annotated[
+        str | None, "Find the length of a text: blocks (of a block model) or daedal."
+    ] = None
     end: Annotated[str, "End of text: cut there, keep what follows, or suppress it."] = "cut"
 
 

@@ -24,14 +24,15 @@ OF_A_CALL = {
     "sampler": "--sampler", "seed": "--seed", "batch_size": "--batch-size", "end": "--end",
     "num_samples": "--num-samples", "n": "--num-samples", "prompts": "--prompt",
     "negative": "--negative-prompt", "generator": "--seed", "echo": "--chat",
+    "grow": "--grow",
 }  # fmt: skip
 # A number above is a slip of the keyboard; a seed has 64 bits of any sign.
 MOST = {"num_samples": 10**6, "batch_size": 10**6, "length": 10**7, "max_new_tokens": 10**7}
 MOST_OF_ALL = 2**31 - 1
 # Words that go through a model's own reader, which names a character that is none; and paths.
 OTHERWISE_CHECKED = (
-    "prompt", "infill", "chat", "negative_prompt", "written", "model", "data", "name", "ids",
-    "tokenizer",
+    "prompt", "infill", "chat", "negative_prompt", "system", "written", "model", "data", "name",
+    "ids", "tokenizer",
 )  # fmt: skip
 OF_SAMPLES = frozenset({"frechet", "classifier", "diversity", "nearest"})
 
@@ -130,7 +131,9 @@ RULES = (
          "enlarges a grid; the pictures of a folder keep their size: name a .png by --out"),
     Rule("demo", "out", lambda a: a.suffix("out") not in (".html", ".htm"),
          "{value}: expected a name that ends in .html"),
-    Rule("generate", "infill chat length max_new_tokens stream", lambda a: a.pictures, TEXT_ONLY),
+    Rule("generate", "infill chat length max_new_tokens stream grow", lambda a: a.pictures,
+         TEXT_ONLY),
+    Rule("generate", "grow", lambda a: a.volume, "does not go with --input and --out"),
     Rule("generate", "workers timeout engine address shard", lambda a: a.pictures, TEXT_ONLY),
     Rule("generate", "label image resize scale_up", lambda a: a.other, PICTURES_ONLY),
     Rule("generate", "trace", lambda a: a.other and a.volume, "does not go with --input and --out"),

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from mdiff.pipeline import CallOptions, Generated, Pipeline
 
 KINDS = ("prompt", "infill", "chat")
+# What a line with a chat may hold beside it.
+BESIDE = ("tools", "documents", "drop_oldest")
 
 
 class TextRequest(NamedTuple):
-    """A text of one of KINDS, and the length of its canvas where it has its own."""
+    """A text of one of KINDS, of a chat {"chat": ...}, and its own length where it has one."""
 
     kind: str
-    text: str
+    text: str | dict[str, object]
     length: int | None = None
 
 
@@ -33,17 +35,20 @@ def text_requests(
     if infills is not None:
         return [TextRequest("infill", text) for text in infills]
     if chats is not None:
-        return [TextRequest("chat", text) for text in chats]
+        return [TextRequest("chat", {"chat": text}) for text in chats]
     return [TextRequest("prompt", text) for text in prompts or [""]]
 
 
 def requests_of_file(path: Path) -> list[TextRequest]:
     """The requests of a JSONL file; DataError for a line that is not one."""
     found = []
-    for where, row in input_rows(path, (*KINDS, "length")):
+    for where, row in input_rows(path, (*KINDS, *BESIDE, "length")):
         kinds = [kind for kind in KINDS if kind in row]
         text, length = row.get(kinds[0]) if len(kinds) == 1 else None, row.get("length")
-        if not isinstance(text, str):
+        beside = {name: row[name] for name in BESIDE if name in row}
+        if kinds == ["chat"] and isinstance(text, str | list):
+            text = {"chat": text, **beside}
+        elif not isinstance(text, str) or beside:
             raise DataError(f"{where}: expected one of 'prompt', 'infill' and 'chat', a string")
         if length is None:
             found.append(TextRequest(kinds[0], text))
@@ -60,16 +65,20 @@ def generate_text(
     options: CallOptions,
 ) -> None:  # fmt: skip
     """Generate and print `num_samples` samples of each request, with a trace where asked for."""
-    # Of a chat the answer alone is shown.
-    options["echo"] = not all(request.kind == "chat" for request in requests)
+    # Of a chat the answer alone is shown, which ends where the model ends it.
+    chats = all(request.kind == "chat" for request in requests)
+    options["echo"] = not chats
+    free = length is None and max_new_tokens is None and not any(each.length for each in requests)
+    if chats and free and pipeline.grows and options.get("end", "cut") == "cut":
+        options.setdefault("grow", "blocks")
     canvases = []
     for kind, text, own in requests:
-        if kind == "infill":
+        if kind == "infill" and isinstance(text, str):
             canvases += pipeline.templates(text, num_samples=num_samples)
             continue
         canvases += pipeline.canvases(
-            {"chat": text} if kind == "chat" else text, num_samples=num_samples,
-            length=own or length, max_new_tokens=None if own else max_new_tokens,
+            text, num_samples=num_samples, length=own or length,
+            max_new_tokens=None if own else max_new_tokens, grow=bool(options.get("grow")),
         )  # fmt: skip
     samples = _filled(pipeline, canvases, options, live=live, trace=trace, title=title)
     for number, sample in enumerate(samples):

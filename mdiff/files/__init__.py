@@ -20,6 +20,8 @@ from mdiff.files.config_fields import MOST_WIDTH as MOST_WIDTH
 from mdiff.files.config_fields import Fields as Fields
 from mdiff.files.curves import Curve as Curve
 from mdiff.files.curves import write_curves as write_curves
+from mdiff.files.generation_config import GENERATION_CONFIG as GENERATION_CONFIG
+from mdiff.files.generation_config import GenerationConfig as GenerationConfig
 from mdiff.files.locate import BUILTIN as BUILTIN
 from mdiff.files.locate import at_home as at_home
 from mdiff.files.locate import builtin_models as builtin_models

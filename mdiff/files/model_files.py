@@ -10,6 +10,8 @@ from typing import Any
 from mdiff.errors import CheckpointError, nearest
 from mdiff.files.atomic import Manifest
 from mdiff.files.config_fields import CONFIG
+from mdiff.files.generation_config import GENERATION_CONFIG, GenerationConfig
+from mdiff.files.settings import parse_settings
 from mdiff.files.untrusted import (
     Header,
     TensorEntry,
@@ -34,8 +36,9 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class ModelFiles:
     """The contents of the small files in `folder`, checked; no tensor has been read.
 
-    `config` is config.json, `headers` those of the safetensors files with weights, `manifest`
-    and `pipeline` the files of these names, None where there are none. A directory of several
+    `config` is config.json, `generation` what generation_config.json states, `headers` those of
+    the safetensors files with weights, `manifest` and `pipeline` the files of these names, None
+    where there are none. A directory of several
     models has no config of its own: `classes` are the classes in its folders, `parts` the files
     of those folders that hold a config.json, and `headers` those of all parts.
     """
@@ -47,6 +50,7 @@ class ModelFiles:
     pipeline: Mapping[str, Any] | None = None
     classes: Mapping[str, str] = field(default_factory=dict)
     parts: Mapping[str, ModelFiles] = field(default_factory=dict)
+    generation: GenerationConfig = GenerationConfig()  # noqa: RUF009
 
     @property
     def entries(self) -> dict[str, TensorEntry]:
@@ -77,7 +81,13 @@ def read_model_files(
         headers = {path: h for part in parts.values() for path, h in part.headers.items()}
         return ModelFiles(folder, {}, headers, manifest, pipeline, classes, parts)
     headers = read_headers(_weights(folder, root))
-    return ModelFiles(folder, read_json(folder / CONFIG), headers, manifest, pipeline)
+    config, stated = read_json(folder / CONFIG), folder / GENERATION_CONFIG
+    if not stated.exists():
+        return ModelFiles(folder, config, headers, manifest, pipeline)
+    generation = parse_settings(
+        GenerationConfig, read_json(stated), origin=str(stated), error=CheckpointError
+    )
+    return ModelFiles(folder, config, headers, manifest, pipeline, generation=generation)
 
 
 def read_headers(paths: list[Path]) -> dict[Path, Header]:

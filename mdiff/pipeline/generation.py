@@ -5,18 +5,29 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mdiff.errors import ConfigError, nearest
+from mdiff.denoiser import block_length_of
+from mdiff.errors import ConfigError
 from mdiff.modalities import Describes, Description, EndsText, HasGrid, Modality
 from mdiff.pipeline.guidance import GuidanceOptions, null_condition
 from mdiff.pipeline.options import CallOptions, Model, call_seed
-from mdiff.sampling import BoundSampler, State, Tally, Writing, bind, row_seeds
-from mdiff.tokens import TokenSpace, stack, stack_conditions
+from mdiff.sampling import (
+    BoundSampler,
+    Ending,
+    State,
+    Tally,
+    Writing,
+    bind,
+    growing,
+    grown_canvases,
+    row_seeds,
+)
+from mdiff.tokens import stack, stack_conditions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,7 +36,6 @@ if TYPE_CHECKING:
 BATCH = 32
 # Of an item that is no image.
 NOTHING = Description()
-POLICIES = ("cut", "keep", "suppress")
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,8 @@ class Generated:
     drawn tokens; `entropy` the mean entropy of the draws in nats. The same options with `seed`
     and num_samples=1 give this sample again. `description` is what the canvas says of an image,
     `writing` the step, log-probability, entropy and margin of each token's draw and how often it
-    was written, as in `mdiff.sampling.LastWriting`: all 0 for a given one.
+    was written, as in `mdiff.sampling.LastWriting`: all 0 for a given one. `grow` is how its
+    length was found, "" where it was given.
 
     `text`, `image` and `token_ids` are the same under the names of transformers and diffusers.
     """
@@ -52,6 +63,7 @@ class Generated:
     seed: int
     description: Description = NOTHING
     writing: Writing = field(default_factory=Writing)
+    grow: str = ""
 
     @property
     def text(self) -> str:
@@ -77,49 +89,13 @@ class Generated:
         return str(self.output)
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How the ids that end a text are treated; `policy` is one of POLICIES.
-
-    "cut" shows what comes before the first of `ids` that is drawn, "keep" shows all, "suppress"
-    never draws one. Without `echo` the tokens given in front are not shown.
-    """
-
-    ids: tuple[int, ...] = ()
-    policy: str = "cut"
-    echo: bool = True
-
-    def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ConfigError(f"unknown end {self.policy!r}; {nearest(self.policy, POLICIES)}")
-        if self.policy != "cut" and not self.ids:
-            raise ConfigError(f"end={self.policy!r}: this model has no id that ends a sample")
-
-    def space(self, space: TokenSpace) -> TokenSpace:
-        """The space to sample from."""
-        if self.policy != "suppress":
-            return space
-        return replace(space, never=(*space.never, *self.ids))
-
-    def stop(self, tokens: Sequence[int], hidden: Sequence[bool]) -> int:
-        """How many tokens come before the first drawn end that cuts; `hidden` is true of drawn."""
-        if self.policy != "cut":
-            return len(tokens)
-        ends = (i for i, token in enumerate(tokens) if hidden[i] and token in self.ids)
-        return next(ends, len(tokens))
-
-    def shown(self, tokens: Sequence[int], hidden: Sequence[bool]) -> list[int]:
-        """The tokens to show of a row; `hidden` is true where one was drawn."""
-        first = 0 if self.echo or True not in hidden else list(hidden).index(True)
-        return list(tokens[first : self.stop(tokens, hidden)])
-
-
 @dataclass
 class Generation:
     """One batch that is being generated: iterate over its states, then take `finished()`.
 
     `first` is the number of its first row among all rows asked for; `canvas` (B, L) int64,
     `valid` and `given` (B, L) bool or None and `seeds` (B,) int64 are what the sampler was given.
+    `grow` says how its length was found, if it was, and `calls` by how many calls of each row.
     """
 
     first: int
@@ -129,8 +105,10 @@ class Generation:
     modality: Modality
     states: Iterator[State]
     mask_id: int
-    ending: Ending = Ending()
+    ending: Ending = field(default_factory=Ending)
     given: Tensor | None = None
+    grow: str = ""
+    calls: Sequence[int] = ()
     seconds: float = 0.0
     tally: Tally = field(init=False)
 
@@ -155,15 +133,18 @@ class Generation:
         self.tally.sample()
 
     def tokens(self, row: int) -> list[int]:
-        """The current tokens of a row, without padding."""
-        return self._unpadded(self.tally.tokens, row).tolist()
+        """The current tokens of a row, without padding and, of one that grows, up to the last."""
+        ids: list[int] = self._unpadded(self.tally.tokens, row).tolist()
+        while self.grow == "blocks" and ids and ids[-1] == self.mask_id:
+            ids.pop()
+        return ids
 
     def output(self, row: int) -> object:
         """The item that the modality decodes from the current tokens of a row."""
         ids = self.tokens(row)
         if not self.ending.ids and self.ending.echo:
             return self.modality.decode(ids)
-        shown = self.ending.shown(ids, self._hidden(row))
+        shown = self.ending.shown(ids, self.hidden(row))
         if isinstance(self.modality, EndsText):
             return self.modality.decode(shown, whole=True)
         return self.modality.decode(shown)
@@ -173,7 +154,7 @@ class Generation:
 
         Given ones are always shown, drawn ones up to the first drawn end that cuts the text.
         """
-        ids, hidden = self.tokens(row), self._hidden(row)
+        ids, hidden = self.tokens(row), self.hidden(row)
         if not isinstance(self.modality, EndsText):
             return self.modality.pieces(ids)
         stop = self.ending.stop(ids, hidden)
@@ -185,7 +166,7 @@ class Generation:
             for piece, out, token in zip(pieces, left_out, ids)
         ]
 
-    def _hidden(self, row: int) -> list[bool]:
+    def hidden(self, row: int) -> list[bool]:
         """Whether each position of a row was to be written: masked at the start, or not given."""
         free = self.canvas == self.mask_id if self.given is None else ~self.given
         found: list[bool] = self._unpadded(free, row).tolist()
@@ -200,14 +181,15 @@ class Generation:
         return [
             Generated(
                 output=self.output(row),
-                tokens=self.tokens(row),
-                calls=int(result.calls[row]),
+                tokens=(ids := self.tokens(row)),
+                calls=int(result.calls[row]) + (self.calls[row] if self.calls else 0),
                 seconds=self.seconds / len(self.canvas),
                 log_prob=float(result.log_prob[row]),
                 entropy=float(result.entropy[row]),
                 seed=int(self.seeds[row]),
                 description=medium.described(self.tokens(row)) if medium else NOTHING,
-                writing=result.writing.of_row(row, self.valid),
+                writing=result.writing.of_row(row, self.valid, len(ids)),
+                grow=self.grow,
             )
             for row in range(len(self.canvas))
         ]
@@ -226,13 +208,21 @@ def generations(
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: need at least 1")
     text = model.modality if isinstance(model.modality, EndsText) else None
-    ending = Ending(
-        () if text is None else text.end_ids, options.pop("end", "cut"), options.pop("echo", True)
-    )
+    ids = () if text is None else text.end_ids
+    ending = Ending(ids, options.pop("end", "cut"), options.pop("echo", True))
     space = ending.space(model.generated_space)
+    grow = options.pop("grow", None) or ""
+    canvases, calls = grown_canvases(
+        grow, canvases, model.denoiser, space=space, ending=ending, revised=given is not None,
+        device=model.device,
+    )  # fmt: skip
+    # A row that has ended is not to wait for another.
+    batch_size = 1 if grow == "blocks" else batch_size
     guidance, seed = GuidanceOptions.of(options), call_seed(options)
-    stop = text.eos_id if text is not None and ending.policy == "cut" else None
-    bound = _bound(model, options, longest=max(map(len, canvases), default=0), stop=stop)
+    stops = text is not None and ending.policy == "cut" and grow != "blocks"
+    stop = text.eos_id if text is not None and stops else None
+    stated = model.stated.beside(options) if given is None else {}
+    bound = _bound(model, options, stated, longest=max(map(len, canvases), default=0), stop=stop)
     null = null_condition(model.modality, guidance.negative)
     asked = list(conditions or [{}] * len(canvases))
     if len(asked) != len(canvases):
@@ -252,13 +242,14 @@ def generations(
             denoiser, own = guide(canvas, valid)
             cond = stack_conditions(asked[part], null) | own
             fixed = None if given is None else _given(given[part], canvas)
-            states = bound(
+            run = growing(bound, ending.ids) if grow == "blocks" else bound
+            states = run(
                 denoiser, canvas, space=space.checked(), seed=seeds[part].to(device), valid=valid,
                 cond={name: value.to(device) for name, value in cond.items()} or None, given=fixed,
             )  # fmt: skip
             yield Generation(
                 part.start, canvas, valid, seeds[part], model.modality, states, space.mask_id,
-                ending, fixed,
+                ending, fixed, grow, calls[part],
             )  # fmt: skip
 
     return batches()
@@ -271,18 +262,27 @@ def _given(rows: Sequence[Sequence[bool]], canvas: Tensor) -> Tensor:
     return torch.tensor(padded, dtype=torch.bool, device=canvas.device)
 
 
-def _bound(model: Model, options: CallOptions, *, longest: int, stop: int | None) -> BoundSampler:
+def _bound(
+    model: Model, options: CallOptions, stated: dict[str, float], *, longest: int, stop: int | None
+) -> BoundSampler:  # fmt: skip
     """The sampler and its options with those that the model sets by default.
 
-    These are the id that ends a text, its window, its blocks and grid and, where it uses the
-    time, its schedule. Raises ConfigError for a canvas that is longer than the window, where
-    the sampler cannot move the window along.
+    These are what its files have `stated`, the id that ends a text, its window, its blocks and
+    grid and, where it uses the time, its schedule. Raises ConfigError for a canvas that is longer
+    than the window, where the sampler cannot move the window along.
     """
     sampler = options.pop("sampler", None)
     if model.denoiser.uses_time:
         # The denoiser's times keep the meaning that they had in training.
         options.setdefault("schedule", model.schedule)
-    bound = bind(model.sampler if sampler is None else sampler, options, model.denoiser)
+    if block_length_of(model.denoiser) is not None:
+        stated.pop("block_length", None)
+    steps = stated.pop("steps", None)
+    every: dict[str, object] = {**stated}
+    every.update(options)
+    bound = bind(model.sampler if sampler is None else sampler, every, model.denoiser)
+    if steps is not None and "steps" in inspect.signature(bound.inner).parameters:
+        bound = bound.with_default("steps", steps)
     if stop is not None:
         bound = bound.with_default("stop", stop)
     if isinstance(model.modality, HasGrid):

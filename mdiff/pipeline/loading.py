@@ -88,7 +88,11 @@ def load(
     else:
         pipeline = _foreign(files, kind, mask_id, target, tokenizer)
     never = never_generated(pipeline, special_tokens, published=files.pipeline is None)
-    pipeline = replace(pipeline, never_generated=never)
+    pipeline = replace(pipeline, never_generated=never, stated=files.generation)
+    if isinstance(pipeline.modality, Text):
+        ids = range(pipeline.space.vocab_size)
+        ends = set(files.generation.end_ids) - {pipeline.space.mask_id}
+        pipeline.modality.stated_ends = tuple(sorted(ends.intersection(ids)))
     denoiser: Any = pipeline.denoiser
     if block_length is not None and not isinstance(denoiser, BlockModel):
         raise ConfigError(f"block_length={block_length}: {files.folder} is not a block model")

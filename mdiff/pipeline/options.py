@@ -7,15 +7,22 @@ from typing import Protocol, TypedDict, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Denoiser, HasDevice
+from mdiff.denoiser import Denoiser, HasDevice, block_length_of
 from mdiff.errors import ConfigError, nearest
-from mdiff.modalities import HasParts, HasSpecialTokens, Modality
+from mdiff.files import GenerationConfig
+from mdiff.modalities import EndsText, HasParts, HasSpecialTokens, Modality
+from mdiff.modalities.text import fitting
 from mdiff.sampling import Sampler, bind
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace, continued
 
-# Windows longer than this are not filled by default: then ANSWER tokens follow the prompt.
-LONG_WINDOW, ANSWER = 1024, 256
+# Windows longer than this are not filled by default: then ANSWER tokens follow the prompt, or at
+# most GROWN where the canvas grows until it ends.
+LONG_WINDOW, ANSWER, GROWN = 1024, 256, 4096
+# Of a window, what a conversation leaves for the answer where nobody says.
+LEAST_ANSWER = 16
+# The key of a chat that lets its oldest turns be left out; more tokens than any window has.
+DROP, MOST = "drop_oldest", 2**40
 # What may be done with a tokenizer's special tokens: generate them, read them in prompts.
 SPECIAL = ("none", "drawn", "typed", "all")
 
@@ -40,7 +47,8 @@ class Model:
 
     `window` is the length in tokens that it was trained with, None if unknown; `sampler` the
     sampler that is used where none is named. `never_generated` are ids of `space` that are scored
-    but, being no text, are not generated.
+    but, being no text, are not generated; `stated` is its generation_config.json, whose options are
+    used where a call gives none.
     """
 
     denoiser: Denoiser
@@ -50,13 +58,20 @@ class Model:
     window: int | None = None
     sampler: str | Sampler = "first_hitting"
     never_generated: tuple[int, ...] = ()
+    stated: GenerationConfig = GenerationConfig()  # noqa: RUF009
 
     @property
     def generated_space(self) -> TokenSpace:
-        """The space to generate in."""
-        if not self.never_generated:
-            return self.space
-        return replace(self.space, never=(*self.space.never, *self.never_generated))
+        """The space to generate in: what ends a text is drawn, also where it is special."""
+        ends = self.modality.end_ids if isinstance(self.modality, EndsText) else ()
+        never = tuple(token for token in self.never_generated if token not in ends)
+        return replace(self.space, never=(*self.space.never, *never)) if never else self.space
+
+    @property
+    def grows(self) -> bool:
+        """Whether its canvases can grow by blocks until they end."""
+        ends = isinstance(self.modality, EndsText) and bool(self.modality.end_ids)
+        return ends and block_length_of(self.denoiser) is not None
 
     @property
     def device(self) -> torch.device:
@@ -151,6 +166,8 @@ class SamplingOptions(TypedDict, total=False):
     guidance_scale: float | None
     guidance_schedule: str
     guidance_interval: tuple[float, float] | None
+    # How the length is found, up to the canvas's: "blocks", of block models, or "daedal".
+    grow: str | None
     # Where an id that ends a text is drawn: "cut" the text there, "keep" all, or "suppress" the id.
     end: str
     # Whether the output begins with the prompt; by default so, but for a chat.
@@ -187,28 +204,36 @@ def repeated(rows: Sequence[Row], num_samples: int) -> list[Row]:
 
 
 def canvas_of(
-    model: Model, prompt: Prompt, *, length: int | None, max_new_tokens: int | None
-) -> list[int]:
+    model: Model, prompt: Prompt, *, length: int | None, max_new_tokens: int | None,
+    grow: bool = False,
+) -> list[int]:  # fmt: skip
     """The canvas of a prompt: `length` tokens in all, or `max_new_tokens` after the prompt.
 
-    With neither the model's window or, where it is longer than LONG_WINDOW, ANSWER tokens after
-    the prompt. Raises ConfigError or DataError where that cannot be.
+    With neither what the model's files state or its window or, where it is longer than
+    LONG_WINDOW, ANSWER tokens after the prompt; GROWN where it is to `grow`. Raises ConfigError or
+    DataError where that cannot be.
     """
     if length is not None and max_new_tokens is not None:
         raise ConfigError("length and max_new_tokens: give one of them")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens}: need at least 1")
-    window = model.window
-    if length is None and max_new_tokens is None:
-        if window is None:
+    window, answer = model.window, model.stated.max_new_tokens
+    by_default = length is None and max_new_tokens is None
+    if isinstance(prompt, Mapping) and "chat" in prompt and (by_default or DROP in prompt):
+        most = min(length or MOST, window or MOST)
+        room = max_new_tokens or min(LEAST_ANSWER, most // 4)
+        prompt = fitting(model.modality, prompt, most - room)
+    if by_default and answer is None:
+        if window is None and model.stated.max_length is None:
             raise ConfigError("length is missing, and this model has no window to fill")
-        length = window if window <= LONG_WINDOW else None
+        length = window if window is not None and window <= LONG_WINDOW else None
     if length is not None:
         return model.modality.canvas(prompt, length)
     given = model.modality.canvas(prompt)
-    size = len(given) + (max_new_tokens or ANSWER)
-    if max_new_tokens is None and window is not None:
-        size = min(size, window)
+    size = len(given) + (max_new_tokens or answer or (GROWN if grow else ANSWER))
+    if max_new_tokens is None:
+        limits = [size, window, model.stated.max_length]
+        size = max(min(each for each in limits if each is not None), len(given) + 1)
     elif isinstance(model.modality, HasParts):
         raise ConfigError(f"max_new_tokens: a canvas of this model has {len(given)} tokens")
     return given if len(given) == size else continued(given, size, mask_id=model.space.mask_id)

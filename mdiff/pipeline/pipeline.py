@@ -50,28 +50,34 @@ class Pipeline(Model):
         """`num_samples` samples for each prompt, each a canvas that begins with its prompt.
 
         A prompt of a model of text is the text to continue, or {"chat": text or messages} for
-        the tokenizer's chat template; of a model of images, a mapping such as
-        {"label": "sneaker"} or {"caption": "grinning face"}. `length` is the canvas in tokens,
-        the prompt included, by default the model's window; `max_new_tokens` counts the tokens
-        after the prompt instead. A canvas longer than the window needs sampler="blocks", which
-        attends to one window at a time. `seed` is a number (0 by default) or (rows,) int64;
-        `generator`, a torch.Generator or one a row, yields a seed instead.
+        the tokenizer's chat template, if wanted with "tools", "documents" and "drop_oldest" (true:
+        a conversation longer than the window loses its oldest turns); of a model of images, a
+        mapping such as {"label": "sneaker"} or {"caption": "grinning face"}. `length` is the
+        canvas in tokens, the prompt included, by default the model's window; `max_new_tokens`
+        counts the tokens after the prompt instead. A canvas longer than the window needs
+        sampler="blocks", which attends to one window at a time. `seed` is a number (0 by default)
+        or (rows,) int64; `generator`, a torch.Generator or one a row, yields a seed instead.
 
         `guidance_scale` guides away from the model without its condition or, where it takes
         none, with the prompt masked; a `negative_prompt` replaces the condition or the prompt
-        there. `sampler` is a name from samplers/ or a function; `options` are its own and those
-        of a call.
+        there. With `grow` the length is found: by "blocks" a block model's canvas grows until it
+        ends, as that of a chat does where no length is given; "daedal" lengthens that of another
+        before the first reveal. `sampler` is a name from samplers/ or a function; `options` are
+        its own and those of a call, by default as the model's generation_config.json states.
 
         Raises ConfigError for numbers below 1 and for options that the sampler does not take,
         DataError for a prompt that does not fit.
         """
         prompts, number = call_prompts(prompt, options), call_number(num_samples, options)
+        # Of a chat the answer alone is shown, which ends where the model ends it.
+        chats = all(isinstance(each, Mapping) and "chat" in each for each in prompts)
+        options.setdefault("echo", not chats)
+        if chats and length is None and max_new_tokens is None and self.grows:
+            options.setdefault("grow", "blocks" if options.get("end", "cut") == "cut" else None)
         canvases = self.canvases(
-            prompts, num_samples=number, length=length, max_new_tokens=max_new_tokens
-        )
-        # Of a chat the answer alone is shown.
-        chats = [isinstance(each, Mapping) and "chat" in each for each in prompts]
-        options.setdefault("echo", not all(chats))
+            prompts, num_samples=number, length=length, max_new_tokens=max_new_tokens,
+            grow=bool(options.get("grow")),
+        )  # fmt: skip
         runs = self.runs(
             canvases, conditions=self.conditions(prompts, num_samples=number), sampler=sampler,
             seed=seed, generator=generator, negative_prompt=negative_prompt, **options,
@@ -178,11 +184,14 @@ class Pipeline(Model):
 
     def canvases(
         self, prompts: Prompt | Iterable[Prompt] = "", *, num_samples: int = 1,
-        length: int | None = None, max_new_tokens: int | None = None,
+        length: int | None = None, max_new_tokens: int | None = None, grow: bool = False,
     ) -> list[list[int]]:  # fmt: skip
-        """The canvas of each prompt, `num_samples` times in a row; see `generate`."""
+        """The canvas of each prompt, `num_samples` times in a row; see `generate`.
+
+        One that is to `grow` is as long as it may become.
+        """
         made = [
-            canvas_of(self, prompt, length=length, max_new_tokens=max_new_tokens)
+            canvas_of(self, prompt, length=length, max_new_tokens=max_new_tokens, grow=grow)
             for prompt in listed(prompts)
         ]
         return repeated(made, num_samples)
@@ -260,4 +269,5 @@ class Pipeline(Model):
         save_model(
             Path(folder), self.denoiser, modality=self.modality, space=self.space,
             schedule=self.schedule, window=self.window, never_generated=self.never_generated,
+            stated=self.stated,
         )  # fmt: skip

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from mdiff.denoiser import Denoiser, Saveable, of_peft, unwrapped
 from mdiff.errors import CheckpointError, ConfigError, nearest
-from mdiff.files import MOST_IDS, PIPELINE, STRICT, staged, write_json
+from mdiff.files import (
+    GENERATION_CONFIG,
+    MOST_IDS,
+    PIPELINE,
+    STRICT,
+    GenerationConfig,
+    staged,
+    write_json,
+)
 from mdiff.find import names
 from mdiff.modalities import HasFolders, HasSpecialTokens, Modality
 from mdiff.schedule import SCHEDULES, Schedule
@@ -69,6 +77,7 @@ def save_model(
     schedule: Schedule,
     window: int | None,
     never_generated: tuple[int, ...] = (),
+    stated: GenerationConfig = GenerationConfig(),  # noqa: B008
 ) -> None:
     """Write a model into a new folder by an atomic rename; see `Pipeline.save`.
 
@@ -102,6 +111,8 @@ def save_model(
     with staged(folder) as part:
         inner.save_pretrained(part)
         modality.save(part)
+        if written := stated.model_dump(exclude_none=True):
+            write_json(part / GENERATION_CONFIG, written)
         write_pipeline(
             part, backbone=backbone, window=window, modality=medium, space=space,
             schedule={"name": name, **vars(schedule)}, never_generated=never_generated,

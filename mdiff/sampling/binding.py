@@ -55,6 +55,13 @@ class BoundSampler:
             denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, **more
         )
 
+    @property
+    def inner(self) -> Sampler:
+        """The sampler that fills each block; of a sampler without blocks, itself."""
+        own = inspect.signature(self.function).parameters.get("inner")
+        default = self.function if own is None else own.default
+        return typing.cast(Sampler, self.options.get("inner", default))
+
     def takes(self, name: str) -> bool:
         """Whether the sampler itself has an option of that name."""
         return name not in ARGUMENTS and name in inspect.signature(self.function).parameters

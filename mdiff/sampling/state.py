@@ -82,11 +82,11 @@ class LastWriting:
         self.step = torch.where(at, self.own_steps, self.step)
         self.times = self.times + at
 
-    def of_row(self, row: int, valid: Tensor | None = None) -> Writing:
-        """That of sample `row`, at the positions `valid` (B, L) bool alone."""
+    def of_row(self, row: int, valid: Tensor | None = None, count: int | None = None) -> Writing:
+        """That of sample `row`, at the first `count` positions `valid` (B, L) bool alone."""
         kept = slice(None) if valid is None else valid[row]
         fields = self.step, self.log_prob, self.entropy, self.margin, self.times
-        return Writing(*(tuple(field[row][kept].tolist()) for field in fields))
+        return Writing(*(tuple(field[row][kept][:count].tolist()) for field in fields))
 
 
 def free_positions(

@@ -24,6 +24,8 @@ QUICK = ["--sampler", "halton", "--steps", "1"]
 # Options that have an effect whatever the others are, by command; a new one goes here or in a rule.
 ALWAYS = {
     "demo": "model pictures seed", "inspect": "model as_json",
+    "chat": "model system messages max_new_tokens drop_oldest sampler steps temperature threshold "
+    "block_length grow option seed device dtype mask_id tokenizer special_tokens",
     "train": "recipe out overrides resume",
     "sweep": "recipe grid out overrides seeds fit workers timeout engine address shard as_json",
     "convert": "source out family config ema codec as_json",
@@ -124,6 +126,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["tokenizer", "inspect", "byte", "--size", "8x8"], "--size"),
         (["convert", "x.safetensors", "out", "--from-pickle"], "--from-pickle is for pickles"),
         (["demo", "--out", "x.png"], "ends in .html"),
+        (["generate", FASHION, "--grow", "daedal"], "--grow is for models of text"),
+        (["generate", TEXT, "-o", "grow=daedal"], "use --grow"),
+        (["generate", TEXT, "--grow", "daedal", "--input", "in.jsonl", "--out", "new"],
+         "--grow does not go with"),
         (["sweep", "x.yaml", "--out", "x", "--grid", "optim.lr=1", "--samples", "3"],
          "--samples needs an option of sampling"),
     ],

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_chat import COLUMNS, END, MASK, PAD, START, chat_model
 from tokenizer_kinds import saved
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from mdiff.cli import run
 from mdiff.errors import ConfigError, DataError
@@ -21,36 +20,7 @@ from mdiff.training.loop import train
 from mdiff.training.recipe import parse_recipe
 
 GENERATED = 2000
-COLUMNS, SIZE, END, PAD, MASK, START = 300, 260, 256, 257, 258, 259
-
-
-def chat_model(folder: Path, columns: int = COLUMNS) -> Path:
-    """A random adapted Qwen2 with a byte-level tokenizer and a ChatML template."""
-    import torch
-
-    bytes_ = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    inner = Tokenizer(models.BPE(vocab=bytes_, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    words = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        mask_token="<|mask|>", additional_special_tokens=["<|im_start|>"],
-    )  # fmt: skip
-    words.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=columns, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256, head_dim=8,
-        tie_word_embeddings=False,
-    )).save_pretrained(folder)  # fmt: skip
-    words.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"architectures": ["A2DQwen2LMHeadModel"], "mask_token_id": words.mask_token_id}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+SIZE = 260
 
 
 @pytest.fixture(scope="module")

@@ -44,12 +44,13 @@ def _redrawn(run: Generation, console: Console) -> Iterator[State]:
     from rich.live import Live
     from rich.text import Text
 
-    marks = _Marks(run)
+    marks, (hidden, begin) = _Marks(run), _shown(run)
     back, rewritten = (f"rgb({','.join(map(str, rgb))})" for rgb in (TAKEN_BACK, REWRITTEN))
 
     def frame(fresh: list[bool]) -> Text:
         shown = Text()
-        for piece, new, again, other in zip(run.pieces(0), fresh, *marks.add()):
+        marked = list(zip(run.pieces(0), fresh, *marks.add()))
+        for piece, new, again, other in marked[begin:]:
             if piece is None:
                 shown.append(HIDDEN_AGAIN if again else HIDDEN, back if again else "dim")
                 continue
@@ -57,7 +58,7 @@ def _redrawn(run: Generation, console: Console) -> Iterator[State]:
             shown.append(printable(piece), " ".join(styles))
         return shown
 
-    first = frame([False] * len(run.tokens(0)))
+    first = frame([False] * len(hidden))
     with Live(first, console=console, refresh_per_second=FRAMES_A_SECOND, transient=True) as live:
         for state in run:
             live.update(frame(state.revealed[0][marks.unpadded].tolist()))
@@ -79,17 +80,24 @@ class _Marks:
         return again[0][self.unpadded].tolist(), self.rewritten[0][self.unpadded].tolist()
 
 
+def _shown(run: Generation) -> tuple[list[bool], int]:
+    """Whether each position is to be written, and the first to show: of a chat, of the answer."""
+    hidden = run.hidden(0)
+    return hidden, 0 if run.ending.echo or True not in hidden else hidden.index(True)
+
+
 def _printed(run: Generation) -> Iterator[State]:
-    total = max(1, sum(piece is None for piece in run.pieces(0)))
+    hidden, begin = _shown(run)
+    total = max(1, sum(hidden))
     printed, marks, shown, last = 0, _Marks(run), "", ""
     for state in run:
         pieces, (again, other) = run.pieces(0), marks.add()
-        done = total - sum(piece is None for piece in pieces)
+        done = sum(piece is not None for piece, new in zip(pieces, hidden) if new)
         counts = {"taken back": int(marks.taken_back.sum()), "rewritten": sum(other)}
         head = [f"{done}/{total}", *(f"{n} {words}" for words, n in counts.items() if n)]
         text = "".join(
             (HIDDEN_AGAIN if back else HIDDEN) if piece is None else piece
-            for piece, back in zip(pieces, again)
+            for piece, back in list(zip(pieces, again))[begin:]
         )
         shown = f"[{', '.join(head)}] {printable(text)}"
         if done * SNAPSHOTS // total > printed:

@@ -17,7 +17,7 @@ def figures(sample: Generated) -> str:
     return (
         f"{len(sample.tokens)} tokens, {sample.calls} calls, {sample.seconds:.2f} s, "
         f"entropy {sample.entropy:.3f} nats a draw, log-probability {sample.log_prob:.2f} nats, "
-        f"seed {sample.seed}"
+        f"seed {sample.seed}" + (f", length by {sample.grow}" if sample.grow else "")
     )
 
 
@@ -32,6 +32,7 @@ def entries(sample: Generated) -> dict[str, object]:
         "entropy": sample.entropy,
         "seed": sample.seed,
         "writing": {name: [round(x, DECIMALS) for x in values] for name, values in writing.items()},
+        **({"grow": sample.grow} if sample.grow else {}),
     }
 
 

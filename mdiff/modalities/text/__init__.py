@@ -10,3 +10,4 @@ from mdiff.modalities.text.modality import Text as Text
 from mdiff.modalities.text.modality import text as text
 from mdiff.modalities.text.pretrained import Pretrained as Pretrained
 from mdiff.modalities.text.typed import HOLE as HOLE
+from mdiff.modalities.text.typed import fitting as fitting

@@ -40,6 +40,8 @@ class Text:
         self._mask_id, self._tokenizer = mask_id, tokenizer
         # Whether special tokens that are typed in prompts, chats and templates are read as such.
         self.reads_special = False
+        # What a model's own files name as ends beside the tokenizer's.
+        self.stated_ends: tuple[int, ...] = ()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -70,7 +72,10 @@ class Text:
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The ids that end a document or, in a chat, a turn."""
-        return (self.tokenizer.size,) if self.eos else self.tokenizer.end_ids
+        inner = self.tokenizer
+        turn = inner.turn_end if isinstance(inner, Pretrained) else []
+        own = (inner.size,) if self.eos else inner.end_ids
+        return tuple(sorted({*own, *turn, *self.stated_ends}))
 
     @property
     def pad_id(self) -> int | None:
@@ -79,7 +84,9 @@ class Text:
 
     def no_text(self, columns: int, *, special: bool = True) -> set[int]:
         """The ids below `columns` that are no text and end none; see `Tokenizer.no_text`."""
-        return self.tokenizer.no_text(columns, special=special) - {self.mask_id, self.eos_id}
+        return self.tokenizer.no_text(columns, special=special) - {
+            self.mask_id, self.eos_id, *self.stated_ends,
+        }  # fmt: skip
 
     def encode(self, text: object, *, continues: bool = False) -> list[int]:
         """The ids of a text, with nothing added; DataError where it is not valid Unicode.
@@ -125,9 +132,9 @@ class Text:
         """The prompt's tokens followed by masks, `length` positions in all.
 
         A prompt {"chat": ...} is what a user says, or a list of {"role", "content"} messages,
-        put as the tokenizer's chat template puts it. Raises DataError where the prompt holds a
-        mask or does not fit, and where there is no template; ConfigError where it holds a special
-        token, unless `reads_special`.
+        put as the tokenizer's chat template puts it, with lists of "tools" and "documents" where
+        they are given. Raises DataError where the prompt holds a mask or does not fit, and where
+        there is no template; ConfigError where it holds a special token, unless `reads_special`.
         """
         given = self._typed(self.encode).prompt(prompt)
         return continued(given, length, mask_id=self.mask_id)

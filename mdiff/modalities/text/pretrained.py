@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
 from mdiff.files import TRANSFORMERS, read_json, refuse_special
@@ -26,6 +26,9 @@ ENDS = (
     "<|endoftext|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>", "</s>", "<|role_end|>",
     "<|end_of_text|>",
 )  # fmt: skip
+NO_TEMPLATE = "this tokenizer has no chat template: give a plain prompt instead"
+# An answer, to find what a template puts behind it.
+SAID = "An answer."
 # Texts that a tokenizer is asked to put before others; tried before the tokens of its vocabulary.
 PROBES, TRIED = ("x", "0", ".", "the"), 500
 # Classes that come as code beside a model, and those of transformers that read the same files.
@@ -179,27 +182,64 @@ class Pretrained:
             found[i] = part
         return found
 
-    def chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, object]], **given: object) -> list[int]:
         """The ids of {"role", "content"} messages, up to the answer.
 
         A last message of the assistant is the beginning of the answer, which goes on. By the
-        tokenizer's own template, which its library renders in a sandbox. Raises DataError
-        where it has none or refuses these messages.
+        tokenizer's own template, which its library renders in a sandbox; `given` are its tools
+        and documents. Raises DataError where it has none, refuses these messages, or leaves out
+        what is given or a message of neither the user nor the assistant.
         """
         if not self.inner.chat_template:
-            raise DataError("this tokenizer has no chat template: give a plain prompt instead")
+            raise DataError(NO_TEMPLATE)
+        said = [dict(one) for one in messages]
+        written = self._rendered(said, **given)
+        for name in given:
+            if given[name] and self._rendered(said, **{**given, name: None}) == written:
+                raise DataError(f"the chat template leaves out {name}: it has no use for them")
+        for number, one in enumerate(said):
+            if one["role"] in ("user", "assistant") or not isinstance(one["content"], str):
+                continue
+            other = [*said[:number], {**one, "content": f"{one['content']}?"}, *said[number + 1 :]]
+            if self._rendered(other, **given) == written:
+                raise DataError(
+                    f"the chat template leaves out message {number + 1}, of role {one['role']}: "
+                    "say the same in a message of the user"
+                )
+        ids: list[int] = self._rendered(said, tokenize=True, return_dict=False, **given)
+        return ids
+
+    def _rendered(self, said: list[dict[str, Any]], **options: object) -> Any:
+        """Messages by the template, as a text or ids; DataError where it refuses them."""
         from jinja2 import TemplateError
 
+        begun = said[-1]["role"] == "assistant"
         try:
-            said = [dict(one) for one in messages]
-            begun = bool(said) and said[-1].get("role") == "assistant"
-            ids: list[int] = self.inner.apply_chat_template(
-                said, add_generation_prompt=not begun, continue_final_message=begun,
-                tokenize=True, return_dict=False,
+            return self.inner.apply_chat_template(
+                said, **{
+                    "add_generation_prompt": not begun, "continue_final_message": begun,
+                    "tokenize": False, **options,
+                },
             )  # fmt: skip
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (
+            TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
+            RecursionError,
+        ) as error:  # fmt: skip
             raise DataError(f"the chat template refuses these messages: {error}") from error
-        return ids
+
+    @cached_property
+    def turn_end(self) -> list[int]:
+        """The added token that the chat template puts behind an answer; empty without one."""
+        if not self.inner.chat_template:
+            return []
+        turns = [{"role": role, "content": SAID} for role in ("user", "assistant")]
+        try:
+            text = self._rendered(turns, continue_final_message=False)
+        except DataError:
+            return []
+        added = self._special.union(self.inner.get_added_vocab().values())
+        behind = self._encode(str(text).rpartition(SAID)[2])
+        return [i for i in behind if i in added][:1]
 
     def save(self, folder: Path) -> None:
         """Write its own files."""

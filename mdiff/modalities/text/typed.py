@@ -7,14 +7,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from mdiff.errors import ConfigError, DataError
-from mdiff.modalities.text.pretrained import Pretrained
+from mdiff.errors import ConfigError, DataError, nearest, warn
+from mdiff.modalities.protocol import Modality
+from mdiff.modalities.text.pretrained import NO_TEMPLATE, Pretrained
 from mdiff.modalities.text.tables import checked_text
 from mdiff.modalities.text.tokenizers import Tokenizer
 
 HOLE = re.compile(r"\[MASK(?::(\d+))?\]")
 HOLE_LIMIT = 1_000_000
 NOT_TEXT = "which is not text; to fill in gaps use infill, with [MASK:8]"
+# Who may have said a message, and what a template takes beside the messages.
+ROLES = ("assistant", "developer", "system", "tool", "user")
+BESIDE = ("tools", "documents")
+STAYING = ("developer", "system")
+DROPPING = "shorten it, or leave out its oldest turns by drop_oldest (--drop-oldest)"
 
 
 class Typed(NamedTuple):
@@ -53,20 +59,67 @@ class Typed(NamedTuple):
         return ids
 
     def chat(self, prompt: Mapping[str, object]) -> list[int]:
-        """The ids of a chat by the tokenizer's template."""
+        """The ids of a chat by the tokenizer's template, with its "tools" and "documents"."""
         said = prompt.get("chat")
-        if set(prompt) != {"chat"} or not isinstance(said, str | list):
-            raise DataError(f'{dict(prompt)!r}: expected {{"chat": a text or a list of messages}}')
+        beside = {name: value for name, value in prompt.items() if name != "chat"}
+        if not isinstance(said, str | list) or not set(beside) <= set(BESIDE):
+            raise DataError(
+                f'{dict(prompt)!r:.200}: expected {{"chat": a text or a list of messages}}, and if '
+                f"wanted {' and '.join(BESIDE)}"
+            )
         if not isinstance(self.tokenizer, Pretrained):
-            raise DataError("this tokenizer has no chat template: give a plain prompt instead")
+            raise DataError(NO_TEMPLATE)
         messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+        if not messages:
+            raise DataError("the chat is empty: expected a text or at least one message")
         for number, message in enumerate(messages, start=1):
             for written in _texts(message):
                 self.ids(written, f"message {number} of the chat")
-        ids = self.tokenizer.chat(messages)
+            _check_message(message, f"message {number} of the chat")
+        for name, value in beside.items():
+            if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+                raise DataError(f"{name}={value!r:.60}: expected a list of mappings")
+            for written in _texts(value):
+                self.ids(written, f"{name} of the chat")
+        ids = self.tokenizer.chat(messages, **beside)
         if self.mask_id in ids:
             raise DataError(f"the chat template puts the mask token, {NOT_TEXT}")
         return ids
+
+
+def fitting(modality: Modality, prompt: Mapping[str, object], most: int) -> dict[str, object]:
+    """The prompt of a chat with at most `most` tokens; without its "drop_oldest".
+
+    Where that is true, the oldest turns are left out until it fits; messages of the system stay.
+    Raises DataError for a conversation that does not fit.
+    """
+    kept = dict(prompt)
+    drop, number = kept.pop("drop_oldest", False), 0
+    while (size := len(modality.canvas(kept))) > most:
+        said = kept["chat"] if isinstance(kept["chat"], list) else []
+        first = next((i for i, one in enumerate(said) if one["role"] not in STAYING), 0)
+        users = [i for i, one in enumerate(said) if one["role"] == "user" and i > first]
+        if drop is not True or not users:
+            raise DataError(
+                f"the conversation has {size} tokens, and {max(most, 0)} of the model's window are "
+                "left for it: " + ("shorten it" if drop is True else DROPPING)
+            )
+        kept["chat"] = said[:first] + said[users[0] :]
+        number += users[0] - first
+    if number:
+        warn(f"{number} messages, the oldest of the conversation, do not fit and are left out")
+    return kept
+
+
+def _check_message(message: object, origin: str) -> None:
+    """Raise DataError for what is no message: a role of ROLES, and a content or calls of tools."""
+    if not isinstance(message, Mapping):
+        raise DataError(f"{origin} is {message!r:.60}: expected a role and a content")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise DataError(f"{origin}: role={role!r:.60}; {nearest(str(role)[:60], ROLES)}")
+    if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
+        raise DataError(f"{origin}: content={content!r:.60}: expected a text")
 
 
 def _texts(value: object) -> Iterator[str]:
