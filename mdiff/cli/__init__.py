@@ -35,6 +35,7 @@ def app() -> typer.Typer:
     from mdiff.cli.generate import generate
     from mdiff.cli.images.edit import edit
     from mdiff.cli.inspect import inspect
+    from mdiff.cli.models import models
     from mdiff.cli.options import add_command
     from mdiff.cli.revise import revise
     from mdiff.cli.sweep import sweep
@@ -49,7 +50,7 @@ def app() -> typer.Typer:
         no_args_is_help=False,
     )
     for command in (
-        demo, generate, chat, edit, revise, evaluate, train, sweep, inspect, convert,
+        demo, generate, chat, edit, revise, evaluate, train, sweep, inspect, models, convert,
         doctor, bench,
     ):  # fmt: skip
         add_command(line, "eval" if command is evaluate else command.__name__, command)

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mdiff.cli.models import fits as show_whether_it_fits
 from mdiff.cli.options import Model, OneObject
 from mdiff.cli.tokenizer import inspect as inspect_codec
 from mdiff.cli.views.console import result, result_json
@@ -24,8 +25,16 @@ if TYPE_CHECKING:
     from mdiff.pipeline import TensorReport
 
 
-def inspect(context: typer.Context, model: Model, as_json: OneObject = False) -> None:
+def inspect(
+    context: typer.Context,
+    model: Model,
+    fits: Annotated[bool, "Whether its weights fit this machine; nothing is downloaded."] = False,
+    as_json: OneObject = False,
+) -> None:
     """Show a model's kind, sizes, types, mask id and tensors; or a codec, by its folder."""
+    if fits:
+        show_whether_it_fits(model, as_json)
+        return
     if is_codec(model):
         inspect_codec(context, model, as_json=as_json)
         return

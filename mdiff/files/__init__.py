@@ -12,6 +12,10 @@ from mdiff.files.atomic import steps as steps
 from mdiff.files.atomic import sweep as sweep
 from mdiff.files.atomic import verify as verify
 from mdiff.files.atomic import write_json as write_json
+from mdiff.files.catalogue import WIDTHS as WIDTHS
+from mdiff.files.catalogue import Entry as Entry
+from mdiff.files.catalogue import catalogue as catalogue
+from mdiff.files.catalogue import parameters_of as parameters_of
 from mdiff.files.config_fields import CONFIG as CONFIG
 from mdiff.files.config_fields import MOST_EXPERTS as MOST_EXPERTS
 from mdiff.files.config_fields import MOST_IDS as MOST_IDS

@@ -23,7 +23,7 @@ EMOJI, FASHION, TEXT = "builtin:emoji", "builtin:fashion", "builtin:shakespeare"
 QUICK = ["--sampler", "halton", "--steps", "1"]
 # Options that have an effect whatever the others are, by command; a new one goes here or in a rule.
 ALWAYS = {
-    "demo": "model pictures seed", "inspect": "model as_json",
+    "demo": "model pictures seed", "inspect": "model fits as_json", "models": "as_json",
     "chat": "model system messages max_new_tokens drop_oldest sampler steps temperature threshold "
     "block_length grow option seed device dtype mask_id tokenizer special_tokens",
     "train": "recipe out overrides resume",
