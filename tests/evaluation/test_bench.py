@@ -17,10 +17,12 @@ from mdiff.cli.bench import NAMES
 from mdiff.evaluation import bench
 from mdiff.evaluation.bench.draw import gpu_rows
 from mdiff.evaluation.bench.generation import (
+    REVISING,
     Generation,
     expected_calls,
     generation_rows,
     overhead_row,
+    revising_row,
 )
 from mdiff.evaluation.bench.laws import MDLM_FLOAT32, laws, sides
 from mdiff.evaluation.bench.loss import PeakBytes, Problem, loss_rows
@@ -81,6 +83,17 @@ def test_the_share_outside_the_model_is_a_share() -> None:
     assert 0 < row.figure < 100
     assert row.unit == "%"
     assert not row.at_least
+
+
+@pytest.mark.parametrize("name", REVISING)
+def test_a_sampler_that_takes_back_has_a_share_beside_model_and_draw(name: str) -> None:
+    row = revising_row(TINY, name, quiet)
+    assert row.figure is not None
+    assert -100 < row.figure < 100
+    assert row.target == 2
+    assert row.detail["outside_seconds"]
+    assert min(row.detail["rows"]) > 0
+    assert "% with the draw of" in row.note
 
 
 def test_the_rows_of_a_gpu_compare_equal_numbers_of_rows() -> None:
@@ -230,7 +243,7 @@ def test_bench_prints_one_json_object_with_versions_laws_and_rows(
     assert MDLM_FLOAT32 in {law["name"] for law in report["laws"]}
     assert all(law["passed"] for law in report["laws"])
     measured = [row for row in report["rows"] if row["figure"] is not None]
-    assert [row["section"] for row in measured] == ["draw"] * (len(measured) - 1) + ["overhead"]
+    assert [row["section"] for row in measured] == ["draw"] * (len(measured) - 7) + ["overhead"] * 7
     against = [row for row in measured if "against" in row["what"]]
     assert all(len(row["detail"]["other"]["seconds"]) == TINY.repeats for row in against)
     assert all(row["detail"]["mdiff"]["rows"] == TINY.rows // 2 for row in against)

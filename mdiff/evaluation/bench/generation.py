@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from statistics import mean, median
 
 import torch
@@ -12,15 +13,20 @@ from mdiff.denoiser import HasHead
 from mdiff.evaluation.bench.baselines import mdlm_draw, mdlm_probabilities, mdlm_sampler
 from mdiff.evaluation.bench.laws import MDLM, MDLM_FLOAT32, Law, failures
 from mdiff.evaluation.bench.timing import CLOCKS, Row, Size, cpu_seconds, ratios
-from mdiff.ops import backend_name
+from mdiff.find import find
+from mdiff.ops import backend_name, bind_draw
 from mdiff.samplers.first_hitting import first_hitting
+from mdiff.sampling import Sampler, Tally
 from mdiff.tokens import TokenSpace, hidden_canvas
 
 # How many times faster at least, and at most so many percent of a step outside the model.
-ANCESTRAL_TARGET, CACHED_TARGET, OUTSIDE_TARGET = 30.0, 20.0, 1.0
+ANCESTRAL_TARGET, CACHED_TARGET, OUTSIDE_TARGET, REVISING_TARGET = 30.0, 20.0, 1.0, 2.0
 # The shape of builtin:shakespeare, but for the vocabulary; its first calls warm up.
 OVERHEAD_SHAPE = {"width": 256, "depth": 8, "heads": 4, "mlp_width": 704}
 WARM = 5
+# Samplers that take tokens back or draw at every hidden position, with so many steps of each.
+REVISING = ("remdm", "psi", "path_planning", "edit", "gibbs", "budget")
+STEPS = 25
 
 
 class Timed:
@@ -31,6 +37,7 @@ class Timed:
     def __init__(self, model: HasHead) -> None:
         self.model = model
         self.seconds = [0.0] * len(CLOCKS)
+        self.made = torch.empty(0)
 
     def __call__(self, tokens: Tensor, **rest: object) -> Tensor:
         """The model's logits."""
@@ -40,7 +47,8 @@ class Timed:
     def features(self, tokens: Tensor, *, number: int | None = None, **rest: object) -> Tensor:
         """The model's features."""
         features: Callable[..., Tensor] = self.model.features
-        return self._timed(lambda: features(tokens, number=number, **rest))
+        self.made = self._timed(lambda: features(tokens, number=number, **rest))
+        return self.made
 
     def head(self, x: Tensor) -> Tensor:
         """The logits of features."""
@@ -86,6 +94,56 @@ def overhead_row(size: Size, say: Callable[[str], None]) -> Row:
         "overhead", f"outside the model, V = {size.vocab:,}, L = {size.length}: share of a step",
         *ratios(outside, whole, 100), unit="%", target=OUTSIDE_TARGET, at_least=False,
         detail={"backend": backend_name(), "step_seconds": whole, "outside_seconds": outside},
+    )  # fmt: skip
+
+
+def revising_row(size: Size, name: str, say: Callable[[str], None]) -> Row:
+    """The share of a step of a sampler that is neither model nor draw; both of one sample.
+
+    A step includes adding up its figures. The draw is timed again behind each step, on the same
+    features; the note says what the share is with it.
+    """
+    say(f"overhead of {name}, V = {size.vocab:,}, L = {size.length}")
+    torch.manual_seed(0)
+    vocab, length, clock = size.vocab, size.length, CLOCKS["thread"]
+    space = TokenSpace(vocab, mask_id=vocab)
+    model = Timed(transformer(vocab_size=vocab, max_length=length, **OVERHEAD_SHAPE).eval())
+    canvas, options = hidden_canvas(1, length, space=space), {"steps": STEPS}
+    if name == "edit":
+        options = {"threshold": 1, "least": -(-length // STEPS)}
+    if name == "budget":
+        options = {}
+    if name == "gibbs":
+        # From a finished canvas on, so that no step is one of first hitting.
+        canvas = torch.randint(vocab, canvas.shape)
+        options = {"sweeps": STEPS / length, "given": torch.zeros_like(canvas, dtype=torch.bool)}
+    sampler: Sampler = find("samplers", name)
+    draw, tally = bind_draw(vocab), Tally(canvas)
+    whole, drawing, outside, rows = [], [], [], []
+    with torch.inference_mode():
+        states = sampler(model, canvas, space=space, **options)
+        begun = clock()
+        for state in islice(states, STEPS):
+            tally.add(state)
+            whole.append(clock() - begun)
+            outside.append(whole[-1] - model.seconds[0])
+            rows.append(len(model.made))
+            zero, model.seconds[0] = torch.zeros(rows[-1], dtype=torch.int64), 0.0
+            begun = clock()
+            draw.of_features(model.made, model.head, seed=zero, sample=zero, step=zero,
+                             position=zero)  # fmt: skip
+            drawing.append(clock() - begun - model.seconds[0])
+            model.seconds[0], begun = 0.0, clock()
+    whole, outside, drawing = whole[WARM:], outside[WARM:], drawing[WARM:]
+    # Minima of each clock, not of a difference of two measurements.
+    beside, middle = (100 * (of(outside) - of(drawing)) / of(whole) for of in (min, median))
+    share = 100 * median(outside) / median(whole)
+    return Row(
+        "overhead", f"{name}, outside the model and the draw, V = {vocab:,}, L = {length}",
+        beside, middle, unit="%", target=REVISING_TARGET, at_least=False,
+        note=f"{share:.2f} % with the draw of {median(rows):.0f} rows",
+        detail={"backend": backend_name(), "step_seconds": whole, "outside_seconds": outside,
+                "draw_seconds": drawing, "rows": rows},
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from mdiff.evaluation.bench.draw import draw_rows, gpu_rows
-from mdiff.evaluation.bench.generation import generation_rows, overhead_row
+from mdiff.evaluation.bench.generation import REVISING, generation_rows, overhead_row, revising_row
 from mdiff.evaluation.bench.laws import OURS, Law, Side, laws, sides
 from mdiff.evaluation.bench.loss import loss_rows
 from mdiff.evaluation.bench.timing import Row, Size, machine
@@ -65,11 +65,16 @@ class Bench:
             "draw": self._draw,
             "loss": lambda: loss_rows(self.size, self.say),
             "generation": lambda: generation_rows(self.size, self.laws, self.say),
-            "overhead": lambda: iter([overhead_row(self.size, self.say)]),
+            "overhead": self._overhead,
         }
         for name in (name for name in SECTIONS if name in sections):
             with one_thread():
                 yield from measure[name]()
+
+    def _overhead(self) -> Iterator[Row]:
+        yield overhead_row(self.size, self.say)
+        for name in REVISING:
+            yield revising_row(self.size, name, self.say)
 
     def _draw(self) -> Iterator[Row]:
         for why in self.missing:
