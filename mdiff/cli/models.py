@@ -26,7 +26,7 @@ def models(as_json: OneObject = False) -> None:
     for entry in catalogue():
         result(f"{entry.family} ({entry.medium})" + (f"  {entry.flags}" * bool(entry.flags)))
         for name, size in entry.models.items():
-            result(f"  {name:<32} {_memory(size)}")
+            result(f"  {name:<40} {_memory(size)}")
     result(
         "Each family was compared with outputs of its official code or of transformers, on small "
         "weights: docs/checkpoints.md. mdiff inspect NAME --fits: whether it fits this machine."

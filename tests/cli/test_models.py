@@ -30,7 +30,7 @@ def test_a_family_is_one_that_opens_here_and_has_a_row_of_what_was_compared(entr
 def test_the_catalogue_is_printed_and_is_one_object(capsys: Any) -> None:
     assert run(["models"]) == 0
     page = capsys.readouterr().out
-    assert "GSAI-ML/LLaDA-8B-Instruct        8.0 billion: float32 32.0 GB" in page
+    assert "GSAI-ML/LLaDA-8B-Instruct                8.0 billion: float32 32.0 GB" in page
     assert run(["models", "--json"]) == 0
     (found,) = lines(capsys)
     assert [one["family"] for one in found["families"]] == [one.family for one in catalogue()]
