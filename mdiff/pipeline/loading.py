@@ -94,6 +94,9 @@ def load(
         ends = set(files.generation.end_ids) - {pipeline.space.mask_id}
         pipeline.modality.stated_ends = tuple(sorted(ends.intersection(ids)))
     denoiser: Any = pipeline.denoiser
+    if isinstance(denoiser, Backbone):
+        # Some models attend by what is hidden.
+        denoiser.mask_id = pipeline.space.mask_id
     if block_length is not None and not isinstance(denoiser, BlockModel):
         raise ConfigError(f"block_length={block_length}: {files.folder} is not a block model")
     if block_length is not None:
@@ -202,9 +205,6 @@ def _foreign(
         mask_id = text.tokenizer.mask_id
     if type(mask_id) is not int:
         raise ConfigError(f"{folder} does not say which id is the mask: give mask_id=")
-    if module is not None:
-        # Some models attend by what is hidden.
-        module.mask_id = mask_id
     denoiser = module or load_masked_lm(files, dtype, mask_id=mask_id)
     space = TokenSpace(denoiser.vocab_size, mask_id=mask_id)
     if text is not None and text.tokenizer.size > max(space.vocab_size, mask_id + 1):

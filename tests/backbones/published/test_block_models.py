@@ -18,6 +18,7 @@ from decoder_checkpoints import (
 from safetensors.torch import load_file
 
 import mdiff
+from mdiff.denoiser import guided
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.pipeline.published import built
 from mdiff.samplers.any_order import any_order
@@ -379,6 +380,44 @@ def test_a_generation_with_the_cache_is_the_one_without(family, options):
     assert torch.equal(ours[-1].tokens, theirs[-1].tokens)
     assert torch.equal(ours[-1].calls, theirs[-1].calls)
     assert not bool((ours[-1].tokens == mask).any())
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_a_pipeline_generates_scores_and_is_saved_whichever_way_the_mask_is_known(tmp_path, family):
+    """The mask's id is given here, and is in no config; some attend by what is hidden."""
+    folder = copied(GOLDEN / family, tmp_path / "m", described={"mask_token_id": None})
+    mask = loaded(GOLDEN / family).mask_id or FAST_MASK
+    pipeline = mdiff.load(folder, mask_id=mask)
+    options = {"length": 20, "seed": 1, "sampler": "confidence", "threshold": 0.4}
+    (sample,) = pipeline.generate("3 1 4 1 5 9", **options)
+    assert len(sample.tokens) == 20
+    assert mask not in sample.tokens
+    pipeline.save(tmp_path / "saved")
+    again = mdiff.load(tmp_path / "saved")
+    (same,) = again.generate("3 1 4 1 5 9", **options)
+    assert list(same.tokens) == list(sample.tokens)
+    tokens = torch.where(torch.arange(16) % 3 > 0, SDAR["input_ids"] % 88, mask)
+    expected = loaded(GOLDEN / family)(tokens)
+    for denoiser in (pipeline.denoiser, again.denoiser):
+        assert torch.equal(denoiser(tokens), expected)
+    assert 0 < float(pipeline.score("3 1 4 1 5 9 2 6 5 3 5", draws=8).nats) < torch.inf
+
+
+@pytest.mark.parametrize("options", [{"cfg_scale": 0.5}, {"cfg_scale": 0.0}])
+def test_a_guided_model_still_takes_the_first_token_from_the_block_before(options):
+    model, space = loaded(GOLDEN / "fast_dllm_v2"), TokenSpace(112, mask_id=FAST_MASK)
+    model.block_length, canvas = 8, torch.full((1, 24), FAST_MASK)
+    canvas[:, :11] = FAST["input_ids"][:1, :11]
+    both = guided(model, hide="given", space=space, **options)
+    first, *_ = (
+        state
+        for state in blocks(
+            both, canvas, space=space, cond={"given": canvas != FAST_MASK}, temperature=0.0,
+            inner=confidence, block_length=8, threshold=0.3,
+        )
+        if bool(state.revealed[0, 16])
+    )  # fmt: skip
+    assert first.revealed[0].nonzero().flatten().tolist() == [16]
 
 
 @pytest.mark.parametrize(("family", "entry", "said"), [
