@@ -8,6 +8,8 @@ import re
 import pytest
 from folders import ROOT
 
+from mdiff.find import names
+
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/figures.md")}
 
@@ -138,3 +140,53 @@ def test_readme_is_short_and_claims_no_more_than_the_figures_page():
     for line in quoted:
         value = line.strip("|").split("|")[1]
         assert set(numbers(re.sub(r"\(.*?\)", "", value))) <= known, line
+
+
+SAMPLERS_PAGE = (ROOT / "docs" / "samplers.md").read_text()
+
+
+def table_after(heading: str) -> list[list[str]]:
+    """The cells of the rows of the first table of docs/samplers.md whose head begins so."""
+    table = SAMPLERS_PAGE.partition(f"\n| {heading}")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_every_sampler_has_its_row_and_its_measured_distance_from_the_joint():
+    cells = {row[0].strip("`"): row for row in table_after("name | where")[2:]}
+    assert sorted(cells) == names("samplers")
+    recorded = figures("taking_back_toy")
+    defaults = {row["sampler"]: row for row in recorded["rows"] if not row["options"]}
+    for name, row in cells.items():
+        assert len(row) == 8, name
+        assert all(row), name
+        own = defaults.get(name, {"figures": {}})
+        # One that was added since, or cannot run on the toy, is shown as not measured.
+        found = f"{own['figures']['tv'][0]:.3f} at {own['calls']:.1f}" if own["figures"] else "-"
+        assert row[7] == found, name
+    assert f"{recorded['floor']:.3f}" in SAMPLERS_PAGE
+
+
+@pytest.mark.parametrize(
+    ("medium", "heading", "first", "share"),
+    [
+        ("text", "n-gram, bits a character", "ngram", "distinct"),
+        ("pictures", "Frechet distance", "frechet", "empty"),
+    ],
+)
+def test_the_comparison_of_samplers_is_the_recorded_one(medium, heading, first, share):
+    head, _, *table = table_after(heading)
+    quoted = {}
+    for series, *cells in table:
+        for calls, cell in zip(head[-len(cells) :], cells):
+            quoted[series.replace("`", ""), int(calls)] = cell
+    recorded = figures(f"taking_back_{medium}")
+    assert len(quoted) == len(recorded["rows"])
+    for row in recorded["rows"]:
+        cell, own = quoted[row["series"], row["asked_calls"]], row["figures"]
+        value, error = own[first]["value"], own[first]["stderr"]
+        start = f"{value:.2f} ± {error:.2f}, {100 * own[share]['value']:.0f} %"
+        assert cell.startswith(start), row["series"]
+        if abs(row["calls"] - row["asked_calls"]) >= 0.5:
+            assert f"({row['calls']:.1f} calls)" in cell, row["series"]
+    data = recorded["data"][first]
+    assert f"{data['value']:.2f} ± {data['stderr']:.2f}" in SAMPLERS_PAGE
