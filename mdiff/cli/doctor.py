@@ -23,7 +23,7 @@ PACKAGES = (
 def doctor(as_json: OneObject = False) -> None:
     """Show versions, device and backends, and test the samplers against an exact law."""
     from mdiff.errors import BackendError
-    from mdiff.evaluation import check_samplers
+    from mdiff.evaluation import check_samplers, reveal_rates
 
     start = time.perf_counter()
     report = environment()
@@ -32,7 +32,7 @@ def doctor(as_json: OneObject = False) -> None:
     except BackendError as error:
         checks = [{"name": f"samplers: {error}", "p_value": None, "passed": False}]
     checks += backend_checks() + picture_checks()
-    report["checks"] = checks
+    report["checks"], report["reveal_rate"] = checks, reveal_rates()
     report["passed"] = all(check["passed"] for check in checks)
     report["seconds"] = round(time.perf_counter() - start, 2)
     if as_json:
@@ -167,5 +167,11 @@ def _table(report: Mapping[str, Any]) -> None:
         word = "ok  " if check["passed"] else "FAIL"
         p_value = "" if check["p_value"] is None else f"  p = {check['p_value']:.3g}"
         result(f"{word} {check['name']}{p_value}")
+    rate = report["reveal_rate"]
+    result(
+        f"float32: one draw over {rate['vocab']:,} ids and the mask reveals "
+        f"{rate['joint_categorical']:.3f} of what a step of {rate['steps']:,} should, as the noise "
+        f"is cut off; ours, where the mask is no class, {rate['ours']:.6f}"
+    )
     verdict = "all is well" if report["passed"] else "something is wrong: see FAIL above"
     result(f"{verdict}, {report['seconds']} s")

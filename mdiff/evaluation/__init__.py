@@ -15,3 +15,4 @@ from mdiff.evaluation.images import spread as spread
 from mdiff.evaluation.images import with_model_labels as with_model_labels
 from mdiff.evaluation.order import order_figures as order_figures
 from mdiff.evaluation.selftest import check_samplers as check_samplers
+from mdiff.evaluation.selftest import reveal_rates as reveal_rates

@@ -1,5 +1,6 @@
-"""Self-test: the samplers against an exactly known distribution of 256 states."""
+"""Self-test: samplers against a known distribution, and what float32 does to a reveal's rate."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mdiff.denoiser import FromLogits, from_logits
+from mdiff.kernels import philox
 from mdiff.sampling import sample
 from mdiff.tokens import TokenSpace, hidden_canvas
 
@@ -31,6 +33,11 @@ SETTINGS: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("blocks", {"block_length": 2}, True),
     ("ancestral", {"steps": 1}, False),
 )
+
+# Of published code: the offset in its noise -log(u + offset) + offset, and the bits of a float32
+# uniform.
+OFFSET = 1e-10
+FLOAT32_BITS = 24
 
 
 @dataclass(frozen=True)
@@ -94,3 +101,38 @@ def chi_square_p(observed: Tensor, expected: Tensor) -> float:
     statistic = ((observed - expected) ** 2 / expected).sum()
     freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(freedom, statistic / 2))
+
+
+def reveal_rates(
+    vocab: int = 50_257, steps: int = 1024, *, bits: int = FLOAT32_BITS
+) -> dict[str, float | int]:
+    """How often the middle of `steps` ancestral steps reveals a position, of how often it should.
+
+    `joint_categorical` is one draw over a uniform row of `vocab` ids and the mask, the largest
+    p / (1e-10 - log(u + 1e-10)) as published for masked diffusion, u uniform on multiples of
+    2^-bits as in float32: an id needs noise of the least few values there are, and most have
+    none so small (Zheng et al. 2024, arXiv 2409.02908: truncated Gumbel noise, which acts as a
+    lower temperature). `ours` is one uniform (x + 0.5) 2^-32 beside the masking schedule, the ids
+    drawn apart. Both are sums over the values of the uniforms, nothing is sampled.
+    """
+    # A position hidden at time 1/2 is revealed with this probability by the linear schedule.
+    chance = 2 / steps
+    ratio, grid = chance / (1 - chance) / vocab, 2**bits
+
+    def larger(noise: float) -> int:
+        """How many values of u give a larger noise."""
+        return min(grid, max(0, math.ceil(grid * (math.exp(OFFSET - noise) - OFFSET))))
+
+    revealed, fewer, less = 0.0, larger(0.0), 0
+    while fewer:
+        # The mask's noise lets an id of the `less` least noises win, and none of a larger one.
+        less += 1
+        least = OFFSET - math.log(1 - less / grid + OFFSET) if less < grid else math.inf
+        before, fewer = fewer, larger(least / ratio)
+        revealed += (before - fewer) / grid * -math.expm1(vocab * math.log1p(-(less - 1) / grid))
+    words = philox.WORD + 1
+    hidden, after = (math.ceil(words * m - 0.5) for m in (0.5, 0.5 - 1 / steps))
+    return {
+        "vocab": vocab, "steps": steps, "joint_categorical": revealed / chance,
+        "ours": (hidden - after) / hidden / chance,
+    }  # fmt: skip
