@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mdiff.objective import Bound as Bound
     from mdiff.objective import Loss as Loss
     from mdiff.objective import corrupt as corrupt
+    from mdiff.objective import diffusion_loss as diffusion_loss
     from mdiff.objective import masked_diffusion_loss as masked_diffusion_loss
     from mdiff.objective import nll_bound as nll_bound
     from mdiff.objective import token_nll as token_nll
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from mdiff.ops import draw as draw
     from mdiff.pipeline import Pipeline as Pipeline
     from mdiff.pipeline import load as load
+    from mdiff.process import Logistic as Logistic
+    from mdiff.process import Masking as Masking
+    from mdiff.process import Mixed as Mixed
+    from mdiff.process import Process as Process
+    from mdiff.process import Uniform as Uniform
     from mdiff.sampling import Sample as Sample
     from mdiff.sampling import State as State
     from mdiff.sampling import sample as sample
@@ -47,10 +53,12 @@ _ROOM = {
     "errors": ("BackendError", "CheckpointError", "ConfigError", "DataError", "MdiffError"),
     "modalities.image": ("load_codec",),
     "objective": (
-        "Bound", "Loss", "corrupt", "masked_diffusion_loss", "nll_bound", "token_nll",
+        "Bound", "Loss", "corrupt", "diffusion_loss", "masked_diffusion_loss", "nll_bound",
+        "token_nll",
     ),
     "ops": ("Draw", "draw"),
     "pipeline": ("Pipeline", "load"),
+    "process": ("Logistic", "Masking", "Mixed", "Process", "Uniform"),
     "sampling": ("Sample", "State", "sample"),
     "schedule": (
         "Arccos", "Cosine", "Exponential", "Geometric", "Linear", "Polynomial", "Schedule",

@@ -8,7 +8,8 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
-from mdiff.sampling import MOST_STEPS, State, Unmasking, even_times
+from mdiff.process import Masking, Process
+from mdiff.sampling import MOST_STEPS, State, Unmasking, denoise, even_times, grid_of_shares
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -29,6 +30,7 @@ def ancestral(
     given: Tensor | None = None,
     steps: int = 64,
     idle_calls: bool = False,
+    process: Process | None = None,
 ) -> Iterator[State]:
     """States of `steps` even steps of time from 1 to 0 on `canvas` (B, L).
 
@@ -39,6 +41,9 @@ def ancestral(
     `idle_calls=True` calls the model at every step all the same, for comparison. Exact as
     steps grow; at few steps, tokens of one step are drawn independently.
 
+    A `process` whose noise also writes random tokens has its own schedule: each of the `steps`
+    then asks at every position that is not given (`sampling.denoise`).
+
     Raises ConfigError for steps outside 1 to MOST_STEPS and for sampling options out of range.
     """
     if not 1 <= steps <= MOST_STEPS:
@@ -46,10 +51,17 @@ def ancestral(
             f"steps={steps}: need at least 1 and at most {MOST_STEPS}; first_hitting, which takes "
             "none, is the limit of many"
         )
+    if isinstance(process, Masking):
+        schedule = process.schedule
     fill = Unmasking(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
+    if process is not None and not isinstance(process, Masking):
+        yield from denoise(
+            fill, process, grid_of_shares(process.schedule, steps, None, canvas.device), space
+        )
+        return
     times = even_times(steps, canvas.device)
     ascending = schedule.mask_prob(times).flip(0)
     later = torch.searchsorted(ascending, fill.uniform(philox.REVEAL), right=True)

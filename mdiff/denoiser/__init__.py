@@ -4,12 +4,14 @@ from mdiff.denoiser.block_cache import FinishedBlocks as FinishedBlocks
 from mdiff.denoiser.block_cache import finished_blocks as finished_blocks
 from mdiff.denoiser.block_window import BlockWindow as BlockWindow
 from mdiff.denoiser.block_window import CachedBlock as CachedBlock
+from mdiff.denoiser.calls import PREDICTS as PREDICTS
 from mdiff.denoiser.calls import block_length_of as block_length_of
 from mdiff.denoiser.calls import evaluations as evaluations
 from mdiff.denoiser.calls import fixed_evaluations as fixed_evaluations
 from mdiff.denoiser.calls import flat_positions as flat_positions
 from mdiff.denoiser.calls import has_own_head as has_own_head
 from mdiff.denoiser.calls import of_peft as of_peft
+from mdiff.denoiser.calls import prediction_of as prediction_of
 from mdiff.denoiser.calls import row_request as row_request
 from mdiff.denoiser.calls import seeds_blocks as seeds_blocks
 from mdiff.denoiser.calls import unwrapped as unwrapped
@@ -31,6 +33,7 @@ from mdiff.denoiser.protocol import HasFeatures as HasFeatures
 from mdiff.denoiser.protocol import HasHead as HasHead
 from mdiff.denoiser.protocol import HasLayers as HasLayers
 from mdiff.denoiser.protocol import HasRowCost as HasRowCost
+from mdiff.denoiser.protocol import Predicts as Predicts
 from mdiff.denoiser.protocol import RowBound as RowBound
 from mdiff.denoiser.protocol import Rows as Rows
 from mdiff.denoiser.protocol import Saveable as Saveable

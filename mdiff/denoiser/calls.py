@@ -15,8 +15,10 @@ from mdiff.denoiser.protocol import (
     HasCost,
     HasHead,
     HasRowCost,
+    Predicts,
     Rows,
     SeedsBlocks,
+    Wrapper,
 )
 from mdiff.errors import ConfigError
 from mdiff.kernels.loss_heads import hooked
@@ -115,6 +117,23 @@ def seeds_blocks(denoiser: Denoiser) -> bool:
     return isinstance(denoiser, SeedsBlocks) and denoiser.block_seed
 
 
+def prediction_of(denoiser: object) -> str:
+    """What a denoiser, or the one that it wraps, predicts: "leave_one_out" or "posterior".
+
+    Raises ConfigError where none says: noise that writes random tokens needs to know. Masks need
+    no answer: at hidden positions both are the same.
+    """
+    if isinstance(denoiser, Predicts) and denoiser.predicts in PREDICTS:
+        return denoiser.predicts
+    if isinstance(denoiser, Wrapper):
+        return prediction_of(denoiser.denoiser)
+    raise ConfigError(
+        "this denoiser does not say what it predicts: under noise that writes random tokens "
+        "`predicts` must be 'leave_one_out' (trained by the bound) or 'posterior' (by "
+        "cross-entropy at every position)"
+    )
+
+
 def check_rows(tokens: Tensor, rows: int) -> None:
     """ConfigError where a denoiser that is bound to so many rows is called on others."""
     if len(tokens) != rows:
@@ -123,6 +142,8 @@ def check_rows(tokens: Tensor, rows: int) -> None:
         )
 
 
+# What a prediction of a clean token is given: all states but its own, or all.
+PREDICTS = ("leave_one_out", "posterior")
 # What torch.compile, DataParallel and the like call the one module in them.
 WRAPPED = ("_orig_mod", "module")
 

@@ -142,6 +142,24 @@ class HasRowCost(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
+class Predicts(Protocol, metaclass=_Capability):
+    """A denoiser that says what it predicts: "leave_one_out", P(x_i | z without z_i), or
+    "posterior", P(x_i | z). At masks both are the same.
+    """
+
+    @property
+    def predicts(self) -> str: ...
+
+
+@runtime_checkable
+class Wrapper(Protocol, metaclass=_Capability):
+    """A denoiser made of another one."""
+
+    @property
+    def denoiser(self) -> Denoiser: ...
+
+
+@runtime_checkable
 class HasDevice(Protocol, metaclass=_Capability):
     """A model on several devices: a call takes its tokens on `main_device` (None: on its own)."""
 

@@ -54,7 +54,7 @@ def _nats(
         may_hide[:, where] = True
         bound = nll_bound(
             pipeline.denoiser, some, space=pipeline.space, schedule=pipeline.schedule, draws=draws,
-            seed=seed, estimator="time" if pipeline.denoiser.uses_time else "any_order",
+            seed=seed, estimator=pipeline.estimator, process=pipeline.process,
             may_hide=may_hide, sample=torch.zeros(len(some), dtype=torch.int64, device=device),
         )  # fmt: skip
         found.append(bound.nats.cpu())

@@ -10,6 +10,7 @@ from mdiff.objective.corruption import corrupt as corrupt
 from mdiff.objective.corruption import maskable_positions as maskable_positions
 from mdiff.objective.corruption import stratified_times as stratified_times
 from mdiff.objective.corruption import truncated_normal as truncated_normal
+from mdiff.objective.diffusion import diffusion_loss as diffusion_loss
 from mdiff.objective.loss import Loss as Loss
 from mdiff.objective.loss import masked_diffusion_loss as masked_diffusion_loss
 from mdiff.objective.loss import refuse_blocks as refuse_blocks

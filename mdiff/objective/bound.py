@@ -14,7 +14,9 @@ from mdiff.denoiser import Condition, Denoiser, block_length_of, finished_blocks
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.kernels import philox
 from mdiff.objective.corruption import corrupt, maskable_positions
+from mdiff.objective.diffusion import Terms, with_noise
 from mdiff.objective.nll import Inputs, hidden_loss
+from mdiff.process import Masking, Process
 from mdiff.schedule import Schedule
 from mdiff.tokens import TokenSpace, ranks
 
@@ -44,6 +46,7 @@ def nll_bound(
     valid: Tensor | None = None,
     cond: Condition | None = None,
     sample: Tensor | None = None,
+    process: Process | None = None,
 ) -> Bound:
     """The bound on -log p in nats of each row of `tokens` (B, L), given what is not maskable.
 
@@ -63,11 +66,24 @@ def nll_bound(
     before (Arriola et al. 2025, eq. 8); those after are cut off. A block has draws of its own,
     and "exact" takes at most 16 positions in each.
 
+    With a `process` other than `Masking`, whose schedule stands in for `schedule`, "time" is the
+    only estimator: m = u^2 again, and every position is noised and scored (`diffusion_loss`).
+
     Raises ConfigError for an unknown estimator, draws < 2, or an estimator that does not apply;
     CheckpointError where a row's bound is not finite.
     """
     maskable = maskable_positions(tokens, space=space, may_hide=may_hide, valid=valid)
-    score = _Scorer(denoiser, tokens, space=space, valid=valid, cond=cond)
+    if process is not None:
+        schedule = process.schedule
+        if not isinstance(process, Masking) and estimator != "time":
+            raise ConfigError(
+                f"estimator={estimator!r}: a bound of noise that writes random tokens is measured "
+                "by 'time' alone"
+            )
+    score = _Scorer(
+        denoiser, tokens, space=space, valid=valid, cond=cond,
+        process=None if isinstance(process, Masking) else process,
+    )  # fmt: skip
     if sample is None:
         sample = torch.arange(tokens.shape[0], device=tokens.device)
     nats, variance = torch.zeros(2, len(tokens), dtype=torch.float64, device=tokens.device)
@@ -151,9 +167,10 @@ class _Scorer:
 
     def __init__(
         self, denoiser: Denoiser, tokens: Tensor, *, space: TokenSpace, valid: Tensor | None,
-        cond: Condition | None,
+        cond: Condition | None, process: Process | None,
     ) -> None:  # fmt: skip
         self.denoiser, self.tokens, self.space = denoiser, tokens, space
+        self.process = process
         self.inputs: Inputs = {"valid": valid, "cond": cond}
         self.columns = slice(None)
         self.length = block_length_of(denoiser)
@@ -184,6 +201,23 @@ class _Scorer:
             nats[scored] = nll.double()
         return nats
 
+    def noised(
+        self, process: Process, m: Tensor, maskable: Tensor, *, seed: Tensor, sample: Tensor
+    ) -> Tensor:
+        """(B,) float64 nats of the maskable positions at the levels m (B,) of noise."""
+        noisy = with_noise(
+            self.tokens, m, space=self.space, process=process, maskable=maskable, seed=seed,
+            sample=sample,
+        )  # fmt: skip
+        t = process.schedule.time_at(m).float() if self.denoiser.uses_time else None
+        inputs: Inputs = {**self.inputs, "t": t}
+        terms = Terms(
+            self.denoiser, noisy, self.tokens, maskable, m, space=self.space, process=process,
+            **inputs,
+        )  # fmt: skip
+        nats = torch.zeros(maskable.shape, dtype=torch.float64, device=maskable.device)
+        return nats.masked_scatter(maskable, terms.scaled * terms.nats).sum(1)
+
 
 def _draw_of(
     estimator: str, score: _Scorer, maskable: Tensor, *, schedule: Schedule, seed: int,
@@ -191,6 +225,9 @@ def _draw_of(
 ) -> Tensor:  # fmt: skip
     """Draw number `step` of "any_order" or "time", (B,) nats."""
     u = philox.uniform(seed, 0, sample, step, purpose=philox.TIME)
+    if score.process is not None:
+        step_seed = philox.derive(seed, step)
+        return score.noised(score.process, u**2, maskable, seed=step_seed, sample=sample) * 2 / u
     t, count, factor, divisor = schedule.time_at(u**2), None, torch.full_like(u, 2), u
     if estimator == "any_order":
         factor = maskable.sum(1)

@@ -36,7 +36,7 @@ def corrupt(
     device = tokens.device
     sample = torch.arange(rows, device=device) if sample is None else sample
     positions = torch.arange(length, device=device)
-    coin = philox.uniform(_column(seed), positions, sample[:, None], 0, purpose=philox.CORRUPT)
+    coin = philox.uniform(column(seed), positions, sample[:, None], 0, purpose=philox.CORRUPT)
     if count is None:
         hide = coin < schedule.mask_prob(t.double())[:, None]
         if may_hide is not None:
@@ -98,5 +98,6 @@ def truncated_normal(u: Tensor, *, mean: float, std: float, low: float, high: fl
     return share
 
 
-def _column(seed: int | Tensor) -> int | Tensor:
+def column(seed: int | Tensor) -> int | Tensor:
+    """Seeds (B,) as a column (B, 1); one seed as it is."""
     return seed[:, None] if isinstance(seed, Tensor) and seed.dim() == 1 else seed

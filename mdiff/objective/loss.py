@@ -79,11 +79,11 @@ def masked_diffusion_loss(
     bound is another: that of each block given clean ones before it.
     """
     refuse_blocks(denoiser)
-    weigh = _weight_function(weight, schedule)
+    weigh = weight_function(weight, schedule)
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing={label_smoothing}: expected 0 up to less than 1")
     maskable = maskable_positions(tokens, space=space, may_hide=may_hide, valid=valid)
-    t, sample, total = _global_batch(maskable, seed=seed, **batch)
+    t, sample, total = global_batch(maskable, seed=seed, **batch)
     noisy = corrupt(
         tokens, t, space=space, schedule=schedule, may_hide=maskable, seed=seed, sample=sample
     )
@@ -107,7 +107,7 @@ def refuse_blocks(denoiser: Denoiser) -> None:
         )
 
 
-def _global_batch(
+def global_batch(
     maskable: Tensor, *, seed: int | Tensor, t: Tensor | None = None, sample: Tensor | None = None,
     rows: int | None = None, total: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | float]:  # fmt: skip
@@ -119,7 +119,8 @@ def _global_batch(
     return t, sample, maskable.sum().clamp(min=1) if total is None else total
 
 
-def _weight_function(weight: Weight, schedule: Schedule) -> Callable[[Tensor], Tensor]:
+def weight_function(weight: Weight, schedule: Schedule) -> Callable[[Tensor], Tensor]:
+    """The weight of a time: by name, or as it is."""
     if callable(weight):
         return weight
     if weight == "bound":

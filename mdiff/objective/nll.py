@@ -29,7 +29,7 @@ def token_nll(logits: Tensor, tokens: Tensor, noisy: Tensor, *, space: TokenSpac
     """
     hidden = noisy == space.mask_id
     nll, _ = row_nll(
-        logits[hidden], tokens[hidden], forbidden=space.forbidden, span=_spans_at(space, hidden)
+        logits[hidden], tokens[hidden], forbidden=space.forbidden, span=spans_at(space, hidden)
     )
     return torch.zeros(tokens.shape, dtype=nll.dtype, device=nll.device).masked_scatter(hidden, nll)
 
@@ -50,7 +50,7 @@ def hidden_loss(
     The denoiser is called with `noisy` (B, L) and `inputs`; `weights` (N,). Where it is its
     features and a head, the logits never exist all at once.
     """
-    spans, targets = _spans_at(space, hidden), tokens[hidden]
+    spans, targets = spans_at(space, hidden), tokens[hidden]
     if has_own_head(denoiser) and isinstance(denoiser.head, nn.Module):
         features: Callable[..., Tensor] = denoiser.features
         return masked_cross_entropy(
@@ -65,7 +65,7 @@ def hidden_loss(
     return CrossEntropy(weighted.sum(), nll.detach())
 
 
-def _spans_at(space: TokenSpace, hidden: Tensor) -> Tensor | None:
+def spans_at(space: TokenSpace, hidden: Tensor) -> Tensor | None:
     """The (first, stop) ids of each hidden position, (N, 2), or None without parts."""
     spans = space.spans(hidden.shape[1], hidden.device)
     return None if spans is None else spans.expand(*hidden.shape, 2)[hidden]

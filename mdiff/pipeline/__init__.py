@@ -21,6 +21,7 @@ from mdiff.pipeline.options import SamplingOptions as SamplingOptions
 from mdiff.pipeline.options import check_sampler as check_sampler
 from mdiff.pipeline.pipeline import Pipeline as Pipeline
 from mdiff.pipeline.saving import check_finite as check_finite
+from mdiff.pipeline.saving import described_process as described_process
 from mdiff.pipeline.saving import write_pipeline as write_pipeline
 from mdiff.pipeline.scoring import Progress as Progress
 from mdiff.pipeline.scoring import Rows as Rows

@@ -272,15 +272,13 @@ def _bound(
     than the window, where the sampler cannot move the window along.
     """
     sampler = options.pop("sampler", None)
-    if model.denoiser.uses_time:
-        # The denoiser's times keep the meaning that they had in training.
-        options.setdefault("schedule", model.schedule)
+    default = model.own_options(options)
     if block_length_of(model.denoiser) is not None:
         stated.pop("block_length", None)
     steps = stated.pop("steps", None)
     every: dict[str, object] = {**stated}
     every.update(options)
-    bound = bind(model.sampler if sampler is None else sampler, every, model.denoiser)
+    bound = bind(default if sampler is None else sampler, every, model.denoiser)
     if steps is not None and "steps" in inspect.signature(bound.inner).parameters:
         bound = bound.with_default("steps", steps)
     if stop is not None:

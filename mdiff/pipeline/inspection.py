@@ -77,7 +77,7 @@ def report(files: ModelFiles) -> tuple[dict[str, object], CheckpointError | None
             "shifted": module.shifted,
             "shift": shift_of(module),
             "noise": module.noise,
-            "predicts": f"the clean token of each {MASKED.get(module.noise, '')}position",
+            "predicts": predicted(module),
             "uses_time": module.uses_time,
             "block_length": block_length_of(module),
             "refused": module.refused,
@@ -92,6 +92,12 @@ def report(files: ModelFiles) -> tuple[dict[str, object], CheckpointError | None
         for name, entry in sorted(header.items())
     ]
     return found | summed(tensors), fault
+
+
+def predicted(module: Backbone) -> str:
+    """What the logits are of."""
+    where = f"the clean token of each {MASKED.get(module.noise, '')}position"
+    return where + (" given all others" if module.predicts == "leave_one_out" else "")
 
 
 def shift_of(module: Backbone) -> str:

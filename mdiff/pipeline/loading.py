@@ -128,6 +128,7 @@ def _own(
         never = replace(space, never=tuple(card.never_generated)).never
         options: dict[str, Any] = card.schedule.options
         schedule = named_schedule(card.schedule.name, **options)
+        process = card.process_on(schedule)
         _check_part(folder, card.backbone)
         modality = _modality(folder, card)
     check_mask_id(mask_id, space.mask_id)
@@ -143,7 +144,11 @@ def _own(
         raise DataError(
             f"{folder}: the model has {denoiser.vocab_size} ids, {PIPELINE} says {space.vocab_size}"
         )
-    return Pipeline(denoiser, space, modality, schedule, card.length, never_generated=never)
+    if card.process is not None:
+        denoiser.predicts = card.process.predicts
+    return Pipeline(
+        denoiser, space, modality, schedule, card.length, never_generated=never, process=process
+    )
 
 
 @contextmanager
@@ -219,7 +224,9 @@ def _foreign(
     window = denoiser.window or files.config.get(
         "max_position_embeddings", files.config.get("max_length")
     )
-    return Pipeline(denoiser, space, modality, window=window if type(window) is int else None)
+    window = window if type(window) is int else None
+    process = None if module is None else module.process
+    return Pipeline(denoiser, space, modality, window=window, process=process)
 
 
 def _text_of(folder: Path, mask_id: int | None, tokenizer: str | Path | None) -> Text | None:

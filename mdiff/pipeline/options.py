@@ -12,6 +12,7 @@ from mdiff.errors import ConfigError, nearest
 from mdiff.files import GenerationConfig
 from mdiff.modalities import EndsText, HasParts, HasSpecialTokens, Modality
 from mdiff.modalities.text import fitting
+from mdiff.process import Process
 from mdiff.sampling import Sampler, bind
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace, continued
@@ -23,6 +24,8 @@ LONG_WINDOW, ANSWER, GROWN = 1024, 256, 4096
 LEAST_ANSWER = 16
 # The key of a chat that lets its oldest turns be left out; more tokens than any window has.
 DROP, MOST = "drop_oldest", 2**40
+# The sampler of a model whose noise also writes random tokens.
+NOISY = "ancestral"
 # What may be done with a tokenizer's special tokens: generate them, read them in prompts.
 SPECIAL = ("none", "drawn", "typed", "all")
 
@@ -48,7 +51,8 @@ class Model:
     `window` is the length in tokens that it was trained with, None if unknown; `sampler` the
     sampler that is used where none is named. `never_generated` are ids of `space` that are scored
     but, being no text, are not generated; `stated` is its generation_config.json, whose options are
-    used where a call gives none.
+    used where a call gives none. `process` is the noise that it was trained on where that also
+    writes random tokens; None is hiding by `schedule`.
     """
 
     denoiser: Denoiser
@@ -59,6 +63,7 @@ class Model:
     sampler: str | Sampler = "first_hitting"
     never_generated: tuple[int, ...] = ()
     stated: GenerationConfig = GenerationConfig()  # noqa: RUF009
+    process: Process | None = None
 
     @property
     def generated_space(self) -> TokenSpace:
@@ -72,6 +77,22 @@ class Model:
         """Whether its canvases can grow by blocks until they end."""
         ends = isinstance(self.modality, EndsText) and bool(self.modality.end_ids)
         return ends and block_length_of(self.denoiser) is not None
+
+    def own_options(self, options: "SamplingOptions") -> str | Sampler:
+        """The sampler where none is named; sets the options that the model's training decides."""
+        if self.process is not None:
+            options.setdefault("process", self.process)
+            return NOISY
+        if self.denoiser.uses_time:
+            # Its times keep the meaning that they had in training.
+            options.setdefault("schedule", self.schedule)
+        return self.sampler
+
+    @property
+    def estimator(self) -> str:
+        """The estimator of its bound, see `nll_bound`."""
+        uses_time = self.denoiser.uses_time or self.process is not None
+        return "time" if uses_time else "any_order"
 
     @property
     def device(self) -> torch.device:
@@ -159,6 +180,7 @@ class SamplingOptions(TypedDict, total=False):
     sweeps: float
     nats: float | None
     nats_per_call: float | None
+    process: Process | None
 
     # Rows that go through the model together.
     batch_size: int

@@ -269,5 +269,5 @@ class Pipeline(Model):
         save_model(
             Path(folder), self.denoiser, modality=self.modality, space=self.space,
             schedule=self.schedule, window=self.window, never_generated=self.never_generated,
-            stated=self.stated,
+            stated=self.stated, process=self.process,
         )  # fmt: skip

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from mdiff.denoiser import Denoiser, Saveable, of_peft, unwrapped
+from mdiff.denoiser import Denoiser, Saveable, of_peft, prediction_of, unwrapped
 from mdiff.errors import CheckpointError, ConfigError, nearest
 from mdiff.files import (
     GENERATION_CONFIG,
@@ -22,6 +22,7 @@ from mdiff.files import (
 )
 from mdiff.find import names
 from mdiff.modalities import HasFolders, HasSpecialTokens, Modality
+from mdiff.process import PROCESSES, Masking, Process, named_process
 from mdiff.schedule import SCHEDULES, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -42,6 +43,12 @@ class Noise(Part):
     """A schedule, whose options are numbers."""
 
     __pydantic_extra__: dict[str, float] = Field(init=False)
+
+
+class NoiseProcess(Noise):
+    """A process on that schedule, and what the model predicts."""
+
+    predicts: Literal["leave_one_out", "posterior"]
 
 
 class Space(BaseModel):
@@ -65,7 +72,15 @@ class Card(BaseModel):
     modality: Part
     space: Space
     schedule: Noise
+    process: NoiseProcess | None = None
     never_generated: list[int] = []
+
+    def process_on(self, schedule: Schedule) -> Process | None:
+        """The noise process, on its schedule; ConfigError for one that is none."""
+        if self.process is None:
+            return None
+        options: dict[str, Any] = self.process.options
+        return named_process(self.process.name, schedule, **options)
 
 
 def save_model(
@@ -78,6 +93,7 @@ def save_model(
     window: int | None,
     never_generated: tuple[int, ...] = (),
     stated: GenerationConfig = GenerationConfig(),  # noqa: B008
+    process: Process | None = None,
 ) -> None:
     """Write a model into a new folder by an atomic rename; see `Pipeline.save`.
 
@@ -116,7 +132,19 @@ def save_model(
         write_pipeline(
             part, backbone=backbone, window=window, modality=medium, space=space,
             schedule={"name": name, **vars(schedule)}, never_generated=never_generated,
+            process=described_process(process, inner),
         )  # fmt: skip
+
+
+def described_process(process: Process | None, denoiser: object) -> dict[str, object] | None:
+    """What pipeline.json holds of a process, None of masks; ConfigError for one without files."""
+    if process is None or isinstance(process, Masking):
+        return None
+    name, own = type(process).__name__.lower(), dict(vars(process))
+    if name not in PROCESSES:
+        raise ConfigError(f"the process {name} cannot be saved; known: {', '.join(PROCESSES)}")
+    del own["schedule"]
+    return {"name": name, **own, "predicts": prediction_of(denoiser)}
 
 
 def fits(modality: Modality, space: TokenSpace, never_generated: tuple[int, ...]) -> bool:
@@ -171,6 +199,7 @@ def write_pipeline(
     space: TokenSpace,
     schedule: Mapping[str, object],
     never_generated: tuple[int, ...] = (),
+    process: Mapping[str, object] | None = None,
 ) -> None:
     """Write pipeline.json: the parts by name with their options, and the trained length."""
     described = {
@@ -181,6 +210,8 @@ def write_pipeline(
         "space": asdict(space),
         "schedule": dict(schedule),
     }
+    if process is not None:
+        described["process"] = dict(process)
     if never_generated:
         described["never_generated"] = list(never_generated)
     write_json(folder / PIPELINE, described)

@@ -91,8 +91,8 @@ def bound_of_rows(
         may_hide = _may_hide(model, batch, given)
         bound = nll_bound(
             model.denoiser, batch.tokens.to(device), space=model.space,
-            schedule=model.schedule,
-            estimator=estimator or ("time" if model.denoiser.uses_time else "any_order"),
+            schedule=model.schedule, process=model.process,
+            estimator=estimator or model.estimator,
             draws=draws, seed=seed, sample=number.to(device),
             may_hide=None if may_hide is None else may_hide.to(device),
             valid=None if batch.valid is None else batch.valid.to(device),

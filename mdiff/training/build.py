@@ -19,8 +19,9 @@ from mdiff.find import find
 from mdiff.kernels import philox
 from mdiff.modalities import Conditional, HasLayout, HasParts, Modality
 from mdiff.objective import GivenParts, refuse_blocks
+from mdiff.process import Masking, Process, named_process
 from mdiff.process_state import kept_generators
-from mdiff.schedule import Schedule, named_schedule
+from mdiff.schedule import named_schedule
 from mdiff.tokens import Examples, TokenSpace
 from mdiff.training.batches import StepRows
 from mdiff.training.optim import AveragedWeights, optimizers
@@ -54,8 +55,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, source: Path | None = No
 
     What the modality reads of a path that is gone is taken from `source`, the checkpoint to resume.
     """
-    noise = recipe.objective.schedule
-    schedule = named_schedule(noise.name, **noise.options)
+    process = process_of(recipe)
     modality = _modality(recipe.modality, source)
     # The first process prepares what is cached, the others then read it.
     with accelerator.main_process_first():
@@ -64,7 +64,7 @@ def build_run(recipe: Recipe, accelerator: Accelerator, source: Path | None = No
     rows = StepRows(examples, train=recipe.train, rank=rank, world=world)
     for _, batch in rows[1]:
         modality.space.check(batch.tokens, batch.valid, masks=False)
-    loss_of = _loss(recipe, modality, examples, schedule)
+    loss_of = _loss(recipe, modality, examples, process)
     made = optimizers(loss_of, recipe.optim)
     prepared, *stepped = accelerator.prepare(loss_of, *made)
     backbone = accelerator.unwrap_model(prepared).backbone
@@ -106,9 +106,7 @@ def medium_of(recipe: Recipe) -> tuple[Modality, Examples]:
 @kept_generators()
 def size_of(recipe: Recipe, modality: Modality, examples: Examples) -> Size:
     """The size of a recipe's model, which is built for it; raises as `train` does."""
-    noise = recipe.objective.schedule
-    schedule = named_schedule(noise.name, **noise.options)
-    module = _loss(recipe, modality, examples, schedule)
+    module = _loss(recipe, modality, examples, process_of(recipe))
     embeddings = {
         id(weight)
         for layer in module.modules()
@@ -135,7 +133,16 @@ def _modality(part: Part, source: Path | None) -> Modality:
         raise
 
 
-def _loss(recipe: Recipe, modality: Modality, examples: Examples, schedule: Schedule) -> LossOf:
+def process_of(recipe: Recipe) -> Process:
+    """The noise of a recipe, on its schedule."""
+    objective = recipe.objective
+    schedule = named_schedule(objective.schedule.name, **objective.schedule.options)
+    if objective.process is None:
+        return Masking(schedule)
+    return named_process(objective.process.name, schedule, **objective.process.options)
+
+
+def _loss(recipe: Recipe, modality: Modality, examples: Examples, process: Process) -> LossOf:
     """The backbone with its initial weights, and the objective."""
     space = modality.space
     torch.manual_seed(int(philox.derive(recipe.train.seed)))
@@ -154,15 +161,16 @@ def _loss(recipe: Recipe, modality: Modality, examples: Examples, schedule: Sche
             "`save_pretrained`, see docs/adding-a-part.md"
         )
     refuse_blocks(backbone)
+    if not isinstance(process, Masking):
+        posterior = recipe.objective.weight == "cross_entropy"
+        vars(backbone)["predicts"] = "posterior" if posterior else "leave_one_out"
     backbone.to(DTYPES[recipe.train.precision]).train()
     given = None
     if recipe.objective.given is not None:
         names = modality.part_names if isinstance(modality, HasParts) else ()
         given = GivenParts.of(recipe.objective.given, space=space, part_names=names)
     null = modality.null_condition if isinstance(modality, Conditional) else {}
-    return LossOf(
-        backbone, recipe, space=space, schedule=schedule, null_condition=null, given=given
-    )
+    return LossOf(backbone, recipe, space=space, process=process, null_condition=null, given=given)
 
 
 def _part(

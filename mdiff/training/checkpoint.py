@@ -26,7 +26,7 @@ from mdiff.files import (
     verify,
     write_json,
 )
-from mdiff.pipeline import check_finite, write_pipeline
+from mdiff.pipeline import check_finite, described_process, write_pipeline
 from mdiff.tokens import Sliced
 from mdiff.training.build import Run
 from mdiff.training.processes import on_main
@@ -69,6 +69,7 @@ def write_checkpoint(
             modality=run.modality.config() | {"name": run.recipe.modality.name},
             space=run.space,
             schedule={"name": schedule.name} | schedule.options,
+            process=described_process(run.stepper.whole.process, run.stepper.whole.backbone),
         )
         save_file(state, folder / TENSORS)
         examples = run.examples

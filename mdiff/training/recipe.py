@@ -71,7 +71,10 @@ class Ratio(Section):
 
 
 class Objective(Section):
-    """The loss. `max_weight` clips w(t); null leaves the bound as it is.
+    """The loss. `process` is noise that also writes random tokens, such as {name: mixed}, on the
+    schedule; null hides tokens only. `max_weight` clips w(t), of a process the weight of each
+    position; null leaves the bound as it is. The weights "dynamic" and "cross_entropy" are of a
+    process, see `diffusion_loss`; with the latter the model predicts the posterior.
 
     `cond_drop` is the probability with which a row's condition is left out. `given` are the
     parts of a canvas that are given, with weights: {"": 2, "a": 1, "a+b": 1}. `ratio` draws the
@@ -79,7 +82,8 @@ class Objective(Section):
     """
 
     schedule: Schedule = Schedule()
-    weight: Literal["bound", "uniform"] = "bound"
+    process: Part | None = None
+    weight: Literal["bound", "uniform", "dynamic", "cross_entropy"] = "bound"
     max_weight: Positive | None = None
     label_smoothing: Fraction = 0.0
     cond_drop: Fraction = 0.0

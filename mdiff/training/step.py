@@ -15,13 +15,14 @@ from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.objective import (
     GivenParts,
+    diffusion_loss,
     drop_condition,
     maskable_positions,
-    masked_diffusion_loss,
     stratified_times,
     truncated_normal,
 )
-from mdiff.schedule import MIN_TIME, Schedule
+from mdiff.process import Masking, Process
+from mdiff.schedule import MIN_TIME
 from mdiff.tokens import Batch, TokenSpace
 from mdiff.training.batches import MicroBatch, StepRows
 from mdiff.training.optim import AveragedWeights, rate_at
@@ -37,18 +38,23 @@ class LossOf(nn.Module):
     """
 
     def __init__(
-        self, backbone: Denoiser, recipe: Recipe, *, space: TokenSpace, schedule: Schedule,
+        self, backbone: Denoiser, recipe: Recipe, *, space: TokenSpace, process: Process,
         null_condition: Condition | None = None, given: GivenParts | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.backbone: Denoiser = backbone
-        self.recipe, self.space, self.schedule = recipe, space, schedule
+        self.recipe, self.space, self.process = recipe, space, process
+        self.schedule = process.schedule
         self.null_condition, self.given = null_condition or {}, given
         objective = recipe.objective
         if objective.ratio is not None and objective.weight != "uniform":
             raise ConfigError(
                 "objective.ratio draws its own share of hidden tokens: the weight must be uniform"
             )
+        if not isinstance(process, Masking) and (objective.ratio or objective.label_smoothing):
+            raise ConfigError("objective: ratio and label_smoothing are of masks, not of a process")
+        if isinstance(process, Masking) and objective.weight not in ("bound", "uniform"):
+            raise ConfigError(f"objective.weight={objective.weight!r} needs objective.process")
         if objective.cond_drop and not self.null_condition:
             raise ConfigError(
                 f"objective.cond_drop={objective.cond_drop}: this model has no condition"
@@ -105,20 +111,14 @@ class LossOf(nn.Module):
             sample=sample,
         )  # fmt: skip
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-            loss = masked_diffusion_loss(
-                self.backbone, batch.tokens, space=self.space, schedule=self.schedule,
+            loss = diffusion_loss(
+                self.backbone, batch.tokens, space=self.space, process=self.process,
                 may_hide=self.may_hide(batch, sample=sample, seed=seed), valid=batch.valid,
-                documents=batch.documents, cond=cond or None, t=t,
-                weight=self._clipped if objective.max_weight else objective.weight,
-                label_smoothing=objective.label_smoothing, seed=seed, sample=sample,
-                rows=train.batch_size, total=total,
+                documents=batch.documents, cond=cond or None, t=t, weight=objective.weight,
+                max_weight=objective.max_weight, label_smoothing=objective.label_smoothing,
+                seed=seed, sample=sample, rows=train.batch_size, total=total,
             )  # fmt: skip
         return loss.value, self.schedule.weight(t) * loss.nll.detach().double().sum(1)
-
-    def _clipped(self, t: Tensor) -> Tensor:
-        objective = self.recipe.objective
-        weight = self.schedule.weight(t) if objective.weight == "bound" else torch.ones_like(t)
-        return weight.clamp(max=objective.max_weight)
 
 
 def _uses(module: nn.Module) -> Counter[int]:

@@ -14,6 +14,7 @@ from mdiff.denoiser import Cache, Condition, Denoiser
 from mdiff.errors import CheckpointError, ConfigError, DataError
 from mdiff.files import complete, read_json, replace_file, step_path
 from mdiff.objective import maskable_positions, nll_bound
+from mdiff.process import Masking
 from mdiff.training.build import Run
 from mdiff.training.processes import on_main_says
 from mdiff.training.state import parameters
@@ -90,10 +91,12 @@ class Validator:
         batch = on_device(self.examples.batch(rows, torch.zeros_like(rows)), run.accelerator.device)
         if not isinstance(model, Denoiser):
             raise ConfigError("train.validate_every: this model is not a Denoiser")
+        process = run.stepper.whole.process
+        noisy = not isinstance(process, Masking)
         bound = nll_bound(
             model if batch.documents is None else _OfDocuments(model, batch.documents),
-            batch.tokens, space=run.space, schedule=run.stepper.whole.schedule,
-            estimator="time" if model.uses_time else "any_order",
+            batch.tokens, space=run.space, schedule=process.schedule, process=process,
+            estimator="time" if model.uses_time or noisy else "any_order",
             draws=run.recipe.train.validate_draws, seed=run.recipe.train.seed,
             may_hide=batch.may_hide, valid=batch.valid, cond=batch.cond or None,
             sample=rows.to(batch.tokens.device),

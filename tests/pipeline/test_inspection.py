@@ -72,7 +72,7 @@ def test_inspect_says_where_noise_is_uniform(tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps(described))
     found = inspected(folder, capsys)
     assert found["noise"] == "mask and uniform"
-    assert found["predicts"] == "the clean token of each position"
+    assert found["predicts"] == "the clean token of each position given all others"
 
 
 def test_inspect_shows_the_tensors_of_what_is_not_supported_and_exits_with_4(folder, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from folders import ROOT
 
-from mdiff.objective import loss as objective
+from mdiff.objective import diffusion
 from mdiff.pipeline.loading import load
 from mdiff.training import step as stepping
 from mdiff.training.loop import train
@@ -21,15 +21,15 @@ RECIPES = {
 
 
 def test_text_and_pictures_are_trained_by_the_very_same_function(tmp_path, monkeypatch):
-    the_loss = objective.masked_diffusion_loss
+    the_loss = diffusion.masked_diffusion_loss
     found = []
 
     def watched(denoiser, tokens, **options):
         found.append((name, options["space"].vocab_size))
         return the_loss(denoiser, tokens, **options)
 
-    assert stepping.masked_diffusion_loss is the_loss
-    monkeypatch.setattr(stepping, "masked_diffusion_loss", watched)
+    assert stepping.diffusion_loss is diffusion.diffusion_loss
+    monkeypatch.setattr(diffusion, "masked_diffusion_loss", watched)
     losses = {}
     for name, (path, more) in RECIPES.items():
         said: list[str] = []

@@ -19,7 +19,7 @@ from pathlib import Path
 FLOORS: list[set[str]] = [
     {"errors", "kernels", "process_state"},
     {"tokens", "schedule", "ops", "find", "files"},
-    {"denoiser"},
+    {"denoiser", "process"},
     {"objective", "sampling", "backbones", "modalities"},
     {"samplers"},
     {"pipeline"},

@@ -27,6 +27,7 @@ from mdiff.backbones.layers.attention import (
 from mdiff.denoiser import Condition, block_length_of, flat_positions
 from mdiff.errors import ConfigError
 from mdiff.files import CONFIG, MOST_IDS
+from mdiff.process import Process
 
 
 class Call(NamedTuple):
@@ -62,7 +63,9 @@ class Backbone(nn.Module):
     2025, DiffuLLaMA; Dream). With `block_seed` a block's first token is to be written before
     the others of its block, and its row is the one before it even without `shifted`. `tied` are
     names that files may leave out, with the tensor that they share. `refused` says why a model
-    whose logits are here neither generates nor is scored. `noise` is what hides tokens.
+    whose logits are here neither generates nor is scored. `noise` is what hides tokens, `process`
+    that noise where it also writes random tokens; `predicts` then says what the logits are of,
+    see `denoiser.Predicts`.
     """
 
     uses_time: bool = False
@@ -70,6 +73,8 @@ class Backbone(nn.Module):
     block_seed: bool = False
     refused: str | None = None
     noise: str = "mask"
+    process: Process | None = None
+    predicts: str | None = None
     # Where a call takes its tokens, of a model on several devices.
     main_device: torch.device | None = None
     tied: Mapping[str, str] = MappingProxyType({})

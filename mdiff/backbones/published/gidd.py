@@ -10,8 +10,11 @@ from mdiff.backbones.layers.attention import Tables, frequencies
 from mdiff.backbones.layers.backbone import Layout, SequenceBackbone
 from mdiff.errors import ConfigError
 from mdiff.files import MOST_IDS, MOST_LAYERS, MOST_WIDTH, Fields
+from mdiff.process import Mixed
 
 ARCHITECTURES = ("DIT",)
+# Of random tokens alone the published process has no form.
+MOST_RANDOM = 0.999
 # The tables of query, key and value.
 KINDS = 3
 
@@ -41,8 +44,8 @@ class StoredRotary(nn.Module):
 class GIDD(Trunk, SequenceBackbone):
     """MDLM's transformer, conditioned on t itself, inside [t_eps, 1 - t_eps] as in training.
 
-    With `p_uniform` above 0 the noise also writes random tokens, so that every position is to be
-    predicted: its logits are here, that noise is not. The mask is the last id. Source:
+    With `p_uniform` above 0 the noise also writes random tokens and every position is predicted, by
+    the ratio form of its bound without the token itself. The mask is the last id. Source:
     dvruette/gidd, models/modeling_dit.py, and the defaults of configuration_dit.py.
     """
 
@@ -65,10 +68,10 @@ class GIDD(Trunk, SequenceBackbone):
             window=window,
         )  # fmt: skip
         self.longest, self.edge = window, fields.number("t_eps", most=0.5, default=1e-4)
-        p_uniform = fields.number("p_uniform", most=1.0, default=0.0)
+        p_uniform = fields.number("p_uniform", most=MOST_RANDOM, default=0.0)
         if p_uniform > 0:
             self.noise = "mask and uniform"
-            self.refused = f"uniform noise (p_uniform={p_uniform:g}) does not exist here"
+            self.process, self.predicts = Mixed(p_uniform=p_uniform), "leave_one_out"
         self.build(sizes, StoredRotary(window, sizes.width // sizes.heads))
 
     def stream(self, tokens: Tensor, layout: Layout) -> Tensor:

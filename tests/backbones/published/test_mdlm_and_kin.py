@@ -261,12 +261,26 @@ def test_a_lighter_type_casts_weights_and_keeps_the_tables(name, table):
 # pipelines
 
 
-def test_gidd_with_uniform_noise_neither_generates_nor_is_scored(tmp_path):
-    with pytest.raises(ConfigError, match=r"uniform noise \(p_uniform=0.1\) does not exist here"):
-        mdiff.load(GOLDEN / "gidd", device="cpu")
-    pipeline = mdiff.load(altered("gidd", tmp_path, p_uniform=0.0), device="cpu")
-    (made,) = pipeline.generate(length=8, sampler="ancestral", steps=8, seed=1)
+@pytest.mark.parametrize("p_uniform", [0.0, 0.1])
+def test_gidd_generates_and_is_scored_under_its_own_noise(tmp_path, p_uniform):
+    pipeline = mdiff.load(altered("gidd", tmp_path, p_uniform=p_uniform), device="cpu")
+    for options in ({"sampler": "ancestral"}, {"sampler": "psi", "kappa": 0.5}):
+        (made,) = pipeline.generate(length=8, steps=8, seed=1, **options)
+        assert 39 not in made.tokens
+    (made,) = pipeline.generate(length=8, seed=1)
     assert 39 not in made.tokens
+    bound = pipeline.score([[1, 2, 3, 4, 5]], draws=16)
+    assert bound.nats.isfinite().all()
+    pipeline.save(tmp_path / "saved")
+    again = mdiff.load(tmp_path / "saved", device="cpu")
+    assert (again.process, again.schedule) == (pipeline.process, pipeline.schedule)
+    assert again.generate(length=8, seed=1)[0].tokens == made.tokens
+
+
+def test_a_sampler_of_masks_is_refused_under_noise_that_writes_random_tokens():
+    pipeline = mdiff.load(GOLDEN / "gidd", device="cpu")
+    with pytest.raises(ConfigError, match="'process'; ancestral, psi do"):
+        pipeline.generate(length=8, sampler="first_hitting")
 
 
 @pytest.mark.parametrize("name", ["mdlm", "bd3lm", "smdm"])
