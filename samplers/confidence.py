@@ -9,7 +9,14 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError, nearest
 from mdiff.kernels import philox
-from mdiff.sampling import Counts, State, Unmasking, positions_of_step, reveal_counts
+from mdiff.sampling import (
+    Counts,
+    State,
+    Unmasking,
+    parallel_rule,
+    positions_of_step,
+    reveal_counts,
+)
 from mdiff.schedule import Cosine, Schedule
 from mdiff.tokens import TokenSpace
 
@@ -40,6 +47,9 @@ def confidence(
     noise: float | Tensor = 0.0,
     measure: str = "model",
     threshold: float | None = None,
+    factor: float | None = None,
+    frechet: float | None = None,
+    kl: float | None = None,
 ) -> Iterator[State]:
     """States of `steps` calls on `canvas` (B, L), the positions with the highest score first.
 
@@ -53,23 +63,25 @@ def confidence(
     noise it is LLaDA's low-confidence remasking (Nie et al. 2025, algorithm 5).
 
     With a `threshold` a call also writes every position whose drawn token has at least that
-    probability, whose margin is at least that, or whose entropy is at most that many nats; then
-    the number of reveals depends on the logits. Fast-dLLM's parallel decoding (Wu et al. 2025) is
-    threshold=0.9 at temperature 0 with at least one position a call, `steps=None`.
+    probability, whose margin is at least that, or whose entropy is at most that many nats
+    (Fast-dLLM, Wu et al. 2025: 0.9 at temperature 0, `steps=None`). `factor`, `frechet`, or `kl`
+    beside a threshold write by another bound, at least `counts`: see `sampling.parallel`.
 
     At one reveal a call, score="entropy" or "margin" without noise gives the exact law of an
     ideal denoiser; "confidence" does not, since the position depends on the drawn token.
 
-    Raises ConfigError for an unknown score, a noise that is negative or not one number a step,
-    a threshold out of range or beside noise, or counts that do not fit.
+    Raises ConfigError for an unknown score, noise, counts or bounds out of range, two of them.
     """
     fill = Unmasking(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, measure=measure,
     )  # fmt: skip
     table = reveal_counts(counts, fill.start, steps=steps, schedule=schedule)
+    rule, least = parallel_rule(
+        fill, factor=factor, frechet=frechet, kl=kl, threshold=threshold, score=score,
+        least=_least(threshold, score), noisy=isinstance(noise, Tensor) or noise > 0,
+    )  # fmt: skip
     per_step = None if table is None else table.tolist()
-    least = _least(threshold, score, noisy=isinstance(noise, Tensor) or noise > 0)
     factors = _noise_factors(noise, fill.start, None if table is None else table.shape[1])
     step = 0
     while any(fill.left):
@@ -78,10 +90,13 @@ def confidence(
             count = (fill.start > step).long() if table is None else table[:, step]
             at, t = fill.hidden & (count > 0)[:, None], fill.time_left(schedule)
             every = [left * (n > 0) for left, n in zip(fill.left, number)]
-            drawn = fill.ask(at, step, t, number=every)
+            drawn = (rule or fill).ask(at, step, t, number=every)
             value = SCORES[score](drawn)
             if factors is not None:
                 value = value.double() + _gumbel(fill, factors[:, step], step)
+            if rule is not None:
+                value, count = rule.count(at, drawn, value, count)
+                number = count.tolist()
             yield fill.reveal_surest(
                 at, drawn, value, t, count=count, number=number, threshold=least
             )
@@ -118,14 +133,12 @@ def _gumbel(fill: Unmasking, factor: Tensor, step: int) -> Tensor:
     return (factor[:, None] * noise).flatten().index_select(0, fill.positions)
 
 
-def _least(threshold: float | None, score: str, *, noisy: bool) -> float | None:
+def _least(threshold: float | None, score: str) -> float | None:
     """The least score that is written at once; None without a threshold."""
     if score not in SCORES:
         raise ConfigError(f"unknown score {score!r}; {nearest(score, SCORES)}")
     if threshold is None:
         return None
-    if noisy:
-        raise ConfigError("threshold and noise: a threshold is on the score itself, give one")
     if score == "entropy":
         if not 0 <= threshold < math.inf:
             raise ConfigError(f"threshold={threshold}: expected nats, at least 0")

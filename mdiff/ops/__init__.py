@@ -9,6 +9,7 @@ from mdiff.ops.backend import MISSING as MISSING
 from mdiff.ops.backend import backend_name as backend_name
 from mdiff.ops.categorical import BoundDraw as BoundDraw
 from mdiff.ops.categorical import Filters as Filters
+from mdiff.ops.categorical import LawReader as LawReader
 from mdiff.ops.categorical import bind_draw as bind_draw
 from mdiff.ops.categorical import draw as draw
 from mdiff.ops.cross_entropy import masked_cross_entropy as masked_cross_entropy

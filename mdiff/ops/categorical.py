@@ -11,11 +11,13 @@ from torch import Tensor
 
 from mdiff.errors import ConfigError
 from mdiff.kernels.draw_triton import draw_triton
-from mdiff.kernels.reference import Draw, guided_logits
+from mdiff.kernels.reference import Draw, guided_logits, permitted_columns
 from mdiff.ops.backend import BACKENDS, backend_name
 
 # Logits that exist at once in `of_features`: 16 MB of float32 on a CPU, 512 MB elsewhere.
 CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
+# Of the log-probabilities (n, V) of a part of a call's rows, one number a row (n,).
+LawReader = Callable[[Tensor, slice], Tensor]
 
 
 class Filters(TypedDict, total=False):
@@ -119,14 +121,15 @@ class BoundDraw:
     def of_features(
         self, features: Tensor, head: Callable[[Tensor], Tensor] | None, *,
         unconditional: Tensor | None = None, standing: Tensor | None = None,
-        **row: Tensor | None,
+        read: LawReader | None = None, **row: Tensor | None,
     ) -> tuple[Draw, Tensor]:  # fmt: skip
         """The same of the logits that `head` makes of `features` (N, D), not all at once.
 
         The head runs on as many rows at a time as have CHUNK[device] logits: on a CPU they are
         drawn from while they lie in its last cache. Without a head the features are the logits.
         `unconditional` (N, D) are the features of the other branch. The second result are the
-        log-probabilities (N,) of the ids `standing` (N,) int64, by default those of the draws.
+        log-probabilities (N,) of the ids `standing` (N,) int64, by default those of the draws; or
+        what `read` makes of the law of each part of the rows.
         """
         size = max(1, CHUNK.get(features.device.type, CHUNK["cuda"]) // self.vocab_size)
         size = len(features) if head is None else size
@@ -138,12 +141,28 @@ class BoundDraw:
             other = None if unconditional is None else unconditional[part]
             other = other if head is None or other is None else head(other)
             drawn.append(self(logits, unconditional=other, **own))
-            if standing is not None:
+            if read is not None:
+                scores.append(read(self.law(logits, unconditional=other, **own), part))
+            elif standing is not None:
                 scores.append(
                     self.log_prob(logits, standing[part], drawn[-1], unconditional=other, **own)
                 )
         whole = drawn[0] if len(drawn) == 1 else Draw(*map(torch.cat, zip(*drawn)))
         return whole, torch.cat(scores) if scores else whole.log_prob
+
+    def law(
+        self, logits: Tensor, *, unconditional: Tensor | None = None,
+        scale: Tensor | None = None, span: Tensor | None = None, **_: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The log-probabilities (N, V) of logits at temperature 1 without filters.
+
+        In float32, or float64 for logits of that type; -inf for a forbidden id.
+        """
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if unconditional is not None and scale is not None:
+            logits = guided_logits(logits, unconditional.to(logits.dtype), scale)
+        allowed = permitted_columns(logits, self.forbidden, span)
+        return logits.masked_fill(~allowed, -torch.inf).log_softmax(1)
 
     def log_prob(
         self, logits: Tensor, tokens: Tensor, drawn: Draw, *, unconditional: Tensor | None = None,

@@ -16,6 +16,7 @@ from mdiff.sampling.noising import denoise as denoise
 from mdiff.sampling.orders import reveal_in_turn as reveal_in_turn
 from mdiff.sampling.orders import turns as turns
 from mdiff.sampling.orders import turns_of as turns_of
+from mdiff.sampling.parallel import parallel_rule as parallel_rule
 from mdiff.sampling.remasking import MOST_STEPS as MOST_STEPS
 from mdiff.sampling.remasking import check_steps as check_steps
 from mdiff.sampling.remasking import even_times as even_times

@@ -21,7 +21,7 @@ from mdiff.denoiser import (
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
 from mdiff.kernels.reveal_torch import written
-from mdiff.ops import Draw, Filters, Revealed, bind_draw, reveal
+from mdiff.ops import Draw, Filters, LawReader, Revealed, bind_draw, reveal
 from mdiff.sampling.seeds import streams
 from mdiff.sampling.state import State, free_positions
 from mdiff.schedule import Schedule
@@ -162,17 +162,18 @@ class Unmasking:
         return self.draw_for(rows, step)
 
     def ask_beside(
-        self, at: Tensor, step: int, t: Tensor, *, number: Sequence[int]
-    ) -> tuple[Draw, Tensor]:
-        """The same, and the log-probabilities (N,) of the ids that stand at `at`.
+        self, at: Tensor, step: int, t: Tensor, *, number: Sequence[int],
+        read: LawReader | None = None,
+    ) -> tuple[Draw, Tensor]:  # fmt: skip
+        """The same, and the log-probabilities (N,) of the ids that stand there (none at masks).
 
-        They have no meaning where that is the mask.
+        Or what `read` makes of the laws of each part of `positions`.
         """
         self.positions = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
         rows = self._evaluate(at, t, number=number)
         return self.draw.of_features(
             rows.conditional, rows.head, standing=self.tokens.flatten()[self.positions],
-            **self._counter(rows, step),
+            read=read, **self._counter(rows, step),
         )  # fmt: skip
 
     def draw_for(self, rows: Rows, step: int | Tensor) -> Draw:

@@ -6,14 +6,14 @@ import inspect
 
 import pytest
 import torch
-from sampler_runs import SPACE, finish, mixed_canvas
+from sampler_runs import SPACE, VARIANTS, finish, mixed_canvas
 from toys import HashDenoiser
 
 from mdiff.errors import ConfigError, DataError
 from mdiff.find import find, names
 from mdiff.tokens import TokenSpace
 
-SAMPLERS = names("samplers")
+SAMPLERS = [*names("samplers"), *VARIANTS]
 
 
 OBLIVIOUS = ["ancestral", "any_order", "blocks", "first_hitting", "halton"]
@@ -23,7 +23,7 @@ REVISING = ["edit", "gibbs", "path_planning", "psi", "remdm"]
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 every_filling_sampler = pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in REVISING])
 # Their rules look at the temperature or at the drawn token.
-LOOKING = ("edit", "path_planning", "budget", "speculative")
+LOOKING = ("edit", "path_planning", "budget", "speculative", *VARIANTS)
 # Of which a call never shows a sample twice.
 every_sampler_of_one_canvas = pytest.mark.parametrize(
     "name", [n for n in SAMPLERS if n not in [*REVISING, "speculative"]]
@@ -193,7 +193,7 @@ def test_a_denoiser_with_another_vocabulary_is_refused():
         finish("first_hitting", torch.full((1, 2), 5), denoiser=HashDenoiser(TokenSpace(7, 7)))
 
 
-@every_sampler
+@pytest.mark.parametrize("name", names("samplers"))
 def test_the_signature_is_the_one_of_the_room(name):
     parameters = inspect.signature(find("samplers", name)).parameters
     assert list(parameters)[:2] == ["denoiser", "canvas"]

@@ -26,14 +26,14 @@ def run(name, canvas, *, table=TABLE, **options):
     return sample(denoiser(table), canvas, space=IDEAL.space, sampler=name, seed=3, **options)
 
 
-def agrees(tokens, law):
+def agrees(tokens, law, toy=IDEAL):
     """The p-value of samples (N, L) under `law`, {canvas: probability}; rare ones are pooled."""
     assert abs(sum(law.values()) - 1) < 1e-9
-    number = IDEAL.number(tokens)
-    found = torch.bincount(number, minlength=len(IDEAL.table)).double()
+    number = toy.number(tokens)
+    found = torch.bincount(number, minlength=len(toy.table)).double()
     expected = torch.zeros_like(found)
     for canvas, chance in law.items():
-        expected[int(IDEAL.number(torch.tensor([canvas])))] += chance * len(tokens)
+        expected[int(toy.number(torch.tensor([canvas])))] += chance * len(tokens)
     if found[expected == 0].sum() > 0:
         return 0.0
     rare = (expected < 5) & (expected > 0)

@@ -11,10 +11,19 @@ from mdiff.tokens import TokenSpace
 SPACE = TokenSpace(11, mask_id=5, never=(0, 9))
 
 
+# Options that make another rule of a sampler.
+VARIANTS = {
+    "confidence, factor": {"factor": 4.0},
+    "confidence, frechet": {"frechet": 1.0},
+    "confidence, kl": {"threshold": 0.1, "kl": 2.0},
+}
+
+
 def finish(name, canvas, *, denoiser=None, space=SPACE, **options):
-    """All states of a run, at least one where anything is hidden."""
+    """All states of a run, at least one where anything is hidden; `name` may be a variant."""
     denoiser = denoiser or HashDenoiser(space)
-    return list(find("samplers", name)(denoiser, canvas, space=space, **options))
+    options = VARIANTS.get(name, {}) | options
+    return list(find("samplers", name.split(",")[0])(denoiser, canvas, space=space, **options))
 
 
 def mixed_canvas(rows=6, length=12):
