@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mdiff.cli.options import Loading, Model, Pairs, Seed, Steps, Temperature, sampling_options
 from mdiff.cli.views.console import message, result, writable
-from mdiff.cli.views.live import watched
 from mdiff.cli.views.samples import figures
 from mdiff.errors import CheckpointError, ConfigError, DataError, MdiffError, nearest
 
@@ -234,6 +233,8 @@ class Conversation:
 
         In a terminal Ctrl-C ends the answer: what is written of it by then stays.
         """
+        from mdiff.cli.views.live import watched
+
         canvases, run, written, line = self._canvases(said), None, "", NOTHING
         try:
             for run in self.pipeline.runs(canvases, **self._options()):

@@ -161,7 +161,7 @@ def test_control_c_ends_an_answer_and_at_the_prompt_the_program(
             if number == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(mdiff.cli.chat, "watched", lambda run: interrupted(run))
+    monkeypatch.setattr("mdiff.cli.views.live.watched", interrupted)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     saved = tmp_path / "talk.json"
     lines = ["hello", f"/save {saved}", "^C", "never"]

@@ -22,7 +22,7 @@ from mdiff.pipeline.pipeline import Pipeline
 ARGUMENTS = {"denoiser", "canvas", "space", "seed", "valid", "cond", "given"}
 OF_A_CALL = {
     "batch_size", "guidance_scale", "guidance_schedule", "guidance_interval", "end", "echo", "n",
-    "negative", "prompts",
+    "negative", "prompts", "grow",
 }  # fmt: skip
 
 
