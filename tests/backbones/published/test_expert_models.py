@@ -215,3 +215,14 @@ def test_half_precision_stays_half_and_routes_in_float32():
     model.model.layers[1].mlp.gate.register_forward_hook(lambda *_: routed.append(_[2]))
     assert model(golden("llada2_moe")["input_ids"]).dtype == torch.bfloat16
     assert routed[0][1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rope_scaling_of_a_config_stretches_the_positions(name):
+    linear = {"rope_type": "linear", "factor": 2.0}
+    plain, scaled = (
+        built(name, described(name) | more).rotary for more in ({}, {"rope_scaling": linear})
+    )
+    at = torch.arange(8)[None]
+    for ours, expected in zip(scaled.tables(2 * at, 8), plain.tables(at, 8)):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
