@@ -117,7 +117,8 @@ def reveal_rates(
     """
     # A position hidden at time 1/2 is revealed with this probability by the linear schedule.
     chance = 2 / steps
-    ratio, grid = chance / (1 - chance) / vocab, 2**bits
+    ratio = chance / (1 - chance) / vocab
+    grid: int = 2**bits
 
     def larger(noise: float) -> int:
         """How many values of u give a larger noise."""
