@@ -95,13 +95,13 @@ def chat(
     talk.check()
     if terminal:
         message(f"{model}: type a message; /help shows commands")
-    if talk.said and talk.said[-1]["role"] == "user":
+    if talk.ends_with("user"):
         talk.answer(talk.said)
     for line in _lines(terminal):
         try:
             if talk.quits(line):
                 break
-        except MdiffError as error:
+        except (MdiffError, OSError) as error:
             if not terminal:
                 raise
             message(f"error: {error}")
@@ -168,10 +168,13 @@ class Conversation:
     def said(self, messages: list[dict[str, object]]) -> None:
         self.prompt = {**self.prompt, "chat": messages}
 
+    def ends_with(self, role: str) -> bool:
+        """Whether the last message is of this role."""
+        return bool(self.said) and self.said[-1].get("role") == role
+
     def check(self) -> None:
         """Raise what an answer would, by one of a single token."""
-        said = self.said if self.said and self.said[-1]["role"] == "user" else [*self.said, HELLO]
-        self._canvases(said)
+        self._canvases(self.said if self.ends_with("user") else [*self.said, HELLO])
         short = self.pipeline.canvases({"chat": [HELLO]}, max_new_tokens=1)
         for run in self.pipeline.runs(short, **self._options()):
             run.finished()
@@ -187,7 +190,7 @@ class Conversation:
         elif command == "/save":
             self._save(rest)
         elif command == "/regenerate":
-            if not self.said or self.said[-1]["role"] != "assistant":
+            if not self.ends_with("assistant"):
                 raise ConfigError("/regenerate: there is no answer yet")
             self.again = True
             self.answer(self.said[:-1])

@@ -196,6 +196,7 @@ def test_what_no_answer_could_be_drawn_with_is_refused_before_anybody_types(
 
 @pytest.mark.parametrize("written", [
     "", "hello", "[]x", "3", "{}", '{"chat": 3}', "[3]", '[{"role": "user"}]',
+    '[{"content": "a"}]', '[{"role": null, "content": "a"}]', '[{"role": {}, "content": "a"}]',
     '[{"role": "boss", "content": "a"}]', '{"chat": [], "tools": 3}', "[" * 9000,
 ])  # fmt: skip
 def test_a_file_that_is_no_conversation_is_an_error_of_data(
