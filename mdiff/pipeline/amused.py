@@ -9,9 +9,8 @@ from mdiff.errors import CheckpointError
 from mdiff.files import CONFIG, MODEL_INDEX, TYPES, Fields, ModelFiles, read_json, without_memory
 from mdiff.modalities.image import ARCHITECTURE, load_text_encoder, text_to_image
 from mdiff.modalities.image.codecs.vq_diffusers import VQDiffusers, vq_diffusers
-from mdiff.pipeline.options import check_mask_id
 from mdiff.pipeline.pipeline import Pipeline
-from mdiff.pipeline.published import load_published
+from mdiff.pipeline.published import check_mask_id, load_published
 from mdiff.tokens import TokenSpace
 
 CLASSES = {

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -16,11 +16,17 @@ from mdiff.files import PIPELINE, DeviceMap, ModelFiles, locate, parse_settings
 from mdiff.find import find
 from mdiff.modalities import Modality
 from mdiff.modalities.text import Pretrained, Text
-from mdiff.pipeline.options import check_mask_id, never_generated
 from mdiff.pipeline.pipeline import Pipeline
-from mdiff.pipeline.published import AUTO, codec_alone, load_backbone, own_backbone, unsupported
+from mdiff.pipeline.published import (
+    AUTO,
+    check_mask_id,
+    codec_alone,
+    load_backbone,
+    never_generated,
+    own_backbone,
+    unsupported,
+)
 from mdiff.pipeline.saving import Card, fits
-from mdiff.schedule import named_schedule
 from mdiff.tokens import TokenSpace
 
 # Of a published generator over a grid: the folder of its codec.
@@ -34,14 +40,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16, "fp64": torch.float64, "fp32": torch.float32,
     "fp16": torch.float16, "bf16": torch.bfloat16,
 }  # fmt: skip
-
-
-@runtime_checkable
-class Regroups(Protocol):
-    """A codec whose bits can be read in groups, each a token."""
-
-    def in_groups(self, codes_per_position: int) -> Self:
-        """The same codec with as many codes a position."""
 
 
 def load(
@@ -126,9 +124,7 @@ def _own(
     with _valid(folder):
         space = TokenSpace(**card.space.model_dump())
         never = replace(space, never=tuple(card.never_generated)).never
-        options: dict[str, Any] = card.schedule.options
-        schedule = named_schedule(card.schedule.name, **options)
-        process = card.process_on(schedule)
+        schedule, process = card.noise()
         _check_part(folder, card.backbone)
         modality = _modality(folder, card)
     check_mask_id(mask_id, space.mask_id)
@@ -221,12 +217,12 @@ def _foreign(
         or _image_of(folder, module)
         or find("modalities", "ids")(vocab_size=space.vocab_size, mask_id=mask_id)
     )
-    window = denoiser.window or files.config.get(
-        "max_position_embeddings", files.config.get("max_length")
-    )
-    window = window if type(window) is int else None
-    process = None if module is None else module.process
-    return Pipeline(denoiser, space, modality, window=window, process=process)
+    longest = files.config.get("max_position_embeddings", files.config.get("max_length"))
+    window = denoiser.window or longest
+    return Pipeline(
+        denoiser, space, modality, window=window if type(window) is int else None,
+        process=module and module.process,
+    )  # fmt: skip
 
 
 def _text_of(folder: Path, mask_id: int | None, tokenizer: str | Path | None) -> Text | None:
@@ -248,7 +244,7 @@ def _image_of(folder: Path, module: object) -> Modality | None:
     beside = folder / CODEC_FOLDER
     if not beside.is_dir() or not isinstance(module, GridModel):
         return None
-    from mdiff.modalities.image import load_codec
+    from mdiff.modalities.image import Regroups, load_codec
 
     codec = load_codec(beside)
     codes = module.codes_per_position
@@ -296,8 +292,7 @@ def _device(device: torch.device | str | int | None) -> torch.device:
         # A number is read back: some devices take what they cannot hold.
         torch.zeros(1, device=found).item()
     except Exception as error:
-        kind = found.type.upper()
         raise BackendError(
-            f"device {device}: this torch has no {kind} device there; use cpu"
+            f"device {device}: this torch has no {found.type.upper()} device there; use cpu"
         ) from error
     return found

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mdiff.denoiser import Denoiser, HasDevice, block_length_of
-from mdiff.errors import ConfigError, nearest
+from mdiff.errors import ConfigError
 from mdiff.files import GenerationConfig
-from mdiff.modalities import EndsText, HasParts, HasSpecialTokens, Modality
+from mdiff.modalities import EndsText, HasParts, Modality
 from mdiff.modalities.text import fitting
 from mdiff.process import Process
 from mdiff.sampling import Sampler, bind
@@ -26,8 +26,6 @@ LEAST_ANSWER = 16
 DROP, MOST = "drop_oldest", 2**40
 # The sampler of a model whose noise also writes random tokens.
 NOISY = "ancestral"
-# What may be done with a tokenizer's special tokens: generate them, read them in prompts.
-SPECIAL = ("none", "drawn", "typed", "all")
 
 Row = TypeVar("Row")
 # A prompt is a text, or a mapping of what is given by name, such as {"label": "sneaker"}.
@@ -103,40 +101,6 @@ class Model:
             return torch.device("cpu")
         first = next(iter(self.denoiser.parameters()), None)
         return torch.device("cpu") if first is None else first.device
-
-
-def check_mask_id(given: int | None, stated: int | None) -> None:
-    """Raise ConfigError for a mask id other than the one that the model itself states."""
-    if given not in (None, stated):
-        raise ConfigError(
-            f"mask_id={given}: this model states its own mask id {stated}; --mask-id is for "
-            "published text models without one"
-        )
-
-
-def never_generated(
-    model: Model, special_tokens: str | bool, *, published: bool
-) -> tuple[int, ...]:
-    """The ids that a model scores but never generates; also sets how it reads special tokens.
-
-    Of a model that is not `published` but ours, pipeline.json says which. Raises ConfigError for
-    an unknown value, or where there are no special tokens. See `load`.
-    """
-    named = "all" if special_tokens is True else special_tokens
-    wanted = named or "none"
-    text, drawn = model.modality, wanted in ("drawn", "all")
-    if wanted not in SPECIAL:
-        raise ConfigError(f"special_tokens={wanted!r}; {nearest(wanted, SPECIAL)}")
-    if not isinstance(text, HasSpecialTokens):
-        if wanted != "none":
-            raise ConfigError(f"special_tokens={wanted!r}: a model of {text.name} has none")
-        return ()
-    text.reads_special = wanted in ("typed", "all")
-    if published or model.never_generated:
-        return tuple(sorted(text.no_text(model.space.vocab_size, special=not drawn)))
-    if drawn:
-        raise ConfigError(f"special_tokens={wanted!r}: this model was trained without them")
-    return ()
 
 
 class SamplingOptions(TypedDict, total=False):

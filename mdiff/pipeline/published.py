@@ -1,4 +1,4 @@
-"""The backbone that a config.json is for, and its module with the weights.
+"""The backbone that a config.json is for, its module with the weights, and the ids it generates.
 
 On several devices accelerate plans and moves: `infer_auto_device_map` over the module without
 weights, `dispatch_model` over the module with them.
@@ -15,7 +15,11 @@ from mdiff.backbones.layers import Backbone, check_settings
 from mdiff.errors import BackendError, CheckpointError, ConfigError, nearest
 from mdiff.files import CONFIG, TYPES, DeviceMap, ModelFiles, load_weights, without_memory
 from mdiff.find import find, module_of, names
+from mdiff.modalities import HasSpecialTokens
+from mdiff.pipeline.options import Model
 
+# What may be done with a tokenizer's special tokens: generate them, read them in prompts.
+SPECIAL = ("none", "drawn", "typed", "all")
 # What the model_type of our own architectures begins with.
 OURS = "mdiff-"
 # What AutoModelForMaskedLM takes, whatever comes before it.
@@ -238,3 +242,37 @@ def spread(
     back = AlignDevicesHook(io_same_device=True)
     add_hook_to_module(module.head, back, append=True)
     return module
+
+
+def check_mask_id(given: int | None, stated: int | None) -> None:
+    """Raise ConfigError for a mask id other than the one that the model itself states."""
+    if given not in (None, stated):
+        raise ConfigError(
+            f"mask_id={given}: this model states its own mask id {stated}; --mask-id is for "
+            "published text models without one"
+        )
+
+
+def never_generated(
+    model: Model, special_tokens: str | bool, *, published: bool
+) -> tuple[int, ...]:
+    """The ids that a model scores but never generates; also sets how it reads special tokens.
+
+    Of a model that is not `published` but ours, pipeline.json says which. Raises ConfigError for
+    an unknown value, or where there are no special tokens. See `load`.
+    """
+    named = "all" if special_tokens is True else special_tokens
+    wanted = named or "none"
+    text, drawn = model.modality, wanted in ("drawn", "all")
+    if wanted not in SPECIAL:
+        raise ConfigError(f"special_tokens={wanted!r}; {nearest(wanted, SPECIAL)}")
+    if not isinstance(text, HasSpecialTokens):
+        if wanted != "none":
+            raise ConfigError(f"special_tokens={wanted!r}: a model of {text.name} has none")
+        return ()
+    text.reads_special = wanted in ("typed", "all")
+    if published or model.never_generated:
+        return tuple(sorted(text.no_text(model.space.vocab_size, special=not drawn)))
+    if drawn:
+        raise ConfigError(f"special_tokens={wanted!r}: this model was trained without them")
+    return ()

@@ -23,7 +23,7 @@ from mdiff.files import (
 from mdiff.find import names
 from mdiff.modalities import HasFolders, HasSpecialTokens, Modality
 from mdiff.process import PROCESSES, Masking, Process, named_process
-from mdiff.schedule import SCHEDULES, Schedule
+from mdiff.schedule import SCHEDULES, Schedule, named_schedule
 from mdiff.tokens import TokenSpace
 
 
@@ -75,12 +75,13 @@ class Card(BaseModel):
     process: NoiseProcess | None = None
     never_generated: list[int] = []
 
-    def process_on(self, schedule: Schedule) -> Process | None:
-        """The noise process, on its schedule; ConfigError for one that is none."""
+    def noise(self) -> tuple[Schedule, Process | None]:
+        """The schedule, and the process on it; ConfigError for what is none."""
+        options: dict[str, Any] = self.schedule.options
+        schedule = named_schedule(self.schedule.name, **options)
         if self.process is None:
-            return None
-        options: dict[str, Any] = self.process.options
-        return named_process(self.process.name, schedule, **options)
+            return schedule, None
+        return schedule, named_process(self.process.name, schedule, **self.process.options)
 
 
 def save_model(

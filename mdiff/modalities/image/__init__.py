@@ -3,6 +3,7 @@
 from mdiff.modalities.image.codec import CODES_KEY as CODES_KEY
 from mdiff.modalities.image.codec import TENSORS as TENSORS
 from mdiff.modalities.image.codec import Codec as Codec
+from mdiff.modalities.image.codec import Regroups as Regroups
 from mdiff.modalities.image.codec import Report as Report
 from mdiff.modalities.image.codec import load_codec as load_codec
 from mdiff.modalities.image.codec import make_codec as make_codec

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from safetensors.torch import save_file
@@ -222,3 +222,11 @@ def _published(folder: Path) -> Codec:
     with without_memory():
         codec: _Published = find("codecs", name)(config=described)
     return codec.read(headers)
+
+
+@runtime_checkable
+class Regroups(Protocol):
+    """A codec whose bits can be read in groups, each a token."""
+
+    def in_groups(self, codes_per_position: int) -> Self:
+        """The same codec with as many codes a position."""
