@@ -209,7 +209,7 @@ class _Run:
             self.exact = self.exact and state.log_prob_is_exact
             yield State(
                 self.canvas, state.t, self.states, self.calls, self.rounds, self.exact,
-                *map(spread, state.by_position()), state.in_turn,
+                *map(spread, state.by_position()), in_turn=state.in_turn,
             )  # fmt: skip
 
     def end(self, number: int, stop: int) -> None:

@@ -225,8 +225,9 @@ class Rows(NamedTuple):
 
     def some(self, index: Tensor) -> Rows:
         """The rows `index` (M,) int64 of them."""
-        parts = (None if each is None else each[index] for each in self[1:3])
-        return Rows(self.conditional[index], *parts, self.head)
+        other = None if self.unconditional is None else self.unconditional[index]
+        scale = None if self.scale is None else self.scale[index]
+        return Rows(self.conditional[index], other, scale, self.head)
 
 
 class FromLogits:

@@ -221,7 +221,7 @@ def _foreign(
     window = denoiser.window or longest
     return Pipeline(
         denoiser, space, modality, window=window if type(window) is int else None,
-        process=module and module.process,
+        process=None if module is None else module.process,
     )  # fmt: skip
 
 

@@ -81,7 +81,8 @@ class Card(BaseModel):
         schedule = named_schedule(self.schedule.name, **options)
         if self.process is None:
             return schedule, None
-        return schedule, named_process(self.process.name, schedule, **self.process.options)
+        own: dict[str, Any] = self.process.options
+        return schedule, named_process(self.process.name, schedule, **own)
 
 
 def save_model(

@@ -181,7 +181,7 @@ class Unmasking:
         counter = self._counter(rows, step)
         if rows.head is None:
             return self.draw(rows.conditional, **counter)
-        return self.draw.of_features(rows.conditional, rows.head, **counter)[0]
+        return self.draw.of_features(rows.conditional, rows.head, read=None, **counter)[0]
 
     def _counter(self, rows: Rows, step: int | Tensor) -> dict[str, Tensor | None]:
         """What a draw of the rows is given beside them: their counters and the other branch."""

@@ -108,7 +108,8 @@ def revising_row(size: Size, name: str, say: Callable[[str], None]) -> Row:
     vocab, length, clock = size.vocab, size.length, CLOCKS["thread"]
     space = TokenSpace(vocab, mask_id=vocab)
     model = Timed(transformer(vocab_size=vocab, max_length=length, **OVERHEAD_SHAPE).eval())
-    canvas, options = hidden_canvas(1, length, space=space), {"steps": STEPS}
+    canvas = hidden_canvas(1, length, space=space)
+    options: dict[str, object] = {"steps": STEPS}
     if name == "edit":
         options = {"threshold": 1, "least": -(-length // STEPS)}
     if name == "budget":
