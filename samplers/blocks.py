@@ -207,9 +207,12 @@ class _Run:
             self.canvas = canvas.scatter(1, columns, state.tokens)
             self.calls, self.rounds = calls + state.calls, rounds + state.rounds
             self.exact = self.exact and state.log_prob_is_exact
+            revealed, log_prob, entropy, margin, rewritten, hidden_again = map(
+                spread, state.by_position()
+            )
             yield State(
-                self.canvas, state.t, self.states, self.calls, self.rounds, self.exact,
-                *map(spread, state.by_position()), in_turn=state.in_turn,
+                self.canvas, state.t, self.states, self.calls, self.rounds, self.exact, revealed,
+                log_prob, entropy, margin, rewritten, hidden_again, state.in_turn,
             )  # fmt: skip
 
     def end(self, number: int, stop: int) -> None:
