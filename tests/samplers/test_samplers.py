@@ -19,7 +19,7 @@ SAMPLERS = [*names("samplers"), *VARIANTS]
 OBLIVIOUS = ["ancestral", "any_order", "blocks", "first_hitting", "halton"]
 
 
-REVISING = ["edit", "gibbs", "path_planning", "psi", "remdm"]
+REVISING = ["edit", "gibbs", "path_planning", "psi", "remdm", "first_hitting, corrector"]
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 every_filling_sampler = pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in REVISING])
 # Their rules look at the temperature or at the drawn token.

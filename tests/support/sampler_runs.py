@@ -16,6 +16,7 @@ VARIANTS = {
     "confidence, factor": {"factor": 4.0},
     "confidence, frechet": {"frechet": 1.0},
     "confidence, kl": {"threshold": 0.1, "kl": 2.0},
+    "first_hitting, corrector": {"per_call": 3, "corrector": 2},
 }
 
 
