@@ -13,6 +13,7 @@ from torch import Tensor
 from mdiff.backbones.layers.adaln import Rotary, Sizes, Trunk
 from mdiff.backbones.layers.backbone import Layout, SequenceBackbone
 from mdiff.files import MOST_IDS, MOST_LAYERS, Fields
+from mdiff.process import Uniform
 
 ARCHITECTURES = ("MDLM", "SDTT", "DUO")
 # The class default of the published code, which a config that leaves it out means.
@@ -50,8 +51,9 @@ class MDLM(SequenceBackbone):
         self.uses_time = fields.flag("time_conditioning", default=False)
         if described.get("architectures") == ["DUO"]:
             fields.choice("causal", (False,), default=False)
-            self.uses_time, self.mask_id, self.noise = True, None, "uniform"
-            self.refused = "uniform noise does not exist here"
+            # No id is a mask, nor does one reach the model: the noise begins with random tokens.
+            self.uses_time, self.mask_id, self.noise = True, sizes.vocab_size, "uniform"
+            self.process, self.predicts = Uniform(), "leave_one_out"
         self.backbone = Trunk()
         self.backbone.build(sizes, Rotary(sizes.width // sizes.heads))
 

@@ -327,10 +327,14 @@ def test_students_of_sdtt_and_duo_have_mdlms_trunk(tmp_path):
     timed = built_with(tmp_path / "timed", described | {"time_conditioning": True})
     duo = built_with(tmp_path / "duo", described | {"architectures": ["DUO"], "causal": False})
     t = torch.full((len(tokens),), 0.3)
-    assert (duo.noise, duo.mask_id) == ("uniform", None)
+    assert (duo.noise, duo.mask_id) == ("uniform", duo.vocab_size)
     assert torch.equal(duo(tokens, t=t), timed(tokens, t=t))
-    with pytest.raises(ConfigError, match="uniform noise"):
-        mdiff.load(tmp_path / "duo", mask_id=3)
+    pipeline = mdiff.load(tmp_path / "duo")
+    (made,) = pipeline.generate(length=8, steps=6, sampler="psi", kappa=0.7, seed=1)
+    assert max(made.tokens) < duo.vocab_size
+    assert float(pipeline.score([[1, 2, 3, 4]], draws=16).nats) > 0
+    with pytest.raises(ConfigError, match="'process'; ancestral, psi do"):
+        pipeline.generate(length=8, sampler="confidence")
     with pytest.raises(CheckpointError, match="causal"):
         built_with(tmp_path / "causal", described | {"architectures": ["DUO"], "causal": True})
 
