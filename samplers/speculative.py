@@ -39,11 +39,10 @@ def speculative(
     now written before it, and draws the drafts of the next round.
 
     Every draw is a function of its logits and of the counter that `any_order` uses at that
-    position (both take the largest of the same Gumbel variables), so that given equal logits the
-    tokens and their log-probabilities are those of `any_order` at one position a call, whatever
-    the temperature and the filters; batches of another size may round logits differently. Drafts
-    agree with probability at least (1 - d) / (1 + d), d the total variation between their law and
-    the one that verifies them; a rejection test as in the paper accepts 1 - d.
+    position, so that given equal logits the tokens and their log-probabilities are those of
+    `any_order` at one position a call, whatever the temperature and the filters; batches of
+    another size may round logits differently. A draw inverts a cumulative law: a draft of another
+    law agrees less often than the rejection test of the paper would accept it.
 
     A sample takes at most as many rounds as it hides positions; its calls count canvases.
 

@@ -17,9 +17,6 @@ from mdiff.cli.text import generate_at_volume, generate_text, requests_of_file, 
 class Drawing(ask.Drawing):
     """How samples are drawn, also of text."""
 
-    threshold: Annotated[
-        float | None, "Of confidence: tokens at least this likely are all revealed."
-    ] = None
     block_length: Annotated[int | None, "Tokens of a block."] = None
     order: Annotated[str | None, "Order of the reveals."] = None
     grow: Annotated[

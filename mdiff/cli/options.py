@@ -106,6 +106,16 @@ class Drawing:
     top_k: Annotated[int | None, "Draw from the k likeliest tokens."] = None
     top_p: Annotated[float | None, "Draw from the likeliest of this total mass."] = None
     min_p: Annotated[float | None, "Draw from those at least this share of the likeliest."] = None
+    # Options of some samplers; bind() refuses one that the sampler does not take.
+    threshold: Annotated[
+        float | None, "Of confidence, edit: tokens at least this likely are all revealed."
+    ] = None
+    edit_threshold: Annotated[
+        float | None, "Of edit: a token is rewritten by one at least this likely."
+    ] = None
+    eta: Annotated[float | None, "Of remdm: how much of what is written is taken back."] = None
+    nats: Annotated[float | None, "Of budget: the bound on the error of a sample."] = None
+    drafts: Annotated[int | None, "Of speculative: tokens drafted for each round."] = None
     option: Pairs = None
     guidance_scale: GuidanceScale = None
     negative_prompt: Annotated[

@@ -111,7 +111,8 @@ def bind(
     for key, value in settings.items():
         if key not in kinds:
             takers = [n for n in names("samplers") if key in _option_types(find("samplers", n))]
-            hint = f"{', '.join(takers)} do" if takers else nearest(key, kinds)
+            verb = "does" if len(takers) == 1 else "do"
+            hint = f"{', '.join(takers)} {verb}" if takers else nearest(key, kinds)
             raise ConfigError(f"{label} does not take {key!r}; {hint}")
         settings[key] = _as_object(key, value, kinds[key], label)
     return BoundSampler(function, settings)

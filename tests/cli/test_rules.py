@@ -30,10 +30,11 @@ ALWAYS = {
     "sweep": "recipe grid out overrides seeds fit workers timeout engine address shard as_json",
     "convert": "source out family config ema codec as_json",
     "generate": "model prompt input_file num_samples sampler steps temperature threshold "
-    "block_length order option guidance_scale end seed batch_size device dtype mask_id "
-    "special_tokens as_json",
+    "edit_threshold eta nats drafts block_length order option guidance_scale end seed batch_size "
+    "device dtype mask_id special_tokens as_json",
     "edit": "model pictures mask mask_file keep strength resize prompt label num_samples out "
-    "sampler steps temperature option guidance_scale seed batch_size device dtype as_json",
+    "sampler steps temperature threshold edit_threshold eta nats drafts option guidance_scale seed "
+    "batch_size device dtype as_json",
     "eval": "model data metrics split limit draws seed batch_size device dtype mask_id tokenizer "
     "special_tokens as_json",
 }  # fmt: skip

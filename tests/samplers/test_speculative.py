@@ -103,7 +103,7 @@ def test_tokens_are_those_of_any_order_on_many_ideal_toys():
                  order=order, seed=torch.arange(64) + 1000 * seed, **draw)  # fmt: skip
 
 
-def test_the_law_is_that_of_any_order_with_the_gumbels_integrated_out():
+def test_the_law_is_that_of_any_order_with_its_random_numbers_integrated_out():
     """Over two ids a draw is token 1 where a logistic variable Z is below the logit of its context.
 
     So a position's draws in all contexts of an order depend on the interval of Z between these
