@@ -6,12 +6,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Condition, Denoiser
-from mdiff.errors import ConfigError
+from mdiff.denoiser import Condition, Denoiser, Rows
+from mdiff.errors import ConfigError, nearest
+from mdiff.kernels import philox
 from mdiff.ops import Draw
 from mdiff.sampling import State, Unmasking, turns_of
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
+
+ACCEPT = ("coupled", "ratio")
 
 
 def speculative(
@@ -30,6 +33,7 @@ def speculative(
     given: Tensor | None = None,
     order: str | Tensor = "left_to_right",
     drafts: int = 4,
+    accept: str = "coupled",
 ) -> Iterator[State]:
     """States on `canvas` (B, L), each with the next tokens of `any_order`: at least one.
 
@@ -42,28 +46,84 @@ def speculative(
     position, so that given equal logits the tokens and their log-probabilities are those of
     `any_order` at one position a call, whatever the temperature and the filters; batches of
     another size may round logits differently. A draw inverts a cumulative law: a draft of another
-    law agrees less often than the rejection test of the paper would accept it.
+    law agrees less often than accept="ratio" accepts it, above temperature 0. That is the test of
+    the paper: a draft of law q is accepted with min(1, p / q), else the token is drawn from what p
+    has above q. Tokens are then others of the same law, and `drafts` laws (V,) float64 are kept.
 
     A sample takes at most as many rounds as it hides positions; its calls count canvases.
 
-    Raises ConfigError for drafts < 1, and for an order that `any_order` refuses.
+    Raises ConfigError for drafts < 1, an unknown `accept`, or an order that `any_order` refuses.
     """
     if drafts < 1:
         raise ConfigError(f"drafts={drafts}: need at least 1")
+    if accept not in ACCEPT:
+        raise ConfigError(f"unknown accept {accept!r}; {nearest(accept, ACCEPT)}")
     fill = Unmasking(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
     turn, guess = turns_of(order, fill), fill.tokens
+    # At temperature 0 both are the same rule.
+    test = _Rejection(fill) if accept == "ratio" and temperature > 0 else None
     while any(fill.left):
         # There are no drafts before the first call.
-        state, guess = _round(fill, turn, guess, drafts if fill.states else 0, drafts, schedule)
+        shown = drafts if fill.states else 0
+        state, guess = _round(fill, turn, guess, shown, drafts, schedule, test)
         yield state
 
 
+class _Rejection:
+    """The drafts' laws, and the test of each draft against the law that verifies it."""
+
+    def __init__(self, fill: Unmasking) -> None:
+        self.fill, self.q = fill, fill.tokens.new_zeros(1, 1).double()
+        self.row = torch.zeros_like(fill.tokens).flatten()
+
+    def proposed(self, rows: Rows, drawn: Draw) -> Draw:
+        """New drafts, the tokens of `drawn` at the positions of the last draw."""
+        fill = self.fill
+        self.q = self._law(rows)[0]
+        number = torch.arange(len(self.q), device=self.row.device)
+        self.row = self.row.index_copy(0, fill.positions, number)
+        return drawn._replace(tokens=self._chosen(self.q, philox.ORDER))
+
+    def verified(self, rows: Rows, drawn: Draw, guess: Tensor, is_draft: Tensor) -> Draw:
+        """Each draft (N,) of `guess` (B, L) or what is drawn instead; where none is, a draw."""
+        p, logits, rest = self._law(rows)
+        at = self.fill.positions
+        draft = torch.where(is_draft, guess.flatten()[at], 0)
+        q = self.q.expand(-1, p.shape[1])[torch.where(is_draft, self.row[at], 0)]
+        likely, proposed = (each.gather(1, draft[:, None])[:, 0] for each in (p, q))
+        kept = is_draft & (self._uniform(philox.REVEAL) * proposed < likely)
+        more = torch.where((is_draft & ~kept)[:, None], (p - q).clamp(min=0), p)
+        tokens = torch.where(kept, draft, self._chosen(more, philox.NOISE))
+        log_prob = self.fill.draw.log_prob(logits, tokens, drawn, **rest)
+        return drawn._replace(tokens=tokens, log_prob=log_prob)
+
+    def _uniform(self, purpose: int) -> Tensor:
+        return self.fill.uniform(purpose, self.fill.states).flatten()[self.fill.positions]
+
+    def _chosen(self, law: Tensor, purpose: int) -> Tensor:
+        """One id (N,) of each law (N, V), which need not sum to 1."""
+        mass = law.cumsum(1)
+        target = self._uniform(purpose)[:, None] * mass[:, -1:]
+        found = torch.searchsorted(mass, target, right=True)[:, 0]
+        return found.clamp(max=law.shape[1] - 1)
+
+    def _law(self, rows: Rows) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """The law (N, V) that is drawn from, its logits, and what belongs to them."""
+        fill, head = self.fill, rows.head or (lambda logits: logits)
+        span = None if fill.spans is None else fill.spans[fill.positions % fill.tokens.shape[1]]
+        other = None if rows.unconditional is None else head(rows.unconditional)
+        rest = {"unconditional": other, "scale": rows.scale, "span": span}
+        logits = head(rows.conditional)
+        return fill.draw.drawn_law(logits, **rest), logits, rest
+
+
 def _round(
-    fill: Unmasking, turn: Tensor, guess: Tensor, shown: int, drafts: int, schedule: Schedule
-) -> tuple[State, Tensor]:
+    fill: Unmasking, turn: Tensor, guess: Tensor, shown: int, drafts: int, schedule: Schedule,
+    test: _Rejection | None,
+) -> tuple[State, Tensor]:  # fmt: skip
     """The state after one call, and the canvas (B, L) with its drafts for the next one.
 
     The call shows at most `shown` tokens of `guess` (B, L), at the next turns of each sample.
@@ -72,7 +132,7 @@ def _round(
     deepest = [min(shown, left - 1) for left in fill.left]
     rows = [(row, lane) for row, deep in enumerate(deepest) for lane in range(deep + 1)]
     sample, lane = torch.tensor(rows, device=device).unbind(1)
-    lane = lane[:, None]
+    lane, deep = lane[:, None], torch.tensor(deepest, device=device)[:, None]
     left = fill.hidden.sum(1, keepdim=True)
     # The turn of each hidden position counted from now on, of the samples and of their canvases.
     coming = torch.where(fill.hidden, turn - (fill.start[:, None] - left), -1)
@@ -83,33 +143,34 @@ def _round(
     found = fill.evaluate(
         tuple(row for row, _ in rows),
         torch.where((own >= 0) & (own < lane), guess[sample], fill.tokens[sample]), at,
-        schedule.time_at(share / fill.free.sum(1)[sample]), number=sum(number),
+        schedule.time_at(share / fill.whole[sample]), number=sum(number),
     )  # fmt: skip
     inside = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
 
-    def draw(chosen: Tensor, count: int) -> tuple[Draw, Tensor]:
-        """Draws for `count` of the canvases' positions `chosen` (R, L), and where they belong."""
+    def draw(chosen: Tensor, count: int) -> tuple[Rows, Draw]:
+        """The rows of `count` of the canvases' positions `chosen` (R, L), and their draws."""
         index = torch.nonzero_static(chosen.flatten()[inside], size=count)[:, 0]
         canvas, column = inside[index] // length, inside[index] % length
         fill.positions = sample[canvas] * length + column
-        return fill.draw_for(found.some(index), turn.flatten()[fill.positions]), fill.positions
+        some = found.some(index)
+        return some, fill.draw_for(some, turn.flatten()[fill.positions])
 
-    verified, positions = draw(own == lane, len(rows))
+    some, verified = draw(own == lane, len(rows))
+    positions = fill.positions
+    if test is not None:
+        verified = test.verified(some, verified, guess, (lane < deep[sample])[:, 0])
     made = guess.flatten().index_copy(0, positions, verified.tokens).view_as(guess)
-    deep = torch.tensor(deepest, device=device)[:, None]
     wrong = (coming >= 0) & (coming < deep) & (made != guess)
     last = torch.where(wrong, coming, deep).amin(1, keepdim=True)
     written = (coming >= 0) & (coming <= last)
     count = (last[:, 0] + 1).tolist()
     # The draws of positions that are written, in the positions' order.
-    source = (
-        torch.empty_like(turn)
-        .flatten()
-        .index_copy(0, positions, torch.arange(len(rows), device=device))
-    )
-    source = source[torch.nonzero_static(written.flatten(), size=sum(count))[:, 0]]
+    order = positions.argsort()
+    kept = torch.nonzero_static(written.flatten()[positions[order]], size=sum(count))[:, 0]
+    source = order[kept]
     state = fill.reveal(written, Draw(*(each[source] for each in verified)), t, number=count)
     if more := sum(min(drafts, left) for left in fill.left):
-        ahead, positions = draw((own > lane) & (lane == last[sample]), more)
-        guess = guess.flatten().index_copy(0, positions, ahead.tokens).view_as(guess)
+        some, ahead = draw((own > lane) & (lane == last[sample]), more)
+        ahead = ahead if test is None else test.proposed(some, ahead)
+        guess = guess.flatten().index_copy(0, fill.positions, ahead.tokens).view_as(guess)
     return replace(state, in_turn=True), guess

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdiff.errors import ConfigError
 from mdiff.kernels.draw_triton import draw_triton
-from mdiff.kernels.reference import Draw, guided_logits, permitted_columns
+from mdiff.kernels.reference import Draw, guided_logits, kept_columns, permitted_columns
 from mdiff.ops.backend import BACKENDS, backend_name
 
 # Logits that exist at once in `of_features`: 16 MB of float32 on a CPU, 512 MB elsewhere.
@@ -186,6 +186,16 @@ class BoundDraw:
             outside = (column < span[:, 0]) | (column >= span[:, 1])
             log_prob = log_prob.masked_fill(outside, -torch.inf)
         return log_prob
+
+    def drawn_law(self, logits: Tensor, **row: Tensor | None) -> Tensor:
+        """The probabilities (N, V) float64 that ids are drawn with, at a temperature above 0.
+
+        `row` as for `law`.
+        """
+        log_p = self.law(logits, **row).double()
+        temperature, *filters = (self.options[name] for name in Filters.__annotations__)
+        scaled = (log_p - log_p.amax(1, keepdim=True)) / temperature
+        return scaled.masked_fill(~kept_columns(scaled, *filters), -torch.inf).softmax(1)
 
 
 @lru_cache(maxsize=16)

@@ -120,6 +120,7 @@ class SamplingOptions(TypedDict, total=False):
     counts: str | Tensor | Sequence[int]
     order: str | Tensor | Sequence[int]
     drafts: int
+    accept: str
     per_call: int
     idle_calls: bool
     grid: tuple[int, int] | None

@@ -158,8 +158,7 @@ class Unmasking:
         if positions is None:
             positions = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
         self.positions = positions
-        rows = self._evaluate(at, t, number=number, idle=idle, leave_out=leave_out)
-        return self.draw_for(rows, step)
+        return self.draw_for(self._evaluate(at, t, number, idle=idle, leave_out=leave_out), step)
 
     def ask_beside(
         self, at: Tensor, step: int, t: Tensor, *, number: Sequence[int],
@@ -170,7 +169,7 @@ class Unmasking:
         Or what `read` makes of the laws of each part of `positions`.
         """
         self.positions = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
-        rows = self._evaluate(at, t, number=number)
+        rows = self._evaluate(at, t, number)
         return self.draw.of_features(
             rows.conditional, rows.head, standing=self.tokens.flatten()[self.positions],
             read=read, **self._counter(rows, step),
@@ -195,7 +194,7 @@ class Unmasking:
         }  # fmt: skip
 
     def _evaluate(
-        self, at: Tensor, t: Tensor, *, number: Sequence[int], idle: bool = False,
+        self, at: Tensor, t: Tensor, number: Sequence[int], *, idle: bool = False,
         leave_out: bool = False,
     ) -> Rows:  # fmt: skip
         """The denoiser's rows at the positions `at` (B, L), of the samples that need them."""
@@ -208,10 +207,7 @@ class Unmasking:
     def evaluate(
         self, samples: tuple[int, ...], tokens: Tensor, at: Tensor, t: Tensor, *, number: int
     ) -> Rows:
-        """The denoiser's rows at `number` positions `at` of canvases (R, L) of the `samples`.
-
-        Several canvases of a sample count as so many calls, and as one round.
-        """
+        """Its rows at `number` positions `at` of canvases (R, L) of `samples`: R calls, a round."""
         active = self._active(samples)
         index, calls = active.index, self.calls
         rows = active.request(

@@ -16,6 +16,7 @@ import mdiff
 from mdiff.denoiser import guided
 from mdiff.denoiser.negative_condition import negative_prompt
 from mdiff.errors import ConfigError
+from mdiff.ops import bind_draw
 from mdiff.pipeline import load
 from mdiff.samplers import speculative as module
 from mdiff.samplers.speculative import speculative
@@ -168,16 +169,104 @@ for canvas in itertools.product(range(IDEAL.vocab), repeat=IDEAL.length):
     LAW[canvas] = chance
 
 
-def drawn(masks, function=speculative):
+def law_of(draw):
+    """The law of the order with a temperature and filters."""
+    bound, law = bind_draw(IDEAL.vocab, **draw), {}
+    for canvas in LAW:
+        held, law[canvas] = [IDEAL.vocab] * IDEAL.length, 1.0
+        for position in (1, 2, 0):
+            logits = TABLE[int(IDEAL.number(torch.tensor([held]))), position][None]
+            heat, top_k = draw.get("temperature", 1.0), draw.get("top_k", IDEAL.vocab)
+            p, kept = (logits / heat).softmax(1)[0], 0.0
+            allowed = set()
+            for token in p.argsort(descending=True, stable=True).tolist()[:top_k]:
+                if kept < draw.get("top_p", 1.0):
+                    allowed.add(token)
+                kept += float(p[token])
+            total = sum(float(p[token]) for token in allowed)
+            token = canvas[position]
+            law[canvas] *= float(p[token]) / total if token in allowed else 0.0
+            assert abs(float(bound.drawn_law(logits)[0, token]) - (
+                float(p[token]) / total if token in allowed else 0.0)) < 1e-12  # fmt: skip
+            held[position] = token
+    return law
+
+
+def drawn(masks, function=speculative, **options):
     """Samples of a table that is no joint's, in the order of LAW."""
     *_, last = function(
-        toy_denoiser(), masks, space=IDEAL.space, seed=7, order=torch.tensor([1, 2, 0]), drafts=2
+        toy_denoiser(),
+        masks,
+        space=IDEAL.space,
+        seed=7,
+        order=torch.tensor([1, 2, 0]),
+        drafts=2,
+        **options,
     )
     return last.tokens
 
 
 def test_speculative_has_the_law_of_its_order(masks):
     assert agrees(drawn(masks), LAW) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("draw", [{}, {"temperature": 0.7, "top_k": 2}, {"top_p": 0.6}], ids=str)
+def test_the_rejection_test_has_the_law_of_its_order(draw, masks):
+    law = LAW if not draw else law_of(draw)
+    assert agrees(drawn(masks, accept="ratio", **draw), law) > FALSE_ALARM
+
+
+REJECTING = {
+    "what is refused is drawn from p": ("(p - q).clamp(min=0), p)", "p, p)"),
+    "all that p permits is accepted": (
+        "self._uniform(philox.REVEAL) * proposed < likely", "likely > 0"
+    ),
+    "the inverse ratio": (
+        "self._uniform(philox.REVEAL) * proposed < likely",
+        "self._uniform(philox.REVEAL) * likely < proposed",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", REJECTING)
+def test_a_mutant_of_the_rejection_test_has_another_law(mutant, masks):
+    tokens = drawn(masks, changed(*REJECTING[mutant]), accept="ratio")
+    assert agrees(tokens, LAW) < FALSE_ALARM
+
+
+def test_the_rejection_test_needs_fewer_rounds_and_is_greedy_at_temperature_zero(masks):
+    space, length = TokenSpace(40, mask_id=40), 12
+    canvas, denoiser = torch.full((64, length), 40), HashDenoiser(space)
+    denoiser.table = denoiser.table * 0.5
+    options = {"space": space, "sampler": "speculative", "seed": 1}
+    runs = [sample(denoiser, canvas, accept=each, **options) for each in ("ratio", "coupled")]
+    assert runs[0].rounds.double().mean() < 0.8 * runs[1].rounds.double().mean()
+    assert runs[0].log_prob_is_exact
+    greedy = [
+        sample(denoiser, canvas, accept=each, temperature=0.0, **options).tokens
+        for each in ("ratio", "coupled")
+    ]
+    assert torch.equal(*greedy)
+
+
+def test_the_rejection_test_has_figures_of_its_tokens_and_no_batch():
+    space = TokenSpace(11, mask_id=11, never=(3,), parts=((4, 2, 6), (3, 7, 11)))
+    canvas, seeds = torch.full((6, 7), 11), torch.arange(6)
+    pair = guided(
+        HashDenoiser(space), guidance_scale=2.0, without={"label": torch.tensor([0])}, space=space
+    )
+    options = {"space": space, "sampler": "speculative", "accept": "ratio", "order": "random"}
+    cond = {"label": torch.arange(6)}
+    run = sample(pair, canvas, seed=seeds, cond=cond, **options)
+    assert torch.isin(run.tokens[:, :4], torch.tensor([2, 4, 5])).all()
+    assert ((run.tokens[:, 4:] >= 7) & (run.tokens[:, 4:] < 11)).all()
+    assert (run.writing.log_prob < 0).all()
+    for row in range(6):
+        one = slice(row, row + 1)
+        alone = sample(pair, canvas[one], seed=seeds[one], cond={"label": cond["label"][one]},
+                       **options)  # fmt: skip
+        assert torch.equal(alone.tokens[0], run.tokens[row])
+        assert torch.equal(alone.writing.log_prob[0], run.writing.log_prob[row])
 
 
 MUTANTS = {
@@ -354,7 +443,7 @@ def test_drafts_below_one_are_refused(drafts):
 
 @pytest.mark.parametrize("options", [
     {"drafts": 2.0}, {"drafts": "four"}, {"drafts": None}, {"draft": 2}, {"steps": 4},
-    {"order": "rnadom"}, {"order": torch.tensor([0, 0, 1])},
+    {"order": "rnadom"}, {"accept": "ration"}, {"order": torch.tensor([0, 0, 1])},
 ], ids=str)  # fmt: skip
 def test_options_that_do_not_fit_are_refused(options):
     space = TokenSpace(4, mask_id=4)
