@@ -164,16 +164,13 @@ class Unmasking:
         self, at: Tensor, step: int, t: Tensor, *, number: Sequence[int],
         read: LawReader | None = None,
     ) -> tuple[Draw, Tensor]:  # fmt: skip
-        """The same, and the log-probabilities (N,) of the ids that stand there (none at masks).
-
-        Or what `read` makes of the laws of each part of `positions`.
-        """
+        """The same, and (N,) what `read` makes of the laws, or log p of the ids standing there."""
         self.positions = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
         rows = self._evaluate(at, t, number)
+        standing, counter = self.tokens.flatten()[self.positions], self._counter(rows, step)
         return self.draw.of_features(
-            rows.conditional, rows.head, standing=self.tokens.flatten()[self.positions],
-            read=read, **self._counter(rows, step),
-        )  # fmt: skip
+            rows.conditional, rows.head, standing=standing, read=read, **counter
+        )
 
     def draw_for(self, rows: Rows, step: int | Tensor) -> Draw:
         """Draw for rows of `evaluate` at `self.positions`; `step` is one counter or (N,) int64."""
