@@ -6,6 +6,7 @@ from mdiff.denoiser.block_window import BlockWindow as BlockWindow
 from mdiff.denoiser.block_window import CachedBlock as CachedBlock
 from mdiff.denoiser.calls import PREDICTS as PREDICTS
 from mdiff.denoiser.calls import block_length_of as block_length_of
+from mdiff.denoiser.calls import corrects as corrects
 from mdiff.denoiser.calls import evaluations as evaluations
 from mdiff.denoiser.calls import fixed_evaluations as fixed_evaluations
 from mdiff.denoiser.calls import flat_positions as flat_positions
@@ -24,6 +25,7 @@ from mdiff.denoiser.protocol import AsksRows as AsksRows
 from mdiff.denoiser.protocol import BlockModel as BlockModel
 from mdiff.denoiser.protocol import Cache as Cache
 from mdiff.denoiser.protocol import Condition as Condition
+from mdiff.denoiser.protocol import Corrects as Corrects
 from mdiff.denoiser.protocol import Denoiser as Denoiser
 from mdiff.denoiser.protocol import FromLogits as FromLogits
 from mdiff.denoiser.protocol import HasCache as HasCache

@@ -11,6 +11,7 @@ from mdiff.denoiser.protocol import (
     AsksRows,
     BlockModel,
     Condition,
+    Corrects,
     Denoiser,
     HasCost,
     HasHead,
@@ -110,6 +111,11 @@ def fixed_evaluations(denoiser: Denoiser) -> int:
 def block_length_of(denoiser: Denoiser) -> int | None:
     """The length of a block model's blocks; None for another denoiser."""
     return denoiser.block_length if isinstance(denoiser, BlockModel) else None
+
+
+def corrects(denoiser: Denoiser) -> bool:
+    """Whether a model was trained to correct tokens that it is shown; see `Corrects`."""
+    return isinstance(denoiser, Corrects) and denoiser.corrects
 
 
 def seeds_blocks(denoiser: Denoiser) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mdiff.denoiser.calls import (
     block_length_of,
+    corrects,
     evaluations,
     fixed_evaluations,
     row_request,
@@ -80,6 +81,11 @@ class Guided:
     def block_length(self) -> int | None:
         """The blocks of the guided model, None where it has none."""
         return block_length_of(self.denoiser)
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the guided model was trained to correct tokens that it is shown."""
+        return corrects(self.denoiser)
 
     @property
     def block_seed(self) -> bool:

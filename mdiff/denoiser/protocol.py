@@ -91,6 +91,14 @@ class SeedsBlocks(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
+class Corrects(Protocol, metaclass=_Capability):
+    """A model that, where `corrects`, was trained to correct tokens that it is shown."""
+
+    @property
+    def corrects(self) -> bool: ...
+
+
+@runtime_checkable
 class HasCache(Protocol, metaclass=_Capability):
     """A block model that keeps the keys and values of finished blocks."""
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Condition, Denoiser, block_length_of
-from mdiff.errors import ConfigError, nearest
+from mdiff.denoiser import Condition, Denoiser, block_length_of, corrects
+from mdiff.errors import ConfigError, MdiffWarning, nearest
 from mdiff.find import find, names
 from mdiff.sampling.state import State
 from mdiff.schedule import named_schedule
@@ -115,6 +116,14 @@ def bind(
             hint = f"{', '.join(takers)} {verb}" if takers else nearest(key, kinds)
             raise ConfigError(f"{label} does not take {key!r}; {hint}")
         settings[key] = _as_object(key, value, kinds[key], label)
+    edit = find("samplers", "edit")
+    edits = edit in (function, settings.get("inner"))
+    if edits and denoiser is not None and not corrects(denoiser):
+        warnings.warn(
+            "edit: this model was not trained to correct tokens that it is shown, and mostly "
+            "copies them; remdm, psi and path_planning hide a token before they draw it again",
+            MdiffWarning, stacklevel=2,
+        )  # fmt: skip
     return BoundSampler(function, settings)
 
 

@@ -84,6 +84,8 @@ class LLaDA2(MixtureDecoder):
     """Positions attend to their own block of `block_length` and those before it."""
 
     table_name: ClassVar[str] = "word_embeddings"
+    # LLaDA2.1 is trained to; nothing in its files sets it apart from 2.0.
+    corrects: ClassVar[bool] = True
 
 
 def llada2_moe(described: Mapping[str, object]) -> LLaDA2:
