@@ -164,6 +164,33 @@ class Pipeline(Model):
         runs = self.revisions(text, keep=keep, strength=strength, rounds=rounds, **options)
         return [sample for run in runs for sample in run.finished()]
 
+    def revise_picture(
+        self, picture: object, mask: object = None, *, given: Mapping[str, object] | None = None,
+        strength: float | None = None, rounds: int | None = None, **options: Unpack[CallOptions],
+    ) -> list[Generated]:  # fmt: skip
+        """`num_samples` versions of an image, revised as in `revise` where `mask` is true.
+
+        `mask` and `given` are those of `edit`: the tokens that the mask touches begin as the codec
+        gives them, and not one pixel outside it changes.
+
+        Raises ConfigError and DataError as `edit` and `revise` do.
+        """
+        if not isinstance(self.modality, Editable):
+            raise ConfigError(f"revise: this is a model of {self.modality.name}, not of pictures")
+        options.update(revising_options(options, strength=strength, rounds=rounds))
+        number = call_number(options.pop("num_samples", 1), options)
+        options["seed"] = seeds = row_seeds(call_seed(options), number)
+        # With nothing of it hidden, and with all that may change.
+        whole, edits = (
+            self.modality.edited(picture, mask, given=given or {}, strength=share, seeds=seeds)
+            for share in (0.0, 1.0)
+        )
+        fixed = [[token != self.space.mask_id for token in row] for row in edits.canvases]
+        conditions = self.conditions(given or "", num_samples=number)
+        runs = self.runs(whole.canvases, conditions=conditions, given=fixed, **options)
+        made = [(sample, sample.image) for run in runs for sample in run.finished()]
+        return [replace(sample, output=edits.pasted(image)) for sample, image in made if image]
+
     def revisions(
         self, text: str, *, keep: Sequence[tuple[int, int]] = (), strength: float | None = None,
         rounds: int | None = None, **options: Unpack[CallOptions],
