@@ -98,13 +98,8 @@ class Unmasking:
         self.rank = ranks(canvas, valid)
         self.seed, self.sample = streams(seed, rows, device)
         # The counter of each position's draw, (seed, sample, rank), row-major: (3, B * L) int64.
-        self.counter = torch.stack(
-            [
-                self.seed[:, None].expand_as(self.rank),
-                self.sample[:, None].expand_as(self.rank),
-                self.rank,
-            ]
-        ).flatten(1)
+        own = (self.seed[:, None], self.sample[:, None], self.rank)
+        self.counter = torch.stack([each.expand_as(self.rank) for each in own]).flatten(1)
         self.spans = space.spans(canvas.shape[1], device)
         self.calls = torch.zeros(rows, dtype=torch.int64, device=device)
         self.rounds = self.calls
