@@ -242,6 +242,10 @@ class BitTransformer(Transformer):
         own = torch.eye(self.groups, dtype=torch.bool, device=tokens.device)
         return (x[..., None, :] * own[group][..., None]).flatten(-2)
 
+    def has_shadows(self) -> bool:
+        """No: a position holds several tokens."""
+        return False
+
     def _grouped(self, per_token: Tensor, name: str) -> Tensor:
         """(B, L) as (B, P, groups)."""
         batch, length = per_token.shape

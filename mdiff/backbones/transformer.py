@@ -13,12 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdiff.backbones.layers.attention import attention_layout, layout_axes, rotary_tables
+from mdiff.backbones.layers.attention import (
+    attention_layout,
+    layout_axes,
+    rotary_tables,
+    with_shadows,
+)
 from mdiff.backbones.layers.backbone import Backbone
 from mdiff.backbones.layers.config import TIME_FEATURES, TransformerConfig, checked
 from mdiff.backbones.layers.modules import RMSNorm, modulated
 from mdiff.backbones.layers.transformer import Block, Projection, of_rows, time_features
-from mdiff.denoiser import Cache, Condition, flat_positions
+from mdiff.denoiser import Cache, Condition, Rows, flat_positions
 from mdiff.errors import ConfigError
 from mdiff.kernels.dense import linear
 from mdiff.kernels.loss_heads import LinearMap
@@ -109,12 +114,14 @@ class Transformer(Backbone):
         self, tokens: Tensor, *, at: Tensor | None = None, valid: Tensor | None = None,
         documents: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
         cache: Cache | None = None, number: int | None = None, layer: int | None = None,
+        shadow_id: int | None = None,
     ) -> Tensor:  # fmt: skip
         """What `head` reads: (B, L, D), or the rows `at` (B, L) bool in row-major order, (N, D).
 
         With `at`, everything after the last attention runs on those rows alone. With `layer`,
-        1 to depth, the stream as it leaves that block, and no block after it is run. Raises
-        ConfigError for a cache, a missing `t` or conditions that are not this model's.
+        1 to depth, the stream as it leaves that block, and no block after it is run. With the
+        mask's `shadow_id`, the rows of tokens are those of their shadows. Raises ConfigError for
+        a cache, a missing `t` or conditions that are not this model's.
         """
         if cache is not None:
             raise ConfigError("this transformer keeps no cache: call it with cache=None")
@@ -125,18 +132,23 @@ class Transformer(Backbone):
         positions, mask = attention_layout(
             tokens, valid=valid, documents=documents, causal=self.config.causal
         )
+        length, rows = tokens.shape[1], None if at is None else flat_positions(at, number)
+        if shadow_id is not None and at is not None:
+            if mask is None and self.config.causal:
+                mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=at.device).tril()
+            tokens, positions, mask, rows = with_shadows(
+                tokens, positions, mask, at=at, mask_id=shadow_id, number=number
+            )
         tables = rotary_tables(
             positions, self.config.width // self.config.heads, grid=self.config.grid,
             axes=layout_axes(self.config.layout) if self.config.layout else None,
             base=self.config.rope_base,
         )  # fmt: skip
-        rows = None if at is None else flat_positions(at, number)
         x: Tensor = self.embedding(tokens)
         if self.position_embedding is not None:
-            if tokens.shape[1] > self.positions:
+            if length > self.positions:
                 raise ConfigError(
-                    f"a canvas of {tokens.shape[1]} positions: this model's layout has "
-                    f"{self.positions}"
+                    f"a canvas of {length} positions: this model's layout has {self.positions}"
                 )
             x = x + self.position_embedding(positions)
         for block in self.blocks[: last - 1]:
@@ -151,6 +163,20 @@ class Transformer(Backbone):
         if rows is not None:
             shift, scale = (of_rows(each, rows, tokens.shape[1]) for each in (shift, scale))
         return modulated(x, shift, scale)
+
+    def has_shadows(self) -> bool:
+        """Whether each token has a position of its own."""
+        return True
+
+    def shadow_rows(
+        self, tokens: Tensor, *, at: Tensor, mask_id: int, number: int | None = None,
+        valid: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
+    ) -> Rows:  # fmt: skip
+        """The rows at the positions `at` (B, L) bool, those of tokens by their shadows."""
+        x = self.features(
+            tokens, at=at, valid=valid, t=t, cond=cond, number=number, shadow_id=mask_id
+        )
+        return Rows(x, head=self.head)
 
     def _condition(self, t: Tensor | None, cond: Condition | None, tokens: Tensor) -> Tensor | None:
         """The summed embedding (B, C) of the time and the label; None where it has neither."""

@@ -39,8 +39,8 @@ def revise(
     samples = [sample for run in runs for sample in run.finished()]
     if not any(sample.calls for sample in samples):
         raise ConfigError(
-            "no token was taken back: samplers remdm, psi, gibbs, edit and path_planning do, of "
-            "what --keep leaves"
+            "no token was taken back: samplers remdm, psi, gibbs, edit, wino and path_planning do, "
+            "of what --keep leaves"
         )
     for number, sample in enumerate(samples):
         if as_json:

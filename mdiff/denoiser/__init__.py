@@ -11,6 +11,7 @@ from mdiff.denoiser.calls import evaluations as evaluations
 from mdiff.denoiser.calls import fixed_evaluations as fixed_evaluations
 from mdiff.denoiser.calls import flat_positions as flat_positions
 from mdiff.denoiser.calls import has_own_head as has_own_head
+from mdiff.denoiser.calls import has_shadows as has_shadows
 from mdiff.denoiser.calls import of_peft as of_peft
 from mdiff.denoiser.calls import prediction_of as prediction_of
 from mdiff.denoiser.calls import row_request as row_request
@@ -40,4 +41,6 @@ from mdiff.denoiser.protocol import RowBound as RowBound
 from mdiff.denoiser.protocol import Rows as Rows
 from mdiff.denoiser.protocol import Saveable as Saveable
 from mdiff.denoiser.protocol import SeedsBlocks as SeedsBlocks
+from mdiff.denoiser.protocol import ShadowPositions as ShadowPositions
 from mdiff.denoiser.protocol import from_logits as from_logits
+from mdiff.denoiser.shadowed import Shadowed as Shadowed

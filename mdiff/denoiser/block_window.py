@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mdiff.denoiser.calls import check_rows, evaluations, row_request
+from mdiff.denoiser.calls import check_rows, evaluations, has_shadows, row_request, shadow_request
 from mdiff.denoiser.protocol import Cache, Condition, Denoiser, RowBound, Rows
 from mdiff.schedule import Schedule
 
@@ -75,6 +75,21 @@ class BlockWindow:
         whole = self.around(tokens)
         return self.request(
             whole, at=self._on_canvas(at), number=number, valid=self.attended,
+            t=self.time(whole, t), cond=cond,
+        )  # fmt: skip
+
+    def has_shadows(self) -> bool:
+        """Whether the denoiser of the canvas gives rows by shadows."""
+        return has_shadows(self.denoiser)
+
+    def shadow_rows(
+        self, tokens: Tensor, *, at: Tensor, mask_id: int, number: int | None = None,
+        valid: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
+    ) -> Rows:  # fmt: skip
+        """The denoiser's rows at the positions `at` of the block, those of tokens by shadows."""
+        whole = self.around(tokens)
+        return shadow_request(self.denoiser)(
+            whole, at=self._on_canvas(at), mask_id=mask_id, number=number, valid=self.attended,
             t=self.time(whole, t), cond=cond,
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from mdiff.denoiser.protocol import (
     Rows,
     SeedsBlocks,
     Wrapper,
+    ShadowPositions,
 )
 from mdiff.errors import ConfigError
 from mdiff.kernels.loss_heads import hooked
@@ -83,6 +84,23 @@ def has_own_head(denoiser: object) -> TypeGuard[HasHead]:
         if called in vars(kind):
             return False
     return False
+
+
+def has_shadows(denoiser: object) -> TypeGuard[ShadowPositions]:
+    """Whether the denoiser's own class gives rows by shadows, and a call is what that does."""
+    return (
+        isinstance(denoiser, ShadowPositions)
+        and issubclass(type(denoiser), ShadowPositions)
+        and denoiser.has_shadows()
+        and (asks_rows(denoiser) or has_own_head(denoiser))
+    )
+
+
+def shadow_request(denoiser: Denoiser) -> Callable[..., Rows]:
+    """The `shadow_rows` of a denoiser; ConfigError where it has none."""
+    if not has_shadows(denoiser):
+        raise ConfigError(f"{type(denoiser).__name__} has no rows of shadow positions")
+    return denoiser.shadow_rows
 
 
 def _takes_number(call: Callable[..., Tensor]) -> bool:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mdiff.denoiser.calls import check_rows
-from mdiff.denoiser.guidance import Call, Guided, Ramp, Strength, strength_of
+from mdiff.denoiser.guidance import Call, Guided
 from mdiff.denoiser.protocol import Cache, Condition, Denoiser
+from mdiff.denoiser.strength import Ramp, Strength, strength_of
 from mdiff.errors import ConfigError
 from mdiff.tokens import TokenSpace
 
@@ -83,6 +84,10 @@ class NegativePrompt(Guided):
         logits = rows.new_zeros(*tokens.shape, rows.shape[1])
         logits[inside] = rows
         return logits
+
+    def has_shadows(self) -> bool:
+        """No: the branches have their tokens at other positions."""
+        return False
 
     def call(
         self, tokens: Tensor, rows: Tensor, *, at: Tensor | None, valid: Tensor | None,

@@ -218,6 +218,34 @@ class AsksRows(Protocol):
         """The rows at the positions `at` (B, L) bool, of which there are `number`."""
 
 
+@runtime_checkable
+class ShadowPositions(Protocol, metaclass=_Capability):
+    """A denoiser that predicts standing tokens without looking at them, in the call of the others.
+
+    Behind the canvas stands a shadow for each standing token that is asked for: a mask of the same
+    position, which attends to itself and to all that the position attends to but the position,
+    and to which nothing else attends (Hong et al. 2025, WINO). The rows of masks are those of a
+    call without shadows. With one layer the row of a shadow is that of the canvas with its
+    position hidden; with more, what it reads of the other positions depends on the token.
+    """
+
+    def has_shadows(self) -> bool:
+        """Whether it can; a wrapper asks the denoiser inside."""
+
+    def shadow_rows(
+        self,
+        tokens: Tensor,
+        *,
+        at: Tensor,
+        mask_id: int,
+        number: int | None = None,
+        valid: Tensor | None = None,
+        t: Tensor | None = None,
+        cond: Condition | None = None,
+    ) -> Rows:
+        """The rows at the `number` positions `at` (B, L) bool, those of tokens by their shadows."""
+
+
 class Rows(NamedTuple):
     """The rows that a sampler asked for, before the head and before guidance.
 

@@ -162,19 +162,19 @@ class Unmasking:
         """The same, and (N,) what `read` makes of the laws, or log p of the ids standing there."""
         self.positions = torch.nonzero_static(at.flatten(), size=sum(number))[:, 0]
         rows = self._evaluate(at, t, number)
-        standing, counter = self.tokens.flatten()[self.positions], self._counter(rows, step)
+        standing, counter = self.tokens.flatten()[self.positions], self.counters(rows, step)
         return self.draw.of_features(
             rows.conditional, rows.head, standing=standing, read=read, **counter
         )
 
     def draw_for(self, rows: Rows, step: int | Tensor) -> Draw:
         """Draw for rows of `evaluate` at `self.positions`; `step` is one counter or (N,) int64."""
-        counter = self._counter(rows, step)
+        counter = self.counters(rows, step)
         if rows.head is None:
             return self.draw(rows.conditional, **counter)
         return self.draw.of_features(rows.conditional, rows.head, read=None, **counter)[0]
 
-    def _counter(self, rows: Rows, step: int | Tensor) -> dict[str, Tensor | None]:
+    def counters(self, rows: Rows, step: int | Tensor) -> dict[str, Tensor | None]:
         """What a draw of the rows is given beside them: their counters and the other branch."""
         seed, sample, position = self.counter.index_select(1, self.positions).unbind()
         length = self.tokens.shape[1]

@@ -13,7 +13,7 @@ from mdiff.find import find
 from mdiff.sampling import LastWriting
 from mdiff.tokens import TokenSpace
 
-REVISING = ["edit", "gibbs", "path_planning", "psi", "remdm"]
+REVISING = ["edit", "gibbs", "path_planning", "psi", "remdm", "wino"]
 
 
 class Adversary:
@@ -40,6 +40,8 @@ class Adversary:
     ("edit", {"threshold": 0.0, "edit_threshold": 0.0}, 12 + 16),
     ("edit", {"threshold": 2.0, "edit_threshold": 0.5, "rounds_after": 3}, 12 + 3),
     ("gibbs", {"sweeps": 2.0}, 12 + 24),
+    ("wino", {}, 12),
+    ("wino", {"threshold": 0.0, "keep_threshold": 1.0, "floor": 2, "most": 3, "share": 0.4}, 12),
 ])  # fmt: skip
 def test_it_ends_within_its_calls_whatever_the_denoiser(name, options, most):
     space = TokenSpace(11, mask_id=11)
@@ -140,6 +142,9 @@ def test_the_log_probability_is_said_to_be_exact_only_where_it_is():
     ("edit", {"threshold": -0.1}), ("edit", {"edit_threshold": float("nan")}),
     ("edit", {"least": 0}), ("edit", {"rounds_after": -1}), ("gibbs", {"sweeps": -1.0}),
     ("gibbs", {"sweeps": float("inf")}), ("budget", {"nats": -1.0}),
+    ("wino", {"threshold": 1.1}), ("wino", {"threshold": -0.1}), ("wino", {"most": 0}),
+    ("wino", {"keep_threshold": float("nan")}), ("wino", {"threshold": 0.6, "keep_threshold": 0.5}),
+    ("wino", {"floor": 5, "most": 4}), ("wino", {"share": 1.5}), ("wino", {"floor": 0}),
     ("budget", {"nats": 1.0, "nats_per_call": 1.0}), ("budget", {"nats_per_call": float("nan")}),
 ])  # fmt: skip
 def test_options_out_of_range_are_refused_before_any_call(name, options):

@@ -19,11 +19,13 @@ SAMPLERS = [*names("samplers"), *VARIANTS]
 OBLIVIOUS = ["ancestral", "any_order", "blocks", "first_hitting", "halton"]
 
 
-REVISING = ["edit", "gibbs", "path_planning", "psi", "remdm", "first_hitting, corrector"]
+REVISING = [
+    "edit", "gibbs", "path_planning", "psi", "remdm", "first_hitting, corrector", "wino",
+]  # fmt: skip
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 every_filling_sampler = pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in REVISING])
 # Their rules look at the temperature or at the drawn token.
-LOOKING = ("edit", "path_planning", "budget", "speculative", *VARIANTS)
+LOOKING = ("edit", "path_planning", "wino", "budget", "speculative", *VARIANTS)
 # Of which a call never shows a sample twice.
 every_sampler_of_one_canvas = pytest.mark.parametrize(
     "name", [n for n in SAMPLERS if n not in [*REVISING, "speculative"]]

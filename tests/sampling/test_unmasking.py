@@ -150,7 +150,7 @@ MODELS = {
 
 SAMPLERS = sorted(set(names("samplers")) - {"blocks"})
 # These ask the device once a step how many positions are hidden.
-ASKING = ("budget", "edit", "gibbs", "path_planning", "psi", "remdm", "speculative")
+ASKING = ("budget", "edit", "gibbs", "path_planning", "psi", "remdm", "speculative", "wino")
 QUIET = [name for name in SAMPLERS if name not in ASKING]
 
 

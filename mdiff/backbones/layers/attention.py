@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mdiff.denoiser import flat_positions
 from mdiff.kernels.dense import attend
 
 # The cos and the signed sin of rotary angles, see `rotate`.
@@ -129,6 +131,50 @@ def block_mask(positions: Tensor, mask: Tensor | None, block: int, *, kept: int)
     every = torch.arange(end, device=own.device)[None] // block if kept else own
     before = (every[:, None, :] <= own[:, :, None])[:, None]
     return before if mask is None else mask & before
+
+
+class Shadows(NamedTuple):
+    """A canvas with shadow masks behind it, see `with_shadows`.
+
+    `tokens` and `positions` (B, L + S) int64, `mask` (B, 1, L + S, L + S) bool, and `rows` (N,)
+    int64, the flat indices of what is asked for among the B * (L + S).
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    mask: Tensor
+    rows: Tensor
+
+
+def with_shadows(
+    tokens: Tensor, positions: Tensor, mask: Tensor | None, *, at: Tensor, mask_id: int,
+    number: int | None,
+) -> Shadows:  # fmt: skip
+    """`tokens` (B, L) with a shadow for each that stands at one of the `number` positions `at`.
+
+    A shadow is a mask of the same position that attends to what the position does by `mask`
+    (B or 1, 1, L, L), but for that position, and to itself; nothing else attends to it.
+    """
+    length = tokens.shape[1]
+    standing = at & (tokens != mask_id)
+    # A row with fewer has some that nobody asks for behind its own.
+    size = int(standing.sum(1).max())
+    column = (~standing).long().argsort(dim=1, stable=True)[:, :size]
+    attended = torch.ones_like(tokens, dtype=torch.bool)[:, None]
+    attended = (attended if mask is None else mask[:, 0]).expand(len(tokens), length, length)
+    by_shadows = attended.gather(1, column[..., None].expand(-1, -1, length))
+    by_shadows = by_shadows.scatter(2, column[..., None], False)
+    own = torch.eye(length + size, dtype=torch.bool, device=tokens.device)
+    every = F.pad(torch.cat([attended, by_shadows], 1), (0, size)) | own
+    index = torch.arange(length, device=tokens.device)
+    index = torch.where(standing, length + standing.cumsum(1) - 1, index).flatten()
+    flat = flat_positions(at, number)
+    positions = positions.expand(tokens.shape)
+    return Shadows(
+        F.pad(tokens, (0, size), value=mask_id),
+        torch.cat([positions, positions.gather(1, column)], 1), every[:, None],
+        flat // length * (length + size) + index[flat],
+    )  # fmt: skip
 
 
 def position_before(

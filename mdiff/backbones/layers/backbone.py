@@ -23,8 +23,9 @@ from mdiff.backbones.layers.attention import (
     attention_layout,
     block_mask,
     position_before,
+    with_shadows,
 )
-from mdiff.denoiser import Condition, block_length_of, flat_positions
+from mdiff.denoiser import Condition, Rows, block_length_of, flat_positions
 from mdiff.errors import ConfigError
 from mdiff.files import CONFIG, MOST_IDS
 from mdiff.process import Process
@@ -215,9 +216,27 @@ class SequenceBackbone(Backbone):
         return KeyValues()
 
     def hidden(self, tokens: Tensor, call: Call) -> Tensor:
-        """`stream` with the layout of these tokens; ConfigError for a condition or a cache
-        that this model does not take.
-        """
+        """`stream` with the layout of these tokens; raises ConfigError as `layout` does."""
+        return self.stream(tokens, self.layout(tokens, call))
+
+    def has_shadows(self) -> bool:
+        """Whether the row of a position is its own, and not that of the one before."""
+        return not (self.shifted or self.block_seed)
+
+    def shadow_rows(
+        self, tokens: Tensor, *, at: Tensor, mask_id: int, number: int | None = None,
+        valid: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
+    ) -> Rows:  # fmt: skip
+        """The rows at the positions `at` (B, L) bool, those of tokens by their shadows."""
+        layout = self.layout(tokens, Call(valid, None, t, cond))
+        more = with_shadows(
+            tokens, layout.positions, layout.mask, at=at, mask_id=mask_id, number=number
+        )
+        x = self.stream(more.tokens, Layout(more.positions, more.mask, t)).to(tokens.device)
+        return Rows(x.flatten(0, 1).index_select(0, more.rows), head=self.head)
+
+    def layout(self, tokens: Tensor, call: Call) -> Layout:
+        """The layout of these tokens; ConfigError for a condition or cache that it cannot take."""
         valid, documents, t, cond, cache = call
         if cond:
             raise ConfigError(f"condition {sorted(cond)[0]!r}: this model takes no condition")
@@ -230,7 +249,7 @@ class SequenceBackbone(Backbone):
         before = 0 if cache is None else cache.length
         positions = positions + before
         mask = self.limited(tokens, positions, mask, kept=before)
-        return self.stream(tokens, Layout(positions, mask, t, cache))
+        return Layout(positions, mask, t, cache)
 
     def limited(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None, *, kept: int

@@ -106,7 +106,8 @@ def test_no_sample_is_counted_by_the_first_of_its_batch(name):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(names("samplers")) - {"edit", "gibbs", "path_planning", "psi", "remdm"})
+    "name",
+    sorted(set(names("samplers")) - {"edit", "gibbs", "path_planning", "psi", "remdm", "wino"}),
 )
 @pytest.mark.parametrize("few", [False, True])
 def test_given_and_committed_tokens_are_never_drawn_again(name, few):
