@@ -19,8 +19,8 @@ from mdiff.denoiser.protocol import (
     Predicts,
     Rows,
     SeedsBlocks,
-    Wrapper,
     ShadowPositions,
+    Wrapper,
 )
 from mdiff.errors import ConfigError
 from mdiff.kernels.loss_heads import hooked

@@ -12,9 +12,9 @@ from mdiff.sampling.counts import useful_steps as useful_steps
 from mdiff.sampling.ending import Ending as Ending
 from mdiff.sampling.ending import growing as growing
 from mdiff.sampling.ending import grown_canvases as grown_canvases
-from mdiff.sampling.noising import denoise as denoise
 from mdiff.sampling.left_out import ask_left_out as ask_left_out
 from mdiff.sampling.left_out import shadowed as shadowed
+from mdiff.sampling.noising import denoise as denoise
 from mdiff.sampling.orders import reveal_in_turn as reveal_in_turn
 from mdiff.sampling.orders import turns as turns
 from mdiff.sampling.orders import turns_of as turns_of
