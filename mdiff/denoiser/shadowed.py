@@ -24,7 +24,8 @@ class Shadowed:
         if not isinstance(self.denoiser, RowBound):
             return self
         rows = self.denoiser.for_rows(index)
-        return Shadowed(rows, rows, self.mask_id) if has_shadows(rows) else rows
+        shadows: object = rows
+        return Shadowed(rows, shadows, self.mask_id) if has_shadows(shadows) else rows
 
     def row_evaluations(
         self, tokens: Tensor, *, valid: Tensor | None, cond: Condition | None

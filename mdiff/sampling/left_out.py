@@ -10,7 +10,8 @@ from mdiff.sampling.unmasking import Unmasking
 
 def shadowed(denoiser: Denoiser, mask_id: int) -> Denoiser:
     """The denoiser as `ask_left_out` calls it: by its shadows, where it has them."""
-    return Shadowed(denoiser, denoiser, mask_id) if has_shadows(denoiser) else denoiser
+    shadows: object = denoiser
+    return Shadowed(denoiser, shadows, mask_id) if has_shadows(shadows) else denoiser
 
 
 def ask_left_out(fill: Unmasking, at: Tensor, step: int, t: Tensor) -> tuple[Draw, Tensor]:
@@ -37,5 +38,5 @@ def ask_left_out(fill: Unmasking, at: Tensor, step: int, t: Tensor) -> tuple[Dra
     rows = rows.some(order)
     return fill.draw.of_features(
         rows.conditional, rows.head, standing=fill.tokens.flatten()[fill.positions],
-        **fill.counters(rows, step),
+        read=None, **fill.counters(rows, step),
     )  # fmt: skip
