@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypedDict, Unpack
+from typing import TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -193,9 +193,10 @@ class BoundDraw:
         `row` as for `law`.
         """
         log_p = self.law(logits, **row).double()
-        temperature, *filters = (self.options[name] for name in Filters.__annotations__)
-        scaled = (log_p - log_p.amax(1, keepdim=True)) / temperature
-        return scaled.masked_fill(~kept_columns(scaled, *filters), -torch.inf).softmax(1)
+        own = cast(Filters, self.options)
+        scaled = (log_p - log_p.amax(1, keepdim=True)) / own["temperature"]
+        kept = kept_columns(scaled, own["top_k"], own["top_p"], own["min_p"])
+        return scaled.masked_fill(~kept, -torch.inf).softmax(1)
 
 
 @lru_cache(maxsize=16)
