@@ -66,18 +66,16 @@ def edit(
         drawn = fill.ask(at, step, t, number=number)
         p = drawn.log_prob.exp()
         table = torch.zeros_like(hidden, dtype=p.dtype).masked_scatter(at, p)
-        is_shown = ~hidden
         # Where enough are above the threshold the best are among them.
-        of_hidden = p.masked_fill(is_shown.flatten().index_select(0, fill.positions), -torch.inf)
+        of_hidden = p.masked_fill((~hidden).flatten().index_select(0, fill.positions), -torch.inf)
         best = surest(at, of_hidden, count_B=least_of)
         written = hidden & at & (best | (table > threshold))
         differs = fill.tokens.masked_scatter(at, drawn.tokens) != fill.tokens
-        edited = is_shown & (table > edit_threshold) & differs
+        edited = ~hidden & (table > edit_threshold) & differs
         new, changed = torch.stack([written.sum(1), edited.sum(1)]).tolist()
-        yield fill.revise(
-            at, drawn, t, write=written | edited, left=[n - w for n, w in zip(left, new)]
-        )
-        after = [n + (hides == 0) for n, hides in zip(after, left)]
+        rest = [n - w for n, w in zip(left, new)]
+        yield fill.revise(at, drawn, t, write=written | edited, left=rest)
+        after = [n + (hid == 0) for n, hid in zip(after, left)]
         ends = [
             n == 0 and ((hid == 0 and not changes) or calls >= rounds_after)
             for n, hid, changes, calls in zip(fill.left, left, changed, after)

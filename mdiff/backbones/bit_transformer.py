@@ -216,6 +216,7 @@ class BitTransformer(Transformer):
         self, tokens: Tensor, *, at: Tensor | None = None, valid: Tensor | None = None,
         documents: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
         cache: Cache | None = None, number: int | None = None, layer: int | None = None,
+        shadow_id: int | None = None,
     ) -> Tensor:  # fmt: skip
         """What `head` reads: (B, L, groups D), or the rows `at` (B, L) bool, (N, groups D).
 

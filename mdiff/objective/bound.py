@@ -73,19 +73,15 @@ def nll_bound(
     CheckpointError where a row's bound is not finite.
     """
     maskable = maskable_positions(tokens, space=space, may_hide=may_hide, valid=valid)
-    if process is not None:
-        schedule = process.schedule
-        if not isinstance(process, Masking) and estimator != "time":
-            raise ConfigError(
-                f"estimator={estimator!r}: a bound of noise that writes random tokens is measured "
-                "by 'time' alone"
-            )
-    score = _Scorer(
-        denoiser, tokens, space=space, valid=valid, cond=cond,
-        process=None if isinstance(process, Masking) else process,
-    )  # fmt: skip
-    if sample is None:
-        sample = torch.arange(tokens.shape[0], device=tokens.device)
+    schedule = schedule if process is None else process.schedule
+    process = None if isinstance(process, Masking) else process
+    if process is not None and estimator != "time":
+        raise ConfigError(
+            f"estimator={estimator!r}: a bound of noise that writes random tokens is measured by "
+            "'time' alone"
+        )
+    score = _Scorer(denoiser, tokens, space=space, valid=valid, cond=cond, process=process)
+    sample = torch.arange(len(tokens), device=tokens.device) if sample is None else sample
     nats, variance = torch.zeros(2, len(tokens), dtype=torch.float64, device=tokens.device)
     with torch.no_grad():
         for number, block in _own_blocks(denoiser, maskable, valid):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor
@@ -79,6 +79,13 @@ class Terms:
         self.scaled = self.weight * self.m
 
 
+class LossOptions(GlobalBatch, total=False):
+    """Options beside the batch's; see `diffusion_loss`."""
+
+    max_weight: float | None
+    label_smoothing: float
+
+
 def diffusion_loss(
     denoiser: Denoiser,
     tokens: Tensor,
@@ -90,10 +97,8 @@ def diffusion_loss(
     documents: Tensor | None = None,
     cond: Condition | None = None,
     weight: Weight = "bound",
-    max_weight: float | None = None,
-    label_smoothing: float = 0.0,
     seed: int | Tensor,
-    **batch: Unpack[GlobalBatch],
+    **options: Unpack[LossOptions],
 ) -> Loss:
     """The training loss of any noise process; of `Masking` it is `masked_diffusion_loss`.
 
@@ -108,6 +113,9 @@ def diffusion_loss(
     All else as in `masked_diffusion_loss`. Raises ConfigError as it does, for a denoiser that
     does not say what it predicts, and for "cross_entropy" where that is "leave_one_out".
     """
+    max_weight = options.pop("max_weight", None)
+    smoothing = options.pop("label_smoothing", 0.0)
+    batch = cast(GlobalBatch, options)
     if isinstance(process, Masking):
         schedule = process.schedule
         if max_weight is not None:
@@ -115,10 +123,10 @@ def diffusion_loss(
             weight = lambda t: weigh(t).clamp(max=most)  # noqa: E731
         return masked_diffusion_loss(
             denoiser, tokens, space=space, schedule=schedule, may_hide=may_hide, valid=valid,
-            documents=documents, cond=cond, weight=weight, label_smoothing=label_smoothing,
-            seed=seed, **batch,
+            documents=documents, cond=cond, weight=weight, label_smoothing=smoothing, seed=seed,
+            **batch,
         )  # fmt: skip
-    if label_smoothing:
+    if smoothing:
         raise ConfigError("label_smoothing is of masks: no bound of other noise has it")
     refuse_blocks(denoiser)
     maskable = maskable_positions(tokens, space=space, may_hide=may_hide, valid=valid)

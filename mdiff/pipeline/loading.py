@@ -71,8 +71,7 @@ def load(
     Raises CheckpointError for files that are missing, altered or unsafe (nothing is loaded
     then), BackendError where the Hub or the device cannot be reached.
     """
-    kind = _dtype(dtype)
-    target = _target(device)
+    kind, target = _dtype(dtype), _target(device)
     main = target if isinstance(target, torch.device) else _device(None)
     files = name if isinstance(name, ModelFiles) else _located(str(name))
     if tokenizer is not None and (files.pipeline is not None or files.classes):
@@ -88,16 +87,14 @@ def load(
     never = never_generated(pipeline, special_tokens, published=files.pipeline is None)
     pipeline = replace(pipeline, never_generated=never, stated=files.generation)
     if isinstance(pipeline.modality, Text):
-        ids = range(pipeline.space.vocab_size)
-        ends = set(files.generation.end_ids) - {pipeline.space.mask_id}
-        pipeline.modality.stated_ends = tuple(sorted(ends.intersection(ids)))
+        ids = set(range(pipeline.space.vocab_size)) - {pipeline.space.mask_id}
+        pipeline.modality.stated_ends = tuple(sorted(ids.intersection(files.generation.end_ids)))
     denoiser: Any = pipeline.denoiser
-    if isinstance(denoiser, Backbone):
-        # Some models attend by what is hidden.
+    if isinstance(denoiser, Backbone):  # Some attend by what is hidden.
         denoiser.mask_id = pipeline.space.mask_id
-    if block_length is not None and not isinstance(denoiser, BlockModel):
-        raise ConfigError(f"block_length={block_length}: {files.folder} is not a block model")
     if block_length is not None:
+        if not isinstance(pipeline.denoiser, BlockModel):
+            raise ConfigError(f"block_length={block_length}: {files.folder} is not a block model")
         if block_length < 1:
             raise ConfigError(f"block_length={block_length}: need at least 1")
         denoiser.block_length = block_length

@@ -91,7 +91,11 @@ def write_checkpoint(
         })  # fmt: skip
     if best is not None and best.step == number:
         write_best(out, best)
-    keep = run.recipe.train.keep
+    _remove_old(out, run.recipe.train.keep, best)
+
+
+def _remove_old(out: Path, keep: int | None, best: Validation | None) -> None:
+    """Remove checkpoints but the last `keep` (None: all) and the best."""
     for old in steps(out)[:-keep] if keep else []:
         if best is not None and old == best.step:
             continue

@@ -10,6 +10,7 @@ import torch
 from mdiff.errors import ConfigError
 from mdiff.objective.conditioning import GivenParts, drop_condition, hideable_positions
 from mdiff.objective.corruption import truncated_normal
+from mdiff.process import Masking
 from mdiff.schedule import Linear
 from mdiff.tokens import TokenSpace
 from mdiff.training.recipe import parse_recipe
@@ -110,7 +111,7 @@ def loss_of(**objective):
         "data": {"source": "x"}, "modality": {"name": "m"}, "model": {"name": "b"},
         "objective": objective, "train": {"steps": 1, "batch_size": 256},
     })  # fmt: skip
-    return LossOf(torch.nn.Identity(), recipe, space=SPACE, schedule=Linear())
+    return LossOf(torch.nn.Identity(), recipe, space=SPACE, process=Masking(Linear()))
 
 
 def test_training_draws_the_share_of_hidden_tokens_from_the_truncated_normal():

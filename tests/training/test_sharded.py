@@ -22,6 +22,7 @@ from mdiff.backbones.transformer import transformer
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.files.atomic import staged, step_path, steps
 from mdiff.files.untrusted import read_tensors
+from mdiff.process import Masking
 from mdiff.training.build import build_run
 from mdiff.training.loop import train
 from mdiff.training.optim import AveragedWeights, optimizers
@@ -88,7 +89,7 @@ def test_another_engine_is_refused_with_the_file_of_fsdp2(tmp_path, monkeypatch,
 
 def loss_of(backbone):
     plain = SimpleNamespace(objective=SimpleNamespace(ratio=None, cond_drop=0.0))
-    return LossOf(backbone, plain, space=None, schedule=None)
+    return LossOf(backbone, plain, space=None, process=Masking())
 
 
 def test_a_model_is_sharded_by_its_own_layers_but_not_by_one_that_shares_a_parameter():
