@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -181,7 +182,7 @@ class Conversation:
 
     def quits(self, line: str) -> bool:
         """Obey a command or answer a message; True for the command that ends."""
-        command, _, rest = line.partition(" ")
+        command, _, rest = line.expandtabs(1).partition(" ")
         rest = rest.strip()
         if command == "/help":
             message("\n".join(f"{name:<12} {what}" for name, what in COMMANDS.items()))
@@ -203,16 +204,18 @@ class Conversation:
 
     def _set_length(self, words: str) -> None:
         if words and not (words.isdecimal() and len(words) < 8 and int(words)):
-            raise ConfigError(f"/length {words[:40]}: expected a whole number, at least 1")
+            raise ConfigError(f"/length {words[:40]}: expected a whole number, 1 to 9999999")
         self.most = int(words) if words else None
         message(f"answers of at most {words} tokens" if words else "answers as long as it takes")
 
     def _save(self, name: str) -> None:
         from mdiff.files import replace_file
 
-        path = writable(Path(name).expanduser()) if name else None
-        if path is None:
+        if not name:
             raise ConfigError("/save: expected a file name")
+        # A ~ of nobody stays as it is; Path.expanduser raises.
+        path = Path(os.path.expanduser(name))
+        writable(path)
         kept = {key: value for key, value in self.prompt.items() if key != "drop_oldest"}
         replace_file(path, [json.dumps(kept, indent=1).encode(), b"\n"])
         message(f"wrote {path}")

@@ -102,9 +102,13 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a file atomically: under a temporary name, flushed to the disk, then renamed.
 
-    Raises OSError where the disk refuses; an earlier file of the name is then unchanged.
+    A device or a named pipe is written to as it is. Raises OSError where the disk refuses; an
+    earlier file of the name is then unchanged.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        path.write_bytes(b"".join(pieces))
+        return
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -318,3 +318,14 @@ def test_a_file_is_replaced_atomically(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_named_pipe_is_written_to_and_stays_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        replace_file(tmp_path / "pipe", [b"a", b"b"])
+        assert os.read(reader, 9) == b"ab"
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()

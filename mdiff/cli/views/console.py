@@ -47,6 +47,12 @@ def writable(path: Path | None) -> Path | None:
     """The path; ConfigError where no file can be written there."""
     if path is None:
         return None
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no file can be written there: {str(error)[:120]}") from None
     if path.is_dir():
         raise ConfigError(f"{path} is a directory: expected a file name")
     if not path.parent.is_dir():
