@@ -5,10 +5,12 @@ from typing import Annotated
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from mdiff.files.config_fields import MOST_IDS
+
 GENERATION_CONFIG = "generation_config.json"
 # Options that say how many positions a call reveals.
 PACE = {"steps", "counts", "per_call", "threshold", "sweeps", "nats", "nats_per_call"}
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MOST_IDS)]
 Id = Annotated[int, Field(ge=0)]
 
 
@@ -30,7 +32,7 @@ class GenerationConfig(BaseModel):
     steps: Count | None = None
     do_sample: bool | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MOST_IDS)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @property

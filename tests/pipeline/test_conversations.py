@@ -260,6 +260,8 @@ def test_the_token_that_a_template_puts_behind_an_answer_ends_one(
     {"eos_token_id": "a"}, {"eos_token_id": [True]}, {"eos_token_id": -1}, {"temperature": -1},
     {"temperature": "hot"}, {"max_new_tokens": 0}, {"max_length": 1.5}, {"block_length": 0},
     {"block_size": "4"}, {"steps": []}, {"top_k": -1}, {"top_p": 2}, {"do_sample": "no"},
+    {"block_length": 10**20}, {"max_new_tokens": 10**12}, {"max_length": 10**30},
+    {"steps": 2**31}, {"top_k": 2**63},
 ])  # fmt: skip
 def test_a_damaged_generation_config_is_refused_by_its_key(
     folder: Path, tmp_path: Path, stated: dict[str, Any]
