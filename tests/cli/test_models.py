@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import pytest
@@ -14,17 +16,40 @@ from mdiff.files.model_files import DIRECTORIES
 from mdiff.pipeline.published import supported
 
 PAGE = (ROOT / "docs" / "checkpoints.md").read_text()
+TABLE = PAGE.partition("| family | layout |")[2].partition("\n\n")[0].splitlines()[2:]
+FAMILIES = {row.split("|")[1].strip(): row for row in TABLE}
+# Rows of the table that are no models to generate with, or all of transformers'.
+NOT_LISTED = {
+    "any masked language model", "taming VQGAN", "LlamaGen VQ-16, VQ-8", "MaskBit tokenizer",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("entry", catalogue(), ids=lambda entry: entry.family)
 def test_a_family_is_one_that_opens_here_and_has_a_row_of_what_was_compared(entry: Any) -> None:
-    row = next(line for line in PAGE.splitlines() if line.startswith(f"| {entry.family} |"))
+    row = FAMILIES[entry.family]
     if entry.architecture:
         assert entry.architecture in [*supported(), *DIRECTORIES]
     for name, size in entry.models.items():
         # The number is that of the name.
         assert size is None or f"{size / 1e9:g}B" in name
     assert row.count("|") == 6
+
+
+def test_every_family_of_the_table_is_in_the_catalogue() -> None:
+    assert FAMILIES.keys() - NOT_LISTED == {entry.family for entry in catalogue()}
+    assert FAMILIES.keys() > NOT_LISTED
+
+
+def test_the_readme_lists_the_families_of_the_table_and_those_without_official_outputs() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+
+    def listed(before: str, after: str) -> list[str]:
+        return readme.partition(before)[2].partition(after)[0].split("; ")
+
+    plain = {re.sub(r" \(.*\)", "", name): row for name, row in FAMILIES.items()}
+    assert listed("no pickle is opened: ", ". Each was") == list(plain)
+    without = [name for name, row in plain.items() if "no official outputs" in row]
+    assert listed("or with MDLM's: ", " ([docs/checkpoints.md]") == without
 
 
 def test_the_catalogue_is_printed_and_is_one_object(capsys: Any) -> None:
@@ -61,18 +86,11 @@ def test_of_a_local_model_the_headers_are_counted(name: str, capsys: Any) -> Non
     assert run(["inspect", name, "--json"]) == 0
     (whole,) = lines(capsys)
     total = sum(
-        _product(tensor["shape"]) for tensor in whole["tensors"]
+        math.prod(tensor["shape"]) for tensor in whole["tensors"]
         if not tensor["name"].startswith("codec.")
     )  # fmt: skip
     assert found["parameters"] == total
     assert found["source"] == "its files"
-
-
-def _product(shape: list[int]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
 
 
 def test_an_unknown_model_is_asked_of_the_hub_and_no_more(capsys: Any, monkeypatch: Any) -> None:
