@@ -3,8 +3,8 @@
     python benchmarks/speculative.py [MODEL ...] [--length 128] [--repeats 3] [--drafts 2 4 8 16]
         [--samples 1]
 
-Drafts are accepted where they are the draw of `any_order` (coupled), or by the rejection test of
-the papers (ratio); at temperature 0 both are one. `same` is the share of coupled tokens that are
+Drafts are accepted by the rejection test of the papers (ratio), or where they are the draw of
+`any_order` (coupled); at temperature 0 both are one. `same` is the share of coupled tokens that are
 those of `any_order` for the seed: all but where batches of different sizes round logits apart. The
 seconds are the median over seeds, taken in turn in one process.
 """

@@ -1,4 +1,4 @@
-"""Speculative: the tokens of `any_order` in fewer rounds of calls (Guo & Ermon 2025, ASSD)."""
+"""Speculative: the law of `any_order` in fewer rounds of calls (Guo & Ermon 2025, ASSD)."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +14,7 @@ from mdiff.sampling import State, Unmasking, turns_of
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
 
-ACCEPT = ("coupled", "ratio")
+ACCEPT = ("ratio", "coupled")
 
 
 def speculative(
@@ -33,22 +33,26 @@ def speculative(
     given: Tensor | None = None,
     order: str | Tensor = "left_to_right",
     drafts: int = 4,
-    accept: str = "coupled",
+    accept: str = "ratio",
 ) -> Iterator[State]:
     """States on `canvas` (B, L), each with the next tokens of `any_order`: at least one.
 
     A round is one call on up to `drafts` + 1 canvases of a sample. Canvas j holds the first j
-    drafts in the `order` of `any_order` and draws the token of the next position; the draws are
-    written up to the first one that is not the draft there. The canvas of that draw holds what is
-    now written before it, and draws the drafts of the next round.
+    drafts in the `order` of `any_order` and verifies draft j; the tokens are written up to the
+    first draft that is refused. The canvas of that one holds what is now written before it, and
+    its laws q (V,) at the positions behind are what the drafts of the next round are drawn from.
 
-    Every draw is a function of its logits and of the counter that `any_order` uses at that
-    position, so that given equal logits the tokens and their log-probabilities are those of
-    `any_order` at one position a call, whatever the temperature and the filters; batches of
-    another size may round logits differently. A draw inverts a cumulative law: a draft of another
-    law agrees less often than accept="ratio" accepts it, above temperature 0. That is the test of
-    the paper: a draft of law q is accepted with min(1, p / q), else the token is drawn from what p
-    has above q. Tokens are then others of the same law, and `drafts` laws (V,) float64 are kept.
+    accept="ratio" keeps a draft with probability min(1, p / q) and else draws from what p has
+    above q, p being the law that verifies it (Leviathan et al. 2023). Both are the laws after
+    temperature and filters, as drawn from, so that the tokens have the law of `any_order` at one
+    position a call, whatever the temperature and the filters. `drafts` laws a sample are kept, in
+    float64.
+
+    accept="coupled" draws draft and verification by the counter that `any_order` uses at that
+    position, and keeps a draft that is the draw: given equal logits the tokens and their
+    log-probabilities are those of `any_order`. A draft of another law agrees less often than the
+    ratio accepts it. Batches of another size may round logits differently. At temperature 0 both
+    are this rule.
 
     A sample takes at most as many rounds as it hides positions; its calls count canvases.
 
@@ -62,8 +66,7 @@ def speculative(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
-    turn, guess = turns_of(order, fill), fill.tokens
-    # At temperature 0 both are the same rule.
+    turn, guess, drafts = turns_of(order, fill), fill.tokens, min(drafts, canvas.shape[1])
     test = _Rejection(fill) if accept == "ratio" and temperature > 0 else None
     while any(fill.left):
         # There are no drafts before the first call.
@@ -72,20 +75,32 @@ def speculative(
         yield state
 
 
+def acceptance(p: Tensor, q: Tensor, draft: Tensor) -> Tensor:
+    """The chance (N,) that a draft (N,) of law q (N, V) is kept: min(1, p / q)."""
+    likely, proposed = (law.gather(1, draft[:, None])[:, 0] for law in (p, q))
+    return (likely / proposed).clamp(max=1)
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """The law (N, V), not normalised, of what is drawn where a draft of law q is refused."""
+    return (p - q).clamp(min=0)
+
+
 class _Rejection:
     """The drafts' laws, and the test of each draft against the law that verifies it."""
 
     def __init__(self, fill: Unmasking) -> None:
         self.fill, self.q = fill, fill.tokens.new_zeros(1, 1).double()
+        # The row of `q` that a position's draft was drawn from, (B * L,).
         self.row = torch.zeros_like(fill.tokens).flatten()
 
     def proposed(self, rows: Rows, drawn: Draw) -> Draw:
-        """New drafts, the tokens of `drawn` at the positions of the last draw."""
+        """New drafts at the positions of the last draw."""
         fill = self.fill
         self.q = self._law(rows)[0]
         number = torch.arange(len(self.q), device=self.row.device)
         self.row = self.row.index_copy(0, fill.positions, number)
-        return drawn._replace(tokens=self._chosen(self.q, philox.ORDER))
+        return drawn._replace(tokens=self._chosen(self.q, drawn.tokens, philox.ORDER))
 
     def verified(self, rows: Rows, drawn: Draw, guess: Tensor, is_draft: Tensor) -> Draw:
         """Each draft (N,) of `guess` (B, L) or what is drawn instead; where none is, a draw."""
@@ -93,22 +108,28 @@ class _Rejection:
         at = self.fill.positions
         draft = torch.where(is_draft, guess.flatten()[at], 0)
         q = self.q.expand(-1, p.shape[1])[torch.where(is_draft, self.row[at], 0)]
-        likely, proposed = (each.gather(1, draft[:, None])[:, 0] for each in (p, q))
-        kept = is_draft & (self._uniform(philox.REVEAL) * proposed < likely)
-        more = torch.where((is_draft & ~kept)[:, None], (p - q).clamp(min=0), p)
-        tokens = torch.where(kept, draft, self._chosen(more, philox.NOISE))
+        kept = self._happens(torch.where(is_draft, acceptance(p, q, draft), 0))
+        law = torch.where((is_draft > kept)[:, None], residual(p, q), p)
+        tokens = torch.where(kept, draft, self._chosen(law, drawn.tokens, philox.NOISE))
         log_prob = self.fill.draw.log_prob(logits, tokens, drawn, **rest)
         return drawn._replace(tokens=tokens, log_prob=log_prob)
 
-    def _uniform(self, purpose: int) -> Tensor:
-        return self.fill.uniform(purpose, self.fill.states).flatten()[self.fill.positions]
+    def _happens(self, chance: Tensor) -> Tensor:
+        """Whether what has this chance (N,) does, never at 0 and always at 1."""
+        return self._uniform(philox.REVEAL) < chance
 
-    def _chosen(self, law: Tensor, purpose: int) -> Tensor:
-        """One id (N,) of each law (N, V), which need not sum to 1."""
+    def _chosen(self, law: Tensor, otherwise: Tensor, purpose: int) -> Tensor:
+        """An id (N,) of each law (N, V), which need not sum to 1; `otherwise` (N,) of no law.
+
+        That is a row of NaN, or what rounding leaves above a law that is nearly the same.
+        """
         mass = law.cumsum(1)
         target = self._uniform(purpose)[:, None] * mass[:, -1:]
-        found = torch.searchsorted(mass, target, right=True)[:, 0]
-        return found.clamp(max=law.shape[1] - 1)
+        found = torch.searchsorted(mass, target, right=True)
+        return torch.where(target < mass[:, -1:], found, otherwise[:, None])[:, 0]
+
+    def _uniform(self, purpose: int) -> Tensor:
+        return self.fill.uniform(purpose, self.fill.states).flatten()[self.fill.positions]
 
     def _law(self, rows: Rows) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
         """The law (N, V) that is drawn from, its logits, and what belongs to them."""

@@ -1,24 +1,19 @@
-"""Speculative: the tokens of `any_order` draw for draw, in fewer rounds of calls."""
+"""Speculative: coupled, the tokens of `any_order`; by ratio, its law in still fewer rounds."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
 
 import pytest
 import torch
 from folders import GOLDEN
-from revising_toys import FALSE_ALARM, IDEAL, TABLE, agrees
-from revising_toys import denoiser as toy_denoiser
 from toys import HashDenoiser, make_toy
 
 import mdiff
 from mdiff.denoiser import guided
 from mdiff.denoiser.negative_condition import negative_prompt
-from mdiff.errors import ConfigError
-from mdiff.ops import bind_draw
+from mdiff.errors import CheckpointError, ConfigError
 from mdiff.pipeline import load
-from mdiff.samplers import speculative as module
 from mdiff.samplers.speculative import speculative
 from mdiff.sampling import sample
 from mdiff.schedule import Cosine
@@ -57,7 +52,10 @@ def ragged(space, rows, length, *, labels=True):
 def both(denoiser, canvas, *, space, drafts, branches=1, **options):
     """The samples of `any_order` and of `speculative`, which must be the same but for calls."""
     expected = sample(denoiser, canvas, space=space, sampler="any_order", **options)
-    found = sample(denoiser, canvas, space=space, sampler="speculative", drafts=drafts, **options)
+    found = sample(
+        denoiser, canvas, space=space, sampler="speculative", accept="coupled", drafts=drafts,
+        **options,
+    )  # fmt: skip
     hidden = canvas == space.mask_id
     if options.get("valid") is not None:
         hidden &= options["valid"]
@@ -159,148 +157,79 @@ def test_the_law_is_that_of_any_order_with_its_random_numbers_integrated_out():
             assert int(run.rounds.min()) < length == int(run.rounds.max())
 
 
-LAW = {}
-for canvas in itertools.product(range(IDEAL.vocab), repeat=IDEAL.length):
-    held, chance = [IDEAL.vocab] * IDEAL.length, 1.0
-    for position in (1, 2, 0):
-        number = int(IDEAL.number(torch.tensor([held])))
-        chance *= float(TABLE[number, position, canvas[position]].exp())
-        held[position] = canvas[position]
-    LAW[canvas] = chance
-
-
-def law_of(draw):
-    """The law of the order with a temperature and filters."""
-    bound, law = bind_draw(IDEAL.vocab, **draw), {}
-    for canvas in LAW:
-        held, law[canvas] = [IDEAL.vocab] * IDEAL.length, 1.0
-        for position in (1, 2, 0):
-            logits = TABLE[int(IDEAL.number(torch.tensor([held]))), position][None]
-            heat, top_k = draw.get("temperature", 1.0), draw.get("top_k", IDEAL.vocab)
-            p, kept = (logits / heat).softmax(1)[0], 0.0
-            allowed = set()
-            for token in p.argsort(descending=True, stable=True).tolist()[:top_k]:
-                if kept < draw.get("top_p", 1.0):
-                    allowed.add(token)
-                kept += float(p[token])
-            total = sum(float(p[token]) for token in allowed)
-            token = canvas[position]
-            law[canvas] *= float(p[token]) / total if token in allowed else 0.0
-            assert abs(float(bound.drawn_law(logits)[0, token]) - (
-                float(p[token]) / total if token in allowed else 0.0)) < 1e-12  # fmt: skip
-            held[position] = token
-    return law
-
-
-def drawn(masks, function=speculative, **options):
-    """Samples of a table that is no joint's, in the order of LAW."""
-    *_, last = function(
-        toy_denoiser(),
-        masks,
-        space=IDEAL.space,
-        seed=7,
-        order=torch.tensor([1, 2, 0]),
-        drafts=2,
-        **options,
-    )
-    return last.tokens
-
-
-def test_speculative_has_the_law_of_its_order(masks):
-    assert agrees(drawn(masks), LAW) > FALSE_ALARM
-
-
-@pytest.mark.parametrize("draw", [{}, {"temperature": 0.7, "top_k": 2}, {"top_p": 0.6}], ids=str)
-def test_the_rejection_test_has_the_law_of_its_order(draw, masks):
-    law = LAW if not draw else law_of(draw)
-    assert agrees(drawn(masks, accept="ratio", **draw), law) > FALSE_ALARM
-
-
-REJECTING = {
-    "what is refused is drawn from p": ("(p - q).clamp(min=0), p)", "p, p)"),
-    "all that p permits is accepted": (
-        "self._uniform(philox.REVEAL) * proposed < likely", "likely > 0"
-    ),
-    "the inverse ratio": (
-        "self._uniform(philox.REVEAL) * proposed < likely",
-        "self._uniform(philox.REVEAL) * likely < proposed",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mutant", REJECTING)
-def test_a_mutant_of_the_rejection_test_has_another_law(mutant, masks):
-    tokens = drawn(masks, changed(*REJECTING[mutant]), accept="ratio")
-    assert agrees(tokens, LAW) < FALSE_ALARM
-
-
-def test_the_rejection_test_needs_fewer_rounds_and_is_greedy_at_temperature_zero(masks):
-    space, length = TokenSpace(40, mask_id=40), 12
-    canvas, denoiser = torch.full((64, length), 40), HashDenoiser(space)
+def test_the_rejection_test_needs_fewer_rounds():
+    space = TokenSpace(40, mask_id=40)
+    canvas, denoiser = torch.full((64, 12), 40), HashDenoiser(space)
     denoiser.table = denoiser.table * 0.5
-    options = {"space": space, "sampler": "speculative", "seed": 1}
-    runs = [sample(denoiser, canvas, accept=each, **options) for each in ("ratio", "coupled")]
-    assert runs[0].rounds.double().mean() < 0.8 * runs[1].rounds.double().mean()
-    assert runs[0].log_prob_is_exact
-    greedy = [
-        sample(denoiser, canvas, accept=each, temperature=0.0, **options).tokens
-        for each in ("ratio", "coupled")
-    ]
-    assert torch.equal(*greedy)
+    ratio, coupled = (
+        sample(denoiser, canvas, space=space, sampler="speculative", seed=1, **options)
+        for options in ({}, {"accept": "coupled"})
+    )
+    assert ratio.rounds.double().mean() < 0.8 * coupled.rounds.double().mean()
+    assert ratio.log_prob_is_exact
 
 
-def test_the_rejection_test_has_figures_of_its_tokens_and_no_batch():
+@pytest.mark.parametrize("order", ORDERS)
+def test_at_temperature_zero_both_rules_write_the_greedy_tokens_of_one_a_call(order):
+    space = TokenSpace(6, mask_id=6, never=(2,))
+    canvas, rest = ragged(space, 16, 9)
+    options = {"space": space, "order": order, "temperature": 0.0, **rest}
+    one, *rules = (
+        sample(HashDenoiser(space), canvas, **options, **how)
+        for how in ({"sampler": "any_order"}, *(
+            {"sampler": "speculative", "accept": accept} for accept in ("ratio", "coupled")
+        ))
+    )  # fmt: skip
+    for run in rules:
+        assert torch.equal(run.tokens, one.tokens)
+        assert int(run.rounds.sum()) < int(one.rounds.sum())
+
+
+def test_the_rejection_test_reports_the_log_probability_of_each_token_given_those_before():
     space = TokenSpace(11, mask_id=11, never=(3,), parts=((4, 2, 6), (3, 7, 11)))
-    canvas, seeds = torch.full((6, 7), 11), torch.arange(6)
-    pair = guided(
-        HashDenoiser(space), guidance_scale=2.0, without={"label": torch.tensor([0])}, space=space
-    )
-    options = {"space": space, "sampler": "speculative", "accept": "ratio", "order": "random"}
-    cond = {"label": torch.arange(6)}
-    run = sample(pair, canvas, seed=seeds, cond=cond, **options)
-    assert torch.isin(run.tokens[:, :4], torch.tensor([2, 4, 5])).all()
-    assert ((run.tokens[:, 4:] >= 7) & (run.tokens[:, 4:] < 11)).all()
-    assert (run.writing.log_prob < 0).all()
-    for row in range(6):
-        one = slice(row, row + 1)
-        alone = sample(pair, canvas[one], seed=seeds[one], cond={"label": cond["label"][one]},
-                       **options)  # fmt: skip
-        assert torch.equal(alone.tokens[0], run.tokens[row])
-        assert torch.equal(alone.writing.log_prob[0], run.writing.log_prob[row])
+    canvas, label, none = torch.full((6, 7), 11), torch.arange(6), torch.tensor([0])
+    denoiser = HashDenoiser(space)
+    pair = guided(denoiser, guidance_scale=2.0, without={"label": none}, space=space)
+    for draw in ({}, {"temperature": 0.7, "top_k": 2}):
+        run = sample(
+            pair, canvas, space=space, sampler="speculative", cond={"label": label}, **draw
+        )
+        assert int(run.rounds.sum()) < 6 * 7
+        for position in range(7):
+            shown = run.tokens.clone()
+            shown[:, position:] = 11
+            with_label, without = (
+                denoiser(shown, cond={"label": each})[:, position]
+                for each in (label, none.expand(6))
+            )
+            logits = without + 2 * (with_label - without)
+            first, stop = (2, 6) if position < 4 else (7, 11)
+            ids = torch.tensor([i for i in range(first, stop) if i != 3])
+            law = torch.full_like(logits, -torch.inf)
+            law[:, ids] = logits[:, ids].log_softmax(1)
+            token = run.tokens[:, position, None]
+            assert torch.isin(token, ids).all()
+            torch.testing.assert_close(
+                run.writing.log_prob[:, position], law.gather(1, token)[:, 0], atol=1e-5, rtol=0
+            )
 
 
-MUTANTS = {
-    "drafts that nobody verifies": ("& (made != guess)", "& (made < 0)"),
-    "the draft that differs is kept": (
-        "    state = fill.reveal(",
-        "    verified = verified._replace(tokens=torch.where(lane[:, 0] < deep[sample][:, 0], "
-        "guess.flatten()[positions], verified.tokens))\n    state = fill.reveal(",
-    ),
-}  # fmt: skip
+def test_logits_that_are_not_numbers_draw_the_lowest_permitted_id():
+    space = TokenSpace(5, mask_id=5, never=(0, 4))
 
+    class Broken(HashDenoiser):
+        def __call__(self, tokens, *, at=None, **rest):
+            logits = super().__call__(tokens, **rest)
+            logits[:, ::2] = torch.nan
+            return logits if at is None else logits[at]
 
-def changed(old, new):
-    """The sampler with a change of its code."""
-    source = inspect.getsource(module)
-    assert source.count(old) == 1
-    names = {"__name__": "mutant"}
-    exec(source.replace(old, new), names)
-    return names["speculative"]
-
-
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_mutant_has_another_law(mutant, masks):
-    assert agrees(drawn(masks, changed(*MUTANTS[mutant])), LAW) < FALSE_ALARM
-
-
-def test_counters_of_the_round_keep_the_law_but_not_the_tokens(masks):
-    """The tokens that are written are always draws of their own law, given those before them."""
-    mutant = changed(
-        "turn.flatten()[fill.positions]", "torch.full_like(fill.positions, fill.states)"
-    )
-    tokens = drawn(masks, mutant)
-    assert agrees(tokens, LAW) > FALSE_ALARM
-    assert not torch.equal(tokens, drawn(masks))
+    for order in ORDERS:
+        masks = torch.full((32, 9), 5)
+        *_, last = speculative(Broken(space), masks, space=space, order=order)
+        assert (last.tokens[:, ::2] == 1).all()
+        assert ((last.tokens >= 1) & (last.tokens < 4)).all()
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        sample(Broken(space), masks, space=space, sampler="speculative")
 
 
 class Adversary:
@@ -310,14 +239,18 @@ class Adversary:
 
     def __call__(self, tokens, *, at=None, valid=None, cond=None, **_):
         self.calls += 1
-        return torch.nn.functional.one_hot(torch.full(tokens.shape, self.calls % 5), 5).float()[at]
+        one = torch.nn.functional.one_hot(torch.full(tokens.shape, self.calls % 5), 5)
+        return 1000.0 * one[at]
 
 
-def test_an_adversary_ends_within_as_many_rounds_as_tokens():
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_adversary_ends_within_as_many_rounds_as_tokens(temperature):
     denoiser, space = Adversary(), TokenSpace(5, mask_id=5)
     canvas = torch.full((3, 12), 5)
     canvas[1, 2:9] = 1
-    run = sample(denoiser, canvas, space=space, sampler="speculative", drafts=4, temperature=0.0)
+    run = sample(
+        denoiser, canvas, space=space, sampler="speculative", drafts=4, temperature=temperature
+    )
     assert run.rounds.tolist() == [12, 5, 12]
     assert denoiser.calls == 12
     assert not (run.tokens == 5).any()
@@ -336,19 +269,35 @@ def test_states_write_several_positions_a_round_and_given_ones_never():
     assert last.step == int(last.rounds.max()) < int((~given & rest["valid"]).sum(1).max())
 
 
-def test_a_sample_does_not_depend_on_its_batch():
+BOUND = {
+    "plain": {}, "random order": {"order": "random"}, "filters": DRAWS[6], "guided": {},
+    "blocks": {"block_length": 3}, "blocks of a context": {"block_length": 2, "context": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("accept", ["ratio", "coupled"])
+@pytest.mark.parametrize("case", BOUND)
+def test_a_sample_does_not_depend_on_its_batch_or_its_padding(case, accept):
     space = TokenSpace(4, mask_id=4)
-    canvas, rest = ragged(space, 5, 8)
-    options = {"space": space, "sampler": "speculative", "drafts": 3}
-    seeds = torch.arange(5)
-    whole = sample(HashDenoiser(space), canvas, seed=seeds, **options, **rest)
-    for row in range(5):
-        one = slice(row, row + 1)
+    canvas, rest = ragged(space, 6, 8)
+    denoiser, seeds, cond = Timed(space), torch.arange(6), rest["cond"]
+    if case == "guided":
+        denoiser = guided(denoiser, guidance_scale=1.5, without={"label": torch.tensor([0])},
+                          space=space)  # fmt: skip
+    options = {"space": space, "sampler": "speculative", "drafts": 3, "accept": accept}
+    options |= BOUND[case]
+    whole = sample(denoiser, canvas, seed=seeds, **options, **rest)
+    given = (canvas != 4) | ~rest["valid"]
+    assert torch.equal(whole.tokens[given], canvas[given])
+    assert (whole.rounds <= (~given).sum(1)).all()
+    for row in range(6):
+        own = rest["valid"][row]
         alone = sample(
-            HashDenoiser(space), canvas[one], seed=seeds[one], valid=rest["valid"][one],
-            cond={"label": torch.tensor([row])}, **options,
+            denoiser, canvas[row : row + 1, own], seed=seeds[row : row + 1],
+            cond={"label": cond["label"][row : row + 1]}, **options,
         )  # fmt: skip
-        assert torch.equal(alone.tokens[0], whole.tokens[row])
+        assert torch.equal(alone.tokens[0], whole.tokens[row, own])
+        assert torch.equal(alone.writing.log_prob[0], whole.writing.log_prob[row, own])
         assert (int(alone.calls), int(alone.rounds)) == (
             int(whole.calls[row]), int(whole.rounds[row])
         )  # fmt: skip
@@ -412,22 +361,26 @@ def test_a_block_model_keeps_its_finished_blocks_once_for_all_canvases():
     model.denoiser.trunk()[0].register_forward_pre_hook(lambda _, call: shown.append(call[0].shape))
     options = {"order": "random", "seed": 5, "temperature": 0.7}
     expected = sample(model.denoiser, canvas, space=space, sampler="any_order", **options)
-    shown.clear()
-    run = sample(model.denoiser, canvas, space=space, sampler="speculative", drafts=3, **options)
+    for accept in ("ratio", "coupled"):
+        shown.clear()
+        run = sample(model.denoiser, canvas, space=space, sampler="speculative", drafts=3,
+                     accept=accept, **options)  # fmt: skip
+        assert {shape[1] for shape in shown} == {4}
+        # Three finished blocks cost one pass of the batch each; all other rows are canvases.
+        assert sum(shape[0] for shape in shown) == 3 * 3 + int(run.calls.sum())
+        assert int(run.rounds.sum()) < int(expected.rounds.sum())
+        assert torch.equal(run.tokens[:, :2], canvas[:, :2])
+        assert not (run.tokens == 62).any()
     assert torch.equal(run.tokens, expected.tokens)
     torch.testing.assert_close(run.log_prob, expected.log_prob, atol=1e-4, rtol=0)
-    assert {shape[1] for shape in shown} == {4}
-    # Three finished blocks cost one pass of the batch each; all other rows are canvases.
-    assert sum(shape[0] for shape in shown) == 3 * 3 + int(run.calls.sum())
-    assert int(run.rounds.sum()) < int(expected.rounds.sum())
 
 
 def test_a_builtin_model_needs_fewer_rounds_than_tokens():
     pipeline = load("builtin:shakespeare")
     canvas = hidden_canvas(1, 32, space=pipeline.space)
     _, found = samples = [
-        sample(pipeline.denoiser, canvas, space=pipeline.space, sampler=name, seed=1)
-        for name in ("any_order", "speculative")
+        sample(pipeline.denoiser, canvas, space=pipeline.space, seed=1, **options)
+        for options in ({"sampler": "any_order"}, {"sampler": "speculative", "accept": "coupled"})
     ]
     assert torch.equal(*(each.tokens for each in samples))
     assert int(found.rounds) < 31
@@ -443,7 +396,10 @@ def test_drafts_below_one_are_refused(drafts):
 
 @pytest.mark.parametrize("options", [
     {"drafts": 2.0}, {"drafts": "four"}, {"drafts": None}, {"draft": 2}, {"steps": 4},
-    {"order": "rnadom"}, {"accept": "ration"}, {"order": torch.tensor([0, 0, 1])},
+    {"order": "rnadom"}, {"order": torch.tensor([0, 0, 1])}, {"accept": "ration"},
+    {"accept": ""}, {"accept": None}, {"accept": 1}, {"accept": "Ratio\n"}, {"drafts": True},
+    {"drafts": float("nan")}, {"temperature": float("nan")}, {"temperature": -1.0},
+    {"top_p": 0.0}, {"top_k": 0}, {"min_p": 2.0},
 ], ids=str)  # fmt: skip
 def test_options_that_do_not_fit_are_refused(options):
     space = TokenSpace(4, mask_id=4)
@@ -458,7 +414,7 @@ def test_more_drafts_than_positions_are_as_many_as_there_are():
     canvas = torch.full((2, 5), 4)
     runs = [
         sample(HashDenoiser(space), canvas, space=space, sampler="speculative", drafts=drafts)
-        for drafts in (4, 10**9)
+        for drafts in (4, 10**30)
     ]
     assert torch.equal(*(run.tokens for run in runs))
     assert torch.equal(*(run.calls for run in runs))
