@@ -49,7 +49,8 @@ class Generated:
     and num_samples=1 give this sample again. `description` is what the canvas says of an image,
     `writing` the step, log-probability, entropy and margin of each token's draw and how often it
     was written, as in `mdiff.sampling.LastWriting`: all 0 for a given one. `grow` is how its
-    length was found, "" where it was given.
+    length was found, "" where it was given, and `log_prob_is_exact` whether `log_prob` is the
+    log-likelihood of the drawn tokens in their order, as in `mdiff.sampling.Sample`.
 
     `text`, `image` and `token_ids` are the same under the names of transformers and diffusers.
     """
@@ -64,6 +65,7 @@ class Generated:
     description: Description = NOTHING
     writing: Writing = field(default_factory=Writing)
     grow: str = ""
+    log_prob_is_exact: bool = False
 
     @property
     def text(self) -> str:
@@ -187,9 +189,10 @@ class Generation:
                 log_prob=float(result.log_prob[row]),
                 entropy=float(result.entropy[row]),
                 seed=int(self.seeds[row]),
-                description=medium.described(self.tokens(row)) if medium else NOTHING,
+                description=medium.described(ids) if medium else NOTHING,
                 writing=result.writing.of_row(row, self.valid, len(ids)),
                 grow=self.grow,
+                log_prob_is_exact=result.log_prob_is_exact,
             )
             for row in range(len(self.canvas))
         ]
@@ -276,9 +279,8 @@ def _bound(
     if block_length_of(model.denoiser) is not None:
         stated.pop("block_length", None)
     steps = stated.pop("steps", None)
-    every: dict[str, object] = {**stated}
-    every.update(options)
-    bound = bind(default if sampler is None else sampler, every, model.denoiser)
+    named = default if sampler is None else sampler
+    bound = bind(named, {**stated, **options}, model.denoiser)
     if steps is not None and "steps" in inspect.signature(bound.inner).parameters:
         bound = bound.with_default("steps", steps)
     if stop is not None:

@@ -28,11 +28,17 @@ def test_generate_prints_one_json_object_a_sample(
     assert len(found) == 2
     keys = {"text", "tokens", "calls", "seconds", "log_prob", "entropy", "seed", "writing"}
     for sample in found:
-        assert set(sample) == keys
+        assert set(sample) == keys | {"log_prob_is_exact"}
+        assert sample["log_prob_is_exact"] is True
         assert sample["text"].startswith("hi")
         assert (len(sample["tokens"]), sample["calls"]) == (12, 10)
     assert run([*words[:4], "--length", "12", "--seed", str(found[1]["seed"]), "--json"]) == 0
     assert lines(capsys)[0]["tokens"] == found[1]["tokens"]
+    for options in (["--temperature", "0.5"], ["--sampler", "gibbs"], ["--sampler", "confidence"]):
+        assert run([*words, *options]) == 0
+        assert not any(sample["log_prob_is_exact"] for sample in lines(capsys))
+        assert run([*words[:-1], *options]) == 0
+        assert "log-probability of all draws" in capsys.readouterr().err
 
 
 def test_generate_writes_text_to_stdout_and_figures_to_stderr(

@@ -27,7 +27,7 @@ LABELS = ["t-shirt", "sneaker", "ankle boot"]
 QUICK = ["--sampler", "halton", "--steps", "3"]
 
 
-KEYS = {"tokens", "calls", "seconds", "log_prob", "entropy", "seed", "writing"}
+KEYS = {"tokens", "calls", "seconds", "log_prob", "log_prob_is_exact", "entropy", "seed", "writing"}
 
 
 def saved(modality: Any, folder: Path) -> str:

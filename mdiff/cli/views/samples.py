@@ -14,10 +14,13 @@ DECIMALS = 6
 
 def figures(sample: Generated) -> str:
     """One line on a sample: tokens, calls, seconds, and labelled nats."""
+    # Of a sampler that writes a token twice, or chooses by what it drew, the sum is no likelihood.
+    of = "" if sample.log_prob_is_exact else " of all draws"
     return (
         f"{len(sample.tokens)} tokens, {sample.calls} calls, {sample.seconds:.2f} s, "
-        f"entropy {sample.entropy:.3f} nats a draw, log-probability {sample.log_prob:.2f} nats, "
-        f"seed {sample.seed}" + (f", length by {sample.grow}" if sample.grow else "")
+        f"entropy {sample.entropy:.3f} nats a draw, "
+        f"log-probability{of} {sample.log_prob:.2f} nats, seed {sample.seed}"
+        + (f", length by {sample.grow}" if sample.grow else "")
     )
 
 
@@ -29,6 +32,7 @@ def entries(sample: Generated) -> dict[str, object]:
         "calls": sample.calls,
         "seconds": round(sample.seconds, 6),
         "log_prob": sample.log_prob,
+        "log_prob_is_exact": sample.log_prob_is_exact,
         "entropy": sample.entropy,
         "seed": sample.seed,
         "writing": {name: [round(x, DECIMALS) for x in values] for name, values in writing.items()},
