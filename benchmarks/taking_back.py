@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from machine import RESULTS, record
 from ngrams import KneserNey, read
 from torch import Tensor
 
-from mdiff.evaluation.bench.samplers import toy_floor, toy_rows
+from mdiff.evaluation.bench.samplers import jackknife, toy_floor, toy_rows
 from mdiff.evaluation.image_metrics import frechet, pixel_features
 from mdiff.files.curves import Curve, write_curves
 from mdiff.modalities.image.data.images import read_pictures
@@ -68,16 +68,6 @@ def mean_of(values: Sequence[float]) -> dict[str, float]:
     """The mean and its standard error."""
     found = torch.tensor(values, dtype=torch.float64)
     return {"value": float(found.mean()), "stderr": float(found.std()) / math.sqrt(len(values))}
-
-
-def jackknife(figure: Callable[[Tensor], float], features: Tensor) -> dict[str, float]:
-    """A figure of features (N, D) and its standard error by leaving out one row at a time."""
-    count = len(features)
-    without = torch.tensor([
-        figure(torch.cat([features[:i], features[i + 1 :]])) for i in range(count)
-    ], dtype=torch.float64)  # fmt: skip
-    spread = (without - without.mean()).square().sum() * (count - 1) / count
-    return {"value": figure(features), "stderr": float(spread.sqrt())}
 
 
 class Texts:
@@ -143,10 +133,11 @@ class Names:
     def of_pictures(self, pictures: Tensor) -> dict[str, dict[str, float]]:
         """The columns of pictures (N, 3, H, W) uint8."""
         drawn = (pictures.amin(1) < WHITE).flatten(1).sum(1)
+        value, stderr = jackknife(
+            lambda some: frechet(self.features, some), pixel_features(pictures, side=SIDE)
+        )
         return {
-            "frechet": jackknife(
-                lambda some: frechet(self.features, some), pixel_features(pictures, side=SIDE)
-            ),
+            "frechet": {"value": value, "stderr": stderr},
             "empty": mean_of((drawn < FEW).double().tolist()),
         }
 
