@@ -36,8 +36,11 @@ def order_table(report: Mapping[str, Any]) -> None:
         for name in ("nats_per_token", "spread", "left_to_right")
         for error in (found[f"{name}_stderr"],)
     )
+    rows, by = f"each of {found['rows']} rows", "95 % over rows"
+    if found["rows"] == 1:
+        rows, by = "one row", "one row shows no error"
     result(
-        f"order: {mean} nats a token over {found['orders']} random orders of each of "
-        f"{found['rows']} rows, {found['tokens']:,} tokens; standard deviation over orders "
-        f"{spread}; left to right less their mean {turn} (95 % over rows)"
+        f"order: {mean} nats a token over {found['orders']} random orders of {rows}, "
+        f"{found['tokens']:,} tokens; standard deviation over orders {spread}; "
+        f"left to right less their mean {turn} ({by})"
     )

@@ -40,6 +40,12 @@ def test_by_default_few_short_rows_are_scored(
     found = json.loads(capsys.readouterr().out)["order"]
     assert (found["rows"], found["orders"]) == (8, 8)
     assert found["tokens"] <= 8 * 32
+    short = ["--window", "4", "--order-rows", "1", "--orders", "2"]
+    assert run(["eval", model, "--data", str(story), "--metrics", "order", *short]) == 0
+    line = capsys.readouterr().out
+    assert "2 random orders of one row, 4 tokens;" in line
+    assert "one row shows no error" in line
+    assert "±" not in line
 
 
 def test_the_spread_of_pictures_is_had_as_the_bound_is(
@@ -68,6 +74,9 @@ def test_the_spread_of_pictures_is_had_as_the_bound_is(
     (["--metrics", "order", "--orders", "1"], "--orders 1: need at least 2"),
     (["--metrics", "order", "--order-rows", "-1"], "--order-rows -1: need at least 0"),
     (["--metrics", "order", "--samples", "3"], "--samples needs --metrics bound"),
+    (["--metrics", "order", "--draws", "3"], "--draws needs --metrics bound"),
+    (["--estimator", "exact", "--draws", "3"], "--draws is for --estimator any_order and time"),
+    (["--estimator", "random_order", "--draws", "3"], "--draws is for --estimator any_order"),
     (["--metrics", "ordr"], "did you mean 'order'"),
 ])  # fmt: skip
 def test_bad_options_of_the_metric_are_one_line(

@@ -57,7 +57,7 @@ class Wanted:
     estimator: Annotated[str | None, "any_order, time, exact, left_to_right or random_order."] = (
         None
     )
-    window: Annotated[int | None, f"Tokens of a window; of order at most {ROW_LENGTH}."] = None
+    window: Annotated[int | None, f"Tokens of a window; of order {ROW_LENGTH} unless given."] = None
     orders: Annotated[int, "Random orders of metric order, each a call a token."] = ORDERS
     order_rows: Annotated[
         int | None,
