@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from mdiff.cli.options import AsJson, Drawing, Loading, Model, NumSamples
-from mdiff.cli.views.console import message, result, result_json
+from mdiff.cli.options import AsJson, Drawing, Loading, Model, NumSamples, title_of
+from mdiff.cli.text import filled
+from mdiff.cli.views.console import message, result, result_json, writable
 from mdiff.cli.views.samples import entries, figures
 from mdiff.errors import ConfigError
 
@@ -21,22 +22,27 @@ def revise(
     ] = None,
     rounds: Annotated[int | None, "Calls of the model one after another; default: 20."] = None,
     num_samples: NumSamples = 1,
-    out: Annotated[Path | None, "A file for the first result, instead of stdout."] = None,
+    out: Annotated[Path | None, "A file for the result, instead of stdout."] = None,
     drawing: Drawing,
     loading: Loading,
+    stream: Annotated[bool, "Show the text as it changes."] = False,
+    trace: Annotated[Path | None, "An HTML page that replays the changes."] = None,
     as_json: AsJson = False,
 ) -> None:
     """Revise a finished text: hide some of its tokens, and draw them again given the others."""
     from mdiff.files import replace_file
     from mdiff.modalities.text import read_text
 
+    for path in (out, trace):
+        writable(path)
     pipeline, text = loading.load(model), read_text(file)
     options = drawing.options() | {"num_samples": num_samples}
     runs = pipeline.revisions(
         text, keep=[_range(each) for each in keep or ()], strength=strength, rounds=rounds,
         **options,
     )  # fmt: skip
-    samples = [sample for run in runs for sample in run.finished()]
+    title = title_of(model, drawing.sampler or "remdm")
+    samples = filled(runs, live=stream, trace=trace, title=title)
     if not any(sample.calls for sample in samples):
         raise ConfigError(
             "no token was taken back: samplers remdm, psi, gibbs, edit, wino and path_planning do, "
@@ -59,6 +65,6 @@ def revise(
 def _range(words: str) -> tuple[int, int]:
     """FIRST:STOP as two numbers."""
     first, colon, stop = words.partition(":")
-    if not colon or not first.strip().isdigit() or not stop.strip().isdigit():
-        raise ConfigError(f"--keep {words!r}: expected FIRST:STOP, such as 0:40")
+    if not colon or not first.strip().isdecimal() or not stop.strip().isdecimal():
+        raise ConfigError(f"--keep {words[:40]!r}: expected FIRST:STOP, such as 0:40")
     return int(first), int(stop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +13,7 @@ from mdiff.cli.views.samples import entries, figures
 from mdiff.errors import DataError
 
 if TYPE_CHECKING:
-    from mdiff.pipeline import CallOptions, Generated, Pipeline
+    from mdiff.pipeline import CallOptions, Generated, Generation, Pipeline
 
 KINDS = ("prompt", "infill", "chat")
 # What a line with a chat may hold beside it.
@@ -80,7 +80,7 @@ def generate_text(
             text, num_samples=num_samples, length=own or length,
             max_new_tokens=None if own else max_new_tokens, grow=bool(options.get("grow")),
         )  # fmt: skip
-    samples = _filled(pipeline, canvases, options, live=live, trace=trace, title=title)
+    samples = filled(pipeline.runs(canvases, **options), live=live, trace=trace, title=title)
     for number, sample in enumerate(samples):
         if as_json:
             result_json({"text": sample.output, **entries(sample)})
@@ -89,21 +89,18 @@ def generate_text(
             result("---")
         result(str(sample))
         message(figures(sample))
-    if trace is not None:
-        message(f"wrote {trace}")
 
 
-def _filled(
-    pipeline: Pipeline, canvases: list[list[int]], options: CallOptions, *, live: bool,
-    trace: Path | None, title: str,
-) -> list[Generated]:  # fmt: skip
-    """The samples of canvases, shown live and recorded where asked for."""
+def filled(
+    runs: Iterable[Generation], *, live: bool, trace: Path | None, title: str
+) -> list[Generated]:
+    """The samples of runs of text, shown live and recorded where asked for."""
     from mdiff.cli.views.live import watched
     from mdiff.cli.views.trace import Record, Recorder, page
 
     samples: list[Generated] = []
     records: list[Record] = []
-    for run in pipeline.runs(canvases, **options):
+    for run in runs:
         recorder = Recorder(run)
         for state in watched(run) if live else run:
             if trace is not None:
@@ -113,6 +110,7 @@ def _filled(
             records += recorder.records([figures(sample) for sample in done])
     if trace is not None:
         trace.write_text(page(records, title=title), encoding="utf-8")
+        message(f"wrote {trace}")
     return samples
 
 

@@ -263,10 +263,16 @@ def revising_options(
     """
     if strength is not None and not 0 < strength <= 1:
         raise ConfigError(f"strength={strength}: expected a share above 0 and at most 1")
+    both = [(strength, "strength", "start"), (strength, "strength", "kept"),
+            (rounds, "rounds", "steps")]  # fmt: skip
+    for value, name, other in both:
+        if value is not None and other in options:
+            raise ConfigError(f"{name} and {other}: give one of them")
     sampler = options.get("sampler") or "remdm"
     bound, found = bind(sampler, {}), CallOptions(sampler=sampler)
     if bound.takes("start"):
-        found["steps"] = options.get("steps") or 20
+        steps = options.get("steps")
+        found["steps"] = 20 if steps is None else steps
         if strength is not None or options.get("rule") != "loop":
             found["start"] = options.get("start", 0.3) if strength is None else strength
     elif bound.takes("kept") and strength is not None:

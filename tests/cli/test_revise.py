@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -67,6 +68,17 @@ def test_the_command_writes_a_file_or_prints(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     assert run(words) == 0
     assert capsys.readouterr().out.rstrip("\n") == out.read_text().rstrip("\n")
+    trace = tmp_path / "page.html"
+    assert run([*words, "--stream", "--trace", str(trace)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.rstrip("\n") == out.read_text().rstrip("\n")
+    assert "▒" in shown.err
+    (record,) = json.loads(re.search(r'id="data"[^>]*>(.*?)</script>', trace.read_text())[1])
+    assert "".join(record["pieces"]) == out.read_text()
+    # The page begins with the draft.
+    begun = [past[0][0] if past else piece
+             for past, piece in zip(record["past"], record["pieces"])]  # fmt: skip
+    assert "".join(begun) == DRAFT
     assert run([*words, "--json", "--num-samples", "2"]) == 0
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["text"] == out.read_text()
@@ -87,6 +99,15 @@ def test_the_command_writes_a_file_or_prints(tmp_path, capsys):
     (["--keep", "a"], "FIRST:STOP"), (["--sampler", "gibbs", "--rounds", "3"], "sweeps"),
     (["--sampler", "edit", "--strength", "0.3"], "as it stands"),
     (["--steps", "3", "--rounds", "4"], "give one of them"),
+    (["--strength", "0.4", "-o", "start=0.5"], "strength and start: give one of them"),
+    (["--sampler", "path_planning", "--strength", "0.4", "-o", "kept=0.5"], "strength and kept"),
+    (["--rounds", "3", "-o", "steps=4"], "rounds and steps: give one of them"),
+    (["--steps", "0"], "steps=0"), (["--keep", "\u00b2:\u00b3"], "FIRST:STOP"),
+    (["--trace", "x.gif"], "ends in .html"), (["--stream", "--json"], "--stream does not go"),
+    (["--out", "no/such/folder.txt"], "there is no directory"), (["--out", "."], "a directory"),
+    (["--out", "x.txt", "--trace", "./x.txt"], "ends in .html"),
+    (["--out", "x.html", "--trace", "./x.html"], "the same file"),
+    (["--out", "x.txt", "--num-samples", "2"], "--out holds one text"),
     (["--sampler", "halton"], "no token was taken back"), (["--sampler", "remdmm"], "remdm"),
 ])  # fmt: skip
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys, words, said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from mdiff.cli import app, run
 from mdiff.cli.rules import RULES, flag
 from mdiff.pipeline.loading import load
+from mdiff.pipeline.pipeline import Pipeline
 
 AMUSED = str(GOLDEN / "amused")
 EMOJI, FASHION, TEXT = "builtin:emoji", "builtin:fashion", "builtin:shakespeare"
@@ -35,7 +37,10 @@ ALWAYS = {
     "edit": "model pictures mask mask_file keep strength resize prompt label num_samples out "
     "sampler steps temperature threshold edit_threshold eta nats drafts option guidance_scale seed "
     "batch_size device dtype as_json",
-    "eval": "model data metrics split limit draws seed batch_size device dtype mask_id tokenizer "
+    "revise": "model file keep strength steps rounds sampler temperature threshold edit_threshold "
+    "eta nats drafts option guidance_scale seed batch_size num_samples device dtype mask_id "
+    "tokenizer special_tokens as_json",
+    "eval": "model data metrics split limit seed batch_size device dtype mask_id tokenizer "
     "special_tokens as_json",
 }  # fmt: skip
 by_name = functools.cache(load)
@@ -162,6 +167,23 @@ def test_every_option_always_has_an_effect_or_has_a_rule() -> None:
         ruled = " ".join(rule.options for rule in RULES if name in rule.commands.split())
         options = {parameter.name for parameter in commands()[name].params} - {"help"}
         assert options == {*always.split(), *ruled.split()}, name
+
+
+@pytest.mark.parametrize("method", ["runs", "revisions", "edit_runs"])
+def test_what_a_method_of_a_pipeline_takes_is_no_option_of_a_sampler(
+    method: str, capsys: Any
+) -> None:
+    words = {
+        "runs": ["generate", TEXT, "--length", "8"], "revisions": ["revise", TEXT, "doc.txt"],
+        "edit_runs": ["edit", EMOJI, "face.png"],
+    }[method]  # fmt: skip
+    names = inspect.signature(getattr(Pipeline, method)).parameters
+    assert len(names) > 2
+    for name in [*names, "given", "prompts", "return_dict", "__class__"]:
+        assert run([*words, "-o", f"{name}=1"]) == 2, name
+        caught = capsys.readouterr()
+        assert caught.err.count("\n") == 1, caught.err
+        assert caught.err.startswith("error: ")
 
 
 def test_rules_name_flags_that_exist() -> None:
