@@ -101,7 +101,7 @@ def _events(
         ratio = at_t.keep / at.keep
         b = torch.where(hidden, at.mask, at.other / ids.number)
         stay = ratio * (at.keep * p + b)
-        return u >= stay, (u - stay) / (b_t - ratio * b), at.keep
+        return u > stay, (u - stay) / (b_t - ratio * b), at.keep
 
     leaves, inside, keep = moved(at_s)
     if kappa < 1:

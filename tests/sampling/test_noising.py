@@ -113,6 +113,22 @@ def test_states_say_what_was_written_and_written_over():
         before = state.tokens
 
 
+@pytest.mark.parametrize("predicts", ["leave_one_out", "posterior"])
+@pytest.mark.parametrize("process", [Mixed(p_uniform=0.0), Logistic(shift=-1e6)], ids=str)
+def test_without_random_tokens_a_written_token_stays_as_it_is(process, predicts):
+    """Also where the model would now draw another one, or finds that one impossible."""
+    space = TokenSpace(50, mask_id=50)
+    model = HashDenoiser(space)
+    model.predicts = predicts
+    canvas = torch.full((20, 12), 50)
+    for top_k in (None, 2):
+        before = canvas
+        for state in ancestral(model, canvas, space=space, process=process, steps=9, top_k=top_k):
+            assert torch.equal(state.tokens[before != 50], before[before != 50])
+            before = state.tokens
+        assert not bool((before == 50).any())
+
+
 def test_parts_are_written_over_by_their_own_ids():
     space = TokenSpace(8, mask_id=8, never=(3,), parts=((2, 0, 4), (3, 4, 8)))
     model = from_logits(lambda tokens: torch.zeros(*tokens.shape, 8))
