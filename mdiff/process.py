@@ -18,9 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from mdiff.errors import ConfigError, nearest
-from mdiff.schedule import Linear, Schedule
+from mdiff.errors import ConfigError
+from mdiff.schedule import Linear, Schedule, built
 from mdiff.tokens import TokenSpace
+
+
+# A random id that is less likely is none: 1 / q stays inside float32.
+LEAST_OTHER = 1e-30
 
 
 class Noise(NamedTuple):
@@ -159,19 +163,13 @@ PROCESSES: dict[str, Callable[..., Process]] = {
 }
 
 
-def named_process(name: str, schedule: Schedule, **options: float) -> Process:
+def named_process(name: str, schedule: Schedule, /, **options: float) -> Process:
     """The process of that name, any case, on a schedule; ConfigError names the nearest.
 
     >>> named_process("mixed", Linear(), p_uniform=0.2).p_uniform
     0.2
     """
-    kind = PROCESSES.get(name.lower())
-    if kind is None:
-        raise ConfigError(f"unknown process {name!r}; {nearest(name.lower(), PROCESSES)}")
-    try:
-        return kind(schedule, **options)
-    except TypeError:
-        raise ConfigError(f"process {name!r} does not take {sorted(options)}") from None
+    return built("process", PROCESSES, name, options, schedule)
 
 
 class Ids(NamedTuple):
@@ -228,7 +226,8 @@ def transition(
 
     nothing = torch.zeros_like(prediction)
     fresh = of(at_t, nothing) - ratio.unsqueeze(-1) * of(at_s, nothing)
-    forward = fresh + ratio.unsqueeze(-1) * (torch.arange(prediction.shape[-1]) == column)
+    ids = torch.arange(prediction.shape[-1], device=z.device)
+    forward = fresh + ratio.unsqueeze(-1) * (ids == column)
     law = forward * marginal(at_s, prediction, spread, mask_id=mask_id)
     total = law.sum(-1, keepdim=True)
     return law / total
@@ -238,11 +237,11 @@ def leave_one_out(log_p: Tensor, z: Tensor, noise: Noise, count: Tensor, *, mask
     """The leave-one-out log-probabilities (N, V) of `posterior` ones, given the states z (N,).
 
     P(x | z) is proportional to P(x | z without i) q(z_i | x): at the standing id
-    log(1 + keep n / other) is taken off. Where that is infinite (no random tokens) a token that
-    is not hidden is known, and its row stays. `noise` (N,), `count` (N,) the ids n.
+    log(1 + keep n / other) is taken off. Where there are no random tokens (`LEAST_OTHER`) a token
+    that is not hidden is known, and its row stays. `noise` (N,), `count` (N,) the ids n.
     """
     excess = torch.log1p(noise.keep * count / noise.other).to(log_p.dtype)
-    excess = torch.where((z == mask_id) | excess.isinf(), 0.0, excess)
+    excess = torch.where((z == mask_id) | (noise.other / count < LEAST_OTHER), 0.0, excess)
     column = z.clamp(max=log_p.shape[1] - 1)[:, None]
     return log_p.scatter_add(1, column, -excess[:, None]).log_softmax(1)
 
@@ -259,6 +258,7 @@ def cost(
     """
     (keep, mask, other), slope = at
     o, o_rise = other / count, slope.other / count
+    o = torch.where(o < LEAST_OTHER, 0.0, o)
     leaves = -slope.keep / keep
     hidden, same = z == mask_id, z == x
     q = torch.where(hidden, mask, torch.where(same, keep, 0.0) + o)
@@ -274,7 +274,8 @@ def cost(
     more_z = more.gather(1, z.clamp(max=more.shape[1] - 1)[:, None])[:, 0]
     keep, o, own, q = (each.to(dtype) for each in (keep, o, own, q))
     divergence = (keep + o) * own - keep * more_x - o * more.sum(1)
-    log_r = torch.where(same, own, 0.0) - more_z
-    spare = torch.where(hidden, 0.0, log_r.exp() - log_r - 1)
+    # Zero before it is raised: in the branch that is not taken a gradient must be finite too.
+    log_r = torch.where(hidden | (o == 0), 0.0, torch.where(same, own, 0.0) - more_z)
+    spare = log_r.expm1() - log_r
     only_masks = -keep * log_p.gather(1, x[:, None])[:, 0]
     return weight, torch.where(o > 0, divergence + spare, only_masks)

@@ -6,9 +6,12 @@ Its ELBO weight is w(t) = m'(t) / m(t) in closed form (Shi et al. 2024, eq. 4; S
 """
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from inspect import signature
+from numbers import Real
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +22,8 @@ from mdiff.errors import ConfigError, nearest
 MIN_TIME = 2.0**-32
 # Beyond this total noise 1 - m is below the rounding of float64, and m has no inverse at 1.
 STEEPEST = 36.0
+
+Built = TypeVar("Built")
 
 
 class Schedule(Protocol):
@@ -205,6 +210,11 @@ def as_float64(value: Tensor | float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
+def _huge(value: object) -> bool:
+    """Whether a whole number is none of float64's."""
+    return isinstance(value, int) and abs(value) > sys.float_info.max
+
+
 def _positive(name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise ConfigError(f"{name}={value}: expected a positive number")
@@ -222,10 +232,25 @@ def named_schedule(name: str, **options: float) -> Schedule:
     >>> named_schedule("polynomial", power=3.0)
     Polynomial(power=3.0)
     """
-    kind = SCHEDULES.get(name.lower())
+    return built("schedule", SCHEDULES, name, options)
+
+
+def built(
+    what: str, known: Mapping[str, Callable[..., Built]], name: str, options: Mapping[str, object],
+    *given: object,
+) -> Built:  # fmt: skip
+    """The kind of that name, any case, of `given` and options that are numbers.
+
+    Raises ConfigError with the nearest name, or the option that is wrong.
+    """
+    kind = known.get(name.lower())
     if kind is None:
-        raise ConfigError(f"unknown schedule {name!r}; {nearest(name.lower(), SCHEDULES)}")
+        raise ConfigError(f"unknown {what} {name!r}; {nearest(name.lower(), known)}")
     try:
-        return kind(**options)
+        signature(kind).bind(*given, **options)
     except TypeError:
-        raise ConfigError(f"schedule {name!r} does not take {sorted(options)}") from None
+        raise ConfigError(f"{what} {name!r} does not take {sorted(options)}") from None
+    for key, value in options.items():
+        if not isinstance(value, Real) or isinstance(value, bool) or _huge(value):
+            raise ConfigError(f"{what} {name!r}: {key}={str(value)[:40]}: expected a number")
+    return kind(*given, **options)

@@ -106,6 +106,10 @@ def test_ids_are_those_of_each_part():
     ("mixed", {"gamma": 0.0}, "gamma"), ("mixed", {"gamma": 2.1}, "gamma"),
     ("logistic", {"scale": 1.1}, "scale"), ("logistic", {"scale": -1.0}, "scale"),
     ("logistic", {"shift": float("inf")}, "shift"),
+    ("mixed", {"p_uniform": "a"}, "p_uniform=a: expected a number"),
+    ("mixed", {"gamma": None}, "expected a number"), ("mixed", {"gamma": True}, "number"),
+    ("mixed", {"gamma": [1.0]}, "expected a number"), ("logistic", {"shift": 10**400}, "number"),
+    ("mixed", {"schedule": "cosine"}, "does not take"), ("uniform", {"name": 1}, "does not take"),
 ])  # fmt: skip
 def test_what_is_no_process_is_refused(name, options, message):
     with pytest.raises(ConfigError, match=message):
@@ -115,6 +119,26 @@ def test_what_is_no_process_is_refused(name, options, message):
 def test_processes_are_found_by_name():
     assert named_process("Mixed", Cosine(), p_uniform=0.3) == Mixed(Cosine(), p_uniform=0.3)
     assert named_process("masking", Linear()) == Masking(Linear())
+
+
+@pytest.mark.parametrize("size", [2, 50_000])
+@pytest.mark.parametrize("process", [Uniform(), Mixed(), Logistic()], ids=str)
+def test_the_terms_in_float32_are_those_in_float64_at_every_level(process, size):
+    generator = torch.Generator().manual_seed(0)
+    log_p = torch.randn(7, size, generator=generator, dtype=torch.float64).log_softmax(1)
+    levels = [2.0**-64, 1e-9, 1e-3, 0.5, 1 - 1e-3, 1 - 1e-6, 1 - 1e-9]
+    m = torch.tensor(levels, dtype=torch.float64)
+    x, count = torch.zeros(7, dtype=torch.int64), torch.full((7,), size)
+    for z in (0, 1, size):
+        found = [
+            cost(
+                log_p.to(dtype), x, x + z, (process.noise(m), process.slope(m)), count,
+                mask_id=size,
+            )
+            for dtype in (torch.float32, torch.float64)
+        ]  # fmt: skip
+        low, high = (nats.double() * weight * m for weight, nats in found)
+        assert torch.allclose(low, high, rtol=2e-3, atol=2e-3)
 
 
 # official codes

@@ -26,6 +26,10 @@ from mdiff.process import Ids, Masking, Mixed, Process, cost, leave_one_out
 from mdiff.tokens import TokenSpace
 
 
+# Some schedules round to the ends, where terms of the bound are 0 times infinity.
+LEVELS = (2.0**-64, 1 - 2.0**-53)
+
+
 def with_noise(
     tokens: Tensor, m: Tensor, *, space: TokenSpace, process: Process, maskable: Tensor,
     seed: int | Tensor, sample: Tensor,
@@ -131,7 +135,7 @@ def diffusion_loss(
     refuse_blocks(denoiser)
     maskable = maskable_positions(tokens, space=space, may_hide=may_hide, valid=valid)
     t, sample, total = global_batch(maskable, seed=seed, **batch)
-    m = process.schedule.mask_prob(t.double())
+    m = process.schedule.mask_prob(t.double()).clamp(*LEVELS)
     noisy = with_noise(
         tokens, m, space=space, process=process, maskable=maskable, seed=seed, sample=sample
     )
@@ -151,20 +155,21 @@ def _value(
     space: TokenSpace,
 ) -> Tensor:  # fmt: skip
     """The weighted sum of the terms at positions of the times t (N,)."""
+    nats = terms.nats
     if weight == "cross_entropy":
         if terms.predicts != "posterior":
             raise ConfigError(
                 "weight='cross_entropy' trains the posterior: this model says it predicts "
                 f"{terms.predicts!r}"
             )
-        return terms.posterior.sum()
-    if weight == "dynamic":
+        nats, weights = terms.posterior, torch.ones_like(terms.m)
+    elif weight == "dynamic":
         weights = dynamic_weight(terms, process, space=space)
     else:
         weights = weight_function(weight, process.schedule)(t.double()) * terms.scaled
     if max_weight is not None:
         weights = weights.clamp(max=max_weight)
-    return (weights.to(terms.nats.dtype) * terms.nats).sum()
+    return (weights.to(nats.dtype) * nats).sum()
 
 
 def dynamic_weight(terms: Terms, process: Process, *, space: TokenSpace) -> Tensor:

@@ -54,7 +54,10 @@ class LossOf(nn.Module):
         if not isinstance(process, Masking) and (objective.ratio or objective.label_smoothing):
             raise ConfigError("objective: ratio and label_smoothing are of masks, not of a process")
         if isinstance(process, Masking) and objective.weight not in ("bound", "uniform"):
-            raise ConfigError(f"objective.weight={objective.weight!r} needs objective.process")
+            raise ConfigError(
+                f"objective.weight={objective.weight!r} needs an objective.process that writes "
+                "random tokens"
+            )
         if objective.cond_drop and not self.null_condition:
             raise ConfigError(
                 f"objective.cond_drop={objective.cond_drop}: this model has no condition"

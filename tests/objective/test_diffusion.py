@@ -19,8 +19,8 @@ from noisy_toys import (
 
 from mdiff import ConfigError, TokenSpace, from_logits
 from mdiff.objective import diffusion_loss, masked_diffusion_loss, nll_bound
-from mdiff.process import Masking, Mixed, Noise, Uniform, cost, leave_one_out
-from mdiff.schedule import Linear
+from mdiff.process import Logistic, Masking, Mixed, Noise, Uniform, cost, leave_one_out
+from mdiff.schedule import Exponential, Geometric, Linear, Polynomial
 
 ENTROPY = float(-(P_CLEAN * P_CLEAN.log()).sum())
 NOISY = [name for name in PROCESSES if name != "masking"]
@@ -199,3 +199,35 @@ def test_a_denoiser_that_does_not_say_what_it_predicts_is_refused():
             diffusion_loss(model, tokens, space=space, process=Uniform(), seed=0)
     with pytest.raises(ConfigError, match="'time' alone"):
         nll_bound(model, tokens, space=space, schedule=Linear(), process=Uniform(), seed=0)
+
+
+EXTREMES = [
+    Uniform(), Uniform(Exponential(36.0)), Uniform(Polynomial(400.0)), Mixed(p_uniform=0.0),
+    Mixed(p_uniform=1e-45), Mixed(p_uniform=1e-40, gamma=2.0), Mixed(p_uniform=1 - 2.0**-53),
+    Mixed(Geometric()), Logistic(shift=-100.0), Logistic(shift=1e6), Logistic(shift=-1e6),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("predicts", ["leave_one_out", "posterior"])
+@pytest.mark.parametrize("process", EXTREMES, ids=str)
+def test_losses_and_gradients_are_finite_at_all_times_and_for_sure_models(process, predicts):
+    space = TokenSpace(3, mask_id=3)
+    tokens = torch.tensor([[0, 1, 2]] * 6)
+    table = torch.tensor([[0.0, 200.0, -200.0]] * 4, requires_grad=True)
+    model = from_logits(lambda canvas: table[canvas])
+    model.predicts = predicts
+    for dtype in (torch.float32, torch.float64):
+        t = torch.tensor([2.0**-32, 1e-6, 0.5, 1 - 1e-6, 1 - 2.0**-40, 1.0], dtype=dtype)
+        loss = diffusion_loss(model, tokens, space=space, process=process, t=t, seed=1)
+        (gradient,) = torch.autograd.grad(loss.value, table)
+        assert all(bool(each.isfinite().all()) for each in (loss.value, loss.nll, gradient))
+
+
+def test_max_weight_clips_the_weight_of_cross_entropy_too():
+    space = TokenSpace(4, mask_id=4)
+    model = from_logits(lambda canvas: torch.zeros(*canvas.shape, 4))
+    model.predicts = "posterior"
+    rest = {"space": space, "process": Uniform(), "weight": "cross_entropy", "seed": 0}
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    whole = diffusion_loss(model, tokens, **rest).value
+    assert torch.equal(diffusion_loss(model, tokens, max_weight=0.5, **rest).value, whole / 2)
