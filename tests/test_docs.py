@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+import shlex
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -72,6 +73,22 @@ def leaf(words):
     return command, rest
 
 
+def parsed(command, rest):
+    """Parse the words after a command's name; UsageError where they are none of its."""
+    with command.make_context("mdiff", ["3" if each in NUMBERS else each for each in rest]):
+        pass
+
+
+@pytest.mark.parametrize(
+    "config", sorted(map(str, (ROOT / "configs").rglob("*.yaml"))), ids=lambda path: Path(path).name
+)
+def test_every_command_line_in_a_comment_of_a_recipe_is_one(config):
+    lines = re.findall(r"^ *# +mdiff (.+(?:(?<=\\)\n *#.*)*)", Path(config).read_text(), re.M)
+    for line in lines:
+        command, rest = leaf(shlex.split(re.sub(r"\\\n *#", " ", line)))
+        parsed(command, rest)
+
+
 @each_page
 def test_every_command_line_of_mdiff_is_one(page):
     for words in pages.mdiff_lines(page):
@@ -80,8 +97,7 @@ def test_every_command_line_of_mdiff_is_one(page):
         if not rest:
             continue
         try:
-            with command.make_context("mdiff", ["3" if each in NUMBERS else each for each in rest]):
-                pass
+            parsed(command, rest)
         except UsageError as error:
             in_a_sentence = " ".join(["mdiff", *words]) in pages.inline(page)
             if not in_a_sentence or not error.format_message().startswith("Missing"):
