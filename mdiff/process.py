@@ -22,7 +22,6 @@ from mdiff.errors import ConfigError
 from mdiff.schedule import Linear, Schedule, built
 from mdiff.tokens import TokenSpace
 
-
 # A random id that is less likely is none: 1 / q stays inside float32.
 LEAST_OTHER = 1e-30
 
@@ -183,14 +182,15 @@ class Ids(NamedTuple):
     def of(cls, space: TokenSpace, length: int, device: torch.device | None = None) -> "Ids":
         """Those of canvases of `length` positions: permitted ids, of the position's part."""
         parts = space.parts or ((length, 0, space.vocab_size),)
-        ids: list[int] = []
-        first, number = [], []
-        for positions, start, stop in parts:
-            own = [i for i in range(start, stop) if i not in space.forbidden]
-            first += [len(ids)] * positions
-            number += [len(own)] * positions
-            ids += own
-        return cls(*(torch.tensor(each, device=device) for each in (ids, first, number)))
+        permitted = torch.ones(space.vocab_size, dtype=torch.bool, device="cpu")
+        permitted[list(space.forbidden)] = False
+        own = [permitted[start:stop].nonzero()[:, 0] + start for _, start, stop in parts]
+        number = torch.tensor([len(each) for each in own], device="cpu")
+        spread = torch.tensor([positions for positions, _, _ in parts], device="cpu")
+        first, number = (
+            each.repeat_interleave(spread) for each in (number.cumsum(0) - number, number)
+        )
+        return cls(*(each.to(device) for each in (torch.cat(own), first, number)))
 
     def chosen(self, u: Tensor) -> Tensor:
         """One of them for each uniform u (B, L), (B, L) int64."""
