@@ -99,7 +99,7 @@ def inspected(name: str, files: ModelFiles) -> dict[str, object]:
 
     from mdiff.backbones.masked_lm import MaskedLM
     from mdiff.modalities.image import ImageModality
-    from mdiff.pipeline import load, summed
+    from mdiff.pipeline import described_prediction, load, summed
 
     pipeline = load(files, device="cpu")
     denoiser, modality = pipeline.denoiser, pipeline.modality
@@ -113,6 +113,10 @@ def inspected(name: str, files: ModelFiles) -> dict[str, object]:
         "architecture": type(module).__name__,
         "parameters": sum(math.prod(parameter.shape) for parameter in module.parameters()),
         "window": pipeline.window,
+        "noise": repr(pipeline.noise) if pipeline.noise else "mask",
+        "predicts": described_prediction(
+            "mixed" if pipeline.noise else "mask", vars(module).get("predicts")
+        ),
         "schedule": repr(pipeline.schedule),
         "modality": {key: value for key, value in settings.items() if key != "alphabet"},
         **({"pictures": of_pictures(modality)} if isinstance(modality, ImageModality) else {}),

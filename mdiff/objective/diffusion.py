@@ -25,7 +25,6 @@ from mdiff.objective.nll import Inputs, spans_at
 from mdiff.process import Ids, Masking, Mixed, Process, cost, leave_one_out
 from mdiff.tokens import TokenSpace
 
-
 # Some schedules round to the ends, where terms of the bound are 0 times infinity.
 LEVELS = (2.0**-64, 1 - 2.0**-53)
 

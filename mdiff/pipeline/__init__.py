@@ -8,6 +8,7 @@ from mdiff.pipeline.features import features as features
 from mdiff.pipeline.generation import Generated as Generated
 from mdiff.pipeline.generation import Generation as Generation
 from mdiff.pipeline.inspection import TensorReport as TensorReport
+from mdiff.pipeline.inspection import described_prediction as described_prediction
 from mdiff.pipeline.inspection import described_tensor as described_tensor
 from mdiff.pipeline.inspection import is_foreign as is_foreign
 from mdiff.pipeline.inspection import loose as loose

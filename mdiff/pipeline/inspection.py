@@ -77,7 +77,7 @@ def report(files: ModelFiles) -> tuple[dict[str, object], CheckpointError | None
             "shifted": module.shifted,
             "shift": shift_of(module),
             "noise": module.noise,
-            "predicts": predicted(module),
+            "predicts": described_prediction(module.noise, module.predicts),
             "uses_time": module.uses_time,
             "block_length": block_length_of(module),
             "refused": module.refused,
@@ -94,10 +94,10 @@ def report(files: ModelFiles) -> tuple[dict[str, object], CheckpointError | None
     return found | summed(tensors), fault
 
 
-def predicted(module: Backbone) -> str:
-    """What the logits are of."""
-    where = f"the clean token of each {MASKED.get(module.noise, '')}position"
-    return where + (" given all others" if module.predicts == "leave_one_out" else "")
+def described_prediction(noise: str, predicts: object) -> str:
+    """What logits are of, by the noise and by what the model says."""
+    where = f"the clean token of each {MASKED.get(noise, '')}position"
+    return where + (" given all others" if predicts == "leave_one_out" else "")
 
 
 def shift_of(module: Backbone) -> str:

@@ -12,7 +12,7 @@ from mdiff.errors import ConfigError
 from mdiff.files import GenerationConfig
 from mdiff.modalities import EndsText, HasParts, Modality
 from mdiff.modalities.text import fitting
-from mdiff.process import Process
+from mdiff.process import Masking, Process
 from mdiff.sampling import Sampler, bind
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace, continued
@@ -78,8 +78,8 @@ class Model:
 
     def own_options(self, options: "SamplingOptions") -> str | Sampler:
         """The sampler where none is named; sets the options that the model's training decides."""
-        if self.process is not None:
-            options.setdefault("process", self.process)
+        if self.noise is not None:
+            options.setdefault("process", self.noise)
             return NOISY
         if self.denoiser.uses_time:
             # Its times keep the meaning that they had in training.
@@ -87,9 +87,14 @@ class Model:
         return self.sampler
 
     @property
+    def noise(self) -> Process | None:
+        """The process where it also writes random tokens."""
+        return None if isinstance(self.process, Masking) else self.process
+
+    @property
     def estimator(self) -> str:
         """The estimator of its bound, see `nll_bound`."""
-        uses_time = self.denoiser.uses_time or self.process is not None
+        uses_time = self.denoiser.uses_time or self.noise is not None
         return "time" if uses_time else "any_order"
 
     @property
@@ -255,7 +260,7 @@ def call_seed(options: CallOptions) -> Seed | Sequence[torch.Generator]:
 
 
 def revising_options(
-    options: CallOptions, *, strength: float | None, rounds: int | None
+    model: Model, options: CallOptions, *, strength: float | None, rounds: int | None
 ) -> CallOptions:
     """The options of `Pipeline.revise` as those of its sampler.
 
@@ -268,7 +273,7 @@ def revising_options(
     for value, name, other in both:
         if value is not None and other in options:
             raise ConfigError(f"{name} and {other}: give one of them")
-    sampler = options.get("sampler") or "remdm"
+    sampler = options.get("sampler") or ("remdm" if model.noise is None else "psi")
     bound, found = bind(sampler, {}), CallOptions(sampler=sampler)
     if bound.takes("start"):
         steps = options.get("steps")

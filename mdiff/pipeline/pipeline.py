@@ -154,9 +154,9 @@ class Pipeline(Model):
 
         `keep` are ranges of its characters, (first, stop): a token that has one of them stays.
         `rounds` are the calls one after another, 20 by default, and `strength` is the share of the
-        other tokens that is hidden at first, 0.3: for "remdm", the default sampler, and "psi" the
-        time of their `start`, for "path_planning" one less `kept`. "gibbs" and "edit" begin with
-        the text as it stands, until their own end. The other options are those of `generate`.
+        other tokens that is hidden at first, 0.3: for "remdm", the default sampler, and "psi" (of
+        noise that also writes random tokens) the time of their `start`, for "path_planning" one
+        less `kept`. "gibbs" and "edit" begin with the text as it stands, until their own end.
 
         Raises ConfigError for a model that is not one of text, a range outside the text, and a
         strength or rounds that the sampler has no use for.
@@ -177,7 +177,7 @@ class Pipeline(Model):
         """
         if not isinstance(self.modality, Editable):
             raise ConfigError(f"revise: this is a model of {self.modality.name}, not of pictures")
-        options.update(revising_options(options, strength=strength, rounds=rounds))
+        options.update(revising_options(self, options, strength=strength, rounds=rounds))
         number = call_number(options.pop("num_samples", 1), options)
         options["seed"] = seeds = row_seeds(call_seed(options), number)
         # With nothing of it hidden, and with all that may change.
@@ -201,7 +201,7 @@ class Pipeline(Model):
         for first, stop in keep:
             if not 0 <= first < stop <= len(text):
                 raise ConfigError(f"keep {first}:{stop}: the text has characters 0:{len(text)}")
-        options.update(revising_options(options, strength=strength, rounds=rounds))
+        options.update(revising_options(self, options, strength=strength, rounds=rounds))
         number = call_number(options.pop("num_samples", 1), options)
         ids, given, end = self.modality.encode(text), [], 0
         for piece in self.modality.pieces(ids, whole=True):

@@ -114,7 +114,8 @@ def bind(
             takers = [n for n in names("samplers") if key in _option_types(find("samplers", n))]
             verb = "does" if len(takers) == 1 else "do"
             hint = f"{', '.join(takers)} {verb}" if takers else nearest(key, kinds)
-            raise ConfigError(f"{label} does not take {key!r}; {hint}")
+            what = ", the noise that the model was trained on" if key == "process" else ""
+            raise ConfigError(f"{label} does not take {key!r}{what}; {hint}")
         settings[key] = _as_object(key, value, kinds[key], label)
     edit = find("samplers", "edit")
     edits = edit in (function, settings.get("inner"))

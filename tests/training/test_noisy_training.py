@@ -1,6 +1,7 @@
 """Training under noise that also writes random tokens, and what is done with such a model."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from toy_training import QUIET, log, recipe, same, tensors
 
 import mdiff
 from mdiff import CheckpointError, ConfigError
-from mdiff.process import Mixed, Uniform
+from mdiff.cli.inspect import inspected
+from mdiff.files import locate
+from mdiff.process import Masking, Mixed, Uniform
 from mdiff.schedule import Cosine
 from mdiff.training.build import process_of
 from mdiff.training.loop import train
@@ -26,15 +29,20 @@ def text_recipe(tmp_path, **objective):
         "modality": {"name": "text", "tokenizer": "byte"},
         "model": {"name": "transformer", "width": 32, "depth": 2, "heads": 2},
         "objective": objective,
-        "train": {"steps": 60, "batch_size": 16, "save_every": 60, "validate_every": 30},
+        "train": {
+            "steps": 60, "batch_size": 16, "save_every": 60, "validate_every": 60,
+            "validate_rows": 8,
+        },
         "optim": {"lr": 0.01},
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("process", "weight", "predicts"), [
     ({"name": "uniform"}, "bound", "leave_one_out"),
     ({"name": "mixed", "p_uniform": 0.2}, "dynamic", "leave_one_out"),
-    ({"name": "logistic", "shift": 0.5}, "uniform", "leave_one_out"),
+    pytest.param(
+        {"name": "logistic", "shift": 0.5}, "uniform", "leave_one_out", marks=pytest.mark.slow
+    ),
     ({"name": "mixed", "p_uniform": 0.2}, "cross_entropy", "posterior"),
 ])  # fmt: skip
 def test_a_model_is_trained_saved_loaded_sampled_and_scored(tmp_path, process, weight, predicts):
@@ -51,6 +59,14 @@ def test_a_model_is_trained_saved_loaded_sampled_and_scored(tmp_path, process, w
     if weight != "dynamic":
         assert lines[-1]["validation_bits_per_byte"] < 8
     assert float(pipeline.score(["to be or not to"], draws=8).nats) > 0
+    revised = pipeline.revise("to be or not to", rounds=3, strength=0.8, keep=[(0, 5)], seed=2)
+    assert revised[0].output.startswith("to be")
+    assert revised[0].calls == 3
+    with pytest.raises(ConfigError, match="the noise that the model was trained on; ancestral"):
+        pipeline.generate("to be", sampler="first_hitting")
+    shown = inspected("it", locate(str(path)))
+    assert str(process["name"]) in shown["noise"].lower()
+    assert ("given all others" in shown["predicts"]) == (predicts == "leave_one_out")
     pipeline.save(tmp_path / "saved")
     again = mdiff.load(tmp_path / "saved")
     assert (again.process, again.denoiser.predicts) == (pipeline.process, predicts)
@@ -111,6 +127,25 @@ def test_a_pipeline_json_of_a_process_that_is_none_is_damage(tmp_path):
         (path / "pipeline.json").write_text(json.dumps(described | {"process": process}))
         with pytest.raises(CheckpointError, match=r"pipeline\.json"):
             mdiff.load(path)
+
+
+def test_a_process_that_only_hides_is_none(tmp_path):
+    """In a recipe, in its pipeline.json and in a pipeline: the same weights, tokens and scores."""
+    small = {"steps": 4, "batch_size": 4, "save_every": 4, "validate_every": 2}
+    runs = []
+    for name, objective in (("plain", {}), ("named", {"process": {"name": "masking"}})):
+        content = text_recipe(tmp_path, max_weight=20.0, **objective) | {"train": small}
+        runs.append(train(parse_recipe(content), tmp_path / name, **QUIET))
+    assert same(tensors(runs[0]), tensors(runs[1]))
+    assert "process" not in (runs[0] / "pipeline.json").read_text()
+    assert (runs[0] / "pipeline.json").read_text() == (runs[1] / "pipeline.json").read_text()
+    plain = mdiff.load(runs[0])
+    named = replace(plain, process=Masking(plain.schedule))
+    for made in ({}, {"sampler": "psi", "steps": 4}, {"sampler": "remdm", "steps": 4}):
+        one, two = (each.generate("to", length=9, **made)[0] for each in (plain, named))
+        assert (one.tokens, one.calls) == (two.tokens, two.calls)
+    assert torch.equal(plain.score("to be").nats, named.score("to be").nats)
+    assert plain.revise("to be")[0].tokens == named.revise("to be")[0].tokens
 
 
 def test_schedules_of_a_process_are_the_recipes():
