@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -182,10 +181,10 @@ def of_pictures(modality: ImageModality) -> dict[str, str]:
 
 def is_codec(name: str) -> bool:
     """Whether the name is a folder of a codec alone."""
-    from mdiff.files import CONFIG, PIPELINE
+    from mdiff.files import CONFIG, PIPELINE, at_home
     from mdiff.modalities.image import SETTINGS, holds_codec
 
-    path = Path(name)
+    path = at_home(name)
     if (path / SETTINGS).exists():
         return not (path / CONFIG).exists()
     return not (path / PIPELINE).exists() and holds_codec(path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
@@ -45,15 +46,19 @@ def parameters_of(name: str) -> tuple[int, str]:
         entries = locate(name).entries.values()
         return sum(math.prod(entry["shape"]) for entry in entries), "its files"
     stated = {id_: size for entry in catalogue() for id_, size in entry.models.items()}
-    if (size := stated.get(name)) is not None:
+    repository, _, revision = name.partition("@")
+    if (size := stated.get(repository)) is not None:
         return size, "the catalogue: mdiff models"
     from huggingface_hub import get_safetensors_metadata
 
     try:
-        return sum(get_safetensors_metadata(name).parameter_count.values()), "the Hub"
+        found = get_safetensors_metadata(repository, revision=revision or None)
+        return sum(found.parameter_count.values()), "the Hub"
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        close = get_close_matches(name, stated, n=1)
+        beside = f" (which has {close[0]})" if close and close[0] != repository else ""
         raise BackendError(
-            f"{name} is no directory here, not in the catalogue, and the Hub cannot be asked for "
-            f"its size: {first}"
+            f"{name} is no directory here, has no size in the catalogue{beside}, and the Hub "
+            f"cannot be asked for it: {first}"
         ) from error

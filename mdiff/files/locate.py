@@ -50,11 +50,15 @@ def locate(name: str) -> ModelFiles:
 
 
 def at_home(name: str) -> Path:
-    """The path, with the home directory for a ~; CheckpointError where it has none."""
+    """The path, with the home directory for a ~; CheckpointError where there can be none."""
     try:
-        return Path(name).expanduser()
+        path = Path(name).expanduser()
+        path.exists()
     except RuntimeError:
         raise CheckpointError(f"{name}: no such home directory") from None
+    except OSError as error:
+        raise CheckpointError(f"{name[:80]}: no such model: {error.strerror}") from None
+    return path
 
 
 def builtin_models() -> dict[str, Path]:

@@ -12,7 +12,7 @@ from mdiff.backbones.layers import Backbone, GridModel
 from mdiff.backbones.masked_lm import MaskedLM, load_masked_lm
 from mdiff.denoiser import BlockModel, HasDevice
 from mdiff.errors import BackendError, CheckpointError, ConfigError, DataError, nearest
-from mdiff.files import PIPELINE, DeviceMap, ModelFiles, locate, parse_settings
+from mdiff.files import PIPELINE, DeviceMap, ModelFiles, at_home, locate, parse_settings
 from mdiff.find import find
 from mdiff.modalities import Modality
 from mdiff.modalities.text import Pretrained, Text
@@ -109,7 +109,7 @@ def _located(name: str) -> ModelFiles:
     try:
         return locate(name)
     except CheckpointError as error:
-        raise codec_alone(Path(name)) or error from None
+        raise codec_alone(at_home(name)) or error from None
 
 
 def _own(

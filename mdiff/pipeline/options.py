@@ -214,6 +214,8 @@ def canvas_of(
     if isinstance(prompt, Mapping) and "chat" in prompt and (by_default or DROP in prompt):
         most = min(length or MOST, window or MOST)
         room = max_new_tokens or min(LEAST_ANSWER, most // 4)
+        if room >= most:
+            raise ConfigError(f"max_new_tokens={room}: the window of this model has {most} tokens")
         prompt = fitting(model.modality, prompt, most - room)
     if by_default and answer is None:
         if window is None and model.stated.max_length is None:

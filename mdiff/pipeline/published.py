@@ -175,7 +175,12 @@ def filled(
 
 
 def built(family: str, config: Mapping[str, object]) -> Backbone:
-    """The module of a config, without memory for its weights (on the meta device)."""
+    """The module of a config, without memory for its weights (on the meta device).
+
+    Raises CheckpointError for quantised weights and for what the family refuses.
+    """
+    if (quantised := config.get("quantization_config")) is not None:
+        raise CheckpointError(f"{CONFIG}: quantization_config={quantised!r:.80} is not supported")
     with without_memory():
         module: Backbone = find("backbones", family)(config)
     return module

@@ -185,6 +185,7 @@ def test_control_c_ends_an_answer_and_at_the_prompt_the_program(
     (["--sampler", "confidense"], 2, "did you mean 'confidence'"),
     (["--grow", "blocks"], 2, "use grow='daedal'"),
     (["--max-new-tokens", "0"], 2, "max_new_tokens=0"),
+    (["--max-new-tokens", "256"], 2, "max_new_tokens=256: the window of this model has 256"),
     (["-o", "seed=3"], 2, "use --seed"),
     (["--temperature", "nan"], 2, "finite"),
     (["--messages", "none.json"], 3, "none.json"),

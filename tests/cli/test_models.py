@@ -97,14 +97,29 @@ def test_an_unknown_model_is_asked_of_the_hub_and_no_more(capsys: Any, monkeypat
     class Found:
         parameter_count = {"F32": 5, "BF16": 2 * 10**9}  # noqa: RUF012
 
-    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda _: Found)
-    assert run(["inspect", "some/thing", "--fits", "--json"]) == 0
-    (found,) = lines(capsys)
-    assert (found["parameters"], found["source"]) == (2 * 10**9 + 5, "the Hub")
+    asked: list[tuple[str, str | None]] = []
 
-    def unreachable(_: str) -> None:
+    def headers(name: str, *, revision: str | None) -> type[Found]:
+        asked.append((name, revision))
+        return Found
+
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", headers)
+    for name in ("some/thing", "some/thing@main"):
+        assert run(["inspect", name, "--fits", "--json"]) == 0
+        (found,) = lines(capsys)
+        assert (found["parameters"], found["source"]) == (2 * 10**9 + 5, "the Hub")
+    assert asked == [("some/thing", None), ("some/thing", "main")]
+    assert run(["inspect", "GSAI-ML/LLaDA-8B-Instruct@main", "--fits", "--json"]) == 0
+    assert lines(capsys)[0]["parameters"] == 8 * 10**9
+
+    def unreachable(*_: Any, **__: Any) -> None:
         raise OSError("no network\nat all")
 
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", unreachable)
     refused(["inspect", "some/thing", "--fits"], 5, "the Hub cannot be asked.*no network$", capsys)
+    near = "GSAI-ML/LLaDA-8B-Instrukt"
+    refused(["inspect", near, "--fits"], 5, r"has GSAI-ML/LLaDA-8B-Instruct\)", capsys)
+    refused(["inspect", "x" * 300, "--fits"], 4, "too long", capsys)
+    for words in (["inspect", "x" * 300], ["generate", "x" * 300, "--prompt", "a"]):
+        refused(words, 4, "too long", capsys)
     refused(["inspect", "./nothing", "--fits"], 4, "no such directory", capsys)

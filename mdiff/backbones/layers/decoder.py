@@ -72,11 +72,13 @@ class Rotary:
     @classmethod
     def of(cls, fields: Fields) -> Self:
         """That of `rope_theta` and `rope_scaling`, or of `rope_parameters`, which precede them."""
-        given = fields.described.get("rope_parameters") or fields.described.get("rope_scaling")
-        scaling = given or {}
+        given = fields.described.get("rope_parameters")
+        given = fields.described.get("rope_scaling") if given in (None, {}) else given
+        scaling = {} if given is None else given
         if not isinstance(scaling, Mapping):
             raise CheckpointError(f"{fields.origin}: rope_scaling={given!r}: expected an object")
         inner = Fields(scaling, f"{fields.origin}: rope_scaling")
+        inner.choice("partial_rotary_factor", (1,), default=1)
         holder = inner if "rope_theta" in scaling else fields
         base = holder.number("rope_theta", least=1, default=ROPE_THETA)
         name = "rope_type" if "rope_type" in scaling else "type"
@@ -146,6 +148,7 @@ class Shape:
         if head_width % 2:
             raise CheckpointError(f"{fields.origin}: a head of {head_width}: expected even")
         fields.choice("hidden_act", ("silu",))
+        fields.choice("partial_rotary_factor", (1,), default=1)
         epsilon = fields.number("rms_norm_eps", most=1.0)
         return cls(width, heads, key_heads, head_width, epsilon, **parts)
 
