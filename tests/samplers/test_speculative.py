@@ -74,21 +74,20 @@ def test_tokens_and_figures_are_those_of_any_order_draw_for_draw():
     saved = 0
     for toy, (vocab, length) in enumerate([(2, 5), (3, 4), (2, 1), (11, 9)]):
         space = TokenSpace(vocab, mask_id=vocab)
-        canvas, rest = ragged(space, 24, length)
+        canvas, rest = ragged(space, 12, length)
         for case, draw in enumerate(DRAWS):
             kind = Timed if case % 2 else HashDenoiser
             denoiser = kind(space, seed=toy)
             denoiser.table *= 1 + 2 * (case % 3)
-            permutation = torch.rand(24, length).argsort(1)
-            for order, drafts in zip(
-                (*ORDERS, permutation), ((1, 2, 3, 8), (8, 1, 2, 3))[case % 2]
-            ):
+            permutation = torch.rand(12, length).argsort(1)
+            orders = (*ORDERS, permutation)
+            for order, drafts in ((orders[case % 4], 1 + case), (orders[(case + 2) % 4], 3)):
                 expected, found = both(
                     denoiser, canvas, space=space, drafts=drafts, order=order, seed=toy + case,
                     schedule=Cosine(), **draw, **rest,
                 )  # fmt: skip
                 saved += int((expected.rounds - found.rounds).sum())
-    assert saved > 500
+    assert saved > 100
 
 
 @pytest.mark.slow
@@ -377,13 +376,17 @@ def test_a_block_model_keeps_its_finished_blocks_once_for_all_canvases():
 
 def test_a_builtin_model_needs_fewer_rounds_than_tokens():
     pipeline = load("builtin:shakespeare")
-    canvas = hidden_canvas(1, 32, space=pipeline.space)
-    _, found = samples = [
+    canvas = hidden_canvas(1, 16, space=pipeline.space)
+    one, coupled, ratio = (
         sample(pipeline.denoiser, canvas, space=pipeline.space, seed=1, **options)
-        for options in ({"sampler": "any_order"}, {"sampler": "speculative", "accept": "coupled"})
-    ]
-    assert torch.equal(*(each.tokens for each in samples))
-    assert int(found.rounds) < 31
+        for options in (
+            {"sampler": "any_order"},
+            {"sampler": "speculative", "drafts": 2, "accept": "coupled"},
+            {"sampler": "speculative", "drafts": 2},
+        )
+    )
+    assert torch.equal(coupled.tokens, one.tokens)
+    assert int(ratio.rounds) < 14
 
 
 @pytest.mark.parametrize("drafts", [0, -3])
