@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -83,6 +84,10 @@ def remask(
         hide = fill.free & ~fill.hidden & (fill.uniform(philox.CORRUPT) < m[0])
         if bool(hide.any()):
             yield fill.revise(fill.nothing, None, time(0), write=fill.nothing, hide=hide)
+    # Of the law: a row is said to be the same alone as in a batch where another is taken back.
+    chances = (sigma(m_t, m_s) for m_t, m_s in pairwise(shares))
+    if any(isinstance(chance, Tensor) or chance > 0 for chance in chances):
+        fill.log_prob_is_exact = False
     waits = _Waits(fill)
     for step in range(1, len(shares)):
         m_t, m_s = shares[step - 1], shares[step]

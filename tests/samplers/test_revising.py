@@ -128,6 +128,16 @@ def test_the_log_probability_is_said_to_be_exact_only_where_it_is():
     ):  # fmt: skip
         made = run(name, canvas, **options)
         assert made.log_prob_is_exact is exact, name
+    # Also where no token of this batch happened to be taken back.
+    space = TokenSpace(11, mask_id=11)
+    for rule in ("cap", "conf", "loop", "rescale"):
+        for seed in range(4):
+            made = sample(HashDenoiser(space), torch.full((1, 2), 11), space=space,
+                          sampler="remdm", rule=rule, steps=6, seed=seed)  # fmt: skip
+            assert not made.log_prob_is_exact, rule
+    assert run("remdm", canvas, eta=0.0, steps=6).log_prob_is_exact
+    assert run("psi", canvas, kappa=1.0, steps=6).log_prob_is_exact
+    assert not run("psi", canvas[:1], kappa=0.999, steps=6).log_prob_is_exact
     order = run("any_order", canvas, table=IDEAL.table)
     joint = IDEAL.joint[tuple(order.tokens.T)].log()
     assert (order.log_prob - joint).abs().max() < 1e-5
