@@ -129,7 +129,7 @@ RULES = (
     Rule("revise", "out", lambda a: a.given.get("num_samples", 1) > 1 and not a.has("as_json"),
          "holds one text: give it without --num-samples, or print all with --json"),
     Rule("generate edit revise", "trace",
-         lambda a: a.has("out") and abspath(a.given["out"]) == abspath(a.given["trace"]),
+         lambda a: a.has("out") and abspath(a.given["out"]) == abspath(a.given.get("trace", "")),
          "and --out are the same file: give them different names"),
     Rule("generate edit", "scale_up",
          lambda a: a.suffix("out") != ".png" and a.suffix("trace") != ".gif"
@@ -241,10 +241,10 @@ def refuse(asked: Asked, model: str = "", medium: str = "") -> None:
     for rule in RULES:
         if asked.command not in rule.commands.split():
             continue
-        for name in filter(asked.has, rule.options.split()):
+        for name in filter(asked.sets, rule.options.split()):
             if rule.when(asked):
                 why = rule.why.format(
-                    model=model, medium=medium, name=name, value=asked.given[name],
+                    model=model, medium=medium, name=name, value=asked.given.get(name),
                     source=asked.given.get("source"), codecs=", ".join(names("codecs")),
                 )  # fmt: skip
                 raise ConfigError(f"{flag(name)} {why}")

@@ -207,7 +207,7 @@ class Pipeline(Model):
         for piece in self.modality.pieces(ids, whole=True):
             begin, end = end, end + len(piece or "")
             given.append(any(begin < stop and first < max(end, begin + 1) for first, stop in keep))
-        return self.runs([ids] * number, given=[given] * number, **options)
+        return self.runs(repeated([ids], number), given=[given] * number, **options)
 
     def canvases(
         self, prompts: Prompt | Iterable[Prompt] = "", *, num_samples: int = 1,

@@ -76,6 +76,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["generate", FASHION, "--label", "bag", "--guidance-scale", "1", "--guidance-schedule",
           "linear"], "--guidance-schedule has no effect"),
         (["generate", TEXT, "--temperature", "0", "--top-k", "3"], "--top-k has no effect"),
+        (["generate", TEXT, "--temperature", "0", "-o", "top_k=3"], "--top-k has no effect"),
         (["edit", EMOJI, "face.png", "--temperature", "0", "--min-p", "0.1"], "--min-p has no"),
         (["generate", FASHION, "--trace", "x.mp4"], "x.mp4: expected a name that ends in .html"),
         (["generate", TEXT, "--trace", "x.png"], "expected a name that ends in .html"),
