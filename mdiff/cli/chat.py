@@ -91,7 +91,8 @@ def chat(
     terminal = sys.stdin is not None and sys.stdin.isatty()
     talk = Conversation(pipeline, answering, max_new_tokens, prompt, terminal=terminal)
     if system is not None:
-        talk.said = [{"role": "system", "content": system}, *_without_system(talk.said)]
+        others = (one for one in talk.said if one.get("role") != "system")
+        talk.said = [{"role": "system", "content": system}, *others]
     # Before anybody types: a model without a template, options that it does not take.
     talk.check()
     if terminal:
@@ -106,10 +107,6 @@ def chat(
             if not terminal:
                 raise
             message(f"error: {error}")
-
-
-def _without_system(said: list[dict[str, object]]) -> list[dict[str, object]]:
-    return [one for one in said if one.get("role") != "system"]
 
 
 def _read(path: Path) -> dict[str, object]:
@@ -158,16 +155,7 @@ class Conversation:
     ) -> None:  # fmt: skip
         self.pipeline, self.answering, self.most = pipeline, answering, most
         self.prompt, self.terminal, self.number, self.again = prompt, terminal, 0, False
-
-    @property
-    def said(self) -> list[dict[str, object]]:
-        """The messages."""
-        found: list[dict[str, object]] = self.prompt["chat"]
-        return found
-
-    @said.setter
-    def said(self, messages: list[dict[str, object]]) -> None:
-        self.prompt = {**self.prompt, "chat": messages}
+        self.said: list[dict[str, object]] = prompt["chat"]
 
     def ends_with(self, role: str) -> bool:
         """Whether the last message is of this role."""
@@ -216,7 +204,8 @@ class Conversation:
         # A ~ of nobody stays as it is; Path.expanduser raises.
         path = Path(os.path.expanduser(name))
         writable(path)
-        kept = {key: value for key, value in self.prompt.items() if key != "drop_oldest"}
+        kept = {**self.prompt, "chat": self.said}
+        del kept["drop_oldest"]
         replace_file(path, [json.dumps(kept, indent=1).encode(), b"\n"])
         message(f"wrote {path}")
 
