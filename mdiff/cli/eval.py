@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,6 +39,8 @@ def evaluate(
     """Evaluate a model on data: an upper bound on its bits, with the standard error; and more."""
     wanted.check()
     pipeline = loading.load(model)
+    default = "first_hitting" if pipeline.noise is None else "ancestral"
+    wanted = replace(wanted, sampler=wanted.sampler or default)
     cut = cut_of(model, holdout=wanted.holdout, validation=wanted.validation)
     start = time.perf_counter()
     report: dict[str, object] = {"model": model, "data": data[0] if len(data) == 1 else data}

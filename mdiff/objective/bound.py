@@ -69,8 +69,8 @@ def nll_bound(
     With a `process` other than `Masking`, whose schedule stands in for `schedule`, "time" is the
     only estimator: m = u^2 again, and every position is noised and scored (`diffusion_loss`).
 
-    Raises ConfigError for an unknown estimator, draws < 2, or an estimator that does not apply;
-    CheckpointError where a row's bound is not finite.
+    Raises ConfigError for an unknown estimator, draws < 2, or an estimator that does not apply, and
+    for a block model with such a process; CheckpointError where a row's bound is not finite.
     """
     maskable = maskable_positions(tokens, space=space, may_hide=may_hide, valid=valid)
     schedule = schedule if process is None else process.schedule
@@ -80,6 +80,8 @@ def nll_bound(
             f"estimator={estimator!r}: a bound of noise that writes random tokens is measured by "
             "'time' alone"
         )
+    if process is not None and block_length_of(denoiser) is not None:
+        raise ConfigError("a block model has no bound under noise that writes random tokens")
     score = _Scorer(denoiser, tokens, space=space, valid=valid, cond=cond, process=process)
     sample = torch.arange(len(tokens), device=tokens.device) if sample is None else sample
     nats, variance = torch.zeros(2, len(tokens), dtype=torch.float64, device=tokens.device)

@@ -119,6 +119,8 @@ def diffusion_loss(
     max_weight = options.pop("max_weight", None)
     smoothing = options.pop("label_smoothing", 0.0)
     batch = cast(GlobalBatch, options)
+    if max_weight is not None and not max_weight > 0:
+        raise ConfigError(f"max_weight={max_weight}: expected a number above 0")
     if isinstance(process, Masking):
         schedule = process.schedule
         if max_weight is not None:

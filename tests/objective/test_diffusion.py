@@ -231,3 +231,18 @@ def test_max_weight_clips_the_weight_of_cross_entropy_too():
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     whole = diffusion_loss(model, tokens, **rest).value
     assert torch.equal(diffusion_loss(model, tokens, max_weight=0.5, **rest).value, whole / 2)
+    for most in (0.0, -1.0, float("nan")):
+        for process in (Uniform(), Masking()):
+            with pytest.raises(ConfigError, match="max_weight"):
+                diffusion_loss(model, tokens, space=space, process=process, max_weight=most, seed=0)
+
+
+def test_a_block_model_has_no_bound_under_such_noise():
+    space = TokenSpace(4, mask_id=4)
+    model = from_logits(lambda canvas: torch.zeros(*canvas.shape, 4))
+    model.predicts, model.block_length = "posterior", 2
+    tokens = torch.zeros(2, 4, dtype=torch.int64)
+    rest = {"space": space, "schedule": Linear(), "estimator": "time", "draws": 2, "seed": 0}
+    with pytest.raises(ConfigError, match="block model"):
+        nll_bound(model, tokens, process=Uniform(), **rest)
+    assert bool(nll_bound(model, tokens, process=Masking(), **rest).nats.isfinite().all())

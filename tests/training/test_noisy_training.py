@@ -9,6 +9,7 @@ from toy_training import QUIET, log, recipe, same, tensors
 
 import mdiff
 from mdiff import CheckpointError, ConfigError
+from mdiff.cli import run
 from mdiff.cli.inspect import inspected
 from mdiff.files import locate
 from mdiff.process import Masking, Mixed, Uniform
@@ -64,6 +65,8 @@ def test_a_model_is_trained_saved_loaded_sampled_and_scored(tmp_path, process, w
     assert revised[0].calls == 3
     with pytest.raises(ConfigError, match="the noise that the model was trained on; ancestral"):
         pipeline.generate("to be", sampler="first_hitting")
+    (tmp_path / "own.txt").write_text("to be")
+    assert run(["eval", str(path), "--data", str(tmp_path / "own.txt"), "--draws", "2"]) == 0
     shown = inspected("it", locate(str(path)))
     assert str(process["name"]) in shown["noise"].lower()
     assert ("given all others" in shown["predicts"]) == (predicts == "leave_one_out")

@@ -69,7 +69,11 @@ class Wanted:
         "Samples to evaluate; 0 for none.  "
         f"[default: {TEXT_SAMPLES}, of pictures {PICTURE_SAMPLES}]",
     ] = None
-    sampler: Annotated[str, "A name from samplers/."] = "first_hitting"
+    sampler: Annotated[
+        str | None,
+        "A name from samplers/.  [default: first_hitting, or ancestral where the noise "
+        "also writes random tokens]",
+    ] = None
     steps: ask.Steps = None
     temperature: ask.Temperature = None
     option: ask.Pairs = None
