@@ -251,6 +251,6 @@ def built(
     except TypeError:
         raise ConfigError(f"{what} {name!r} does not take {sorted(options)}") from None
     for key, value in options.items():
-        if not isinstance(value, Real) or isinstance(value, bool) or _huge(value):
+        if type(value) is bool or not isinstance(value, Real) or _huge(value):
             raise ConfigError(f"{what} {name!r}: {key}={str(value)[:40]}: expected a number")
     return kind(*given, **options)

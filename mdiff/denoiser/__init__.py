@@ -20,6 +20,8 @@ from mdiff.denoiser.calls import unwrapped as unwrapped
 from mdiff.denoiser.condition_names import MICRO as MICRO
 from mdiff.denoiser.condition_names import POOLED as POOLED
 from mdiff.denoiser.condition_names import STATES as STATES
+from mdiff.denoiser.function import FromLogits as FromLogits
+from mdiff.denoiser.function import from_logits as from_logits
 from mdiff.denoiser.guidance import guided as guided
 from mdiff.denoiser.negative_condition import negative_prompt as negative_prompt
 from mdiff.denoiser.protocol import AsksRows as AsksRows
@@ -28,13 +30,13 @@ from mdiff.denoiser.protocol import Cache as Cache
 from mdiff.denoiser.protocol import Condition as Condition
 from mdiff.denoiser.protocol import Corrects as Corrects
 from mdiff.denoiser.protocol import Denoiser as Denoiser
-from mdiff.denoiser.protocol import FromLogits as FromLogits
 from mdiff.denoiser.protocol import HasCache as HasCache
 from mdiff.denoiser.protocol import HasCost as HasCost
 from mdiff.denoiser.protocol import HasDevice as HasDevice
 from mdiff.denoiser.protocol import HasFeatures as HasFeatures
 from mdiff.denoiser.protocol import HasHead as HasHead
 from mdiff.denoiser.protocol import HasLayers as HasLayers
+from mdiff.denoiser.protocol import HasParameters as HasParameters
 from mdiff.denoiser.protocol import HasRowCost as HasRowCost
 from mdiff.denoiser.protocol import Predicts as Predicts
 from mdiff.denoiser.protocol import RowBound as RowBound
@@ -42,5 +44,4 @@ from mdiff.denoiser.protocol import Rows as Rows
 from mdiff.denoiser.protocol import Saveable as Saveable
 from mdiff.denoiser.protocol import SeedsBlocks as SeedsBlocks
 from mdiff.denoiser.protocol import ShadowPositions as ShadowPositions
-from mdiff.denoiser.protocol import from_logits as from_logits
 from mdiff.denoiser.shadowed import Shadowed as Shadowed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, _ProtocolMeta, runtime_checkable
 
@@ -176,6 +176,14 @@ class HasDevice(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
+class HasParameters(Protocol):
+    """A denoiser with weights, such as a `torch.nn.Module`."""
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Its weights."""
+
+
+@runtime_checkable
 class HasLayers(Protocol, metaclass=_Capability):
     """A model with layers of the classes named `no_split`: each stays on one device, or shards."""
 
@@ -264,37 +272,3 @@ class Rows(NamedTuple):
         other = None if self.unconditional is None else self.unconditional[index]
         scale = None if self.scale is None else self.scale[index]
         return Rows(self.conditional[index], other, scale, self.head)
-
-
-class FromLogits:
-    """A Denoiser over a function of the tokens alone; see `from_logits`."""
-
-    uses_time = False
-
-    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.fn = fn
-
-    def __call__(
-        self,
-        tokens: Tensor,
-        *,
-        at: Tensor | None = None,
-        valid: Tensor | None = None,
-        documents: Tensor | None = None,
-        t: Tensor | None = None,
-        cond: Condition | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """The function's logits, (B, L, V) or the rows `at` (N, V)."""
-        logits = self.fn(tokens)
-        return logits if at is None else logits[at]
-
-
-def from_logits(fn: Callable[[Tensor], Tensor]) -> FromLogits:
-    """A Denoiser from `fn(tokens (B, L)) -> logits (B, L, V)`: for toys and tests.
-
-    >>> model = from_logits(lambda tokens: torch.zeros(*tokens.shape, 5))
-    >>> model(torch.zeros(2, 3, dtype=torch.int64)).shape
-    torch.Size([2, 3, 5])
-    """
-    return FromLogits(fn)

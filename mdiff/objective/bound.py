@@ -75,13 +75,6 @@ def nll_bound(
     maskable = maskable_positions(tokens, space=space, may_hide=may_hide, valid=valid)
     schedule = schedule if process is None else process.schedule
     process = None if isinstance(process, Masking) else process
-    if process is not None and estimator != "time":
-        raise ConfigError(
-            f"estimator={estimator!r}: a bound of noise that writes random tokens is measured by "
-            "'time' alone"
-        )
-    if process is not None and block_length_of(denoiser) is not None:
-        raise ConfigError("a block model has no bound under noise that writes random tokens")
     score = _Scorer(denoiser, tokens, space=space, valid=valid, cond=cond, process=process)
     sample = torch.arange(len(tokens), device=tokens.device) if sample is None else sample
     nats, variance = torch.zeros(2, len(tokens), dtype=torch.float64, device=tokens.device)
@@ -125,6 +118,13 @@ def _bound_of(
 ) -> Bound:  # fmt: skip
     """The bound of the `maskable` positions (B, L), the others given; see `nll_bound`."""
     denoiser, tokens = score.denoiser, score.tokens
+    if score.process is not None and estimator != "time":
+        raise ConfigError(
+            f"estimator={estimator!r}: a bound of noise that writes random tokens is measured by "
+            "'time' alone"
+        )
+    if score.process is not None and score.length is not None:
+        raise ConfigError("a block model has no bound under noise that writes random tokens")
     if estimator in ("any_order", "time"):
         if draws < 2:
             raise ConfigError(f"draws={draws}: need at least 2 for a standard error")

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypedDict, TypeVar, runtime_checkable
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
-from mdiff.denoiser import Denoiser, HasDevice, block_length_of
+from mdiff.denoiser import Denoiser, HasDevice, HasParameters, block_length_of
 from mdiff.errors import ConfigError
 from mdiff.files import GenerationConfig
 from mdiff.modalities import EndsText, HasParts, Modality
@@ -32,14 +32,6 @@ Row = TypeVar("Row")
 Prompt = str | Mapping[str, object]
 # A number, one a row (rows,) int64, or a generator that yields one.
 Seed = int | Tensor | torch.Generator
-
-
-@runtime_checkable
-class HasParameters(Protocol):
-    """A denoiser with weights, such as a `torch.nn.Module`."""
-
-    def parameters(self) -> Iterable[Tensor]:
-        """Its weights."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +126,10 @@ class SamplingOptions(TypedDict, total=False):
     measure: str
     noise: float | Tensor | tuple[float, float]
     threshold: float | None
+    factor: float | None
+    frechet: float | None
+    kl: float | None
+    corrector: int
     inner: str | Sampler
     block_length: int
     sub_block_length: int | None
@@ -145,6 +141,10 @@ class SamplingOptions(TypedDict, total=False):
     kappa: float
     kept: float
     edit_threshold: float
+    keep_threshold: float
+    most: int
+    share: float
+    floor: int
     least: int
     rounds_after: int
     sweeps: float

@@ -117,9 +117,7 @@ def bind(
             what = ", the noise that the model was trained on" if key == "process" else ""
             raise ConfigError(f"{label} does not take {key!r}{what}; {hint}")
         settings[key] = _as_object(key, value, kinds[key], label)
-    edit = find("samplers", "edit")
-    edits = edit in (function, settings.get("inner"))
-    if edits and denoiser is not None and not corrects(denoiser):
+    if "edit_threshold" in kinds and denoiser is not None and not corrects(denoiser):
         warnings.warn(
             "edit: this model was not trained to correct tokens that it is shown, and mostly "
             "copies them; remdm, psi and path_planning hide a token before they draw it again",

@@ -90,7 +90,7 @@ def test_overrides_replace_values_of_any_section(recipe_file):
         ("optim.lr", math.nan, "optim.lr=nan: expected a finite number"),
         ("optim.betas", [0.9], "optim.betas.1 is missing"),
         ("optim.name", "adam", "optim.name='adam': expected 'adamw' or 'muon'"),
-        ("objective.weight", "bond", "expected 'bound' or 'uniform'"),
+        ("objective.weight", "bond", "expected 'bound', 'uniform', 'dynamic' or 'cross_entropy'"),
         ("model", {"width": 3}, "model.name is missing"),
         ("data.length", 0, "data.length=0: expected at least 1"),
         ("log", 3, "log=3"),

@@ -109,6 +109,7 @@ OTHER = {
     "optim.name": "adamw", "optim.betas": [0.5, 0.6], "optim.schedule": "linear",
     "optim.muon_scale": "spectral", "train.precision": "fp64", "train.nonfinite": "skip",
     "objective.weight": "uniform", "objective.schedule.name": "cosine", "modality.name": "marks2",
+    "objective.process": {"name": "uniform"},
     "model.name": "backbone2", "objective.given": {"": 1.0}, "objective.ratio": {"mean": 0.4},
     "data.length": 7, "optim.final_lr": 0.5, "objective.max_weight": 5.0, "optim.adam_lr": 0.01,
     "train.micro_batch": 4, "train.keep": 1, "train.validate_every": 2, "log.trackers": ["trackio"],
