@@ -88,7 +88,8 @@ def test_another_engine_is_refused_with_the_file_of_fsdp2(tmp_path, monkeypatch,
 
 
 def loss_of(backbone):
-    plain = SimpleNamespace(objective=SimpleNamespace(ratio=None, cond_drop=0.0))
+    objective = SimpleNamespace(ratio=None, cond_drop=0.0, weight="bound")
+    plain = SimpleNamespace(objective=objective)
     return LossOf(backbone, plain, space=None, process=Masking())
 
 
