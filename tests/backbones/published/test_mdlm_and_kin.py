@@ -279,7 +279,7 @@ def test_gidd_generates_and_is_scored_under_its_own_noise(tmp_path, p_uniform):
 
 def test_a_sampler_of_masks_is_refused_under_noise_that_writes_random_tokens():
     pipeline = mdiff.load(GOLDEN / "gidd", device="cpu")
-    with pytest.raises(ConfigError, match="'process', the noise .*; ancestral, psi do"):
+    with pytest.raises(ConfigError, match=r"'process', the noise .*; ancestral, psi do"):
         pipeline.generate(length=8, sampler="first_hitting")
 
 
@@ -333,7 +333,7 @@ def test_students_of_sdtt_and_duo_have_mdlms_trunk(tmp_path):
     (made,) = pipeline.generate(length=8, steps=6, sampler="psi", kappa=0.7, seed=1)
     assert max(made.tokens) < duo.vocab_size
     assert float(pipeline.score([[1, 2, 3, 4]], draws=16).nats) > 0
-    with pytest.raises(ConfigError, match="'process', the noise .*; ancestral, psi do"):
+    with pytest.raises(ConfigError, match=r"'process', the noise .*; ancestral, psi do"):
         pipeline.generate(length=8, sampler="confidence")
     with pytest.raises(CheckpointError, match="causal"):
         built_with(tmp_path / "causal", described | {"architectures": ["DUO"], "causal": True})
