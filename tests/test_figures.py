@@ -190,3 +190,19 @@ def test_the_comparison_of_samplers_is_the_recorded_one(medium, heading, first, 
             assert f"({row['calls']:.1f} calls)" in cell, row["series"]
     data = recorded["data"][first]
     assert f"{data['value']:.2f} ± {data['stderr']:.2f}" in SAMPLERS_PAGE
+
+
+def test_rounds_and_times_of_speculative_are_the_recorded_ones():
+    recorded = {}
+    for row in figures("speculative")["rows"]:
+        if row["sampler"] == "speculative":
+            key = row["model"], row["order"], row["temperature"], row["accept"], row["drafts"]
+            recorded[key] = f"{row['rounds_a_token']:.2f} ({row['ratio']:.2f})"
+    _, _, *lines = table_after("rounds a token (time")
+    assert len(lines) == 8
+    for first, *cells in lines:
+        model, order, temperature = first.split(", ")
+        degree = float(temperature.removeprefix("temperature "))
+        accept = "ratio" if degree else "coupled"
+        key = model.strip("`"), order, degree, accept
+        assert cells == [recorded[(*key, drafts)] for drafts in (2, 4, 8)], first
