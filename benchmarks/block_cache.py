@@ -46,7 +46,8 @@ def model_of(options: argparse.Namespace) -> Backbone:
         "num_experts": 16, "num_experts_per_tok": 2, "num_shared_experts": 1, "n_group": 4,
         "topk_group": 2, "routed_scaling_factor": 1.0, "vocab_size": VOCAB,
         "first_k_dense_replace": 0 if options.experts else options.layers,
-        "partial_rotary_factor": 1.0 if options.family == "sdar" else 0.5, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+        "partial_rotary_factor": 1.0 if options.family == "sdar" else 0.5,
+        "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
         "max_position_embeddings": options.length, "block_length": options.block,
     }).to_empty(device="cpu").eval()  # fmt: skip
     for name, tensor in model.state_dict().items():
