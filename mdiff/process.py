@@ -12,7 +12,7 @@ ones are converted (`leave_one_out`).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Noise(NamedTuple):
         return Noise(*(share.unsqueeze(dim) for share in self))
 
 
+@runtime_checkable
 class Process(Protocol):
     """A noise process: a schedule m(t), and what becomes of a token at m."""
 
@@ -169,6 +170,16 @@ def named_process(name: str, schedule: Schedule, /, **options: float) -> Process
     0.2
     """
     return built("process", PROCESSES, name, options, schedule)
+
+
+def ends_in_masks(process: Process) -> bool:
+    """Whether at m = 1 all tokens are masks.
+
+    >>> ends_in_masks(Mixed()), ends_in_masks(Uniform())
+    (True, False)
+    """
+    end = process.noise(torch.ones((), dtype=torch.float64, device="cpu"))
+    return float(end.other) < 1e-6
 
 
 class Ids(NamedTuple):

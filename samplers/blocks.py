@@ -19,6 +19,7 @@ from mdiff.denoiser import (
 )
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
+from mdiff.process import Process, ends_in_masks
 from mdiff.samplers.first_hitting import first_hitting
 from mdiff.sampling import State, free_positions, streams
 from mdiff.schedule import Linear, Schedule
@@ -116,6 +117,12 @@ def _check(
         raise ConfigError(f"stop={stop}: expected an id below {space.vocab_size}")
     if space.parts:
         raise ConfigError("blocks: a canvas of parts is sampled whole")
+    process = options.get("process")
+    if isinstance(process, Process) and not ends_in_masks(process):
+        raise ConfigError(
+            "blocks: later blocks are shown as masks, which this model's noise does not end in: "
+            "its canvas is sampled whole"
+        )
     if inner is blocks:
         raise ConfigError("blocks: the inner sampler fills one block, it cannot be blocks")
     if "steps" in options and "steps" not in signature(inner).parameters:

@@ -15,6 +15,7 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser, block_length_of, corrects
 from mdiff.errors import ConfigError, MdiffWarning, nearest
 from mdiff.find import find, names
+from mdiff.process import Process
 from mdiff.sampling.state import State
 from mdiff.schedule import named_schedule
 from mdiff.tokens import TokenSpace
@@ -174,7 +175,7 @@ def _fits(value: object, kind: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(kind, type) and kind in (str, bool, Tensor, type(None)):
+    if isinstance(kind, type) and kind in (str, bool, Tensor, Process, type(None)):
         return isinstance(value, kind)
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple)

@@ -145,3 +145,29 @@ def test_a_denoiser_must_say_what_it_predicts():
     canvas = torch.full((1, 4), 3)
     with pytest.raises(ConfigError, match="leave_one_out"):
         sample(model, canvas, space=TOY.space, sampler="ancestral", process=Uniform())
+
+
+@pytest.mark.parametrize("process", [Uniform(), Logistic(scale=0.0)], ids=str)
+def test_blocks_refuse_noise_that_does_not_end_in_masks(process):
+    model = IdealDenoiser(process, "leave_one_out")
+    options = {"sampler": "ancestral", "block_length": 2, "process": process}
+    with pytest.raises(ConfigError, match="later blocks are shown as masks"):
+        sample(model, torch.full((1, LENGTH), MASK), space=TOY.space, **options)
+
+
+def test_blocks_sample_noise_that_ends_in_masks():
+    for process in (Mixed(p_uniform=0.3), Logistic()):
+        found = sample(
+            IdealDenoiser(process, "leave_one_out"), torch.full((4, LENGTH), MASK),
+            space=TOY.space, sampler="ancestral", block_length=2, process=process, steps=4,
+        )  # fmt: skip
+        assert not bool((found.tokens == MASK).any())
+
+
+@pytest.mark.parametrize("value", [object(), Uniform, "uniform", 1, {"name": "uniform"}, []])
+@pytest.mark.parametrize("name", ["ancestral", "psi"])
+def test_what_is_no_process_is_refused(name, value):
+    canvas = torch.full((1, LENGTH), MASK)
+    with pytest.raises(ConfigError, match="process="):
+        sample(IdealDenoiser(Uniform(), "posterior"), canvas, space=TOY.space, sampler=name,
+               process=value)  # fmt: skip
