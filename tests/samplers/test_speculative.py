@@ -6,12 +6,10 @@ import itertools
 
 import pytest
 import torch
-from folders import GOLDEN
+from speculative_runs import Timed, both, ragged
 from toys import HashDenoiser, make_toy
 
-import mdiff
 from mdiff.denoiser import guided
-from mdiff.denoiser.negative_condition import negative_prompt
 from mdiff.errors import CheckpointError, ConfigError
 from mdiff.pipeline import load
 from mdiff.samplers.speculative import speculative
@@ -24,50 +22,6 @@ DRAWS = (
     {}, {"temperature": 0.0}, {"temperature": 0.6}, {"temperature": 1.5}, {"top_k": 2},
     {"top_p": 0.8}, {"min_p": 0.3, "temperature": 0.8},
 )  # fmt: skip
-
-
-class Timed(HashDenoiser):
-    """A toy whose logits depend on the time of each row too."""
-
-    uses_time = True
-
-    def __call__(self, tokens, *, at=None, t=None, **rest):
-        logits = super().__call__(tokens, **rest)
-        logits = logits * (1 + (t * 8).round()[:, None, None])
-        return logits if at is None else logits[at]
-
-
-def ragged(space, rows, length, *, labels=True):
-    """Canvases of all lengths and starts, tokens given among the masks, and a label a row."""
-    generator = torch.Generator().manual_seed(rows + length)
-    hide = torch.rand(rows, length, generator=generator) < torch.linspace(0.3, 1.2, rows)[:, None]
-    canvas = torch.where(
-        hide, space.mask_id, torch.randint(0, space.vocab_size, (rows, length), generator=generator)
-    )
-    first = torch.arange(rows) % 3
-    valid = torch.arange(length) >= first[:, None]
-    return canvas, {"valid": valid, "cond": {"label": torch.arange(rows)} if labels else None}
-
-
-def both(denoiser, canvas, *, space, drafts, branches=1, **options):
-    """The samples of `any_order` and of `speculative`, which must be the same but for calls."""
-    expected = sample(denoiser, canvas, space=space, sampler="any_order", **options)
-    found = sample(
-        denoiser, canvas, space=space, sampler="speculative", accept="coupled", drafts=drafts,
-        **options,
-    )  # fmt: skip
-    hidden = canvas == space.mask_id
-    if options.get("valid") is not None:
-        hidden &= options["valid"]
-    assert torch.equal(found.tokens, expected.tokens)
-    for name in ("log_prob", "entropy", "margin", "times"):
-        assert torch.equal(getattr(found.writing, name), getattr(expected.writing, name)), name
-    assert found.log_prob_is_exact == expected.log_prob_is_exact
-    assert float(found.nats_spent.abs().sum()) == 0
-    assert (found.rounds <= hidden.sum(1)).all()
-    assert (found.calls >= found.rounds).all()
-    assert (found.calls <= branches * found.rounds * (drafts + 1)).all()
-    return expected, found
 
 
 def test_tokens_and_figures_are_those_of_any_order_draw_for_draw():
@@ -307,71 +261,6 @@ def test_a_finished_text_is_revised_where_it_is_hidden():
     canvas = torch.tensor([[0, 4, 2, 4, 4, 1]]).repeat(8, 1)
     given = torch.zeros_like(canvas, dtype=torch.bool)
     both(HashDenoiser(space), canvas, space=space, drafts=2, given=given, seed=3)
-
-
-def test_canvases_of_parts_are_drawn_within_their_parts():
-    space = TokenSpace(11, mask_id=11, never=(3,), parts=((4, 2, 6), (3, 7, 11)))
-    canvas = torch.full((6, 7), 11)
-    both(HashDenoiser(space), canvas, space=space, drafts=3, order="random", seed=4)
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
-def test_guidance_is_that_of_each_canvas(schedule):
-    space = TokenSpace(5, mask_id=5)
-    pair = guided(
-        HashDenoiser(space), guidance_scale=2.0, without={"label": torch.tensor([0])}, space=space,
-        guidance_schedule=schedule,
-    )  # fmt: skip
-    canvas, rest = ragged(space, 6, 7)
-    _, found = both(pair, canvas, space=space, drafts=3, branches=2, seed=2, **rest)
-    # Two branches a canvas, but where the scale is 1.
-    assert int(found.calls.sum()) > int(found.rounds.sum())
-
-
-@pytest.mark.parametrize("rows", [1, 2, 5])
-def test_a_negative_prompt_is_bound_to_each_canvas(rows):
-    space = TokenSpace(5, mask_id=5)
-    canvas = torch.full((rows, 9), 5)
-    for row in range(rows):
-        canvas[row, : row + 1] = row % 5
-    bind = negative_prompt(
-        HashDenoiser(space), torch.tensor([3, 1]), space=space, guidance_scale=2.5
-    )
-    both(bind(canvas, None), canvas, space=space, drafts=2, branches=2, seed=2)
-
-
-@pytest.mark.parametrize("block_length", [1, 3, 4])
-@pytest.mark.parametrize("context", [None, 5])
-def test_blocks_run_it_in_each_block(block_length, context):
-    space = TokenSpace(4, mask_id=4)
-    canvas, rest = ragged(space, 6, 10)
-    both(
-        Timed(space), canvas, space=space, drafts=2, order="random", seed=4, context=context,
-        block_length=block_length, **rest,
-    )  # fmt: skip
-
-
-def test_a_block_model_keeps_its_finished_blocks_once_for_all_canvases():
-    model = mdiff.load(str(GOLDEN / "llada2_moe"), mask_id=62, block_length=4, device="cpu")
-    space, shown = TokenSpace(64, mask_id=62), []
-    canvas = torch.randint(0, 60, (3, 16), generator=torch.Generator().manual_seed(1))
-    canvas[:, 2:] = 62
-    canvas[:, 9] = 7
-    model.denoiser.trunk()[0].register_forward_pre_hook(lambda _, call: shown.append(call[0].shape))
-    options = {"order": "random", "seed": 5, "temperature": 0.7}
-    expected = sample(model.denoiser, canvas, space=space, sampler="any_order", **options)
-    for accept in ("ratio", "coupled"):
-        shown.clear()
-        run = sample(model.denoiser, canvas, space=space, sampler="speculative", drafts=3,
-                     accept=accept, **options)  # fmt: skip
-        assert {shape[1] for shape in shown} == {4}
-        # Three finished blocks cost one pass of the batch each; all other rows are canvases.
-        assert sum(shape[0] for shape in shown) == 3 * 3 + int(run.calls.sum())
-        assert int(run.rounds.sum()) < int(expected.rounds.sum())
-        assert torch.equal(run.tokens[:, :2], canvas[:, :2])
-        assert not (run.tokens == 62).any()
-    assert torch.equal(run.tokens, expected.tokens)
-    torch.testing.assert_close(run.log_prob, expected.log_prob, atol=1e-4, rtol=0)
 
 
 def test_a_builtin_model_needs_fewer_rounds_than_tokens():
