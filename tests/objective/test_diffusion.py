@@ -103,6 +103,31 @@ def test_the_estimated_bound_is_the_entropy(name, predicts):
 
 
 @pytest.mark.parametrize("name", NOISY)
+def test_bound_and_loss_of_a_posterior_are_those_of_the_prediction_it_is_made_into(name):
+    """Of the same noise: one seed. A reading that leaves the posterior as it is misses them."""
+    process = PROCESSES[name]
+    given, read, misread = (
+        IdealDenoiser(process, truth, says)
+        for truth, says in (
+            ("leave_one_out", ""), ("posterior", ""), ("posterior", "leave_one_out"),
+        )
+    )  # fmt: skip
+
+    def bound(model):
+        return nll_bound(
+            model, CLEAN, space=TOY.space, schedule=Linear(), process=process, estimator="time",
+            draws=8, seed=1,
+        ).nats  # fmt: skip
+
+    def loss(model):
+        return diffusion_loss(model, CLEAN, space=TOY.space, process=process, seed=2).nll
+
+    for figure in (bound, loss):
+        assert torch.allclose(figure(read), figure(given), rtol=1e-3, atol=1e-5)
+        assert not torch.allclose(figure(misread), figure(given), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", NOISY)
 def test_the_mean_of_the_loss_is_the_bound(name):
     process, rows, steps = PROCESSES[name], 1024, 30
     generator = torch.Generator().manual_seed(0)
