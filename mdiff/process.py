@@ -33,10 +33,6 @@ class Noise(NamedTuple):
     mask: Tensor
     other: Tensor
 
-    def unsqueeze(self, dim: int) -> "Noise":
-        """Each with one more dimension."""
-        return Noise(*(share.unsqueeze(dim) for share in self))
-
 
 @runtime_checkable
 class Process(Protocol):
@@ -172,14 +168,16 @@ def named_process(name: str, schedule: Schedule, /, **options: float) -> Process
     return built("process", PROCESSES, name, options, schedule)
 
 
-def ends_in_masks(process: Process) -> bool:
-    """Whether at m = 1 all tokens are masks.
+def noise_in_force(schedule: Schedule, process: Process | None) -> tuple[Schedule, Process | None]:
+    """The schedule, a process's own before `schedule`, and the process but for `Masking`."""
+    if process is None:
+        return schedule, None
+    return process.schedule, None if isinstance(process, Masking) else process
 
-    >>> ends_in_masks(Mixed()), ends_in_masks(Uniform())
-    (True, False)
-    """
-    end = process.noise(torch.ones((), dtype=torch.float64, device="cpu"))
-    return float(end.other) < 1e-6
+
+def ends_in_masks(process: Process) -> bool:
+    """Whether at m = 1 all tokens are masks."""
+    return float(process.noise(torch.ones((), dtype=torch.float64, device="cpu")).other) < 1e-6
 
 
 class Ids(NamedTuple):
@@ -198,10 +196,9 @@ class Ids(NamedTuple):
         own = [permitted[start:stop].nonzero()[:, 0] + start for _, start, stop in parts]
         number = torch.tensor([len(each) for each in own], device="cpu")
         spread = torch.tensor([positions for positions, _, _ in parts], device="cpu")
-        first, number = (
-            each.repeat_interleave(spread) for each in (number.cumsum(0) - number, number)
-        )
-        return cls(*(each.to(device) for each in (torch.cat(own), first, number)))
+        first = (number.cumsum(0) - number).repeat_interleave(spread)
+        tables = (torch.cat(own), first, number.repeat_interleave(spread))
+        return cls(*(table.to(device) for table in tables))
 
     def chosen(self, u: Tensor) -> Tensor:
         """One of them for each uniform u (B, L), (B, L) int64."""
@@ -215,7 +212,7 @@ def marginal(noise: Noise, prediction: Tensor, spread: Tensor, *, mask_id: int) 
     `prediction` and `spread` (..., C) are laws of clean tokens, `spread` uniform over the ids that
     the position may hold; the shares are of shape (...).
     """
-    keep, mask, other = noise.unsqueeze(-1)
+    keep, mask, other = (share.unsqueeze(-1) for share in noise)
     law = keep * prediction + other * spread
     law[..., mask_id] += mask.squeeze(-1)
     return law
@@ -283,7 +280,7 @@ def cost(
     own = softplus(odds)
     more_x = more.gather(1, x[:, None])[:, 0]
     more_z = more.gather(1, z.clamp(max=more.shape[1] - 1)[:, None])[:, 0]
-    keep, o, own, q = (each.to(dtype) for each in (keep, o, own, q))
+    keep, o, own = (each.to(dtype) for each in (keep, o, own))
     divergence = (keep + o) * own - keep * more_x - o * more.sum(1)
     # Zero before it is raised: in the branch that is not taken a gradient must be finite too.
     log_r = torch.where(hidden | (o == 0), 0.0, torch.where(same, own, 0.0) - more_z)

@@ -8,7 +8,7 @@ from torch import Tensor
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
 from mdiff.kernels import philox
-from mdiff.process import Masking, Process
+from mdiff.process import Process, noise_in_force
 from mdiff.sampling import MOST_STEPS, State, Unmasking, denoise, even_times, grid_of_shares
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
@@ -51,16 +51,14 @@ def ancestral(
             f"steps={steps}: need at least 1 and at most {MOST_STEPS}; first_hitting, which takes "
             "none, is the limit of many"
         )
-    if isinstance(process, Masking):
-        schedule = process.schedule
+    schedule, process = noise_in_force(schedule, process)
     fill = Unmasking(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
-    if process is not None and not isinstance(process, Masking):
-        yield from denoise(
-            fill, process, grid_of_shares(process.schedule, steps, None, canvas.device), space
-        )
+    if process is not None:
+        m = grid_of_shares(schedule, steps, None, canvas.device)
+        yield from denoise(fill, process, m, space)
         return
     times = even_times(steps, canvas.device)
     ascending = schedule.mask_prob(times).flip(0)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mdiff.denoiser import Condition, Denoiser
 from mdiff.errors import ConfigError
-from mdiff.process import Masking, Process
+from mdiff.process import Process, noise_in_force
 from mdiff.sampling import State, Unmasking, denoise, grid_of_shares, remask
 from mdiff.schedule import Linear, Schedule
 from mdiff.tokens import TokenSpace
@@ -47,10 +47,9 @@ def psi(
         denoiser, canvas, space=space, seed=seed, valid=valid, cond=cond, given=given,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
     )  # fmt: skip
-    if process is not None:
-        schedule = process.schedule
+    schedule, process = noise_in_force(schedule, process)
     m = grid_of_shares(schedule, steps, start, canvas.device)
-    if process is not None and not isinstance(process, Masking):
+    if process is not None:
         yield from denoise(fill, process, m, space, kappa=kappa, start=start)
         return
     yield from remask(fill, m, schedule, lambda m_t, m_s: (1 - kappa) * m_s, start=start)

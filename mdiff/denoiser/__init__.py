@@ -4,7 +4,6 @@ from mdiff.denoiser.block_cache import FinishedBlocks as FinishedBlocks
 from mdiff.denoiser.block_cache import finished_blocks as finished_blocks
 from mdiff.denoiser.block_window import BlockWindow as BlockWindow
 from mdiff.denoiser.block_window import CachedBlock as CachedBlock
-from mdiff.denoiser.calls import PREDICTS as PREDICTS
 from mdiff.denoiser.calls import block_length_of as block_length_of
 from mdiff.denoiser.calls import corrects as corrects
 from mdiff.denoiser.calls import evaluations as evaluations

@@ -18,16 +18,10 @@ class FromLogits:
         self.fn = fn
 
     def __call__(
-        self,
-        tokens: Tensor,
-        *,
-        at: Tensor | None = None,
-        valid: Tensor | None = None,
-        documents: Tensor | None = None,
-        t: Tensor | None = None,
-        cond: Condition | None = None,
+        self, tokens: Tensor, *, at: Tensor | None = None, valid: Tensor | None = None,
+        documents: Tensor | None = None, t: Tensor | None = None, cond: Condition | None = None,
         cache: Cache | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The function's logits, (B, L, V) or the rows `at` (N, V)."""
         logits = self.fn(tokens)
         return logits if at is None else logits[at]

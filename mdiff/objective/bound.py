@@ -16,7 +16,7 @@ from mdiff.kernels import philox
 from mdiff.objective.corruption import corrupt, maskable_positions
 from mdiff.objective.diffusion import Terms, with_noise
 from mdiff.objective.nll import Inputs, hidden_loss
-from mdiff.process import Masking, Process
+from mdiff.process import Process, noise_in_force
 from mdiff.schedule import Schedule
 from mdiff.tokens import TokenSpace, ranks
 
@@ -73,8 +73,7 @@ def nll_bound(
     for a block model with such a process; CheckpointError where a row's bound is not finite.
     """
     maskable = maskable_positions(tokens, space=space, may_hide=may_hide, valid=valid)
-    schedule = schedule if process is None else process.schedule
-    process = None if isinstance(process, Masking) else process
+    schedule, process = noise_in_force(schedule, process)
     score = _Scorer(denoiser, tokens, space=space, valid=valid, cond=cond, process=process)
     sample = torch.arange(len(tokens), device=tokens.device) if sample is None else sample
     nats, variance = torch.zeros(2, len(tokens), dtype=torch.float64, device=tokens.device)

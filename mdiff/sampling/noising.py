@@ -32,7 +32,8 @@ def denoise(
     """
     predicts = prediction_of(fill.denoiser)
     ids = Ids.of(space, fill.tokens.shape[1], fill.tokens.device)
-    shares = [_numbers(process.noise(level)) for level in m]
+    # Scalars on the CPU go with tensors of any device.
+    shares = [process.noise(level) for level in m.cpu()]
     yield from _begin(fill, m[0], shares[0], ids, process, start)
     number = fill.free.sum(1).tolist()
     for step in range(1, len(shares) if any(number) else 0):
@@ -48,11 +49,6 @@ def denoise(
         t = process.schedule.time_at(m[step]).expand(len(number))
         other = ids.chosen(fill.uniform(philox.NOISE, step))
         yield _moved(fill, drawn, t, write=write, hide=hide, over=over, other=other)
-
-
-def _numbers(noise: Noise) -> Noise:
-    """The shares as scalars on the CPU, so that tables of positions stay where they are."""
-    return Noise(*(share.cpu() for share in noise))
 
 
 def _begin(

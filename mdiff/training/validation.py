@@ -104,8 +104,7 @@ class Validator:
         maskable = maskable_positions(
             batch.tokens, space=run.space, may_hide=batch.may_hide, valid=batch.valid
         )
-        nats, variance, tokens = bound.nats, bound.stderr.square(), maskable
-        return float(nats.sum()), float(variance.sum()), float(tokens.sum())
+        return float(bound.nats.sum()), float(bound.stderr.square().sum()), float(maskable.sum())
 
 
 class _OfDocuments:
